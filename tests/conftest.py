@@ -1,0 +1,19 @@
+"""Shared fixtures: where the reference numbers and the test corpora are, if this machine has them."""
+
+import os
+
+# Before torch is imported: the models are tiny, and threads that wait for each other in them cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of reference numbers and test corpora: `$DYNMIX_SHARED`, else `../shared` from the project's root."""
+    root = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[2] / "shared"))
+    if not root.is_dir():
+        pytest.skip(f"no reference data at {root}: set $DYNMIX_SHARED to the folder that has it")
+    return root
