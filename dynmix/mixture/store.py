@@ -1,0 +1,302 @@
+"""Token stores: tokenised documents on disk, memory-mapped, in Megatron's indexed format (`.bin` and `.idx`).
+
+Stores made by Megatron's tools open here and ours open there. This module must not know of tokenizers, domains or
+mixtures: a store is documents of integers, nothing more.
+
+The layout, all little-endian. `.bin`: the tokens of all documents, end to end. `.idx`: magic, version, dtype code,
+number of sequences S, length D + 1 of the document table, int32[S] sequence lengths in tokens, int64[S] sequence
+starts in bytes, int64[D + 1] document table (document i is sequences table[i]:table[i + 1]), and for multimodal data
+int8[S] modes, which are ignored. A store written here has one sequence a document.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import operator
+import os
+import secrets
+import struct
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_CHUNK = 1 << 20
+
+UINT16_LIMIT = 65500
+"""Megatron's bound: vocabularies below it are stored as uint16, larger ones as int32."""
+
+
+class StoreError(ValueError):
+    """A token store that cannot be opened, or documents that cannot be written to one."""
+
+
+class TokenStore:
+    """Documents of token ids on disk, read through memory maps; `TokenStore(path)` is the same as `open`.
+
+    `store[i]` is document i, a read-only 1-D view; `len(store)` counts documents. Pickles by path.
+
+    Attributes:
+        path: absolute path without `.bin`/`.idx`.
+        tokens: every token of every document end to end, a read-only memory-mapped array of shape [num_tokens].
+    """
+
+    path: Path
+    tokens: NDArray[Any]
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = _stem(path)
+        bin_path, idx_path = _pair(self.path)
+        for file, other in ((idx_path, bin_path), (bin_path, idx_path)):
+            if not file.is_file():
+                state = "is there without it" if other.is_file() else "is missing too"
+                raise StoreError(
+                    f"{file}: no such file, and {other.name} {state}; a store is both files, write it anew"
+                )
+            if file.stat().st_size == 0:
+                _reject(file, "is empty")
+        self._index = np.memmap(idx_path, mode="r").view(np.ndarray)
+        dtype, self._starts, self._table = _parse_index(self._index, idx_path)
+        lengths = self._index[_HEADER.size :][: 4 * len(self._starts)].view("<i4")
+        end = _check_starts(lengths, self._starts, dtype.itemsize, idx_path)
+        _check_table(self._table, len(lengths), idx_path)
+        if end == 0:
+            _reject(idx_path, f"lists {len(self)} documents and no tokens")
+        if (size := bin_path.stat().st_size) != end:
+            kind = "truncated" if size < end else "too long"
+            _reject(bin_path, f"is {kind}: {size} bytes, where {idx_path.name} lists {end} ({dtype.name} tokens)")
+        self.tokens = np.memmap(bin_path, dtype=dtype, mode="r").view(np.ndarray)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TokenStore:
+        """Map the store at `path` (with or without `.bin`/`.idx`) and check the whole index against both files' sizes.
+
+        Raises:
+            StoreError: a file is missing, empty, truncated, too long, of another format, or the two do not match.
+        """
+        return cls(path)
+
+    @classmethod
+    def write(
+        cls, path: str | os.PathLike[str], documents: Iterable[ArrayLike], dtype: DTypeLike | None = None
+    ) -> TokenStore:
+        """Write `documents` (1-D integer arrays or lists, streamed) as a store, replacing one at `path`; open it.
+
+        `dtype=None` is uint16 while every token is below `UINT16_LIMIT`, else int32. Memory: 4 bytes a document while
+        writing, 20 at the end. Both files are written under temporary names beside `path`, synced, then renamed, the
+        index last: a crash leaves the old store, or none that opens, and perhaps files named `*.tmp`.
+
+        Raises:
+            StoreError: a document is not 1-D or not of integers, a token is negative or too large for the dtype
+                (the message names document and value), there are no tokens, or no integer store has this dtype.
+        """
+        stem = _stem(path)
+        bin_path, idx_path = _pair(stem)
+        mark = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        bin_temp, idx_temp = Path(f"{bin_path}{mark}"), Path(f"{idx_path}{mark}")
+        code = None if dtype is None else _code(np.dtype(dtype))
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(bin_temp, "x+b") as file:
+                lengths, code = _write_tokens(file, documents, code)
+                _sync(file)
+            if not any(lengths):
+                raise StoreError(f"{stem}: {len(lengths)} documents with no token in any: a store needs at least one")
+            with open(idx_temp, "xb") as file:
+                _write_index(file, np.frombuffer(lengths, np.int32), code)
+                _sync(file)
+            # The old index goes first: between the renames it would describe the new tokens, and could fit by length.
+            idx_path.unlink(missing_ok=True)
+            os.replace(bin_temp, bin_path)
+            os.replace(idx_temp, idx_path)
+            _sync_folder(stem.parent)
+        finally:
+            bin_temp.unlink(missing_ok=True)
+            idx_temp.unlink(missing_ok=True)
+        return cls(stem)
+
+    def __len__(self) -> int:
+        return len(self._table) - 1
+
+    def __getitem__(self, index: SupportsIndex) -> NDArray[Any]:
+        i = operator.index(index)
+        i = i + len(self) if i < 0 else i
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: document {index} of {len(self)}")
+        return self.tokens[self._start(i) : self._start(i + 1)]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"TokenStore({str(self.path)!r}, documents={len(self)}, tokens={self.num_tokens}, dtype={self.dtype})"
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+        return type(self), (self.path,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents together."""
+        return len(self.tokens)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a stored token."""
+        return self.tokens.dtype
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the index: the documents' number, order, lengths and dtype (not their tokens)."""
+        return hashlib.blake2b(self._index.data, digest_size=16).hexdigest()
+
+    def _start(self, document: int) -> int:
+        """First token of `document`; for document D, one past the last token."""
+        sequence = int(self._table[document])
+        if sequence == len(self._starts):
+            return len(self.tokens)
+        return int(self._starts[sequence]) // self.tokens.itemsize
+
+
+def _stem(path: str | os.PathLike[str]) -> Path:
+    """`path`, absolute, without a trailing `.bin` or `.idx`; other dots belong to the name."""
+    text = os.path.abspath(path)
+    return Path(text[:-4] if text.endswith((".bin", ".idx")) else text)
+
+
+def _pair(stem: Path) -> tuple[Path, Path]:
+    return Path(f"{stem}.bin"), Path(f"{stem}.idx")
+
+
+def _reject(file: Path, what: str) -> NoReturn:
+    raise StoreError(f"{file} {what}; copy or write the store anew")
+
+
+def _code(dtype: np.dtype[Any]) -> int:
+    """Megatron's number for an integer dtype."""
+    for code, name in _CODES.items():
+        if np.dtype(name) == dtype and dtype.kind in "iu":
+            return code
+    known = ", ".join(np.dtype(name).name for name in _CODES.values() if name[1] != "f")
+    raise StoreError(f"dtype={dtype}: tokens are stored as one of {known}")
+
+
+def _parse_index(index: NDArray[np.uint8], file: Path) -> tuple[np.dtype[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """Dtype, sequence starts in bytes and document table, as views; sizes are compared before anything is sliced."""
+    if len(index) < _HEADER.size:
+        _reject(file, f"is truncated: {len(index)} bytes, where the header alone has {_HEADER.size}")
+    magic, version, code, sequences, table = _HEADER.unpack_from(index.data)
+    if magic != _MAGIC:
+        _reject(file, f"is not an index in Megatron's indexed format: it begins with {magic!r}, not {_MAGIC!r}")
+    if version != 1:
+        _reject(file, f"has version {version}, and only version 1 is known")
+    if code not in _CODES:
+        _reject(file, f"has dtype code {code}, and only {min(_CODES)} to {max(_CODES)} are known")
+    dtype = np.dtype(_CODES[code])
+    if dtype.kind == "f":
+        _reject(file, f"has dtype {dtype.name}: token ids are integers")
+    size = _HEADER.size + 12 * sequences + 8 * table
+    if len(index) not in (size, size + sequences):
+        kind = "truncated" if len(index) < size else "too long"
+        _reject(
+            file, f"is {kind}: {len(index)} bytes, where {sequences} sequences and {table - 1} documents take {size}"
+        )
+    start = _HEADER.size + 4 * sequences
+    middle = start + 8 * sequences
+    return dtype, index[start:middle].view("<i8"), index[middle:size].view("<i8")
+
+
+def _check_starts(lengths: NDArray[np.int32], starts: NDArray[np.int64], itemsize: int, file: Path) -> int:
+    """Bytes of all sequences, having checked that each one starts where the one before it ends."""
+    end = 0
+    for first in range(0, len(lengths), _CHUNK):
+        part = lengths[first : first + _CHUNK].astype(np.int64)
+        if (bad := np.flatnonzero(part < 0)).size:
+            _reject(file, f"is damaged: sequence {first + bad[0]} has length {part[bad[0]]}")
+        ends = end + np.cumsum(part) * itemsize
+        if (bad := np.flatnonzero(starts[first : first + _CHUNK] != ends - part * itemsize)).size:
+            _reject(file, f"is damaged: sequence {first + bad[0]} does not start where the one before it ends")
+        end = int(ends[-1])
+    return end
+
+
+def _check_table(table: NDArray[np.int64], sequences: int, file: Path) -> None:
+    if len(table) == 0 or table[0] != 0 or table[-1] != sequences:
+        ends = f"runs from {table[0]} to {table[-1]}" if len(table) else "is empty"
+        _reject(file, f"has a document table that {ends}, where it should run from 0 to {sequences}, its sequences")
+    for first in range(0, len(table), _CHUNK):
+        part = table[first : first + _CHUNK + 1]
+        if (bad := np.flatnonzero(part[1:] < part[:-1])).size:
+            _reject(file, f"is damaged: document {first + bad[0]} ends before it begins")
+
+
+def _write_tokens(file: IO[bytes], documents: Iterable[ArrayLike], code: int | None) -> tuple[array[int], int]:
+    """Append every document's tokens to `file`; returns the lengths (int32) and the dtype code they were written in."""
+    auto = code is None
+    dtype = np.dtype(_CODES[8 if code is None else code])
+    top = UINT16_LIMIT - 1 if auto else int(np.iinfo(dtype).max)
+    lengths = array("i")
+    for number, document in enumerate(documents):
+        tokens = _as_tokens(document, number)
+        if tokens.size and tokens.max() > top and auto and dtype.itemsize == 2:
+            dtype, top = np.dtype("<i4"), int(np.iinfo("<i4").max)
+            _widen(file, sum(lengths))
+        if tokens.size and (tokens.min() < 0 or tokens.max() > top):
+            value = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise StoreError(f"document {number} has token {value}: {dtype.name} stores take tokens from 0 to {top}")
+        file.write(tokens.astype(dtype, copy=False).tobytes())
+        lengths.append(len(tokens))
+    return lengths, _code(dtype)
+
+
+def _as_tokens(document: ArrayLike, number: int) -> NDArray[Any]:
+    want = "a document is a 1-D array or list of integers"
+    try:
+        tokens = np.asarray(document)
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"document {number} is a {type(document).__name__} that is no array: {want}") from error
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise StoreError(f"document {number} is an array of {tokens.dtype}, shape {list(tokens.shape)}: {want}")
+    if tokens.size > np.iinfo(np.int32).max:
+        raise StoreError(f"document {number} has {tokens.size} tokens: the index counts with int32, split it")
+    return tokens
+
+
+def _widen(file: IO[bytes], count: int) -> None:
+    """Turn `count` uint16 tokens into int32 in place, from the last chunk to the first so that none is overwritten."""
+    for first in reversed(range(0, count, _CHUNK)):
+        file.seek(2 * first)
+        part = np.frombuffer(file.read(2 * min(_CHUNK, count - first)), "<u2")
+        file.seek(4 * first)
+        file.write(part.astype("<i4").tobytes())
+    file.seek(4 * count)
+
+
+def _write_index(file: IO[bytes], lengths: NDArray[np.int32], code: int) -> None:
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(_CODES[code]).itemsize
+    file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+    file.write(lengths.astype("<i4", copy=False).tobytes())
+    file.write(starts.astype("<i8", copy=False).tobytes())
+    file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames last; where a folder cannot be opened (Windows) the file system has no such call."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
