@@ -1,0 +1,347 @@
+"""The mixture as a map-style `torch.utils.data.Dataset`: item g is the sequence at position g of the training stream.
+
+Because items are pure functions of their position, any loader that reads positions in order (a DataLoader with or
+without workers, the Trainer, accelerate's and DistributedSampler's shards) trains on the declared mixture. This module
+must not know of models, optimizers or how weights are chosen.
+"""
+
+import hashlib
+import multiprocessing
+import operator
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, matched
+from dynmix.mixture.shared import SharedArray
+from dynmix.mixture.store import TokenStore
+
+Item = dict[str, Any]
+
+_READ_AHEAD = 4096  # positions assigned at once; a call has a fixed cost, and the next request wants the next ones
+_POLL_SECONDS = 0.005
+_SLOTS = 1024  # of the reading counters, one a worker
+
+
+class PackedSequences(Sequence[Item]):
+    """A token store as equal sequences: its documents end to end, cut every `sequence_length` tokens, the rest dropped.
+
+    Item i is {"input_ids": LongTensor[sequence_length]}.
+
+    Args:
+        store: the documents; documents are not separated by anything they do not contain themselves.
+        sequence_length: tokens of a sequence, >= 1.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+        if operator.index(sequence_length) < 1:
+            raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
+        self.store, self.sequence_length = store, operator.index(sequence_length)
+
+    def __len__(self) -> int:
+        return len(self.store.tokens) // self.sequence_length
+
+    def __getitem__(self, index: Any) -> Any:  # an int: slices of sequences are not needed
+        row = operator.index(index)
+        row += len(self) if row < 0 else 0
+        if not 0 <= row < len(self):
+            raise IndexError(f"sequence {index} of {len(self)} in {self.store.path}")
+        return {"input_ids": torch.from_numpy(self.gather(np.array([row]))[0])}
+
+    def gather(self, rows: Ints) -> Ints:
+        """Token ids of many sequences at once, int64[len(rows), sequence_length], straight from the memory map."""
+        table = self.store.tokens[: len(self) * self.sequence_length].reshape(len(self), self.sequence_length)
+        return table[rows].astype(np.int64)
+
+
+class MixtureDataset(Dataset[Item]):
+    """Position g of the stream as {"input_ids": LongTensor[sequence_length], "labels": the same, "domain": int}.
+
+    Read it in order: `DataLoader(dataset, shuffle=False)`, `train_sampling_strategy="sequential"`. For token stores
+    `num_workers=0` is fastest. A worker that is asked for an undecided position waits for its stage; the main process,
+    which would wait for itself, raises `Undecided`.
+
+    Args:
+        domains: name -> token store, path of one, or any sequence of dicts with `input_ids` of one length.
+        weights: of the first stage: "natural" (proportional to tokens), "uniform", or name -> weight.
+        num_samples: length of the stream in sequences.
+        sequence_length: tokens of a sequence; needed to cut token stores.
+        seed: of the order, as in `MixtureSchedule`.
+        block: as in `MixtureSchedule`: best the global batch size in sequences.
+
+    Attributes:
+        schedule: the `MixtureSchedule` of this stream.
+        domains: names, in order; `domain` of an item is an index into it.
+        sizes: name -> sequences of the domain.
+        sequence_length: tokens of a sequence.
+
+    Raises:
+        ValueError: a domain without a whole sequence, sequences of different lengths, bad weights or numbers.
+    """
+
+    def __init__(
+        self,
+        domains: Mapping[str, TokenStore | str | os.PathLike[str] | Sequence[Mapping[str, Any]]],
+        weights: Literal["natural", "uniform"] | Mapping[str, float] = "natural",
+        *,
+        num_samples: int,
+        sequence_length: int | None = None,
+        seed: int = 0,
+        block: int = 256,
+    ) -> None:
+        if not domains:
+            raise ValueError("domains is empty: a mixture needs at least one")
+        if operator.index(num_samples) < 1:
+            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        self.num_samples = operator.index(num_samples)
+        self._sequences = {name: _as_sequences(name, data, sequence_length) for name, data in domains.items()}
+        self.sequence_length = _common_length(self._sequences, sequence_length)
+        self.domains = tuple(self._sequences)
+        self.sizes = {name: len(sequences) for name, sequences in self._sequences.items()}
+        if isinstance(weights, str):
+            if weights not in ("natural", "uniform"):
+                raise ValueError(f'weights={weights!r}: give "natural", "uniform" or a mapping from name to weight')
+            parts = {name: size if weights == "natural" else 1 for name, size in self.sizes.items()}
+            weights = {name: part / sum(parts.values()) for name, part in parts.items()}
+        weights = dict(zip(self.domains, matched(weights, self.domains, "weights"), strict=True))
+        self.schedule = MixtureSchedule(weights, self.sizes, seed=seed, block=block)
+        # Cell 0: length of the first request; 1: end of what the main process has read; 2 + w: of what worker w has.
+        self._reads = SharedArray((2 + _SLOTS,))
+        self._ahead = _Ahead(-1, 0, *self.schedule.assign(0, 0)[:2])
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, position: int) -> Item:
+        """Item at `position`, in any order and without a trace: for looking, not for training."""
+        position = operator.index(position)
+        if not 0 <= position < self.num_samples:
+            raise IndexError(f"position {position} is not in [0, {self.num_samples})")
+        self._wait_until_decided(position, position + 1)
+        return self._items([range(position, position + 1)])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Item]:
+        """Items of one request of a loader, which must ask for them in reading order.
+
+        Raises:
+            ValueError: the positions are not equally spaced and ascending (but for one wrap from the end to the start).
+            IndexError: a position outside the stream.
+            Undecided: in the main process, for a position whose stage is not published.
+            RuntimeError: in a worker, when its parent process ended while it waited.
+        """
+        if not len(positions):
+            return []
+        runs = self._reading_order(np.asarray(positions, np.int64))
+        stop = max(run[-1] for run in runs) + 1
+        self._wait_until_decided(0, stop)
+        # Noted before the stages are looked at: who publishes sees either the note, or is seen.
+        self._note_read(len(positions), stop)
+        return self._items(runs)
+
+    def sequence(self, domain: str, row: int) -> Item:
+        """Sequence `row` of a domain, as an item, wherever in the stream it stands."""
+        if domain not in self.sizes:
+            raise KeyError(f"no domain {domain!r}: there are {list(self.domains)}")
+        if not 0 <= operator.index(row) < self.sizes[domain]:
+            raise IndexError(f"row {row} of domain {domain!r} is not in [0, {self.sizes[domain]})")
+        return self._rows(np.array([self.domains.index(domain)]), np.array([row]))[0]
+
+    def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
+        """`schedule.publish`, refused where the loader has read already: those samples were of the stage before.
+
+        Raises:
+            ValueError: also when `start` is below `read_until`.
+        """
+        if start < self.read_until:
+            raise ValueError(
+                f"start={start}: position already read by the loader, which is at {self.read_until}; declare where a"
+                f" stage ends before it is read (schedule.hold(end)), or publish from {self.read_until} on"
+            )
+        self.schedule.publish(weights, start, end)
+
+    @property
+    def read_until(self) -> int:
+        """One more than the highest position that a loader read here or in a worker; 0 before, and after loading."""
+        return int(self._reads.array[1:].max())
+
+    @property
+    def read_size(self) -> int:
+        """Positions in the first request of a loader, its batch size in this process; 0 before, and after loading."""
+        return int(self._reads.array[0])
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Hash of each domain's content: its store's index, its length, its first and last sequence."""
+        return {name: self._content_hash(number) for number, name in enumerate(self.domains)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the stream depends on, as JSON-able values: the schedule's state and the domains' fingerprint."""
+        return {
+            "schedule": self.schedule.state_dict(),
+            "sequence_length": self.sequence_length,
+            "fingerprint": dict(self.fingerprint),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the stream of a state made by `state_dict`; to be called before a loader reads on.
+
+        Raises:
+            ValueError: the state is of other data; the message says what changed, and nothing was loaded.
+        """
+        found = self.schedule.differences(state["schedule"])
+        if state["sequence_length"] != self.sequence_length:
+            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
+        elif not found:
+            changed = [name for name, content in self.fingerprint.items() if state["fingerprint"][name] != content]
+            found += [f"domain {name!r} has as many rows, but their content changed" for name in changed]
+        if found:
+            raise ValueError("this state belongs to other data: " + "; ".join(found))
+        self.schedule.load_state_dict(state["schedule"])
+        self._reads.array[:] = 0
+
+    def _reading_order(self, positions: Ints) -> list[range]:
+        """The request as one ascending range, or two where it wraps from the stream's end to its start."""
+        if (outside := positions[(positions < 0) | (positions >= self.num_samples)]).size:
+            raise IndexError(f"position {outside[0]} is not in [0, {self.num_samples})")
+        steps = np.diff(positions)
+        stride = int(steps[0]) % self.num_samples if steps.size else 1
+        wraps = np.flatnonzero(steps < 0)
+        # Samplers that pad to equal shards go on from the start; more than half the stream is no stride, but a shuffle.
+        wrapped = len(wraps) == 1 and 2 * stride <= self.num_samples
+        if stride == 0 or ((steps - stride) % self.num_samples).any() or (len(wraps) and not wrapped):
+            raise ValueError(
+                f"positions are not read in order: {positions[:8].tolist()}... A shuffled loader mixes the stages; use"
+                ' shuffle=False (DataLoader, DistributedSampler) or train_sampling_strategy="sequential" (Trainer)'
+            )
+        parts = np.split(positions, wraps + 1)
+        return [range(int(part[0]), int(part[-1]) + 1, stride) for part in parts]
+
+    def _wait_until_decided(self, start: int, stop: int) -> None:
+        parent = multiprocessing.parent_process()
+        while get_worker_info() is not None and (end := self.schedule.end) is not None and end < stop:
+            if parent is not None and not parent.is_alive():
+                raise RuntimeError(f"the parent process ended before it published the stage of position {end}")
+            time.sleep(_POLL_SECONDS)
+        self.schedule.check_decided(start, stop)
+
+    def _note_read(self, size: int, stop: int) -> None:
+        worker = get_worker_info()
+        # A cell for each writer, because nothing here makes "take the maximum" one step between processes.
+        cell = 1 if worker is None else 2 + worker.id % _SLOTS
+        reads = self._reads.array
+        reads[cell] = max(int(reads[cell]), stop)
+        if reads[0] == 0:
+            reads[0] = size
+
+    def _items(self, runs: Sequence[range]) -> list[Item]:
+        found = [self._assigned(run) for run in runs]
+        domain, row = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return self._rows(domain, row)
+
+    def _assigned(self, run: range) -> tuple[Ints, Ints]:
+        start, stop = run[0], run[-1] + 1
+        ahead = self._ahead
+        if ahead.generation != self.schedule.generation or not ahead.start <= start <= stop <= ahead.stop:
+            generation, end = self.schedule.generation, self.schedule.end
+            last = min(start + _READ_AHEAD, self.num_samples, self.num_samples if end is None else end)
+            domain, row, _ = self.schedule.assign(start, max(stop, last))
+            self._ahead = ahead = _Ahead(generation, start, domain, row)
+        part = slice(start - ahead.start, stop - ahead.start, run.step)
+        return ahead.domain[part], ahead.row[part]
+
+    def _rows(self, domain: Ints, row: Ints) -> list[Item]:
+        ids = np.empty((len(domain), self.sequence_length), np.int64)
+        for number in np.unique(domain).tolist():
+            here = np.flatnonzero(domain == number)
+            ids[here] = self._gather(number, row[here])
+        inputs = torch.from_numpy(ids)
+        # Labels of their own: a transform that masks them in place must not mask the inputs.
+        pairs = zip(inputs.unbind(), inputs.clone().unbind(), domain.tolist(), strict=True)
+        return [{"input_ids": tokens, "labels": labels, "domain": number} for tokens, labels, number in pairs]
+
+    def _gather(self, number: int, rows: Ints) -> Ints:
+        name = self.domains[number]
+        sequences = self._sequences[name]
+        if isinstance(sequences, PackedSequences):
+            return sequences.gather(rows)
+        found = [_token_ids(name, sequences, row) for row in rows.tolist()]
+        for row, tokens in zip(rows.tolist(), found, strict=True):
+            if len(tokens) != self.sequence_length:
+                raise ValueError(
+                    f"sequence {row} of domain {name!r} has {len(tokens)} tokens, not {self.sequence_length}: all must"
+                    " have one length; cut or pad them, or write them to a TokenStore"
+                )
+        return np.stack(found)
+
+    def _content_hash(self, number: int) -> str:
+        sequences = self._sequences[self.domains[number]]
+        digest = hashlib.blake2b(str(len(sequences)).encode(), digest_size=16)
+        if isinstance(sequences, PackedSequences):
+            digest.update(sequences.store.fingerprint.encode())
+        digest.update(self._gather(number, np.array([0, len(sequences) - 1])).astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+class _Ahead(NamedTuple):
+    """Assignments of the positions from `start` on, computed under one generation of the schedule."""
+
+    generation: int
+    start: int
+    domain: Ints
+    row: Ints
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.domain)
+
+
+def _as_sequences(name: str, data: Any, sequence_length: int | None) -> Sequence[Mapping[str, Any]]:
+    if isinstance(data, str | os.PathLike):
+        data = TokenStore.open(data)
+    if isinstance(data, TokenStore):
+        if sequence_length is None:
+            raise ValueError(f"sequence_length is missing: domain {name!r} is a token store, to be cut into sequences")
+        data = PackedSequences(data, sequence_length)
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise ValueError(
+            f"domain {name!r} is a {type(data).__name__}: give a TokenStore, its path, or a sequence of dicts with"
+            " input_ids"
+        )
+    if not len(data):
+        tokens = (
+            f"{len(data.store.tokens)} tokens, of {sequence_length}" if isinstance(data, PackedSequences) else "none"
+        )
+        raise ValueError(f"domain {name!r} has not one whole sequence ({tokens}): give it more text, or leave it out")
+    sequences: Sequence[Mapping[str, Any]] = data
+    return sequences
+
+
+def _common_length(domains: Mapping[str, Sequence[Mapping[str, Any]]], given: int | None) -> int:
+    lengths = {name: len(_token_ids(name, sequences, 0)) for name, sequences in domains.items()}
+    length = next(iter(lengths.values())) if given is None else given
+    if wrong := [name for name in lengths if lengths[name] != length]:
+        raise ValueError(
+            f"sequences must have one length, here {length}: in domain {wrong[0]!r} it is {lengths[wrong[0]]}"
+        )
+    if length < 1:
+        raise ValueError("sequences must have at least one token")
+    return length
+
+
+def _token_ids(name: str, sequences: Sequence[Mapping[str, Any]], row: int) -> Ints:
+    try:
+        tokens = np.asarray(sequences[row]["input_ids"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"item {row} of domain {name!r} is no dict with input_ids ({error!r})") from error
+    if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
+        raise ValueError(
+            f"input_ids of item {row} of domain {name!r} are {tokens.dtype} of shape {tokens.shape}, not a vector of"
+            " integers"
+        )
+    return tokens.astype(np.int64)

@@ -1,0 +1,399 @@
+"""Which domain, and which row of it, stands at a position of the training stream: a pure function of seed and stages.
+
+Inside each block of M positions a keyed permutation scatters a golden-ratio sequence, whose value picks the domain by
+the stage's integer weights; how often a domain was drawn before a position is closed-form, so the draw's number, its
+epoch and its row need no table and no replay. This module must not know of tokens, files, loaders or models.
+"""
+
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dynmix.mixture.golden import TOTAL, golden, interval_counts
+from dynmix.mixture.permutation import mix, permute
+from dynmix.mixture.shared import SharedArray, is_starting_process
+
+Ints = npt.NDArray[np.int64]
+Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
+
+MAX_STAGES = 4096
+MAX_BLOCK = 1 << 20
+_CHUNK = 1 << 14  # positions computed at once: a working set that stays in the cache
+_OPEN = -1  # the end of a stage that has none
+_VERSION = 1  # of the order itself; raise it when the same state would give other samples
+_BLOCK_KEY, _OFFSET_KEY, _ROW_KEY = 1, 2, 3  # keep the hashes of one seed apart
+
+
+class Undecided(LookupError):  # noqa: N818 (a state of affairs, and often no error: a worker waits for it to pass)
+    """A position beyond the last published stage: which sample stands there depends on weights yet to be published."""
+
+
+class Stage(NamedTuple):
+    """One stage of a schedule: positions [start, end), `end` None while open, and weights that sum to 1."""
+
+    start: int
+    end: int | None
+    weights: dict[str, float]
+
+
+class _Stage(NamedTuple):
+    """One row of the table; `cdf` and `base` (draws of each domain before it) are int64[n_domains]."""
+
+    number: int
+    start: int
+    end: int | None
+    cdf: Ints
+    base: Ints
+
+
+def integer_cdf(weights: npt.ArrayLike) -> Ints:
+    """Cumulative weights in units of 2**-32; compute it once and share it, as float sums may differ between machines.
+
+    Domain k is drawn by the integers [cdf[k - 1], cdf[k]). A zero weight has none; a positive one has at least one.
+
+    Args:
+        weights: float[n_domains], finite, >= 0, with a sum within 1e-6 of 1 (it is normalised).
+
+    Returns:
+        int64[n_domains], non-decreasing, the last exactly 2**32.
+
+    Raises:
+        ValueError: anything else.
+    """
+    share = np.asarray(weights, np.float64)
+    if share.ndim != 1 or not share.size:
+        raise ValueError(f"weights must be a vector with one weight a domain, not an array of shape {share.shape}")
+    if bad := np.flatnonzero(~(np.isfinite(share) & (share >= 0))).tolist():
+        raise ValueError(f"weights must be finite and >= 0: weight {share[bad[0]]} of domain number {bad[0]} is not")
+    total = float(share.sum())
+    if not math.isclose(total, 1.0, rel_tol=0.0, abs_tol=1e-6):
+        raise ValueError(f"weights sum to {total:.9g}, not to 1: divide each of them by their sum")
+    positive = share > 0
+    # One unit for each positive weight first, then largest remainders: no small weight can vanish by rounding.
+    exact = share / total * (TOTAL - int(positive.sum()))
+    units = np.floor(exact).astype(np.int64) + positive
+    left = TOTAL - int(units.sum())
+    units[np.argsort(units - positive - exact, kind="stable")[:left]] += 1
+    return np.cumsum(units)
+
+
+class MixtureSchedule:
+    """Domain, row and epoch of every position, for weights that change at declared positions.
+
+    Only the process that made it may publish; processes started by it see each new stage at once and whole.
+
+    Args:
+        weights: name -> weight of the stage that begins at position 0; its order is the order of the domains.
+        sizes: name -> rows (sequences) of the domain; >= 1 wherever a weight is positive.
+        seed: 0 to 2**63 - 1.
+        block: positions a keyed permutation scatters, best the global batch size; part of the state.
+
+    Raises:
+        ValueError: names that do not match, weights that are not a distribution, sizes, seed or block out of range.
+    """
+
+    def __init__(self, weights: Mapping[str, float], sizes: Mapping[str, int], seed: int = 0, block: int = 256) -> None:
+        self._setup(tuple(weights), matched(sizes, tuple(weights), "sizes"), seed, block)
+        self._write(0, [_Stage(0, 0, None, self._cdf(weights), np.zeros(len(self.names), np.int64))])
+
+    def _setup(self, names: Sequence[str], sizes: Sequence[int], seed: int, block: int) -> None:
+        self.names = tuple(names)
+        self.sizes = dict(zip(self.names, (operator.index(size) for size in sizes), strict=True))
+        self.seed, self.block = operator.index(seed), operator.index(block)
+        if not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"domain names must be strings: {list(self.names)}")
+        if small := [name for name, size in self.sizes.items() if not 0 <= size < 1 << 62]:
+            raise ValueError(f"sizes must be numbers of rows from 0 to 2**62: {small[0]!r} has {self.sizes[small[0]]}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
+        if not 1 <= self.block <= MAX_BLOCK:
+            raise ValueError(f"block must be from 1 to {MAX_BLOCK} (best the global batch size), not {block}")
+        self._rows_of = np.array(list(self.sizes.values()), np.uint64)
+        self._row_keys = mix(self.seed, _ROW_KEY, np.arange(len(self.names)))
+        # Row 0: generation, number of stages. Row 1 + s: stage s with its start, declared end, cdf and base.
+        self._table = SharedArray((1 + MAX_STAGES, 2 + 2 * len(self.names)))
+
+    def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
+        """Begin a stage at position `start`; positions before it stay what they were.
+
+        Args:
+            weights: name -> weight, or an `integer_cdf` computed elsewhere (by rank 0, say), in the domains' order.
+            start: first position of the stage; the end of the last stage if that was declared.
+            end: where the stage ends; None leaves it open. Positions from there on are undecided.
+
+        Raises:
+            ValueError: a start in the past or with a gap before it, an end not beyond start, bad weights.
+            RuntimeError: `MAX_STAGES` are published already.
+        """
+        start, last = operator.index(start), self._stage(self._count - 1)
+        if start <= last.start:
+            raise ValueError(
+                f"start={start} is in the past: stage {last.number} began at position {last.start}, and what is"
+                f" published stays; publish from position {last.start + 1} on"
+            )
+        if last.end is not None and start != last.end:
+            raise ValueError(f"start={start}: the last stage ends at {last.end}, so the next one starts at {last.end}")
+        if self._count == MAX_STAGES:
+            raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
+        number, end = self._count, _checked_end(start, end)
+        self._write(number, [_Stage(number, start, end, self._cdf(weights), self._counts_in(last, start))])
+
+    def hold(self, end: int) -> None:
+        """Declare that the last stage ends at `end`: positions from there on are undecided until a stage is published.
+
+        Raises:
+            ValueError: `end` is not beyond the stage's start, or another end was declared.
+        """
+        last = self._stage(self._count - 1)
+        if last.end not in (None, end):
+            raise ValueError(f"end={end}: the last stage was declared to end at {last.end}, and that stays")
+        _checked_end(last.start, end)
+        self._table.array[self._count, 1] = end
+
+    @property
+    def end(self) -> int | None:
+        """First undecided position; None while the last stage is open."""
+        return _end(self._table.array[self._count, 1])
+
+    @property
+    def generation(self) -> int:
+        """Grows when a stage is published or a state loaded: what was assigned before may then be outdated."""
+        return int(self._table.array[0, 0])
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Every published stage, oldest first."""
+        rows = [self._stage(number) for number in range(self._count)]
+        ends = [*(row.start for row in rows[1:]), self.end]  # an open stage ends where the next one was published
+        return [Stage(row.start, end, self._floats(row.cdf)) for row, end in zip(rows, ends, strict=True)]
+
+    def check_decided(self, start: int, stop: int) -> None:
+        """Nothing, if every position of [start, stop) has its stage.
+
+        Raises:
+            Undecided: `stop` is beyond the last stage's declared end.
+            ValueError: not 0 <= start <= stop < 2**62.
+        """
+        if not 0 <= start <= stop < 1 << 62:
+            raise ValueError(f"positions must be 0 <= start <= stop < 2**62, not start={start}, stop={stop}")
+        end = self.end
+        if end is not None and stop > end:
+            raise Undecided(
+                f"position {max(start, end)} is not decided yet: the last stage ends at {end};"
+                f" publish the next one first, publish(weights, start={end})"
+            )
+
+    def weights_at(self, position: int) -> dict[str, float]:
+        """Weights, name -> float, of the stage in which `position` lies.
+
+        Raises:
+            Undecided: `position` is beyond the last stage's declared end.
+        """
+        self.check_decided(position, position + 1)
+        return self._floats(self._stage_at(position).cdf)
+
+    def assign(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
+        """Domain number, row within the domain and epoch of the domain, for every position of [start, stop).
+
+        Returns:
+            three int64 arrays of shape [stop - start].
+
+        Raises:
+            Undecided: `stop` is beyond the last stage's declared end.
+            ValueError: not 0 <= start <= stop < 2**62.
+        """
+        self.check_decided(start, stop)
+        starts = self._table.array[1 : 1 + self._count, 0].tolist()
+        pieces = [(np.zeros(0, np.int64),) * 3]
+        while start < stop:
+            number = bisect_right(starts, start) - 1
+            last = min(stop, start + _CHUNK, *starts[number + 1 : number + 2])
+            pieces.append(self._assign_in(self._stage(number), start, last))
+            start = last
+        domain, row, epoch = map(np.concatenate, zip(*pieces, strict=True))
+        return domain, row, epoch
+
+    def counts(self, position: int) -> Ints:
+        """Draws of each domain before `position`, int64[n_domains], in time that does not grow with the position.
+
+        Raises:
+            Undecided: `position` is beyond the last stage's declared end.
+            ValueError: not 0 <= position < 2**62.
+        """
+        self.check_decided(0, position)
+        return self._counts_in(self._stage_at(position), position)
+
+    def rows(self, domain: int | Ints, draws: Ints) -> tuple[Ints, Ints]:
+        """Row and epoch of a domain's draws, counted from 0; each epoch is a permutation of the domain's rows.
+
+        Args:
+            domain: number of the domain, or one for each draw.
+            draws: int64[n] >= 0.
+
+        Returns:
+            row and epoch, int64[n] each.
+        """
+        numbers = draws.astype(np.uint64)
+        size = self._rows_of[domain]
+        epoch = numbers // size
+        row = permute(numbers - epoch * size, size, mix(self._row_keys[domain], epoch))
+        return row.astype(np.int64), epoch.astype(np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the order depends on, as JSON-able values."""
+        rows = [self._stage(number) for number in range(self._count)]
+        return {
+            "version": _VERSION,
+            "seed": self.seed,
+            "block": self.block,
+            "names": list(self.names),
+            "sizes": list(self.sizes.values()),
+            "stages": [
+                {"start": row.start, "end": row.end, "cdf": row.cdf.tolist(), "base": row.base.tolist()} for row in rows
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace all stages by those of a state made by `state_dict`; nothing changes if it does not fit.
+
+        Raises:
+            ValueError: the state is of other domains, sizes, seed or block, or its stages do not fit together.
+        """
+        if differences := self.differences(state):
+            raise ValueError("this state belongs to another schedule: " + "; ".join(differences))
+        stages: list[_Stage] = []
+        for number, saved in enumerate(state["stages"]):
+            start, cdf, base = saved["start"], self._cdf(saved["cdf"]), np.array(saved["base"], np.int64)
+            last = stages[-1] if stages else _Stage(0, -1, 0, cdf, np.zeros_like(base))
+            expected = self._counts_in(last, start) if stages else np.zeros_like(cdf)
+            if start <= last.start or last.end not in (None, start) or not np.array_equal(base, expected):
+                raise ValueError(
+                    f"damaged state: stage {number} (start {start}) does not continue the stages before it"
+                )
+            stages.append(_Stage(number, start, _checked_end(start, saved["end"]), cdf, base))
+        if not 1 <= len(stages) <= MAX_STAGES:
+            raise ValueError(f"damaged state: {len(stages)} stages, where there are 1 to {MAX_STAGES}")
+        self._write(0, stages)
+
+    def differences(self, state: Mapping[str, Any]) -> list[str]:
+        """How a state's domains, seed and block differ from these, a phrase each; a state without any can be loaded."""
+        then = dict(zip(state["names"], state["sizes"], strict=True))
+        found = [f"domain {name!r} is new" for name in self.names if name not in then]
+        found += [f"domain {name!r} is gone" for name in then if name not in self.sizes]
+        if not found and list(then) != list(self.names):
+            found.append(f"the domains' order was {list(then)} and is {list(self.names)}")
+        found += [
+            f"domain {name!r} had {then[name]} rows and has {size}"
+            for name, size in self.sizes.items()
+            if then.get(name, size) != size
+        ]
+        now = {"version": _VERSION, "seed": self.seed, "block": self.block}
+        return found + [f"{key} was {state[key]} and is {now[key]}" for key in now if state[key] != now[key]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if is_starting_process() else self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_table" in state:  # a starting process shares the table, any other copy is independent
+            self.__dict__.update(state)
+        else:
+            self._setup(state["names"], state["sizes"], state["seed"], state["block"])
+            self.load_state_dict(state)
+
+    @property
+    def _count(self) -> int:
+        return int(self._table.array[0, 1])
+
+    def _stage(self, number: int) -> _Stage:
+        row = self._table.array[1 + number]
+        return _Stage(number, int(row[0]), _end(row[1]), *np.split(row[2:], 2))
+
+    def _stage_at(self, position: int) -> _Stage:
+        return self._stage(int(np.searchsorted(self._table.array[1 : 1 + self._count, 0], position, side="right")) - 1)
+
+    def _write(self, first: int, stages: Sequence[_Stage]) -> None:
+        """Put `stages` into the table from number `first` on; what follows them is dropped."""
+        table = self._table.array
+        table[0, 1] = first
+        for stage in stages:
+            row = np.concatenate([[stage.start, _OPEN if stage.end is None else stage.end], stage.cdf, stage.base])
+            table[1 + stage.number] = row
+        # Readers in other processes look at the count only: a row they can see is whole. The generation comes last, so
+        # that what is computed from the old rows is never taken for new.
+        table[0, 1] = first + len(stages)
+        table[0, 0] += 1
+
+    def _cdf(self, weights: Weights) -> Ints:
+        if isinstance(weights, Mapping):
+            cdf = integer_cdf(matched(weights, self.names, "weights"))
+        else:
+            given = np.asarray(weights)
+            if given.dtype.kind not in "iu" or given.shape != (len(self.names),):
+                raise ValueError(
+                    f"weights must be a mapping from name to weight or the {len(self.names)} integers of an"
+                    f" integer_cdf, not {given.dtype} of shape {given.shape}"
+                )
+            cdf = given.astype(np.int64)
+            if cdf[-1] != TOTAL or (np.diff(cdf, prepend=0) < 0).any():
+                raise ValueError(f"an integer cdf must ascend from 0 to 2**32, not {cdf.tolist()[:8]}...{cdf[-1]}")
+        if empty := [
+            n for n, units in zip(self.names, np.diff(cdf, prepend=0), strict=True) if units and not self.sizes[n]
+        ]:
+            raise ValueError(f"domain {empty[0]!r} has weight but no rows: give it rows, or weight 0")
+        return cdf
+
+    def _floats(self, cdf: Ints) -> dict[str, float]:
+        return dict(zip(self.names, (np.diff(cdf, prepend=0) / TOTAL).tolist(), strict=True))
+
+    def _domains(self, stage: _Stage, first: int, count: int) -> Ints:
+        """Domain of `count` positions from the stage's position `first` on, which begins a block."""
+        position = np.arange(first, first + count, dtype=np.uint64)
+        inside = position % self.block
+        key = mix(self.seed, _BLOCK_KEY, stage.number, position // self.block)
+        scattered = position - inside + permute(inside, self.block, key)
+        return np.searchsorted(stage.cdf, golden(scattered, self._offset(stage)), side="right")
+
+    def _offset(self, stage: _Stage) -> int:
+        return int(mix(self.seed, _OFFSET_KEY, stage.number)) % TOTAL
+
+    def _counts_in(self, stage: _Stage, position: int) -> Ints:
+        """Draws of each domain before `position`, which lies in `stage` or at its end."""
+        inside = (position - stage.start) % self.block
+        whole = position - stage.start - inside
+        partial = np.bincount(self._domains(stage, whole, inside), minlength=len(self.names))
+        # A block's permutation stays within the block, so whole blocks hold the plain golden-ratio sequence.
+        return stage.base + interval_counts(whole, self._offset(stage), stage.cdf) + partial
+
+    def _assign_in(self, stage: _Stage, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
+        inside = (start - stage.start) % self.block
+        domain = self._domains(stage, start - stage.start - inside, stop - start + inside)[inside:]
+        drawn = np.bincount(domain, minlength=len(self.names))
+        # The n-th occurrence of a domain here is its draw before + n: number the occurrences in domain order.
+        order = np.argsort(domain.astype(np.min_scalar_type(len(self.names))), kind="stable")  # small types: radix sort
+        before = self._counts_in(stage, start) - (np.cumsum(drawn) - drawn)
+        draw = np.empty_like(domain)
+        draw[order] = np.arange(len(domain)) + np.repeat(before, drawn)
+        return domain, *self.rows(domain, draw)
+
+
+def _end(value: np.int64) -> int | None:
+    return None if value == _OPEN else int(value)
+
+
+def _checked_end(start: int, end: int | None) -> int | None:
+    if end is not None and operator.index(end) <= start:
+        raise ValueError(f"end={end} is not beyond start={start}")
+    return end
+
+
+def matched(values: Mapping[str, Any], names: Sequence[str], what: str) -> list[Any]:
+    """`values` in the order of `names`; a ValueError names those that are missing or unknown."""
+    missing, extra = [n for n in names if n not in values], [n for n in values if n not in names]
+    if missing or extra:
+        raise ValueError(f"{what} must have the domains {list(names)}: missing {missing}, unknown {extra}")
+    return [values[name] for name in names]

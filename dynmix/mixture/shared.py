@@ -1,0 +1,67 @@
+"""Integers in memory that worker processes see and may write, whether they are forked or spawned.
+
+Knows nothing of what the integers mean.
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.reduction import DupFd
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class SharedArray:
+    """An int64 array, zero at first, shared with every process that is started while this one holds it.
+
+    Memory is taken page by page when it is first written, so a large shape costs nothing; it has no name anywhere and
+    is given back when the last process ends, killed or not. Sent to a starting process it stays one memory; pickled or
+    copied in any other way it becomes an independent copy of its content.
+
+    Args:
+        shape: shape of `array`.
+
+    Attributes:
+        array: the integers, a writable view on the shared memory.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        file = _anonymous_file()
+        file.truncate(8 * int(np.prod(shape)))
+        self._map(file, shape)
+
+    def _map(self, file: IO[bytes], shape: tuple[int, ...]) -> None:
+        self._file = file  # kept open: its descriptor is what a spawned process is given
+        self.array: npt.NDArray[np.int64] = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64).reshape(shape)
+
+    def __reduce__(self) -> tuple[Callable[..., "SharedArray"], tuple[Any, ...]]:
+        if get_spawning_popen() is None:
+            return _copy, (self.array.copy(),)
+        return _attach, (DupFd(self._file.fileno()), self.array.shape)
+
+
+def is_starting_process() -> bool:
+    """Whether pickling happens now on behalf of a child process that is being started."""
+    return get_spawning_popen() is not None
+
+
+def _anonymous_file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("dynmix"), "r+b")
+    return tempfile.TemporaryFile()
+
+
+def _copy(content: npt.NDArray[np.int64]) -> SharedArray:
+    twin = SharedArray(content.shape)
+    twin.array[...] = content
+    return twin
+
+
+def _attach(descriptor: Any, shape: tuple[int, ...]) -> SharedArray:
+    shared = SharedArray.__new__(SharedArray)
+    shared._map(os.fdopen(descriptor.detach(), "r+b"), shape)
+    return shared

@@ -1,0 +1,340 @@
+import json
+import multiprocessing
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader  # type: ignore[import-untyped]
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+
+from dynmix.mixture import dataset as module
+from dynmix.mixture.dataset import MixtureDataset, PackedSequences
+from dynmix.mixture.schedule import Undecided
+from dynmix.mixture.store import TokenStore
+
+LENGTH = 6
+half = {"a": 0.5, "b": 0.5}
+
+
+def plain(rows: int, first: int = 0, length: int = LENGTH) -> list[dict[str, Any]]:
+    """Row r holds first + r, `length` times."""
+    return [{"input_ids": [first + row] * length} for row in range(rows)]
+
+
+def make(**options: Any) -> MixtureDataset:
+    options = {"weights": {"a": 0.25, "b": 0.75}, "num_samples": 1000, "block": 16, **options}
+    return MixtureDataset({"a": plain(40), "b": plain(90, 1000)}, **options)
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> dict[str, TokenStore]:
+    rng = np.random.default_rng(0)
+    return {
+        name: TokenStore.write(tmp_path / name, [rng.integers(0, 5000, n) for n in rng.integers(1, 90, documents)])
+        for name, documents in (("a", 20), ("b", 45))
+    }
+
+
+def first_tokens(loader: Any) -> list[int]:
+    return [int(row[0]) for batch in loader for row in batch["input_ids"]]
+
+
+def test_item_g_is_the_row_the_schedule_says() -> None:
+    dataset = make()
+    domain, row, _ = dataset.schedule.assign(0, 1000)
+    batch = dataset.__getitems__(list(range(1000)))
+    for position in (0, 1, 17, 500, 999):
+        expected = int(row[position]) + 1000 * int(domain[position])
+        for item in (dataset[position], batch[position]):
+            assert item["input_ids"].tolist() == item["labels"].tolist() == [expected] * LENGTH
+            assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
+            assert item["domain"] == domain[position]
+    assert len(dataset) == 1000
+    assert dataset.domains == ("a", "b")
+    assert dataset.sizes == {"a": 40, "b": 90}
+    assert dataset.sequence_length == LENGTH
+
+
+def test_labels_may_be_masked_without_touching_the_inputs() -> None:
+    item = make().__getitems__([0, 1])[0]
+    item["labels"][:] = -100
+    assert (item["input_ids"] >= 0).all()
+
+
+def test_token_stores_are_cut_end_to_end(stores: dict[str, TokenStore]) -> None:
+    flat = np.concatenate(list(stores["a"]))
+    packed = PackedSequences(stores["a"], 32)
+    assert len(packed) == len(flat) // 32
+    for row in (0, 1, len(packed) - 1, -1):
+        expected = flat[: len(packed) * 32].reshape(-1, 32)[row]
+        assert packed[row]["input_ids"].tolist() == expected.tolist()
+    for row in (len(packed), -len(packed) - 1):
+        with pytest.raises(IndexError, match="sequence"):
+            packed[row]
+    dataset = MixtureDataset({"a": stores["a"], "b": stores["b"].path}, num_samples=300, sequence_length=32)
+    domain, rows, _ = dataset.schedule.assign(0, 300)
+    for item, d, r in zip(dataset.__getitems__(list(range(300))), domain.tolist(), rows.tolist(), strict=True):
+        expected = stores["ab"[d]].tokens[r * 32 : r * 32 + 32]
+        assert item["input_ids"].tolist() == dataset.sequence("ab"[d], r)["labels"].tolist() == expected.tolist()
+
+
+def test_a_store_and_its_sequences_as_a_list_give_one_stream(stores: dict[str, TokenStore]) -> None:
+    lists = {name: list(PackedSequences(store, 32)) for name, store in stores.items()}
+    ours = MixtureDataset(stores, num_samples=200, sequence_length=32).__getitems__(list(range(200)))
+    theirs = MixtureDataset(lists, num_samples=200).__getitems__(list(range(200)))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_named_weights() -> None:
+    assert make(weights="natural").schedule.weights_at(0) == pytest.approx({"a": 40 / 130, "b": 90 / 130})
+    assert make(weights="uniform").schedule.weights_at(0) == half
+    assert make(weights={"b": 0.75, "a": 0.25}).schedule.names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("domains", "options", "message"),
+    [
+        ({}, {}, "domains is empty"),
+        ({"a": plain(3), "b": []}, {}, "domain 'b' has not one whole sequence"),
+        ({"a": plain(3), "b": plain(3, length=4)}, {}, "here 6: in domain 'b' it is 4"),
+        ({"a": plain(3)}, {"sequence_length": 5}, "here 5: in domain 'a' it is 6"),
+        ({"a": [{"text": "x"}]}, {}, "item 0 of domain 'a' is no dict with input_ids"),
+        ({"a": [{"input_ids": [0.5]}]}, {}, "input_ids of item 0 of domain 'a' are float64"),
+        ({"a": iter([])}, {}, "domain 'a' is a list_iterator"),
+        ({"a": plain(3)}, {"num_samples": 0}, "num_samples must be at least 1"),
+        ({"a": plain(3)}, {"weights": "equal"}, 'give "natural", "uniform" or'),
+        ({"a": plain(3)}, {"weights": {"c": 1.0}}, r"weights must have .* missing \['a'\], unknown \['c'\]"),
+    ],
+)
+def test_bad_arguments_are_named(domains: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixtureDataset(domains, **{"num_samples": 10, **options})
+
+
+def test_stores_that_cannot_be_cut_are_named(stores: dict[str, TokenStore]) -> None:
+    with pytest.raises(ValueError, match="sequence_length is missing: domain 'a'"):
+        MixtureDataset(stores, num_samples=10)
+    tokens = len(stores["a"].tokens)
+    with pytest.raises(ValueError, match=rf"domain 'a' has not one whole sequence \({tokens} tokens, of 100000\)"):
+        MixtureDataset(stores, num_samples=10, sequence_length=100_000)
+
+
+def test_a_sequence_of_another_length_is_named_when_it_is_read() -> None:
+    dataset = MixtureDataset({"a": [*plain(3), {"input_ids": [1]}]}, num_samples=10)
+    with pytest.raises(ValueError, match="sequence 3 of domain 'a' has 1 tokens, not 6"):
+        dataset.__getitems__(list(range(10)))
+
+
+@pytest.mark.parametrize("position", [-1, 1000])
+def test_positions_outside_are_index_errors(position: int) -> None:
+    with pytest.raises(IndexError, match=f"position {position}"):
+        make()[position]
+    with pytest.raises(IndexError, match=f"position {position}"):
+        make().__getitems__([position])
+    with pytest.raises(IndexError, match="row 40 of domain 'a'"):
+        make().sequence("a", 40)
+
+
+def test_the_order_is_the_same_for_all_batches_and_workers() -> None:
+    orders = [
+        first_tokens(DataLoader(make(), batch_size=size, num_workers=workers))
+        for size, workers in ((1, 0), (7, 0), (64, 0), (5, 2))
+    ]
+    assert orders[0] == orders[1] == orders[2] == orders[3]
+    assert len(set(orders[0])) == 130
+
+
+def swap_at(dataset: MixtureDataset, boundary: int, **options: Any) -> list[int]:
+    """Order of a stream whose second stage is published when everything before it was handed out."""
+    dataset.schedule.hold(boundary)
+    order: list[int] = []
+    for batch in DataLoader(dataset, batch_size=8, **options):
+        order += batch["input_ids"][:, 0].tolist()
+        if len(order) == boundary:
+            assert dataset.schedule.end == boundary
+            dataset.publish({"a": 1.0, "b": 0.0}, start=boundary)
+    return order
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_stage_published_while_workers_wait_begins_at_its_position(
+    method: str, stores: dict[str, TokenStore]
+) -> None:
+    options: dict[str, Any] = {"weights": {"a": 0.1, "b": 0.9}, "num_samples": 200, "sequence_length": 32}
+    expected = swap_at(MixtureDataset(stores, **options), 64)
+    dataset = MixtureDataset(stores, **options)
+    # The timeout makes a stage that never arrives a failure instead of a hang.
+    order = swap_at(dataset, 64, num_workers=2, multiprocessing_context=method, timeout=60)
+    assert order == expected
+    domain = dataset.schedule.assign(0, 200)[0]
+    assert domain[:64].sum() >= 56
+    assert (domain[64:] == 0).all()
+    assert dataset.read_until == 200
+    assert dataset.read_size == 8
+
+
+def test_a_stage_published_ahead_is_seen_though_positions_beyond_it_were_assigned_before() -> None:
+    dataset = make()
+    first = dataset.__getitems__(list(range(8)))
+    dataset.publish({"a": 1.0, "b": 0.0}, start=8)
+    assert [item["domain"] for item in dataset.__getitems__(list(range(8, 100)))] == [0] * 92
+    assert {item["domain"] for item in first} == {0, 1}
+
+
+def test_the_main_process_never_waits() -> None:
+    dataset = make()
+    dataset.schedule.hold(20)
+    dataset.__getitems__(list(range(16)))
+    for look in (lambda: dataset[20], lambda: dataset.__getitems__(list(range(16, 32)))):
+        with pytest.raises(Undecided, match=r"position 20 .*publish\(weights, start=20\)"):
+            look()
+    assert dataset.read_until == 16
+    dataset.publish(half, start=20)
+    assert len(dataset.__getitems__(list(range(16, 32)))) == 16
+
+
+def test_a_worker_whose_parent_is_gone_stops_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    process.start()
+    process.join()
+    dataset = make()
+    dataset.schedule.hold(20)
+    monkeypatch.setattr(module, "get_worker_info", lambda: type("Worker", (), {"id": 0}))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: process)
+    with pytest.raises(RuntimeError, match="parent process ended before it published the stage of position 20"):
+        dataset.__getitems__(list(range(16, 24)))
+
+
+def test_what_was_read_cannot_be_published_again() -> None:
+    dataset = make()
+    assert (dataset.read_until, dataset.read_size) == (0, 0)
+    dataset.__getitems__(list(range(24)))
+    dataset.__getitems__(list(range(24, 30)))
+    dataset[900]
+    assert (dataset.read_until, dataset.read_size) == (30, 24)
+    with pytest.raises(ValueError, match="start=29: position already read by the loader, which is at 30"):
+        dataset.publish(half, start=29)
+    dataset.publish(half, start=30)
+
+
+@pytest.mark.parametrize(
+    "positions", [[3, 1, 2], [5, 3], [4, 4], [0, 1, 3], [998, 999, 0, 1, 3], [0, 999, 998], [2, 0, 1]]
+)
+def test_shuffled_requests_are_refused(positions: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"not read in order.*shuffle=False.*sequential"):
+        make().__getitems__(positions)
+
+
+def test_a_shuffling_loader_is_refused() -> None:
+    with pytest.raises(ValueError, match="not read in order"):
+        first_tokens(DataLoader(make(), batch_size=8, shuffle=True))
+    sampler: Any = DistributedSampler(make(), num_replicas=2, rank=0, shuffle=True)
+    with pytest.raises(ValueError, match="not read in order"):
+        first_tokens(DataLoader(make(), batch_size=8, sampler=sampler))
+
+
+@pytest.mark.parametrize("num_samples", [96, 100, 101, 127])
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_the_shards_of_known_samplers_are_in_order(num_samples: int, world: int) -> None:
+    def requests(rank: int) -> Sequence[list[list[int]]]:
+        distributed: Any = DistributedSampler(make(num_samples=num_samples), world, rank, shuffle=False)
+        whole = BatchSampler(SequentialSampler(range(num_samples)), 4, drop_last=False)
+        wide = BatchSampler(SequentialSampler(range(num_samples)), 4 * world, drop_last=False)
+        return [
+            list(BatchSampler(distributed, 4, drop_last=False)),
+            list(BatchSamplerShard(whole, world, rank)),
+            list(BatchSamplerShard(wide, world, rank, split_batches=True)),
+        ]
+
+    for way, shards in enumerate(zip(*(requests(rank) for rank in range(world)), strict=True)):
+        dataset = make(num_samples=num_samples)
+        expected = [dataset[position] for position in range(num_samples)]
+        read: set[int] = set()
+        for positions in (request for shard in shards for request in shard):
+            items = dataset.__getitems__(positions)
+            assert all(
+                torch.equal(item["input_ids"], expected[p]["input_ids"])
+                for item, p in zip(items, positions, strict=True)
+            )
+            read.update(positions)
+        assert read == set(range(num_samples)), way
+
+
+def test_a_loader_prepared_by_accelerate_is_accepted() -> None:
+    shards = []
+    for rank in range(2):
+        loader = DataLoader(make(num_samples=100), batch_size=8)
+        prepared = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+        shards.append([batch["input_ids"][:, 0].tolist() for batch in prepared])
+    together = [token for pair in zip(*shards, strict=True) for batch in pair for token in batch]
+    order = first_tokens(DataLoader(make(num_samples=100), batch_size=8))
+    assert together[:100] == order
+    assert together[100:] == order[: len(together) - 100]
+
+
+def test_a_state_continues_the_stream_through_json() -> None:
+    dataset = make()
+    dataset.schedule.hold(500)
+    dataset.__getitems__(list(range(480)))
+    dataset.publish({"a": 0.9, "b": 0.1}, start=500)
+    text = json.dumps(dataset.state_dict())
+    rest = [item["input_ids"][0] for item in dataset.__getitems__(list(range(480, 1000)))]
+    twin = make(weights="uniform")
+    twin.__getitems__(list(range(900)))
+    twin.load_state_dict(json.loads(text))
+    assert (twin.read_until, twin.read_size) == (0, 0)
+    assert [item["input_ids"][0] for item in twin.__getitems__(list(range(480, 1000)))] == rest
+    assert json.dumps(twin.state_dict()) == text
+
+
+def test_a_loaded_state_reaches_workers() -> None:
+    dataset = make()
+    dataset.publish({"a": 0.9, "b": 0.1}, start=500)
+    twin = make(weights="uniform")
+    twin.load_state_dict(dataset.state_dict())
+    ours = first_tokens(DataLoader(dataset, batch_size=8))
+    assert first_tokens(DataLoader(twin, batch_size=8, num_workers=1, multiprocessing_context="spawn")) == ours
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    state = make().state_dict()
+    others: list[tuple[MixtureDataset, str]] = [
+        (MixtureDataset({"a": plain(40), "b": plain(91, 1000)}, num_samples=9, block=16), "'b' had 90 rows and has 91"),
+        (MixtureDataset({"a": plain(40), "c": plain(90)}, num_samples=9, block=16), "'c' is new; domain 'b' is gone"),
+        (MixtureDataset({"b": plain(90), "a": plain(40)}, num_samples=9, block=16), "order was"),
+        (MixtureDataset({"a": plain(40), "b": plain(90, 7)}, num_samples=9, block=16), "'b' has as many rows, but"),
+        (
+            MixtureDataset({"a": plain(40, length=8), "b": plain(90, length=8)}, num_samples=9, block=16),
+            "sequence_length was 6 and is 8",
+        ),
+        (make(seed=5), "seed was 0 and is 5"),
+    ]
+    for other, message in others:
+        before = other.state_dict()
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+        assert other.state_dict() == before
+
+
+def test_other_documents_in_a_store_are_other_data(tmp_path: Path) -> None:
+    def dataset(documents: list[list[int]]) -> MixtureDataset:
+        store = TokenStore.write(tmp_path / "a", [np.array(document) for document in documents])
+        return MixtureDataset({"a": store}, num_samples=4, sequence_length=2)
+
+    state = dataset([[1, 2, 3], [4, 5, 6]]).state_dict()
+    dataset([[1, 2, 3], [4, 5, 6]]).load_state_dict(state)
+    for changed in ([[1, 2], [3, 4, 5, 6]], [[1, 2, 3], [4, 5, 7]]):
+        with pytest.raises(ValueError, match="domain 'a' has as many rows, but their content changed"):
+            dataset(changed).load_state_dict(state)
+
+
+def test_stores_are_pickled_by_path(tmp_path: Path) -> None:
+    store = TokenStore.write(tmp_path / "big", [np.zeros(3_000_000, np.uint16)])
+    dataset = MixtureDataset({"big": store}, num_samples=10, sequence_length=100)
+    content = pickle.dumps(dataset)
+    assert len(content) < store.tokens.nbytes / 10
+    assert torch.equal(pickle.loads(content)[3]["input_ids"], dataset[3]["input_ids"])

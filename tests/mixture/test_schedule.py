@@ -1,0 +1,325 @@
+import copy
+import itertools
+import json
+import pickle
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynmix.mixture import schedule as module
+from dynmix.mixture.golden import TOTAL
+from dynmix.mixture.schedule import MixtureSchedule, Undecided, integer_cdf
+
+FAR = 10**12
+names = ["web", "code", "books", "law", "noise"]
+shares = st.lists(st.one_of(st.just(0.0), st.floats(1e-7, 1)), min_size=5, max_size=5).filter(lambda w: sum(w) > 0)
+
+
+def weights_of(values: list[float]) -> dict[str, float]:
+    return {name: value / sum(values) for name, value in zip(names, values, strict=True)}
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> MixtureSchedule:
+    sizes = {name: draw(st.integers(1, 400)) for name in names}
+    made = MixtureSchedule(
+        weights_of(draw(shares)), sizes, seed=draw(st.integers(0, 2**63 - 1)), block=draw(st.integers(1, 300))
+    )
+    start = 0
+    for length in draw(st.lists(st.integers(1, 900), max_size=3)):
+        start += length
+        made.publish(weights_of(draw(shares)), start)
+    return made
+
+
+def two_stages(**options: Any) -> MixtureSchedule:
+    made = MixtureSchedule({"a": 0.25, "b": 0.75}, {"a": 50, "b": 70}, **options)
+    made.publish({"b": 0.1, "a": 0.9}, start=1000)
+    return made
+
+
+@given(made=schedules(), cuts=st.lists(st.integers(0, 3000), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_counts_and_rows_agree_with_counting_one_by_one(made: MixtureSchedule, cuts: list[int]) -> None:
+    domain, row, epoch = (array.tolist() for array in made.assign(0, 3000))
+    drawn: Counter[int] = Counter()
+    seen: dict[tuple[int, int], set[int]] = {}
+    counts_at = {}
+    for position in range(3000):
+        counts_at[position] = [drawn[number] for number in range(5)]
+        d, r, e = domain[position], row[position], epoch[position]
+        size = made.sizes[names[d]]
+        assert e == drawn[d] // size
+        assert 0 <= r < size
+        assert r not in seen.setdefault((d, e), set())  # `size` different rows: each epoch is a permutation
+        seen[d, e].add(r)
+        drawn[d] += 1
+    for cut in [*cuts, *(stage.start for stage in made.stages)]:
+        if cut < 3000:
+            assert made.counts(cut).tolist() == counts_at[cut]
+
+
+@given(
+    made=schedules(),
+    origin=st.sampled_from([0, FAR, 2**61]),
+    cuts=st.lists(st.integers(0, 2000), min_size=1, max_size=8),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_chunking_gives_the_same(made: MixtureSchedule, origin: int, cuts: list[int]) -> None:
+    whole = np.array(made.assign(origin, origin + 2000))
+    bounds = [0, *sorted(cuts), 2000]
+    parts = [made.assign(origin + a, origin + b) for a, b in itertools.pairwise(bounds)]
+    assert (np.concatenate([np.array(part) for part in parts], axis=1) == whole).all()
+    drawn = made.counts(origin + cuts[0]) - made.counts(origin)
+    assert drawn.tolist() == np.bincount(whole[0, : cuts[0]], minlength=5).tolist()
+
+
+def test_chunks_inside_a_call_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = two_stages(block=96)
+    whole = made.assign(0, 5000)
+    monkeypatch.setattr(module, "_CHUNK", 97)
+    assert all((a == b).all() for a, b in zip(made.assign(0, 5000), whole, strict=True))
+
+
+def test_far_positions_are_exact() -> None:
+    made = MixtureSchedule({"a": 0.3, "b": 0.7}, {"a": 1000, "b": 10**9}, block=256)
+    counts = made.counts(FAR)
+    assert counts.sum() == FAR
+    assert abs(counts - np.array([0.3, 0.7]) * FAR).max() < 400  # 2**-32 of rounding over 10**12 draws is 233
+    domain, row, epoch = made.assign(FAR, FAR + 100)
+    first = int(np.argmax(domain == 0))
+    assert epoch[first] == counts[0] // 1000
+    assert row[first] == made.rows(0, counts[:1])[0][0]
+
+
+def test_epochs_are_different_permutations() -> None:
+    made = two_stages()
+    row, epoch = made.rows(1, np.arange(210))
+    orders = row.reshape(3, 70)
+    assert epoch.tolist() == [0] * 70 + [1] * 70 + [2] * 70
+    assert (np.sort(orders) == np.arange(70)).all()
+    assert (orders[0] != orders[1]).sum() > 50 < (orders[1] != orders[2]).sum()
+    other_seed = MixtureSchedule({"a": 0.25, "b": 0.75}, {"a": 50, "b": 70}, seed=1)
+    assert (other_seed.rows(1, np.arange(70))[0] != orders[0]).sum() > 50
+
+
+def test_weight_zero_is_never_drawn_and_a_small_one_is() -> None:
+    weights = {"none": 0.0, "tiny": 1e-5, "rest": 1 - 1e-5, "last": 0.0}
+    made = MixtureSchedule(weights, {"none": 0, "tiny": 100, "rest": 1000, "last": 7})
+    counts = made.counts(10**6)
+    assert counts[[0, 3]].tolist() == [0, 0]
+    assert abs(counts[1] - 10) <= 2
+    assert made.counts(FAR)[[0, 3]].tolist() == [0, 0]
+
+
+def test_a_term_on_the_border_belongs_to_the_upper_domain() -> None:
+    made = MixtureSchedule({"none": 0.0, "low": 0.5, "high": 0.5}, {"none": 0, "low": 9, "high": 9}, block=1)
+    offset = made._offset(made._stage(0))
+    for term, domain in ((0, 1), (TOTAL // 2 - 1, 1), (TOTAL // 2, 2), (TOTAL - 1, 2)):
+        position = (term - offset) * pow(2654435769, -1, TOTAL) % TOTAL  # a block of one scatters nothing
+        assert made.assign(position, position + 1)[0].tolist() == [domain]
+        assert (made.counts(position + 1) - made.counts(position))[domain] == 1
+
+
+def test_every_prefix_keeps_the_proportions() -> None:
+    rng = np.random.default_rng(0)
+    ours, independent = np.zeros(3), np.zeros(3)
+    for trial in range(5):
+        weights = rng.dirichlet(np.ones(8))
+        domains = {f"d{k}": float(weight) for k, weight in enumerate(weights)}
+        made = MixtureSchedule(domains, dict.fromkeys(domains, 1000), seed=trial)
+        draws = rng.choice(8, size=100_000, p=weights)
+        for at, n in enumerate((1_000, 10_000, 100_000)):
+            ours[at] += np.abs(made.counts(n) / n - weights).sum()
+            independent[at] += np.abs(np.bincount(draws[:n], minlength=8) / n - weights).sum()
+    assert (ours <= independent / 5).all(), (ours, independent)
+
+
+def test_no_order_is_left_between_the_domains_of_a_block() -> None:
+    made = MixtureSchedule({"a": 0.5, "b": 0.5}, {"a": 10**6, "b": 10**6}, block=256)
+    domain = made.assign(0, 256 * 400)[0].reshape(400, 256)
+    assert np.abs(domain.sum(axis=1) - 128).max() <= 3
+    follows = (domain[:, 1:] == domain[:, :-1]).mean()  # the bare golden-ratio sequence alternates: 0.24
+    assert abs(follows - 0.5) < 0.02
+
+
+@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-300, 1)), min_size=1, max_size=50).filter(lambda w: sum(w) > 0))
+@settings(deadline=None)
+def test_an_integer_cdf_keeps_every_positive_weight(values: list[float]) -> None:
+    weights = np.array(values) / sum(values)
+    units = np.diff(integer_cdf(weights), prepend=0)
+    assert units.sum() == TOTAL
+    assert ((units > 0) == (weights > 0)).all()
+    assert np.abs(units - weights * TOTAL).max() <= len(values) + 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5, 0.6], "sum to 1.1, not to 1: divide"),
+        ([0.5, 0.5 + 3e-6], "sum to 1.000003"),
+        ([-0.5, 1.5], "weight -0.5 of domain number 0"),
+        ([0.5, float("nan")], "weight nan of domain number 1"),
+        ([0.0, 0.0], "sum to 0"),
+        ([[1.0]], "shape"),
+        ([], "shape"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        integer_cdf(weights)
+
+
+def test_sums_almost_one_are_normalised() -> None:
+    assert integer_cdf([0.5, 0.5 + 4e-7])[-1] == TOTAL
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sizes": {"a": 1}}, r"missing \['b'\], unknown \[\]"),
+        ({"sizes": {"a": 1, "b": 2, "c": 3}}, r"unknown \['c'\]"),
+        ({"sizes": {"a": 0, "b": 2}}, "'a' has weight but no rows"),
+        ({"sizes": {"a": -1, "b": 2}}, "'a' has -1"),
+        ({"seed": -1}, "seed must be"),
+        ({"block": 0}, "block must be"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"weights": {"a": 0.5, "b": 0.5}, "sizes": {"a": 1, "b": 2}}
+    with pytest.raises(ValueError, match=message):
+        MixtureSchedule(**{**arguments, **change})
+
+
+def test_publishing_leaves_the_past_and_changes_the_rest() -> None:
+    made = MixtureSchedule({"a": 0.25, "b": 0.75}, {"a": 50, "b": 70})
+    before = made.assign(0, 2000)
+    made.publish({"a": 1.0, "b": 0.0}, start=1000)
+    after = made.assign(0, 2000)
+    assert all((old[:1000] == new[:1000]).all() for old, new in zip(before, after, strict=True))
+    assert (after[0][1000:] == 0).all()
+    assert made.weights_at(999) == pytest.approx({"a": 0.25, "b": 0.75})
+    assert made.weights_at(1000) == {"a": 1.0, "b": 0.0}
+    assert [(stage.start, stage.end) for stage in made.stages] == [(0, 1000), (1000, None)]
+
+
+def test_a_cdf_computed_elsewhere_gives_the_same_stage() -> None:
+    by_name, by_integers = two_stages(), MixtureSchedule({"a": 0.25, "b": 0.75}, {"a": 50, "b": 70})
+    by_integers.publish(integer_cdf([0.9, 0.1]), start=1000)
+    assert by_name.state_dict() == by_integers.state_dict()
+
+
+def test_undecided_positions() -> None:
+    made = two_stages()
+    made.hold(2000)
+    assert made.end == 2000
+    made.assign(1990, 2000)
+    assert made.counts(2000).sum() == 2000
+    for look in (lambda: made.assign(1990, 2001), lambda: made.counts(2001), lambda: made.weights_at(2000)):
+        with pytest.raises(Undecided, match=r"position 2000 is not decided yet.*publish\(weights, start=2000\)"):
+            look()
+    made.publish({"a": 0.0, "b": 1.0}, start=2000, end=3000)
+    assert (made.assign(2000, 3000)[0] == 1).all()
+    with pytest.raises(Undecided, match="position 3000"):
+        made.assign(2500, 4000)
+
+
+def test_stages_that_do_not_follow_are_refused() -> None:
+    made = two_stages()
+    half = {"a": 0.5, "b": 0.5}
+    for start in (0, 999, 1000):
+        with pytest.raises(ValueError, match=f"start={start} is in the past"):
+            made.publish(half, start=start)
+    with pytest.raises(ValueError, match="end=1000 is not beyond"):
+        made.hold(1000)
+    made.hold(2000)
+    made.hold(2000)
+    with pytest.raises(ValueError, match="declared to end at 2000"):
+        made.hold(2001)
+    for start in (1500, 2500):
+        with pytest.raises(ValueError, match="the next one starts at 2000"):
+            made.publish(half, start=start)
+    with pytest.raises(ValueError, match="end=2000 is not beyond"):
+        made.publish(half, start=2000, end=2000)
+    for wrong in (np.array([0.5, 1.0]), np.array([1, TOTAL - 1]), np.array([TOTAL]), np.array([TOTAL + 1, TOTAL])):
+        with pytest.raises(ValueError, match="integer"):
+            made.publish(wrong, start=2000)
+    assert len(made.stages) == 2
+
+
+def test_a_full_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_STAGES", 2)
+    made = two_stages()
+    with pytest.raises(RuntimeError, match="all 2 stages"):
+        made.publish({"a": 0.5, "b": 0.5}, start=2000)
+
+
+@given(made=schedules(), held=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_state_brings_back_the_same_order(made: MixtureSchedule, held: bool) -> None:
+    if held:
+        made.hold(4000)
+    text = json.dumps(made.state_dict())
+    twin = MixtureSchedule(made.stages[-1].weights, made.sizes, seed=made.seed, block=made.block)
+    twin.load_state_dict(json.loads(text))
+    assert json.dumps(twin.state_dict()) == text
+    assert twin.stages == made.stages
+    assert (np.array(twin.assign(500, 4000)) == np.array(made.assign(500, 4000))).all()
+
+
+def test_a_state_is_small() -> None:
+    made = two_stages()
+    made.publish({"a": 0.5, "b": 0.5}, start=FAR)
+    assert len(json.dumps(made.state_dict())) < 1000
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_is_equal_and_independent(make_copy: Any) -> None:
+    made = two_stages()
+    twin = make_copy(made)
+    assert twin.state_dict() == made.state_dict()
+    made.publish({"a": 0.5, "b": 0.5}, start=5000)
+    assert len(twin.stages) == 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes", "options", "message"),
+    [
+        ({"a": 0.5, "c": 0.5}, {"a": 50, "c": 70}, {}, "domain 'c' is new; domain 'b' is gone"),
+        ({"b": 0.5, "a": 0.5}, {"a": 50, "b": 70}, {}, r"order was \['a', 'b'\] and is \['b', 'a'\]"),
+        ({"a": 0.5, "b": 0.5}, {"a": 50, "b": 71}, {}, "'b' had 70 rows and has 71"),
+        ({"a": 0.5, "b": 0.5}, {"a": 50, "b": 70}, {"seed": 3}, "seed was 0 and is 3"),
+        ({"a": 0.5, "b": 0.5}, {"a": 50, "b": 70}, {"block": 64}, "block was 256 and is 64"),
+    ],
+)
+def test_a_state_of_another_schedule_is_refused(weights: Any, sizes: Any, options: Any, message: str) -> None:
+    other = MixtureSchedule(weights, sizes, **options)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(two_stages().state_dict())
+    assert other.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stages: stages.clear(),
+        lambda stages: stages.pop(0),
+        lambda stages: stages.reverse(),
+        lambda stages: stages[1]["base"].reverse(),
+        lambda stages: stages[0].update(end=999),
+        lambda stages: stages[1].update(end=7),
+        lambda stages: stages[1]["cdf"].reverse(),
+    ],
+)
+def test_a_damaged_state_is_refused(damage: Any) -> None:
+    made = two_stages()
+    state = made.state_dict()
+    damage(state["stages"])
+    with pytest.raises(ValueError, match=r"damaged state|integer cdf|not beyond"):
+        made.load_state_dict(state)
+    assert made.state_dict() == two_stages().state_dict()

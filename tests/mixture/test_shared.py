@@ -1,0 +1,47 @@
+import copy
+import multiprocessing
+import pickle
+from typing import Any
+
+import pytest
+
+from dynmix.mixture.shared import SharedArray
+
+
+def write_seven(shared: SharedArray) -> None:
+    shared.array[1, 2] += 7
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_child_and_its_parent_see_each_others_writing(method: str) -> None:
+    shared = SharedArray((3, 4))
+    process: Any = multiprocessing.get_context(method).Process(target=write_seven, args=(shared,))  # type: ignore[attr-defined]
+    shared.array[1, 2] = 1
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert shared.array.sum() == shared.array[1, 2] == 8
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda shared: pickle.loads(pickle.dumps(shared))])
+def test_a_copy_has_a_memory_of_its_own(make_copy: Any) -> None:
+    shared = SharedArray((2, 2))
+    shared.array[0, 1] = 5
+    twin = make_copy(shared)
+    shared.array[0, 0] = 1
+    assert twin.array.tolist() == [[0, 5], [0, 0]]
+
+
+def test_untouched_memory_costs_nothing() -> None:
+    before = resident_pages()
+    shared = SharedArray((1 << 27,))  # 1 GiB
+    shared.array[-1] = 1
+    assert resident_pages() - before < 10_000  # 40 MiB
+
+
+def resident_pages() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+    except OSError:
+        pytest.skip("needs /proc")
