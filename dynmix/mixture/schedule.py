@@ -73,12 +73,15 @@ def integer_cdf(weights: npt.ArrayLike) -> Ints:
     total = float(share.sum())
     if not math.isclose(total, 1.0, rel_tol=0.0, abs_tol=1e-6):
         raise ValueError(f"weights sum to {total:.9g}, not to 1: divide each of them by their sum")
-    positive = share > 0
-    # One unit for each positive weight first, then largest remainders: no small weight can vanish by rounding.
-    exact = share / total * (TOTAL - int(positive.sum()))
-    units = np.floor(exact).astype(np.int64) + positive
+    # Whole units first, at least one where the weight is positive so that none vanishes by rounding, then largest
+    # remainders. Weights that are multiples of a unit stay as they are: what was published can be published again.
+    exact = share / total * TOTAL
+    units = np.maximum(np.floor(exact).astype(np.int64), share > 0)
     left = TOTAL - int(units.sum())
-    units[np.argsort(units - positive - exact, kind="stable")[:left]] += 1
+    if left > 0:
+        units[np.argsort(units - exact, kind="stable")[:left]] += 1
+    else:
+        units[np.argmax(units)] += left  # at most a unit a domain, from the one that will not miss it
     return np.cumsum(units)
 
 

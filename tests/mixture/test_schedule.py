@@ -323,3 +323,11 @@ def test_a_damaged_state_is_refused(damage: Any) -> None:
     with pytest.raises(ValueError, match=r"damaged state|integer cdf|not beyond"):
         made.load_state_dict(state)
     assert made.state_dict() == two_stages().state_dict()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=50).filter(lambda weights: sum(weights) > 1e-3))
+def test_weights_of_a_stage_can_be_published_again(weights: list[float]) -> None:
+    cdf = integer_cdf(np.array(weights) / sum(weights))
+    again = integer_cdf(np.diff(cdf, prepend=0) / TOTAL)
+    assert again.tolist() == cdf.tolist()
+    assert ((np.diff(cdf, prepend=0) > 0) == (np.array(weights) / sum(weights) > 0)).all()
