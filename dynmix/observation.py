@@ -1,0 +1,131 @@
+"""What a measurement tells a mixer: influence scores, their uncertainty, and the tasks' losses, as plain arrays.
+
+This module is the border between measuring and deciding. It knows numpy alone: no torch, no model, no mixer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Influence:
+    """Influence of every domain on every task. Arrays are copies and read-only.
+
+    Attributes:
+        scores: float64[n_tasks, n_domains]. `scores[i, j]` is the predicted decrease of task i's loss (nats per token)
+            per unit of extra weight on domain j, so positive helps: + g_i^T H^-1 g_j, the negative of Eq. 3 of TiKMiX
+            (arXiv 2508.17677). NaN where it could not be measured.
+        tasks: names of the rows.
+        domains: names of the columns.
+        standard_error: float64[n_tasks, n_domains], of the scores over the probe sequences, or None if it is not known.
+            Infinity where one side had a single sequence, NaN where the score is NaN.
+        task_loss: float64[n_tasks], nats per token, or None.
+        task_loss_standard_error: float64[n_tasks], over the task's sequences, or None.
+
+    Raises ValueError for shapes that do not fit the names, names that are empty or occur twice, negative errors.
+    """
+
+    scores: Array
+    tasks: tuple[str, ...]
+    domains: tuple[str, ...]
+    standard_error: Array | None
+    task_loss: Array | None
+    task_loss_standard_error: Array | None
+
+    def __init__(
+        self,
+        scores: ArrayLike,
+        tasks: Sequence[str],
+        domains: Sequence[str],
+        standard_error: ArrayLike | None = None,
+        task_loss: ArrayLike | None = None,
+        task_loss_standard_error: ArrayLike | None = None,
+    ) -> None:
+        tasks, domains = _names("tasks", tasks), _names("domains", domains)
+        matrix, row = (len(tasks), len(domains)), (len(tasks),)
+        error = None if standard_error is None else _array("standard_error", standard_error, matrix)
+        loss = None if task_loss is None else _array("task_loss", task_loss, row)
+        loss_error = (
+            None
+            if task_loss_standard_error is None
+            else _array("task_loss_standard_error", task_loss_standard_error, row)
+        )
+        for name, values in (("standard_error", error), ("task_loss_standard_error", loss_error)):
+            if values is not None and (values < 0).any():
+                raise ValueError(f"{name} has a negative entry: {values.min()}")
+        set_field = object.__setattr__  # the dataclass is frozen
+        set_field(self, "scores", _array("scores", scores, matrix))
+        set_field(self, "tasks", tasks)
+        set_field(self, "domains", domains)
+        set_field(self, "standard_error", error)
+        set_field(self, "task_loss", loss)
+        set_field(self, "task_loss_standard_error", loss_error)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every score is a finite number. A mixture must not be changed by scores that are not."""
+        return bool(np.isfinite(self.scores).all())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and floats for strict JSON, which has no NaN or infinity: those become "nan", "inf", "-inf"."""
+        arrays = {
+            "scores": self.scores,
+            "standard_error": self.standard_error,
+            "task_loss": self.task_loss,
+            "task_loss_standard_error": self.task_loss_standard_error,
+        }
+        lists = {name: _plain(values.tolist()) for name, values in arrays.items() if values is not None}
+        return {"tasks": list(self.tasks), "domains": list(self.domains), **lists}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Influence:
+        """The inverse of `to_dict`, bit for bit. Raises ValueError if a needed key is missing."""
+        missing = [key for key in ("scores", "tasks", "domains") if key not in plain]
+        if missing:
+            raise ValueError(f"not a saved Influence: no {missing} among the keys {sorted(plain)}")
+        return cls(
+            scores=plain["scores"],
+            tasks=plain["tasks"],
+            domains=plain["domains"],
+            standard_error=plain.get("standard_error"),
+            task_loss=plain.get("task_loss"),
+            task_loss_standard_error=plain.get("task_loss_standard_error"),
+        )
+
+
+def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise ValueError(f"{what} must be a sequence of names, got the single string {names!r}")
+    result = tuple(names)
+    wrong = [name for name in result if not isinstance(name, str) or not name]
+    if wrong:
+        raise ValueError(f"{what} must be non-empty strings, got {wrong[0]!r}")
+    if len(set(result)) != len(result):
+        raise ValueError(f"{what} has a name twice: {sorted({name for name in result if result.count(name) > 1})}")
+    return result
+
+
+def _array(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
+    try:
+        result = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is not an array of numbers: {error}") from None
+    if result.shape != shape:
+        raise ValueError(f"{what} has shape {list(result.shape)}, but the tasks and domains say {list(shape)}")
+    result.setflags(write=False)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if math.isfinite(value) else str(value)

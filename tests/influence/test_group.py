@@ -1,0 +1,304 @@
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dynmix.influence.capture import Capture, next_token_loss
+from dynmix.influence.curvature import EKFAC, Identity
+from dynmix.influence.group import group_influence
+
+Models = Callable[..., Any]
+Batcher = Callable[..., list[dict[str, Tensor]]]
+Sets = dict[str, list[dict[str, Tensor]]]
+
+
+@pytest.fixture
+def sets(token_batches: Batcher) -> tuple[Sets, Sets]:
+    domains = {"web": token_batches(6, seed=1, ragged=True), "code": token_batches(5, seed=2)}
+    tasks = {"qa": token_batches(7, seed=3, ragged=True), "sums": token_batches(4, seed=4), "web": domains["web"]}
+    return domains, tasks
+
+
+def groups(reference: Any, split: str, key: str) -> Sets:
+    ids = reference.numbers[key]
+    return {str(i): reference.batches(split, np.flatnonzero(ids == i), size=3) for i in np.unique(ids)}
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(), Identity()])
+def test_group_scores_of_the_reference(reference: Any, curvature: EKFAC | Identity) -> None:
+    domains, tasks = groups(reference, "train", "group_id"), groups(reference, "query", "task_id")
+    influence = group_influence(reference.model, domains, tasks, curvature, **reference.settings)
+    # The reference: mean over pairs of sequences of products of gradients of summed losses; see group_influence.
+    length = {
+        name: np.mean([n for b in batches for n in scored(reference, b)])
+        for sets in (domains, tasks)
+        for name, batches in ((f"{id(sets)}/{name}", batches) for name, batches in sets.items())
+    }
+    n_domain = np.array([length[f"{id(domains)}/{name}"] for name in domains])
+    n_task = np.array([length[f"{id(tasks)}/{name}"] for name in tasks])
+    n = np.mean([n for b in reference.batches("train") for n in scored(reference, b)])
+    key = "ekfac" if isinstance(curvature, EKFAC) else "identity"
+    expected = reference.numbers[f"group_score.kron_{key}_heur"] / np.outer(n_task, n_domain)
+    if key == "ekfac":
+        expected *= n
+    np.testing.assert_allclose(influence.scores, expected, rtol=1e-4, atol=1e-12)
+
+
+def scored(reference: Any, batch: dict[str, Tensor]) -> list[float]:
+    if reference.settings:
+        return [1.0] * len(batch["x"])
+    return (batch["attention_mask"].sum(1) - 1).tolist()
+
+
+def mean_gradient(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[Tensor, float]:
+    """Gradient of the mean loss per token for all weights and biases of linear layers, and that loss; brute force."""
+    model.eval()
+    names = list(Capture(model).layers)
+    parameters = [p for name in names for p in model.get_submodule(name).parameters()]
+    results = [next_token_loss(model, batch) for batch in batches]
+    loss = sum(losses.sum() for losses, _ in results) / sum(tokens.sum() for _, tokens in results)
+    assert isinstance(loss, Tensor)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]), loss.item()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_identity_is_the_product_of_gradients(tiny_lm: Models, sets: tuple[Sets, Sets], kind: str) -> None:
+    model, (domains, tasks) = tiny_lm(kind, dropout=0.3, dtype=torch.float64), sets
+    influence = group_influence(model, domains, tasks, Identity())
+    assert model.training
+    G = {name: mean_gradient(model, batches)[0] for name, batches in domains.items()}
+    for i, batches in enumerate(tasks.values()):
+        gradient, loss = mean_gradient(model, batches)
+        np.testing.assert_allclose(influence.scores[i], [float(gradient @ G[d]) for d in domains], rtol=1e-5)
+        assert influence.task_loss is not None
+        assert influence.task_loss[i] == pytest.approx(loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_identity_with_a_tied_head_is_that_of_the_untied_model(
+    tiny_lm: Models, sets: tuple[Sets, Sets], kind: str
+) -> None:
+    """Tied, the head counts as the layer that it is used as; a copy of its weights has that gradient alone."""
+    tied, untied = (tiny_lm(kind, tied=flag, dtype=torch.float64) for flag in (True, False))
+    weights = tied.state_dict()
+    embedding = tied.get_input_embeddings().weight
+    untied.load_state_dict(weights | {"lm_head.weight": embedding.detach().clone()})
+    domains, tasks = sets
+    expected = [
+        [float(mean_gradient(untied, t)[0] @ mean_gradient(untied, d)[0]) for d in domains.values()]
+        for t in tasks.values()
+    ]
+    np.testing.assert_allclose(group_influence(tied, domains, tasks, Identity()).scores, expected, rtol=1e-5)
+
+
+def test_predicts_the_decrease_of_the_loss(tiny_lm: Models, sets: tuple[Sets, Sets]) -> None:
+    """The sign and the unit: a small step along one domain's gradient lowers each task's loss by score x step."""
+    model, (domains, tasks) = tiny_lm("llama", dtype=torch.float64), sets
+    influence = group_influence(model, domains, tasks, Identity())
+    step, names = 1e-5, list(Capture(model).layers)
+    gradient, _ = mean_gradient(model, domains["code"])
+    before = [mean_gradient(model, batches)[1] for batches in tasks.values()]
+    with torch.no_grad():
+        parameters = [p for name in names for p in model.get_submodule(name).parameters()]
+        for p, g in zip(parameters, torch.split(gradient, [p.numel() for p in parameters]), strict=True):
+            p.sub_(step * g.view_as(p))
+    after = [mean_gradient(model, batches)[1] for batches in tasks.values()]
+    np.testing.assert_allclose((np.array(before) - after) / step, influence.scores[:, 1], rtol=0.02, atol=1e-3)
+
+
+def test_same_call_same_bits_whatever_the_batches(tiny_lm: Models, sets: tuple[Sets, Sets]) -> None:
+    model, (domains, tasks) = tiny_lm("gpt2", dropout=0.2), sets
+    one, two = (group_influence(model, domains, tasks) for _ in range(2))
+    for name in ("scores", "standard_error", "task_loss", "task_loss_standard_error"):
+        assert np.array_equal(getattr(one, name), getattr(two, name))
+    rows = [{key: x[None] for key, x in row.items()} for b in domains["web"] for row in unbatched(b)]
+    double = tiny_lm("gpt2", dtype=torch.float64)
+    pooled = domains["web"] + domains["code"]
+    rowwise: Any = rows
+    ways: list[Any] = [rows, domains["web"], DataLoader(rowwise, batch_size=None, shuffle=True)]
+    again = [group_influence(double, domains | {"web": web}, tasks, curvature_batches=pooled) for web in ways]
+    for other in again[1:]:
+        np.testing.assert_allclose(other.scores, again[0].scores, rtol=1e-7)
+        np.testing.assert_allclose(other.standard_error, again[0].standard_error, rtol=1e-7)  # type: ignore[arg-type]
+    default = group_influence(double, domains, tasks)
+    np.testing.assert_allclose(default.scores, again[0].scores, rtol=1e-7)
+
+
+def unbatched(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{key: x[i] for key, x in batch.items()} for i in range(len(batch["input_ids"]))]
+
+
+def test_one_preconditioning_of_tasks_and_one_of_domains_a_layer(tiny_lm: Models, sets: tuple[Sets, Sets]) -> None:
+    class Counting:
+        shapes: list[int]
+
+        def fit(self, capture: Capture, batches: Any) -> "Counting":
+            self.shapes = []
+            return self
+
+        def precondition(self, layer: str, matrix: Tensor) -> Tensor:
+            self.shapes.append(len(matrix))
+            return matrix
+
+    counting, model = Counting(), tiny_lm("llama")
+    group_influence(model, *sets, counting)
+    n_layers = len(Capture(model).layers)
+    assert counting.shapes == [2 * 3] * n_layers + [2] * n_layers  # a gradient and a contrast a task
+
+
+def test_standard_errors_are_those_of_resampled_probe_sets(tiny_lm: Models, token_batches: Batcher) -> None:
+    """Draw the probe sets anew from a large pool, many times: the scores must spread as their errors say."""
+    model = tiny_lm("llama", dtype=torch.float64)
+    pool = token_batches(400, size=400, ragged=True, length=8)[0]
+    pool["input_ids"][:200] //= 3  # the task's half speaks of other tokens
+    rng, layers, n_domain, n_task = np.random.default_rng(0), "layers.1.mlp|lm_head", 24, 16
+
+    def some(low: int, n: int) -> list[dict[str, Tensor]]:
+        rows = torch.as_tensor(rng.integers(low, low + 200, n))
+        return [{key: x[rows] for key, x in pool.items()}]
+
+    fit_on = [{key: x[::8] for key, x in pool.items()}]
+    scores, errors, losses, loss_errors = [], [], [], []
+    for _ in range(250):
+        domains, tasks = {"d": some(200, n_domain)}, {"t": some(0, n_task)}
+        got = group_influence(model, domains, tasks, Identity(), layers=layers, curvature_batches=fit_on)
+        assert got.standard_error is not None
+        assert got.task_loss is not None
+        assert got.task_loss_standard_error is not None
+        scores.append(got.scores[0, 0])
+        errors.append(got.standard_error[0, 0])
+        losses.append(got.task_loss[0])
+        loss_errors.append(got.task_loss_standard_error[0])
+    # the spread itself is known to 1 / sqrt(2 * 250) = 4.5 %
+    assert math.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(scores), rel=0.15)
+    assert math.sqrt(np.mean(np.square(loss_errors))) == pytest.approx(np.std(losses), rel=0.15)
+
+
+def test_standard_error_of_each_side_alone(tiny_lm: Models, token_batches: Batcher) -> None:
+    """A side whose sequences are all the same adds nothing: what is left is the other side's textbook error."""
+    model = tiny_lm("llama", dtype=torch.float64)
+    same = [{key: x[:1].repeat(5, 1) for key, x in token_batches(4, seed=1)[0].items()}]
+    varied = token_batches(8, seed=2)
+    parts = [[{key: x[None] for key, x in row.items()}] for b in varied for row in unbatched(b)]
+    single = [float(mean_gradient(model, same)[0] @ mean_gradient(model, part)[0]) for part in parts]
+    expected = np.std(single, ddof=1) / math.sqrt(8)
+    for domains, tasks in (({"d": same}, {"t": varied}), ({"d": varied}, {"t": same})):
+        error = group_influence(model, domains, tasks, Identity()).standard_error
+        assert error is not None
+        assert error[0, 0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_standard_error_from_all_pairs_of_sequences(tiny_lm: Models, token_batches: Batcher) -> None:
+    """The same error from the matrix of products of every task sequence with every domain sequence."""
+    model, m, n = tiny_lm("llama", dtype=torch.float64), 5, 7
+    tasks, domains = token_batches(m, seed=1), token_batches(n, seed=2)
+    for batch in tasks + domains:
+        batch["input_ids"] //= 24  # few tokens, so that the sequences' gradients have much in common
+    y, x = (
+        [mean_gradient(model, [{k: v[None] for k, v in row.items()}])[0] for b in batches for row in unbatched(b)]
+        for batches in (tasks, domains)
+    )
+    K = np.array([[float(a @ b) for b in x] for a in y])
+    signs = np.array([1, -1, 1, -1, 1])
+    over_x, over_y = K.mean(0).var(ddof=1) / n, K.mean(1).var(ddof=1) / m
+    both = (signs @ (K - K.mean(0)) / m).var(ddof=1) / n * m / (m - 1)
+    assert 0.01 * over_x < both < min(over_x, over_y)
+    error = group_influence(model, {"d": domains}, {"t": tasks}, Identity()).standard_error
+    assert error is not None
+    assert error[0, 0] == pytest.approx(math.sqrt(over_x + over_y - both), rel=1e-5)
+
+
+def test_a_single_sequence_has_an_infinite_error(tiny_lm: Models, token_batches: Batcher) -> None:
+    one, many = token_batches(1), token_batches(4, seed=1)
+    influence = group_influence(tiny_lm("llama"), {"one": one, "many": many}, {"t": many, "u": one})
+    assert influence.standard_error is not None
+    assert np.isinf(influence.standard_error).tolist() == [[True, False], [True, True]]
+    assert influence.task_loss_standard_error is not None
+    assert np.isinf(influence.task_loss_standard_error).tolist() == [False, True]
+
+
+class Poisoned(nn.Module):
+    """Predicts NaN for a sequence that starts with token 96."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.inner(input_ids=input_ids).logits
+        return logits * torch.where(input_ids[:, :1] == 96, math.nan, 1.0)[..., None]
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(), Identity()])
+def test_what_is_not_finite_is_nan_and_named(
+    tiny_lm: Models, token_batches: Batcher, curvature: EKFAC | Identity, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Poisoned(tiny_lm("llama"))
+    sets = {name: token_batches(4, seed=seed) for seed, name in enumerate("abtu")}
+    for batches in sets.values():
+        batches[0]["input_ids"][:, 0] = 1
+    domains, tasks = {k: sets[k] for k in "ab"}, {k: sets[k] for k in "tu"}
+    clean = group_influence(model, domains, tasks, curvature)
+    assert clean.finite
+    assert not caplog.records
+    sets["b"][0]["input_ids"][2, 0] = sets["t"][0]["input_ids"][0, 0] = 96
+    with caplog.at_level(logging.WARNING):
+        influence = group_influence(model, domains, tasks, curvature, curvature_batches=sets["a"] + sets["u"])
+    assert not influence.finite
+    assert np.isnan(influence.scores).tolist() == [[True, True], [False, True]]
+    assert influence.standard_error is not None
+    assert np.isnan(influence.standard_error).tolist() == [[True, True], [False, True]]
+    assert influence.task_loss is not None
+    assert np.isnan(influence.task_loss).tolist() == [True, False]
+    assert "domain 'b': a loss or gradient is not finite" in caplog.text
+    assert "task 't': a loss or gradient is not finite" in caplog.text
+    assert "'a'" not in caplog.text
+
+
+def test_a_broken_model_gives_nan_not_an_exception(tiny_lm: Models, token_batches: Batcher) -> None:
+    model = tiny_lm("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.inf
+    influence = group_influence(model, {"d": token_batches(4)}, {"t": token_batches(4, seed=1)})
+    assert np.isnan(influence.scores).all()
+
+
+def test_bad_arguments_are_refused_by_name(tiny_lm: Models, token_batches: Batcher) -> None:
+    model, good = tiny_lm("llama"), token_batches(2)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"domains": {}}, ValueError, "domains is empty"),
+        ({"tasks": {"t": []}}, ValueError, r"tasks\['t'\] is empty"),
+        ({"domains": {"d": iter(good)}}, TypeError, r"domains\['d'\] can be read only once"),
+        ({"tasks": {"t": (b for b in good)}}, TypeError, r"tasks\['t'\] can be read only once"),
+        ({"tasks": {"t": good[0]}}, TypeError, r"tasks\['t'\] must be a list or DataLoader.*dict"),
+        ({"curvature_batches": iter(good)}, TypeError, "curvature_batches can be read only once"),
+        ({"layers": "nothing"}, ValueError, "layers='nothing'"),
+        (
+            {"tasks": {"t": [{**good[0], "labels": torch.full_like(good[0]["input_ids"], -100)}]}},
+            ValueError,
+            "task 't' has no scored token",
+        ),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            group_influence(model, **({"domains": {"d": good}, "tasks": {"t": good}} | change))
+    assert model.training
+
+
+def test_batches_that_dry_up_are_named(tiny_lm: Models, token_batches: Batcher) -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.left = token_batches(2)
+
+        def __iter__(self) -> Any:
+            while self.left:
+                yield self.left.pop()
+
+    with pytest.raises(ValueError, match="domain 'once' has no batches in this pass"):
+        group_influence(tiny_lm("llama"), {"once": Once()}, {"t": token_batches(2)})
