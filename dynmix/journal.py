@@ -1,0 +1,142 @@
+"""The journal of a run: one JSON line a stage, readable by anything, whole after a kill at any moment.
+
+It knows the shape of a row and how to keep a file of them honest. It must not know what measured or decided them:
+no torch, no mixer, no framework.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+class Seconds(TypedDict):
+    """Wall-clock seconds a stage boundary took, by part."""
+
+    measure: float
+    propose: float
+    snapshot: float
+
+
+class Row(TypedDict):
+    """What is written down at a stage boundary, and once more (`kind="final"`) when the run ends.
+
+    Every key is always present. A number that was NaN or infinite is `None`: JSON has no other word for it.
+    Losses and gains are in nats per token; influence is in nats per token per unit of weight, and positive helps.
+    """
+
+    kind: Literal["stage", "final"]
+    stage: int
+    step: int  # optimizer step at which it was measured
+    start: int  # first position (in samples) these weights serve; of a final row: where the run ended
+    end: int | None  # first position they no longer serve; None while that is not decided
+    weights_before: dict[str, float] | None  # None for stage 0
+    weights: dict[str, float] | None  # None for a final row
+    tasks: list[str]
+    domains: list[str]
+    influence: list[list[float | None]] | None  # [n_tasks][n_domains]
+    standard_error: list[list[float | None]] | None  # [n_tasks][n_domains]
+    task_loss: dict[str, float | None] | None
+    task_loss_standard_error: dict[str, float | None] | None
+    tokens: dict[str, int]  # trained on before `start`, a domain
+    epochs: dict[str, float]
+    predicted_gain: dict[str, float | None] | None
+    predicted_gain_standard_error: dict[str, float | None] | None
+    mixer: str
+    solver: str | None
+    message: str  # the decision in words
+    error: str | None  # why the previous weights were kept
+    seconds: Seconds
+
+
+class Journal:
+    """An append-only file of `Row`s, one JSON object a line. One process writes; any number may read.
+
+    A row counts once its newline is on the disk. What a kill left after the last newline is not a row: reading
+    leaves it out and says so in the log, the next `append` takes it away.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, row: Row) -> None:
+        """Write one row, on the disk when this returns. Raises ValueError that names a missing or unknown key."""
+        line = _line(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read(1) not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[Row]:
+        """Every row, in order; none where there is no file. Raises ValueError with file and line for a broken one."""
+        if not self.path.exists():
+            return []
+        *lines, tail = self.path.read_bytes().split(b"\n")
+        if tail:
+            logger.warning("%s:%d: left out a half-written row", self.path, len(lines) + 1)
+        rows: list[Row] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                _check(row)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.path}:{number}: not a row of a journal: {error}") from error
+            rows.append(row)
+        return rows
+
+    def truncate(self, stages: int) -> None:
+        """Keep the rows of the first `stages` stages; drop later ones and the final row (on resuming)."""
+        rows = self.rows()
+        kept = [row for row in rows if row["kind"] == "stage" and row["stage"] < stages]
+        if len(kept) == len(rows):
+            return
+        beside = self.path.with_name(self.path.name + ".tmp")
+        with open(beside, "wb") as file:
+            file.writelines(map(_line, kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+
+
+def _line(row: Row) -> bytes:
+    _check(row)
+    return json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
+
+
+def _check(row: Any) -> None:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row is an object with named values, got {type(row).__name__}")
+    if missing := Row.__required_keys__ - row.keys():
+        raise ValueError(f"a journal row lacks {', '.join(map(repr, sorted(missing)))}")
+    if unknown := row.keys() - Row.__required_keys__:
+        raise ValueError(f"a journal row has no place for {', '.join(map(repr, sorted(unknown)))}")
+    if row["kind"] not in ("stage", "final"):
+        raise ValueError(f"a journal row's 'kind' is 'stage' or 'final', got {row['kind']!r}")
+    shape = (len(row["tasks"]), len(row["domains"]))
+    for key in ("influence", "standard_error"):
+        if row[key] is not None and np.shape(row[key]) != shape:
+            raise ValueError(f"a journal row's {key!r} has shape {np.shape(row[key])}; tasks x domains is {shape}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

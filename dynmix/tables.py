@@ -1,0 +1,74 @@
+"""Rows of the journal as tables for a terminal.
+
+Knows the journal's rows alone; the HTML report is `dynmix.report`.
+"""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from dynmix.journal import Row
+
+
+def stage_table(row: Row) -> Table:
+    """Return one stage: a line a domain with its weights, its influence on each task, and its tokens so far."""
+    kind = f"stage {row['stage']}" if row["kind"] == "stage" else "end of the run"
+    losses = ", ".join(f"{task} {_number(loss)}" for task, loss in (row["task_loss"] or {}).items())
+    table = Table(title=f"{kind}, from sample {row['start']:,}", caption=f"task losses, nats/token: {losses}")
+    table.add_column("domain")
+    if row["weights"] is not None:
+        table.add_column("weight", justify="right")
+    influence, errors = row["influence"], row["standard_error"]
+    for task in row["tasks"] if influence is not None else []:
+        table.add_column(f"helps {task}", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("epochs", justify="right")
+    for j, domain in enumerate(row["domains"]):
+        weights = [] if row["weights"] is None else [_change(row["weights_before"], row["weights"], domain)]
+        scores = [
+            _measured(scores[j], None if errors is None else errors[i][j]) for i, scores in enumerate(influence or [])
+        ]
+        table.add_row(domain, *weights, *scores, f"{row['tokens'][domain]:,}", f"{row['epochs'][domain]:.2f}")
+    if influence is not None:
+        table.caption = f"{table.caption}\ninfluence: nats/token per unit of weight ± standard error"
+    if words := row["error"] or row["message"]:
+        table.caption = f"{table.caption}\n{words}"
+    return table
+
+
+def comparison_table(dynamic: Sequence[Row], static: Sequence[Row]) -> Table:
+    """Return the final task losses of two runs side by side, in nats per token; a negative difference: dynamic won."""
+    table = Table(
+        title="the same budget side by side: final task losses, nats/token",
+        caption="± standard error over a task's sequences; negative: the dynamic mixture is better",
+    )
+    for heading in ("task", "dynamic", "static prior", "difference"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    differences = []
+    for task in dynamic[-1]["tasks"]:
+        cells, losses = [], []
+        for end in (dynamic[-1], static[-1]):
+            loss, error = (end["task_loss"] or {}).get(task), (end["task_loss_standard_error"] or {}).get(task)
+            cells.append(f"{_number(loss)} ± {_number(error)}")
+            losses += [] if loss is None else [loss]
+        if len(losses) == 2:
+            differences.append(losses[0] - losses[1])
+        table.add_row(task, *cells, f"{losses[0] - losses[1]:+.4f}" if len(losses) == 2 else "-")
+    if differences:
+        table.add_row("mean", "", "", f"{sum(differences) / len(differences):+.4f}")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _measured(score: float | None, error: float | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score:.3g}" if error is None else f"{score:.3g} ± {error:.2g}"
+
+
+def _change(before: dict[str, float] | None, after: dict[str, float], domain: str) -> str:
+    new = f"{100 * after[domain]:.1f} %"
+    return new if before is None else f"{100 * before[domain]:.1f} → {new}"

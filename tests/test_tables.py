@@ -1,0 +1,61 @@
+import io
+
+from rich.console import Console
+
+from dynmix.tables import comparison_table, stage_table
+
+
+def row(**changes):
+    return {
+        "kind": "stage",
+        "stage": 1,
+        "step": 4,
+        "start": 40,
+        "end": 80,
+        "weights_before": {"web": 0.5, "noise": 0.5},
+        "weights": {"web": 0.75, "noise": 0.25},
+        "tasks": ["t"],
+        "domains": ["web", "noise"],
+        "influence": [[1.234, None]],
+        "standard_error": [[0.1, None]],
+        "task_loss": {"t": 2.5},
+        "task_loss_standard_error": {"t": 0.1},
+        "tokens": {"web": 1000, "noise": 1000},
+        "epochs": {"web": 0.5, "noise": 1.5},
+        "predicted_gain": None,
+        "predicted_gain_standard_error": None,
+        "mixer": "TiKMiXD",
+        "solver": "dual",
+        "message": "objective 1 -> 0",
+        "error": None,
+        "seconds": {"measure": 0.0, "propose": 0.0, "snapshot": 0.0},
+    } | changes
+
+
+def text(table) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_a_stage_shows_weights_influence_losses_and_tokens():
+    shown = text(stage_table(row()))
+    for part in ("stage 1, from sample 40", "50.0 → 75.0 %", "1.23 ± 0.1", "1,000", "1.50", "t 2.5000", "objective"):
+        assert part in shown
+    assert "out of memory" in text(stage_table(row(error="out of memory")))
+
+
+def test_the_first_stage_and_the_end_have_less_to_show():
+    first = text(stage_table(row(weights_before=None, influence=None, standard_error=None)))
+    assert "75.0 %" in first
+    assert "→" not in first
+    end = text(stage_table(row(kind="final", weights=None, weights_before=None, influence=None)))
+    assert "end of the run" in end
+    assert "weight" not in end
+
+
+def test_comparison_has_an_honest_sign():
+    better, worse = row(task_loss={"t": 2.0}), row(task_loss={"t": 2.5})
+    assert "-0.5000" in text(comparison_table([better], [worse]))
+    assert "+0.5000" in text(comparison_table([worse], [better]))
+    assert "-" in text(comparison_table([row(task_loss=None)], [worse]))
