@@ -1,0 +1,110 @@
+"""The adapter for any training loop: one call after each optimizer step.
+
+Knows nothing of the loop but the model and that a step ended; everything a boundary does is the controller's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynmix.controller import MixtureController
+from dynmix.mixers.base import Mixer
+from dynmix.mixture.dataset import MixtureDataset
+
+
+class MixtureHook:
+    """Decides the mixture of a `MixtureDataset` anew every `stage_steps` optimizer steps of your loop.
+
+        hook = MixtureHook(model, dataset, tasks=tasks, mixer=TiKMiXD(), stage_steps=500)
+        for batch in DataLoader(dataset, batch_size=32, sampler=range(hook.position, len(dataset))):
+            ...
+            optimizer.step()
+            optimizer.zero_grad()
+            hook.step()
+        hook.finish()
+
+    Args:
+        model: the model that trains, wrapped or not.
+        dataset: what the loop's loader reads, in order (no shuffling: it is shuffled already).
+        tasks: name -> batches, examples or a token store: what the mixture is optimised for.
+        mixer: decides the weights.
+        stage_steps: optimizer steps a stage.
+        batch_size: samples an optimizer step takes over all ranks and accumulation steps. None: what the loader asks
+            the dataset for at once, times the number of ranks, which is right without gradient accumulation.
+        max_steps: optimizer steps of the run; None: as many as the dataset has samples for.
+        output: folder for journal, config and snapshots; None writes nothing.
+        options: further arguments of `dynmix.controller.MixtureController`.
+
+    Raises:
+        ValueError: impossible arguments, at once; a batch size that does not fit what the loader reads, when it shows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: MixtureDataset,
+        tasks: Mapping[str, Any],
+        mixer: Mixer,
+        stage_steps: int,
+        *,
+        batch_size: int | None = None,
+        max_steps: int | None = None,
+        output: str | Path | None = None,
+        **options: Any,
+    ):
+        self.model, self.dataset, self.max_steps = model, dataset, max_steps
+        self.controller = MixtureController(dataset, tasks, mixer, stage_steps=stage_steps, output=output, **options)
+        self.batch_size = batch_size
+        self.steps = 0
+        self._begun = False
+        if batch_size is not None:
+            self.controller.plan(batch_size=batch_size, max_steps=max_steps)
+
+    @property
+    def position(self) -> int:
+        """Samples consumed: where the loader starts, as `sampler=range(hook.position, len(dataset))`."""
+        return self.steps * (self.batch_size or 0)
+
+    def step(self) -> dict[str, float] | None:
+        """Call after each optimizer step; returns what a tracker should log where a stage was decided, else None."""
+        self.steps += 1
+        logs = None if self._begun else self._begin()
+        assert self.batch_size is not None
+        # One batch of grace: a rank whose share of a step is its first part has read less than the step's end.
+        if self.position - self.batch_size > self.dataset.read_until:
+            raise ValueError(
+                f"{self.steps} steps of {self.batch_size} samples, but the loader has read only up to sample "
+                f"{self.dataset.read_until}: call hook.step() once an optimizer step, let the loader of a resumed run "
+                "start with sampler=range(hook.position, len(dataset)), or correct batch_size"
+            )
+        return self.controller.step_ended(self.model, self.steps) or logs
+
+    def finish(self) -> dict[str, float]:
+        """Close the journal with the final task losses; returns what a tracker should log."""
+        return self.controller.finish(self.model, self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, JSON-able; keep it in your own checkpoint."""
+        return {"steps": self.steps, "controller": self.controller.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; call before the first step, and read on from `position`."""
+        self.controller.load_state_dict(state["controller"])
+        self.steps = int(state["steps"])
+        self.batch_size = self.controller.batch_size
+        self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
+
+    def _begin(self) -> dict[str, float] | None:
+        if self.batch_size is None:
+            if not self.dataset.read_size:
+                raise ValueError(
+                    "nothing was read through a DataLoader before this step: pass batch_size to MixtureHook"
+                )
+            ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            self.batch_size = self.dataset.read_size * ranks
+            self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
+        self._begun = True
+        return self.controller.begin(self.model, self.steps)

@@ -1,0 +1,142 @@
+"""The adapter for transformers' `Trainer`.
+
+Knows the Trainer's events and arguments; everything a boundary does is the controller's. State travels in the
+Trainer's own checkpoint, in `trainer_state.json`.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dynmix.controller import MixtureController
+from dynmix.mixers.base import Mixer
+from dynmix.mixture.dataset import MixtureDataset
+
+logger = logging.getLogger("dynmix")
+
+STATE = "dynmix"  # key in TrainerState.stateful_callbacks
+
+
+class MixtureCallback(TrainerCallback):
+    """Decides the mixture of a `MixtureDataset` anew every `stage_steps` optimizer steps of a `Trainer`.
+
+    Args:
+        dataset: the Trainer's `train_dataset`.
+        tasks: name -> batches, examples or a token store: what the mixture is optimised for.
+        mixer: decides the weights.
+        stage_steps: optimizer steps a stage.
+        output: folder for journal, config and snapshots; default `<args.output_dir>/dynmix`.
+        options: further arguments of `dynmix.controller.MixtureController`.
+
+    Raises (when training begins):
+        ValueError: Trainer arguments under which steps would not be positions of the dataset, each with its remedy.
+    """
+
+    def __init__(
+        self,
+        dataset: MixtureDataset,
+        tasks: Mapping[str, Any],
+        mixer: Mixer,
+        stage_steps: int,
+        *,
+        output: str | Path | None = None,
+        **options: Any,
+    ):
+        self.dataset = dataset
+        self.output = output
+        self.controller = MixtureController(dataset, tasks, mixer, stage_steps=stage_steps, output=output, **options)
+        self._trainer: Trainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the arguments, take up the state of a checkpoint, and let the controller begin."""
+        self._trainer = _trainer_on_the_stack(self)
+        batch_size = _samples_per_step(args)
+        self._check(args, state, batch_size)
+        self.controller.write_to(self.output or Path(args.output_dir or ".") / "dynmix")
+        if state.global_step:
+            if STATE not in _saved(state):
+                raise ValueError(
+                    f"the checkpoint at step {state.global_step} holds no state of a MixtureCallback: it was saved by "
+                    "a run without one, and which samples that run took is not known here"
+                )
+            self.controller.load_state_dict(_saved(state)[STATE])
+        self.controller.plan(batch_size=batch_size, max_steps=state.max_steps)
+        self._log(self.controller.begin(_model(kwargs), state.global_step), control)
+        _saved(state)[STATE] = self.controller.state_dict()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the controller; log what it decided; put its state where the next checkpoint takes it from."""
+        if logs := self.controller.step_ended(_model(kwargs), state.global_step):
+            self._log(logs, control)
+            _saved(state)[STATE] = self.controller.state_dict()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the journal with the final task losses."""
+        self._log(self.controller.finish(_model(kwargs), state.global_step), control)
+        self._trainer = None
+
+    def _log(self, logs: dict[str, float] | None, control: TrainerControl) -> None:
+        if self._trainer is None or logs is None:
+            return
+        # Trainer.log clears should_log, and with it the line of the training loss that is due at this step.
+        should_log = control.should_log
+        self._trainer.log(logs)
+        control.should_log = should_log
+
+    def _check(self, args: TrainingArguments, state: TrainerState, batch_size: int) -> None:
+        if self._trainer is not None and self._trainer.train_dataset is not self.dataset:
+            raise ValueError(
+                "the Trainer's train_dataset is not the dataset given to MixtureCallback: pass the same one"
+            )
+        if args.train_sampling_strategy != "sequential":
+            raise ValueError(
+                f"train_sampling_strategy={args.train_sampling_strategy!r} would shuffle the stages together: pass "
+                "TrainingArguments(train_sampling_strategy='sequential'); MixtureDataset is shuffled already"
+            )
+        if args.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size changes what a step is during the run: set it to False")
+        if args.ignore_data_skip and state.global_step:
+            raise ValueError("ignore_data_skip=True would start the data again from its first sample: set it to False")
+        if state.max_steps > -(-len(self.dataset) // batch_size):
+            raise ValueError(
+                f"the run takes {state.max_steps} steps of {batch_size} samples, the dataset has {len(self.dataset)}: "
+                f"raise num_samples to {state.max_steps * batch_size} or lower max_steps; for a second epoch of the "
+                "data raise num_samples as well, each domain is reshuffled on its own"
+            )
+
+
+def _saved(state: TrainerState) -> dict[str, Any]:
+    assert isinstance(state.stateful_callbacks, dict)  # a list only until the Trainer has started
+    return state.stateful_callbacks
+
+
+def _samples_per_step(args: TrainingArguments) -> int:
+    shared = getattr(args.accelerator_config, "split_batches", False)
+    return args.train_batch_size * args.gradient_accumulation_steps * (1 if shared else args.world_size)
+
+
+def _model(kwargs: Mapping[str, Any]) -> nn.Module:
+    model = kwargs["model"]
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _trainer_on_the_stack(callback: TrainerCallback) -> Trainer | None:
+    """Return the Trainer that fires the event: events do not carry it, and only `Trainer.log` reaches the trackers."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    logger.warning("MixtureCallback runs outside a Trainer: its figures go to the journal and to no tracker")
+    return None

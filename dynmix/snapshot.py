@@ -1,0 +1,46 @@
+"""Snapshots of the model at stage boundaries: a folder a stage, weights in safetensors, the newest few kept.
+
+Knows models and files; nothing of mixtures. A snapshot is whole or absent: it is written beside and renamed.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel
+
+from dynmix.influence.capture import unwrap
+
+
+def save_snapshot(model: torch.nn.Module, folder: Path, stage: int, facts: dict[str, Any], keep: int) -> Path:
+    """Write the model to `folder/stage-NNNN` and drop all but the `keep` newest; return the path.
+
+    A transformers model is saved as `from_pretrained` reads it, any other module as `model.safetensors` of its state
+    dict. `facts` go to `snapshot.json`. Every rank calls it (sharded parameters are gathered); rank 0 writes.
+    """
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    path = folder / f"stage-{stage:04d}"
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return path
+    beside = folder / f".{path.name}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    model = unwrap(model)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(beside, state_dict=state)
+    else:
+        # Cloned, because safetensors refuses tensors that share memory (tied weights).
+        save_file({name: t.detach().clone().contiguous() for name, t in state.items()}, beside / "model.safetensors")
+    (beside / "snapshot.json").write_text(json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(beside, path)
+    for old in sorted(folder.glob("stage-[0-9]*"))[:-keep]:
+        shutil.rmtree(old)
+    return path

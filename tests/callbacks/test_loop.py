@@ -1,0 +1,137 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dynmix import Identity, Static, TiKMiXD
+from dynmix.callbacks import MixtureHook
+from dynmix.journal import Journal
+from dynmix.mixture.schedule import Undecided
+
+OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
+
+
+class Loop:
+    """A plain training loop, its hook, and what it saw."""
+
+    def __init__(self, training, mixer=None, batch=8, seed=0, **options):
+        self.training = training
+        self.dataset = training.dataset(seed=seed)
+        self.model = training.model(dropout=0.0)  # its random state would be the loop's to restore
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.batch = batch
+        self.hook = MixtureHook(
+            self.model,
+            self.dataset,
+            tasks=training.tasks(),
+            mixer=mixer or TiKMiXD(),
+            stage_steps=training.STAGE_STEPS,
+            **OPTIONS | options,
+        )
+        self.order: list[list[int]] = []
+        self.logs: list[dict[str, float]] = []
+
+    def run(self, steps=20, workers=0, accumulate=1, batches=None):
+        loader = DataLoader(
+            self.dataset,
+            batch_size=self.batch,
+            sampler=range(self.hook.position, len(self.dataset)),
+            num_workers=workers,
+        )
+        for number, batch in enumerate(loader if batches is None else batches, 1):
+            self.order += batch["input_ids"][:, :2].tolist()
+            self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+            if number % accumulate:
+                continue
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if logs := self.hook.step():
+                self.logs.append(logs)
+            if self.hook.steps == steps:
+                break
+        return self
+
+    def state(self):
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+
+def expected(loop) -> list[list[int]]:
+    domain, row, _ = loop.dataset.schedule.assign(0, len(loop.order))
+    return np.stack([domain, row], axis=1).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_swaps_at_declared_samples(training, tmp_path, workers, batch_size):
+    loop = Loop(training, output=tmp_path, batch_size=batch_size).run(workers=workers)
+    loop.hook.finish()
+    assert loop.order == expected(loop)
+    assert [stage.start for stage in loop.dataset.schedule.stages] == [0, 40, 80, 120]
+    assert len({str(stage.weights) for stage in loop.dataset.schedule.stages}) == 4
+    assert [logs["dynmix/stage"] for logs in loop.logs] == [0, 1, 2, 3]
+    assert [row["kind"] for row in Journal(tmp_path / "journal.jsonl").rows()] == ["stage"] * 4 + ["final"]
+
+
+def test_gradient_accumulation_is_told_by_batch_size(training):
+    plain = Loop(training, mixer=Static(), batch_size=8).run()
+    accumulated = Loop(training, mixer=Static(), batch=4, batch_size=8).run(accumulate=2)
+    assert accumulated.order == plain.order == expected(plain)
+
+
+def test_gradient_accumulation_that_was_not_told_is_no_silent_drift(training):
+    loop = Loop(training, batch=4)
+    with pytest.raises(Undecided, match="not decided yet"):
+        loop.run(accumulate=2)
+
+
+def test_state_resumes_bit_for_bit(training, tmp_path):
+    whole = Loop(training).run()
+    first = Loop(training).run(steps=12)
+    saved = json.loads(json.dumps(first.hook.state_dict()))
+    second = Loop(training)
+    second.model.load_state_dict(first.state())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.hook.load_state_dict(saved)
+    second.run()
+    assert first.order + second.order == whole.order
+    assert second.dataset.schedule.state_dict() == whole.dataset.schedule.state_dict()
+    assert all(torch.equal(value, whole.state()[name]) for name, value in second.state().items())
+
+
+def test_a_resumed_loader_that_starts_from_the_beginning_is_caught(training):
+    saved = Loop(training).run(steps=12).hook.state_dict()
+    loop = Loop(training)
+    loop.hook.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"sampler=range\(hook.position"):
+        loop.run(batches=iter(DataLoader(loop.dataset, batch_size=8)))
+
+
+def test_a_loop_that_reads_without_a_loader_must_say_its_batch(training):
+    loop = Loop(training)
+    one = {key: value[None] for key, value in loop.dataset[0].items() if key != "domain"}
+    with pytest.raises(ValueError, match="pass batch_size"):
+        loop.run(batches=[one])
+
+
+def test_a_loader_that_read_past_the_first_boundary_is_refused(training):
+    loop = Loop(training, batch=8)
+    read = list(DataLoader(loop.dataset, batch_size=8))
+    with pytest.raises(ValueError, match="pass batch_size"):
+        loop.run(batches=read)
+
+
+def test_other_stages_are_refused_on_resume(training):
+    saved = Loop(training).run(steps=6).hook.state_dict()
+    other = MixtureHook(
+        training.model(), training.dataset(), training.tasks(), TiKMiXD(), stage_steps=7, curvature=Identity()
+    )
+    with pytest.raises(ValueError, match="stages are 5 steps, stage_steps=7"):
+        other.load_state_dict(saved)
+
+
+def test_without_an_output_folder_nothing_is_written(training, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Loop(training).run().hook.finish()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,236 @@
+import json
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import dynmix.controller
+from dynmix import Influence, Static, TiKMiXD
+from dynmix.journal import Journal
+
+
+@pytest.fixture(scope="module")
+def plain(training, tmp_path_factory):
+    """The run that all others are compared with: no worker, no accumulation, one process, no interruption."""
+    folder = tmp_path_factory.mktemp("plain")
+    trainer = training.run(folder)
+    return trainer, training.facts(trainer), Journal(folder / "dynmix/journal.jsonl").rows()
+
+
+def expected_order(training, trainer) -> list[list[int]]:
+    domain, row, _ = trainer.train_dataset.schedule.assign(0, training.STEPS * training.BATCH)
+    return np.stack([domain, row], axis=1).tolist()
+
+
+def test_each_stage_starts_at_its_sample_and_the_weights_moved(plain, training):
+    trainer, facts, rows = plain
+    assert facts["order"] == expected_order(training, trainer)
+    stage = training.STAGE_STEPS * training.BATCH
+    assert [s[0] for s in facts["stages"]] == [0, stage, 2 * stage, 3 * stage]
+    for k, (start, end, weights) in enumerate(facts["stages"]):
+        drawn = np.bincount([d for d, _ in facts["order"][start : end or None]], minlength=3) / stage
+        np.testing.assert_allclose(drawn, list(weights.values()), atol=2 / stage + 1e-9)
+        if k:
+            assert weights != facts["stages"][k - 1][2]
+    assert facts["stages"][-1][2]["noise"] < 0.5
+    assert [row["kind"] for row in rows] == ["stage"] * 4 + ["final"]
+
+
+def test_journal_rows_say_what_happened(plain, training):
+    _, facts, rows = plain
+    for k, row in enumerate(rows[:-1]):
+        start, end, weights = facts["stages"][k]
+        assert (row["stage"], row["start"], row["end"], row["weights"]) == (k, start, end, weights)
+        counts = np.bincount([d for d, _ in facts["order"][:start]], minlength=3) * training.LENGTH
+        assert list(row["tokens"].values()) == counts.tolist()
+        assert row["weights_before"] == (None if k == 0 else facts["stages"][k - 1][2])
+        if k:
+            assert np.shape(row["influence"]) == np.shape(row["standard_error"]) == (2, 3)
+            assert row["step"] == k * training.STAGE_STEPS - 1
+            assert min(row["predicted_gain"].values()) >= -1e-9
+            assert row["error"] is None
+    assert sum(rows[-1]["tokens"].values()) == training.STEPS * training.BATCH * training.LENGTH
+    assert all(rows[-1]["task_loss"][task] < rows[0]["task_loss"][task] for task in ("web", "code"))
+
+
+def test_log_keys_arrive_and_the_training_loss_is_not_lost(plain, training):
+    history = plain[0].state.log_history
+    decided = [entry for entry in history if "dynmix/weight/web" in entry and "dynmix/influence/web/noise" in entry]
+    assert [entry["step"] for entry in decided] == [4, 9, 14]
+    for key in ("dynmix/stage", "dynmix/tokens/code", "dynmix/task_loss/web", "dynmix/seconds/measure"):
+        assert all(key in entry for entry in decided)
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, training.STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dataloader_num_workers": 2},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2},
+    ],
+)
+def test_order_and_stages_do_not_depend_on_workers_or_accumulation(plain, training, tmp_path, arguments):
+    # The static mixer, because accumulation changes the rounding of gradients and with it what is measured.
+    reference = training.run(tmp_path / "a", mixer=Static())
+    trainer = training.run(tmp_path / "b", mixer=Static(), **arguments)
+    assert trainer.order == reference.order == expected_order(training, reference)
+    if "gradient_accumulation_steps" not in arguments:
+        assert training.facts(training.run(tmp_path / "c", **arguments)) == plain[1]
+
+
+def test_two_processes_take_the_same_samples_and_decide_alike(plain, training, launch, tmp_path):
+    launch(tmp_path, processes=2, per_device_train_batch_size=training.BATCH // 2)
+    ranks = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["stages"] == ranks[1]["stages"]
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    half = training.BATCH // 2
+    joined = []
+    for step in range(training.STEPS):
+        for rank in ranks:
+            joined += rank["order"][step * half : (step + 1) * half]
+    first = training.STAGE_STEPS * training.BATCH
+    assert joined[:first] == plain[1]["order"][:first]
+    # Each rank has its own dropout, so the decided weights are not the plain run's; the order follows from them alone.
+    decided = training.dataset().schedule
+    decided.hold(first)
+    for start, end, weights in ranks[0]["stages"][1:]:
+        decided.publish(weights, start, end)
+    domain, row, _ = decided.assign(0, training.STEPS * training.BATCH)
+    assert joined == np.stack([domain, row], axis=1).tolist()
+
+
+def test_killed_at_a_random_step_and_resumed_it_ends_bit_for_bit_the_same(launch, training, tmp_path):
+    checkpoints = {"save_strategy": "steps", "save_steps": 3}
+    launch(tmp_path / "whole", **checkpoints)
+    whole = json.loads((tmp_path / "whole/facts-0.json").read_text())
+    kill_at = random.randint(5, training.STEPS)
+    print("killed at step", kill_at)
+    assert launch(tmp_path / "killed", kill_at=kill_at, **checkpoints) == -9
+    assert not (tmp_path / "killed/facts-0.json").exists()
+    launch(tmp_path / "killed", resume=True, **checkpoints)
+    resumed = json.loads((tmp_path / "killed/facts-0.json").read_text())
+    saved = (kill_at - 1) // 3 * 3
+    assert resumed["order"] == whole["order"][saved * training.BATCH :]
+    assert resumed["losses"] == whole["losses"][saved:]
+    assert resumed["stages"] == whole["stages"]
+    assert resumed["parameters"] == whole["parameters"]
+
+    def told(name: str) -> list:
+        rows = Journal(tmp_path / name / "dynmix/journal.jsonl").rows()
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    assert told("killed") == told("whole")
+
+
+def test_measuring_leaves_the_trajectory_bit_identical(training, tmp_path):
+    measured = training.run(tmp_path / "a", mixer=Static(observe=True))
+    unmeasured = training.run(tmp_path / "b", mixer=Static())
+    without = training.run(tmp_path / "c", callback=False, stages=training.facts(measured)["stages"])
+    assert training.facts(measured) == training.facts(unmeasured) == training.facts(without)
+    rows = Journal(tmp_path / "a/dynmix/journal.jsonl").rows()
+    assert sum(row["influence"] is not None for row in rows) == 3
+
+
+def broken(monkeypatch, how):
+    """Replace the measurement at boundaries, after the rehearsal."""
+    real, calls = dynmix.controller.group_influence, []
+
+    def measure(*args, **kwargs):
+        calls.append(1)
+        return how(real(*args, **kwargs)) if len(calls) > 1 else real(*args, **kwargs)
+
+    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+
+
+def raises(influence):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def with_nan(influence):
+    scores = influence.scores.copy()
+    scores[0, 1] = np.nan
+    return Influence(scores, influence.tasks, influence.domains, influence.standard_error)
+
+
+@pytest.mark.parametrize(("how", "word"), [(raises, "OutOfMemoryError"), (with_nan, "not finite")])
+def test_a_failed_measurement_keeps_the_weights_and_says_so(training, tmp_path, monkeypatch, caplog, how, word):
+    broken(monkeypatch, how)
+    with caplog.at_level(logging.WARNING, logger="dynmix"):
+        trainer = training.run(tmp_path)
+    stages = training.facts(trainer)["stages"]
+    assert len(stages) == 4
+    assert all(weights == stages[0][2] for _, _, weights in stages)
+    assert word in caplog.text
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert all(word in row["error"] for row in rows[1:4])
+    assert len(trainer.losses) == training.STEPS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_sampling_strategy": "random"}, "train_sampling_strategy='sequential'"),
+        ({"steps": 21}, "raise num_samples to 168"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"options": {"max_epochs": 0.5}}, "max_epochs leaves 90 samples"),
+        ({"options": {"max_epochs": {"noise": 0.2}}}, "first stage alone exceeds max_epochs"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(training, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        training.run(tmp_path, **arguments)
+
+
+def test_a_task_that_does_not_fit_the_model_fails_at_once(training, tmp_path, monkeypatch):
+    wrong = [{"input_ids": [training.VOCAB + 5] * 4}]
+    monkeypatch.setattr(training, "tasks", lambda: {"wrong": wrong})
+    with pytest.raises(IndexError):
+        training.run(tmp_path)
+
+
+def test_max_epochs_bounds_what_a_domain_gives(training, tmp_path):
+    trainer = training.run(tmp_path, options={"max_epochs": {"web": 0.9, "code": 1.0}})
+    counts = trainer.train_dataset.schedule.counts(training.STEPS * training.BATCH)
+    assert counts[0] <= 0.9 * training.ROWS + 2  # a stage keeps its proportions to within a few samples
+    assert counts[1] <= training.ROWS + 2
+
+
+def test_resuming_other_data_or_another_batch_is_refused(training, tmp_path):
+    training.run(tmp_path, steps=6, save_strategy="steps", save_steps=6, lr_scheduler_type="constant")
+    with pytest.raises(ValueError, match="keep per-device batch x gradient accumulation x processes the same"):
+        training.run(tmp_path, resume=True, per_device_train_batch_size=4, steps=20)
+    original = training.dataset
+    try:
+        training.dataset = lambda: original(seed=1)
+        with pytest.raises(ValueError, match="seed"):
+            training.run(tmp_path, resume=True)
+    finally:
+        training.dataset = original
+
+
+def test_a_checkpoint_without_our_state_is_refused(training, tmp_path):
+    training.run(tmp_path, callback=False, steps=6, save_strategy="steps", save_steps=6)
+    with pytest.raises(ValueError, match="holds no state of a MixtureCallback"):
+        training.run(tmp_path, resume=True)
+
+
+def test_what_an_earlier_run_left_is_moved_aside(training, tmp_path):
+    for _ in range(2):
+        training.run(tmp_path, steps=6, options={"keep": 1})
+    assert len(Journal(tmp_path / "dynmix/journal.jsonl").rows()) == 3
+    assert len(Journal(tmp_path / "dynmix/previous-1/journal.jsonl").rows()) == 3
+    assert (tmp_path / "dynmix/previous-1/snapshots/stage-0001/model.safetensors").exists()
+
+
+def test_snapshots_are_whole_models_and_the_newest_are_kept(training, tmp_path):
+    trainer = training.run(tmp_path, mixer=TiKMiXD(), options={"keep": 2})
+    folder = tmp_path / "dynmix/snapshots"
+    assert sorted(path.name for path in folder.iterdir()) == ["stage-0002", "stage-0003"]
+    loaded = type(trainer.model).from_pretrained(folder / "stage-0003")
+    assert json.loads((folder / "stage-0003/snapshot.json").read_text()) == {"stage": 3, "step": 14, "samples": 112}
+    difference = (loaded.lm_head.weight - trainer.model.lm_head.weight).abs().max()
+    assert 0 < difference < 1
+    assert not list(folder.rglob("*.bin"))

@@ -1,0 +1,54 @@
+import datasets
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dynmix.batches import as_batches, collate
+from dynmix.mixture.store import TokenStore
+
+
+def batches(source, micro_batch=2):
+    return as_batches(source, name="tasks['x']", sequence_length=4, micro_batch=micro_batch)
+
+
+def test_what_a_user_may_pass_gives_the_same_batches(tmp_path):
+    rows = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    examples = [{"input_ids": row} for row in rows]
+    store = TokenStore.write(tmp_path / "x", [[*range(1, 14)]])  # the rest that fills no row is dropped
+    sources = {
+        "examples": examples,
+        "tensors": [{"input_ids": torch.tensor(row)} for row in rows],
+        "datasets": datasets.Dataset.from_list(examples),
+        "store": store,
+        "path": tmp_path / "x",
+        "batches": [{"input_ids": torch.tensor(rows[:2])}, {"input_ids": torch.tensor(rows[2:])}],
+        "loader": DataLoader([{"input_ids": torch.tensor(row)} for row in rows], batch_size=2),
+    }
+    for name, source in sources.items():
+        got = batches(source)
+        assert [b["input_ids"].tolist() for b in got] == [rows[:2], rows[2:]], name
+
+
+def test_padding_is_masked_and_has_no_label():
+    batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4], "labels": [5]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [5, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert "attention_mask" not in collate([{"input_ids": [1, 2]}])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "it is empty"),
+        ([[1, 2, 3]], "item 0 is no dict"),
+        ([{"text": "a"}], "item 0 is no dict with 'input_ids'"),
+        ([{"input_ids": []}], "not empty"),
+        ([{"input_ids": torch.zeros(1, 1, 1, dtype=torch.long)}], "1-D or 2-D"),
+        (3, "got int"),
+        ({"input_ids": [1]}, "got dict"),
+    ],
+)
+def test_what_is_no_task_is_refused_by_name(source, message):
+    with pytest.raises(ValueError, match=r"tasks\['x'\].*" + message):
+        batches(source)

@@ -1,0 +1,244 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dynmix.controller
+from dynmix import Influence, MixtureController, MixtureDataset, Static, TiKMiXD
+from dynmix.journal import Journal
+from dynmix.mixers import Proposal
+
+NAMES = ("a", "b")
+BATCH, STEPS = 4, 5
+
+
+class Bigram(nn.Module):
+    """The smallest causal LM: logits are a linear layer on an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 64)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+
+def sequences(domain: int, rows: int):
+    return [{"input_ids": torch.tensor([domain, row % 64, row // 64, 3, 4])} for row in range(rows)]
+
+
+def dataset(rows=(200, 300), samples=100, weights="natural"):
+    return MixtureDataset(
+        {name: sequences(i, n) for i, (name, n) in enumerate(zip(NAMES, rows, strict=True))},
+        weights=weights,
+        num_samples=samples,
+        block=BATCH,
+    )
+
+
+def controller(data, mixer=None, **options):
+    options = {"stage_steps": STEPS, "probe_sequences": 10, "curvature_sequences": 20} | options
+    return MixtureController(data, {"t": sequences(0, 6)}, mixer or TiKMiXD(), **options)
+
+
+def rows_of(batches) -> set[tuple[int, int]]:
+    return {(int(d), int(low + 64 * high)) for batch in batches for d, low, high in batch["input_ids"][:, :3]}
+
+
+def run(loop, model=None, steps=25):
+    model = model or Bigram()
+    loop.plan(batch_size=BATCH)
+    loop.begin(model)
+    return [loop.step_ended(model, step) for step in range(1, steps + 1)]
+
+
+def test_decides_one_step_before_each_boundary_and_not_after_the_last():
+    loop = controller(dataset())
+    logs = run(loop)
+    assert [step for step, entry in enumerate(logs, 1) if entry] == [4, 9, 14, 19]
+    stages = loop.dataset.schedule.stages
+    assert [(s.start, s.end) for s in stages] == [(0, 20), (20, 40), (40, 60), (60, 80), (80, None)]
+
+
+def test_probes_are_not_trained_on_within_the_coming_stage(monkeypatch):
+    seen = []
+    real = dynmix.controller.group_influence
+
+    def measure(model, domains, *args, curvature_batches=None, **kwargs):
+        seen.append((domains, curvature_batches))
+        return real(model, domains, *args, curvature_batches=curvature_batches, **kwargs)
+
+    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    loop = controller(dataset(rows=(60, 60), samples=400), stage_steps=10)
+    run(loop, steps=100)
+    stages = loop.dataset.schedule.stages
+    assert len(seen) == len(stages) == 10  # the first call is the rehearsal
+    for (domains, pooled), stage in zip(seen[1:], stages[1:], strict=True):
+        domain, row, _ = loop.dataset.schedule.assign(stage.start, stage.end or 400)
+        trained = set(zip(domain.tolist(), row.tolist(), strict=True))
+        for name in NAMES:
+            assert len(rows_of(domains[name])) == 10
+            assert not rows_of(domains[name]) & trained
+        assert not rows_of(pooled) & trained
+
+
+def test_a_domain_too_small_to_hold_probes_back_says_so(caplog):
+    run(controller(dataset(rows=(200, 12), samples=100, weights={"a": 0.5, "b": 0.5})))
+    assert "probe sequences of domain 'b' are trained on within the next stage" in caplog.text
+
+
+def test_the_curvature_is_fitted_in_the_proportions_of_the_mixture(monkeypatch):
+    seen = []
+    real = dynmix.controller.group_influence
+
+    def measure(*args, curvature_batches=None, **kwargs):
+        seen.append(curvature_batches)
+        return real(*args, curvature_batches=curvature_batches, **kwargs)
+
+    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    run(controller(dataset(weights={"a": 0.9, "b": 0.1}), Static(observe=True)))
+    for batches in seen[1:]:
+        counts = np.bincount(np.concatenate([batch["input_ids"][:, 0] for batch in batches]), minlength=2)
+        assert counts.tolist() == [18, 2]
+
+
+def test_the_mixer_gets_the_prior_and_the_bounds_that_max_epochs_leaves():
+    calls = []
+
+    class Recorder:
+        needs = frozenset()
+
+        def propose(self, influence, prior, upper=None):
+            calls.append((influence, dict(prior), dict(upper)))
+            return Proposal({"a": 0.25, "b": 0.75})
+
+    data = dataset(rows=(50, 300), samples=100, weights={"a": 0.5, "b": 0.5})
+    run(controller(data, Recorder(), max_epochs={"a": 0.5}))
+    drawn = [data.schedule.counts(20 * k)[0] for k in range(1, 5)]
+    assert [prior for _, prior, _ in calls[:2]] == [
+        pytest.approx({"a": 0.5, "b": 0.5}),
+        pytest.approx({"a": 0.25, "b": 0.75}),
+    ]
+    assert [upper["a"] for _, _, upper in calls] == pytest.approx([max(0, 25 - n) / 20 for n in drawn])
+    assert all(influence is None for influence, _, _ in calls)
+
+
+def test_files_of_a_run_hold_no_code_and_say_what_it_was(tmp_path):
+    loop = controller(dataset(), output=tmp_path, keep=1)
+    run(loop)
+    loop.finish(Bigram(), 25)
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == [
+        "config.json",
+        "journal.jsonl",
+        "snapshots/stage-0004/model.safetensors",
+        "snapshots/stage-0004/snapshot.json",
+    ]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mixer"]["name"] == "TiKMiXD"
+    assert config["stage_steps"] == STEPS
+    assert len(Journal(tmp_path / "journal.jsonl").rows()) == 6
+
+
+def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
+    first = controller(dataset(), output=tmp_path, keep=0)
+    model = Bigram()
+    first.plan(batch_size=BATCH)
+    first.begin(model)
+    states = {}
+    for step in range(1, 26):
+        first.step_ended(model, step)
+        states[step] = json.dumps(first.state_dict())
+    rows = Journal(tmp_path / "journal.jsonl").rows()
+    second = controller(dataset(), output=tmp_path, keep=0)
+    second.load_state_dict(json.loads(states[11]))
+    assert Journal(tmp_path / "journal.jsonl").rows() == rows[:3]
+    second.plan(batch_size=BATCH)
+    second.begin(model, step=11)
+    for step in range(12, 26):
+        second.step_ended(model, step)
+    again = Journal(tmp_path / "journal.jsonl").rows()
+    assert [row["weights"] for row in again] == [row["weights"] for row in rows]
+    assert json.dumps(second.state_dict()) == states[25]
+
+
+def test_a_mixer_that_fails_keeps_the_weights(caplog):
+    class Broken(Static):
+        def propose(self, *args, **kwargs):
+            raise ZeroDivisionError("bad luck")
+
+    data = dataset()
+    run(controller(data, Broken()))
+    assert len(data.schedule.stages) == 5
+    assert all(stage.weights == data.schedule.stages[0].weights for stage in data.schedule.stages)
+    assert "bad luck" in caplog.text
+
+
+def test_final_losses_that_cannot_be_measured_do_not_end_the_run(tmp_path, monkeypatch):
+    loop = controller(dataset(), output=tmp_path, keep=0)
+    run(loop)
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(dynmix.controller, "task_losses", fail)
+    loop.finish(Bigram(), 25)
+    last = Journal(tmp_path / "journal.jsonl").rows()[-1]
+    assert last["kind"] == "final"
+    assert "no room" in last["error"]
+
+
+def test_influence_reaches_the_journal_as_measured(tmp_path, monkeypatch):
+    scores, errors = np.array([[1.5, -0.5]]), np.array([[0.1, np.inf]])
+
+    def measure(model, domains, tasks, *args, **kwargs):
+        return Influence(scores, list(tasks), list(domains), errors, [2.0], [0.5])
+
+    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    loop = controller(dataset(), output=tmp_path, keep=0)
+    logs = run(loop)[3]
+    row = Journal(tmp_path / "journal.jsonl").rows()[1]
+    assert row["influence"] == [[1.5, -0.5]]
+    assert row["standard_error"] == [[0.1, None]]
+    assert row["task_loss"] == {"t": 2.0}
+    assert logs["dynmix/influence/t/a"] == 1.5
+    assert logs["dynmix/task_loss/t"] == 2.0
+    assert logs["dynmix/weight/a"] > 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage_steps": 1}, "stage_steps=1: at least 2"),
+        ({"probe_sequences": 0}, "probe_sequences=0"),
+        ({"keep": -1}, "keep=-1"),
+        ({"mixer": "tikmix"}, "pass an instance"),
+        ({"max_epochs": {"c": 1}}, "no domain 'c'"),
+        ({"max_epochs": {"a": -1}}, "at least 0"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        controller(dataset(), **options)
+
+
+def test_no_tasks_and_decided_stages_are_refused():
+    with pytest.raises(ValueError, match="tasks is empty"):
+        MixtureController(dataset(), {}, TiKMiXD(), stage_steps=5)
+    data = dataset()
+    data.schedule.publish({"a": 0.5, "b": 0.5}, 20)
+    with pytest.raises(ValueError, match="the dataset has 2 stages"):
+        controller(data).plan(batch_size=BATCH)
+
+
+def test_materialising_tasks_does_not_touch_the_random_state():
+    loader = torch.utils.data.DataLoader(sequences(0, 8), batch_size=2, shuffle=True)
+    before = torch.get_rng_state()
+    MixtureController(dataset(), {"t": loader}, Static(), stage_steps=5)
+    assert torch.equal(torch.get_rng_state(), before)
