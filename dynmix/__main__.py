@@ -1,0 +1,5 @@
+"""`python -m dynmix`."""
+
+from dynmix.cli import app
+
+app()

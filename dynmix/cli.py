@@ -1,0 +1,82 @@
+"""The `dynmix` command: arguments in, calls of the library out.
+
+Knows no method and no format; each command is a call of the function it is named after.
+"""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False,
+) -> None:
+    """Dynamic data mixing for language-model pretraining."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.getLogger("dynmix").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[Path], typer.Argument(help="jsonl (.gz, .zst) or parquet files, or folders of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the stores, one a domain.")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder or name of a transformers tokenizer.")],
+    text_field: Annotated[str, typer.Option(help="Field of a record that holds its text.")] = "text",
+    append_eos: Annotated[bool, typer.Option(help="End each document with the tokenizer's EOS.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace stores that are there.")] = False,
+) -> None:
+    """Tokenise text files into token stores: a file, or a sub-folder, is a domain."""
+    from dynmix.mixture.prepare import prepare
+
+    try:
+        stores = prepare(inputs, output, tokenizer, text_field=text_field, append_eos=append_eos, overwrite=overwrite)
+    except (ValueError, OSError) as problem:
+        _fail(problem)
+    for name, store in stores.items():
+        typer.echo(f"{name}: {len(store):,} documents, {len(store.tokens):,} tokens in {store.path}.bin")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the model's parameters and the data's order.")] = 0,
+) -> None:
+    """Pretrain a small Llama with a dynamic mixture and with its static prior, on text of this Python installation."""
+    from dynmix.demo.run import run_demo
+
+    run_demo(output, seed)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, or its journal.jsonl.")],
+    baseline: Annotated[Path | None, typer.Option(help="A second run to compare with.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Draw a run's journal as one HTML page."""
+    from dynmix.report import write_report
+
+    def journal(path: Path) -> Path:
+        return path / "journal.jsonl" if path.is_dir() else path
+
+    source = journal(run)
+    try:
+        page = write_report(
+            source, output or source.parent / "report.html", baseline=None if baseline is None else journal(baseline)
+        )
+    except (ValueError, OSError) as problem:
+        _fail(problem)
+    typer.echo(str(page))
+
+
+def _fail(problem: Exception) -> None:
+    typer.secho(f"error: {problem}", fg="red", err=True)
+    raise typer.Exit(1) from problem

@@ -1,0 +1,168 @@
+"""The demonstration: a semi-dynamic pretraining run of a small Llama, and the same budget under its static prior.
+
+Everything in it is what a user would write: token stores, a `MixtureDataset`, a `Trainer` with a `MixtureCallback`.
+Both runs start from the same parameters and differ in the mixer alone.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import set_seed
+from transformers.utils import logging
+
+from dynmix.callbacks import MixtureCallback
+from dynmix.demo.corpus import build_corpus, train_tokenizer
+from dynmix.journal import Journal, Row
+from dynmix.mixers import Mixer, Static, TiKMiXD
+from dynmix.mixture.dataset import MixtureDataset, PackedSequences
+from dynmix.mixture.store import TokenStore
+from dynmix.report import write_report
+from dynmix.tables import comparison_table, stage_table
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the demonstration, chosen so that both runs fit into three minutes on two cores."""
+
+    stages: int = 4
+    stage_steps: int = 60
+    batch_size: int = 32  # sequences
+    sequence_length: int = 128  # tokens
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    layers: int = 2
+    learning_rate: float = 4e-3
+    task_sequences: int = 64
+    tasks: tuple[str, ...] = ("reference", "code", "docs", "arithmetic")
+
+
+def run_demo(output: Path, seed: int = 0, settings: DemoSettings | None = None, console: Console | None = None) -> Path:
+    """Run the demonstration into the folder `output`; return the path of its report.
+
+    Args:
+        output: folder for the stores, the journal, snapshots and report of the dynamic run; the static one is in
+            `output/static`. What an earlier demonstration left is moved aside.
+        seed: of the model's parameters and of the order of the data.
+        settings: sizes; the default fits into three minutes.
+        console: where the tables are printed.
+    """
+    settings, console = settings or DemoSettings(), console or Console()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of saving a snapshot: shorter than its bar
+    corpus = build_corpus()
+    tokenizer = train_tokenizer((d for documents in corpus.domains.values() for d in documents), settings.vocab_size)
+
+    def store(kind: str, name: str, documents: list[str]) -> TokenStore:
+        ended = ([*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"])
+        return TokenStore.write(output / "stores" / f"{name}.{kind}", ended)
+
+    domains = {name: store("domain", name, documents) for name, documents in corpus.domains.items()}
+    held_out = {name: store("task", name, corpus.tasks[name]) for name in settings.tasks if name in corpus.tasks}
+    tasks = {
+        name: list(islice(PackedSequences(text, settings.sequence_length), settings.task_sequences))
+        for name, text in held_out.items()
+    }
+    console.print(f"domains: {', '.join(f'{n} {len(s.tokens):,} tokens' for n, s in domains.items())}")
+    console.print(f"held-out tasks: {', '.join(tasks)}; the domain `noise` is shuffled words, as a control")
+
+    runs: dict[str, tuple[Mixer, Path]] = {"dynamic": (TiKMiXD(), output), "static": (Static(), output / "static")}
+    for name, (mixer, folder) in runs.items():
+        console.rule(f"{name}: {type(mixer).__name__}")
+        _train(domains, tasks, mixer, folder, seed, settings, tokenizer.eos_token_id, console)
+    journals = {name: folder / "journal.jsonl" for name, (_, folder) in runs.items()}
+    console.print(comparison_table(*(Journal(path).rows() for path in journals.values())))
+    report = write_report(journals["dynamic"], output / "report.html", baseline=journals["static"], title="dynmix demo")
+    console.print(f"report: {report}")
+    return report
+
+
+def _train(
+    domains: dict[str, TokenStore],
+    tasks: dict[str, list[Any]],
+    mixer: Mixer,
+    output: Path,
+    seed: int,
+    settings: DemoSettings,
+    eos: int,
+    console: Console,
+) -> None:
+    steps = settings.stages * settings.stage_steps
+    dataset = MixtureDataset(
+        domains,
+        weights="natural",
+        num_samples=steps * settings.batch_size,
+        sequence_length=settings.sequence_length,
+        seed=seed,
+        block=settings.batch_size,
+    )
+    set_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=settings.vocab_size,
+            hidden_size=settings.hidden_size,
+            intermediate_size=3 * settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=4,
+            max_position_embeddings=settings.sequence_length,
+            bos_token_id=eos,
+            eos_token_id=eos,
+        )
+    )
+    callback = MixtureCallback(dataset, tasks, mixer, settings.stage_steps, output=output)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(output / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            seed=seed,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=dataset,
+        callbacks=[callback, _PrintStages(Journal(output / "journal.jsonl"), console)],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_QuietProgress)
+    trainer.train()
+
+
+class _QuietProgress(ProgressCallback):
+    """The Trainer's bar without its echo of the log, which the tables show better."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Say nothing."""
+
+
+class _PrintStages(TrainerCallback):
+    """Prints each row of the journal once, as a table."""
+
+    def __init__(self, journal: Journal, console: Console):
+        self.journal, self.console, self.printed = journal, console, 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._print()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._print()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        rows: list[Row] = self.journal.rows()
+        for row in rows[self.printed :]:
+            with tqdm.external_write_mode():  # or the table would start on the bar's line
+                self.console.print(stage_table(row))
+        self.printed = len(rows)

@@ -1,0 +1,89 @@
+"""The arrows of the architecture, and what an installation contains."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FORBIDDEN = {
+    "dynmix/mixture": {"dynmix.influence", "dynmix.mixers", "dynmix.laws", "dynmix.controller", "dynmix.callbacks"},
+    "dynmix/influence": {"dynmix.mixture", "dynmix.mixers", "dynmix.laws", "dynmix.controller", "dynmix.callbacks"},
+    "dynmix/mixers": {"torch", "transformers", "dynmix.mixture", "dynmix.influence", "dynmix.controller"},
+    "dynmix/report.py": {"torch", "transformers", "dynmix.controller", "dynmix.mixture", "dynmix.influence"},
+    "dynmix/journal.py": {"torch", "transformers", "dynmix"},
+    "dynmix/observation.py": {"torch", "transformers", "dynmix"},
+    "dynmix/controller.py": {"transformers", "accelerate", "dynmix.callbacks"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_imports_run_one_way(room):
+    files = [ROOT / room] if room.endswith(".py") else sorted((ROOT / room).glob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            crossed = [wall for wall in FORBIDDEN[room] if name == wall or name.startswith(wall + ".")]
+            assert not crossed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_mixers_and_report_work_without_loading_torch():
+    code = "import sys, dynmix.mixers, dynmix.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_public_names():
+    import dynmix
+    import dynmix.callbacks
+
+    for name in dynmix.__all__:
+        assert getattr(dynmix, name) is not None
+    assert set(dynmix.callbacks.__all__) == {"MixtureCallback", "MixtureHook"}
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        dynmix.Nothing  # noqa: B018
+
+
+def test_a_wheel_has_every_module_and_no_top_level_callbacks(tmp_path):
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout: which files belong to the project is not known")
+    for name in tracked.stdout.split("\n"):
+        if (ROOT / name).is_file() and (ROOT / name).exists() and name and not name.startswith("tests/"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    (source / "dynmix/callbacks").symlink_to("../callbacks")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert not [name for name in names if name.startswith("callbacks")]
+    files = {str(p.relative_to(source)) for p in (source / "dynmix").rglob("*.py") if "callbacks" not in p.parts}
+    files |= {f"dynmix/callbacks/{p.name}" for p in (source / "callbacks").glob("*.py")}
+    files |= {"dynmix/report.html", "dynmix/py.typed"}
+    assert files <= set(names)
+    assert not [name for name in names if name.startswith("tests")]
