@@ -212,10 +212,9 @@ def _gain_figure(task: str, gains: Sequence[dict[str, Any]]) -> Markup:
     axes.axhline(0, color=RULE, lw=0.8)
     axes.axvline(0, color=RULE, lw=0.8)
     (x, x_error), (y, y_error) = (np.array([gain[key] for gain in gains]).T for key in ("predicted", "realised"))
-    unit, power = _unit(max(abs(x)))
-    axes.errorbar(
-        x / unit, y, xerr=np.nan_to_num(x_error) / unit, yerr=np.nan_to_num(y_error), color=PALETTE[0], fmt="o", ms=4
-    )
+    x_error, y_error = np.nan_to_num(x_error), np.nan_to_num(y_error)
+    unit, power = _unit(max(abs(x) + x_error))
+    axes.errorbar(x / unit, y, xerr=x_error / unit, yerr=y_error, color=PALETTE[0], fmt="o", ms=4)
     for gain, across, up in zip(gains, x / unit, y, strict=True):
         axes.annotate(str(gain["stage"]), (across, up), xytext=(4, 3), textcoords="offset points")
     axes.margins(0.12)
