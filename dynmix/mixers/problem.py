@@ -20,15 +20,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Problem:
-    """Eq. 7 in arrays: `A`, `C` float64[n_tasks, n_domains]; `floor` [n_tasks]; `prior`, `upper` [n_domains].
+    """Eq. 7 in arrays: `A`, `C` float64[n_tasks, n_domains]; `floor` [n_tasks]; `start`, `upper` [n_domains].
 
-    `floor` is the least C w may be: the prior's, less what counts as nothing.
+    `floor` is the least C w may be: the prior's, less what counts as nothing. `start` is feasible: the prior itself,
+    unless bounds cut it.
     """
 
     A: Array
     C: Array
     floor: Array
-    prior: Array
+    start: Array
     upper: Array
     alpha: float
     beta: float
@@ -53,14 +54,11 @@ class Problem:
         return float((self.floor - self.C @ w).max(initial=0.0))
 
 
-def lift(p: Problem, w: Array) -> Array:
-    """Return `w` moved by a hair onto the Pareto constraints it misses by rounding.
+def slackest(p: Problem) -> tuple[Array, float]:
+    """Return the mixture under the bounds whose least C w - floor is largest, and that slack (-inf if none was found).
 
-    The move goes towards the mixture with the largest slack (a linear programme), so it is as short as can be.
+    A linear programme; a negative slack says that the bounds leave no feasible mixture.
     """
-    worst = p.violation(w)
-    if worst == 0:
-        return w
     n, m = p.C.shape
     lp = linprog(
         np.concatenate([np.zeros(m), [-1.0]]),
@@ -70,7 +68,22 @@ def lift(p: Problem, w: Array) -> Array:
         b_eq=[1.0],
         bounds=[(0, b) for b in p.upper] + [(None, None)],
     )
-    if lp.status != 0 or lp.x[-1] <= 0:
+    if lp.status != 0:
+        return p.start, -np.inf
+    w = np.clip(lp.x[:-1], 0, p.upper)
+    return np.asarray(w / w.sum(), dtype=np.float64), float(lp.x[-1])
+
+
+def lift(p: Problem, w: Array) -> Array:
+    """Return `w` moved by a hair onto the Pareto constraints it misses by rounding.
+
+    The move goes towards the mixture with the largest slack, so it is as short as can be.
+    """
+    worst = p.violation(w)
+    if worst == 0:
         return w
-    theta = worst / (worst + lp.x[-1]) * (1 + 1e-9)
-    return np.asarray((1 - theta) * w + theta * lp.x[:-1], dtype=np.float64)
+    inner, slack = slackest(p)
+    if slack <= 0:
+        return w
+    theta = worst / (worst + slack) * (1 + 1e-9)
+    return np.asarray((1 - theta) * w + theta * inner, dtype=np.float64)

@@ -52,7 +52,7 @@ def water_fill(log_weights: Array, upper: Array) -> Array:
         nu = rest - np.log(room)
         fits = z - nu <= np.log(u) + 1e-15
     k = int(np.argmax(fits)) if fits.any() else len(z) - 1
-    filled = np.minimum(u, np.exp(z - nu[k])) if room[k] > 0 else np.zeros_like(u)
+    filled = np.exp(np.minimum(z - nu[k], np.log(u))) if room[k] > 0 else np.zeros_like(u)
     filled[:k] = u[:k]
     w[np.flatnonzero(open_)[order]] = filled
     return np.asarray(w / w.sum(), dtype=np.float64)

@@ -2,10 +2,11 @@
 
 The dual has 2 n_tasks unknowns however many domains there are, and a certified gap; it does not converge where gamma is
 near 0 or where multipliers are infinite (a prior on the Pareto front). Clarabel, an interior-point solver of conic
-programmes (optional: `pip install dynmix[exact]`), takes those; SciPy's SLSQP from the prior is what remains without
-it. None of them is believed by its caller before the answer is verified.
+programmes, takes those; SciPy's SLSQP is what remains, slow beyond a few hundred
+domains. None of them is believed by its caller before the answer is verified.
 """
 
+import clarabel
 import numpy as np
 from scipy import sparse
 from scipy.optimize import minimize
@@ -70,11 +71,8 @@ def solve_clarabel(p: Problem) -> tuple[Array, Array]:
     and |K w| <= s (second-order cone).
 
     Raises:
-        ImportError: clarabel is not installed.
         ArithmeticError: it did not solve the problem.
     """
-    import clarabel
-
     n, m = p.C.shape
     K = p.spread
     eye, zeros = sparse.identity(m), sparse.csc_matrix
@@ -117,7 +115,7 @@ def solve_clarabel(p: Problem) -> tuple[Array, Array]:
 
 
 def solve_slsqp(p: Problem) -> tuple[Array, Array]:
-    """Return (w, zeros) of Eq. 7 by sequential quadratic programming from the prior, with analytic gradients.
+    """Return (w, zeros) of Eq. 7 by sequential quadratic programming from `start`, with analytic gradients.
 
     Raises:
         ArithmeticError: it ended without a finite answer.
@@ -134,7 +132,7 @@ def solve_slsqp(p: Problem) -> tuple[Array, Array]:
 
     answer = minimize(
         objective,
-        np.clip(p.prior, tiny, None),
+        np.clip(p.start, tiny, None),
         jac=True,
         method="SLSQP",
         bounds=[(0, b) for b in p.upper],

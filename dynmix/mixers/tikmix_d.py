@@ -6,13 +6,15 @@ a proposal is feasible and no worse than the prior, or it is the prior. Knows ar
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from dynmix.mixers.base import Proposal, prior_and_bounds
-from dynmix.mixers.problem import Array, Problem
-from dynmix.mixers.solvers import solve_clarabel, solve_dual, solve_slsqp
+from dynmix.mixers.problem import Array, Problem, slackest
+from dynmix.mixers.simplex import normalized
+from dynmix.mixers.solvers import GAP, solve_clarabel, solve_dual, solve_slsqp
 from dynmix.observation import Influence
 
 logger = logging.getLogger("dynmix.mixers")
@@ -79,6 +81,10 @@ class TiKMiXD:
     ) -> Proposal:
         """Return the weights that solve Eq. 7; never worse than `prior` on any task by the influence given.
 
+        Upper bounds come first: where they leave no mixture that is as good as the prior on every task, the prior moved
+        inside them takes its place, and the message says so. A task counts as no worse within rounding (1e-9 of its
+        largest score) and, for scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
+
         Args:
             influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight).
             prior: the weights of the stage that ends; sums to 1.
@@ -93,32 +99,42 @@ class TiKMiXD:
         """
         if influence is None:
             raise ValueError("TiKMiXD decides from the influence: pass the Influence measured at this boundary")
-        reference, bounds = prior_and_bounds(influence.domains, prior, self.upper, upper)
+        wanted = normalized(prior, influence.domains)
+        inside, bounds = prior_and_bounds(influence.domains, prior, self.upper, upper)
         S = influence.scores
         if not np.isfinite(S).all():
             bad = [task for task, row in zip(influence.tasks, S, strict=True) if not np.isfinite(row).all()]
-            return self._answer(influence, reference, reference, "prior", f"influence not finite on {bad}: prior kept")
+            return self._answer(influence, wanted, inside, "prior", f"influence not finite on {bad}: prior kept")
         self._warn_of_flips(influence)
         scale = np.abs(S).max(axis=1, keepdims=True)
         C = np.divide(S, scale, out=np.zeros_like(S), where=scale > 0)
+        # Eq. 6's eps is where an influence ends to count. To second order in it, because a row of ordinary scale must
+        # hold to rounding and a row at eps must not decide the mixture of all others.
+        nothing = (EPS / np.maximum(scale[:, 0], EPS)) ** 2
         problem = Problem(
             A=normalize(S, self.normalization),
             C=C,
-            # Eq. 6's eps is where an influence ends to count. To second order in it, because a row of ordinary
-            # scale must hold to rounding and a row at eps must not decide the mixture of all others.
-            floor=C @ reference - (EPS / np.maximum(scale[:, 0], EPS)) ** 2,
-            prior=reference,
+            floor=C @ wanted - nothing,
+            start=inside,
             upper=bounds,
             alpha=self.alpha,
             beta=self.beta,
             gamma=self.gamma,
         )
+        cut = ""
+        if problem.violation(inside) > 0:
+            best, slack = slackest(problem)
+            if slack >= 0:
+                problem = replace(problem, start=best)
+            else:
+                problem = replace(problem, floor=C @ inside - nothing)
+                cut = "; the bounds leave no mixture as good as the prior on every task"
         w, multipliers, solver = self._solve(problem)
-        message = f"objective {problem.objective(reference):.4f} -> {problem.objective(w):.4f}"
+        message = f"objective {problem.objective(inside):.4f} -> {problem.objective(w):.4f}{cut}"
         binding = {t: float(x) for t, x in zip(influence.tasks, multipliers, strict=True) if x > 1e-6}
         if binding:
             message += "; the Pareto constraint binds on " + ", ".join(binding)
-        return self._answer(influence, reference, w, solver, message, binding)
+        return self._answer(influence, wanted, w, solver, message, binding)
 
     def _solve(self, problem: Problem) -> tuple[Array, Array, str]:
         solvers = {"dual": solve_dual} if self.gamma > 0 else {}
@@ -126,14 +142,14 @@ class TiKMiXD:
         for name, solve in solvers.items():
             try:
                 w, multipliers = solve(problem)
-            except (ArithmeticError, ImportError) as failure:
+            except ArithmeticError as failure:
                 logger.debug("TiKMiX-D: %s: %s", name, failure)
                 continue
             inside = (w >= 0).all() and (w <= problem.upper + 1e-9).all() and abs(w.sum() - 1) < 1e-9
-            improves = problem.objective(w) <= problem.objective(problem.prior)
-            if inside and improves and problem.violation(w) <= FEASIBLE:
-                return w, multipliers, name
-        return problem.prior, np.zeros(len(problem.C)), "prior"
+            worse = problem.objective(w) - problem.objective(problem.start)
+            if inside and worse <= GAP * max(1.0, abs(problem.objective(w))) and problem.violation(w) <= FEASIBLE:
+                return (problem.start if worse >= 0 else w), multipliers, name
+        return problem.start, np.zeros(len(problem.C)), "prior"
 
     def _warn_of_flips(self, influence: Influence) -> None:
         flipped = [t for t, row in zip(influence.tasks, influence.scores, strict=True) if row.max() < 0]

@@ -55,7 +55,7 @@ def test_no_random_feasible_mixture_beats_the_dual(seed, alpha, beta, gamma):
     # Points between the answer, the prior and random mixtures: many of them feasible, near the optimum and far.
     for other in rng.dirichlet(np.ones(6), size=50):
         for t in (0.01, 0.3, 1.0):
-            for x in ((1 - t) * w + t * other, (1 - t) * p.prior + t * other):
+            for x in ((1 - t) * w + t * other, (1 - t) * p.start + t * other):
                 if p.violation(x) == 0:
                     assert p.objective(w) <= p.objective(x) + 1e-7 * max(1, abs(p.objective(x)))
 
