@@ -163,9 +163,17 @@ class Capture:
     Raises ValueError if no layer is left, or if a measured layer loses its sequences in a later batch.
     """
 
-    def __init__(self, model: nn.Module, *, layers: LayerFilter = None, loss: Loss = next_token_loss) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerFilter = None,
+        loss: Loss = next_token_loss,
+        tick: Callable[[], object] | None = None,
+    ) -> None:
         self.model = unwrap(model)
         self.loss = loss
+        self.tick = tick or (lambda: None)
         self.coverage = 0.0
         self._settled = False
         wanted = layers if callable(layers) else re.compile(layers or "").search
@@ -243,6 +251,7 @@ class Capture:
             losses.sum().backward()  # type: ignore[no-untyped-call]
         for name in [name for name, use in uses.items() if use.gradients]:
             deliver(name)  # some of its uses had no part in the loss
+        self.tick()
         return losses.detach().cpu().double(), tokens.cpu().double()
 
     def _settle(self, lost: dict[str, str], called: set[str]) -> None:

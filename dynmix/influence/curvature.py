@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from dynmix.influence.capture import (
 
 logger = logging.getLogger(__name__)
 
+_WIDE = 4  # times the other side: rotating into the basis of such a side costs as many times the layer's own product
+
 
 class InverseCurvature(Protocol):
     """A fitted, symmetric approximation of H^-1, block by block, a block a layer."""
@@ -39,6 +41,11 @@ class InverseCurvature(Protocol):
 class Curvature(Protocol):
     """Which curvature to use."""
 
+    @property
+    def passes(self) -> int:
+        """How often `fit` reads the batches."""
+        ...
+
     def fit(self, capture: Capture, batches: Batches) -> InverseCurvature:
         """Read the batches, once or more, inside `isolated(capture.model)`."""
         ...
@@ -47,6 +54,8 @@ class Curvature(Protocol):
 @dataclass(frozen=True)
 class Identity:
     """H = 1: influence is the plain product of gradients."""
+
+    passes: ClassVar[int] = 0
 
     def fit(self, capture: Capture, batches: Batches) -> Identity:
         """Nothing to read."""
@@ -112,9 +121,10 @@ class EKFAC:
         labels: "empirical" uses the data's labels, "sampled" draws them from the model (the true Fisher; needs one
             forward more a batch, and the next-token loss).
         seed: of the sampled labels.
-        largest_basis: a side of a layer with more dimensions than this (a head over a large vocabulary) keeps the
-            identity as its basis: its covariance would not fit, nor its eigenvectors be found in reasonable time. The
-            eigenvalues are the exact second moments in that basis, so the trace stays that of the Fisher.
+        largest_basis: a side of a layer with more dimensions than this, and more than four times as many as the other
+            side (a head over a vocabulary), keeps the identity as its basis: to find its eigenvectors and to rotate
+            into them would cost many times the layer itself. The eigenvalues are the exact second moments in that
+            basis, so the trace stays that of the Fisher.
 
     Factors are float32 at least, float64 for a float64 model. Two passes over the batches. Sequences with a loss or
     gradient that is not finite are left out, with a warning.
@@ -123,7 +133,8 @@ class EKFAC:
     damping: float = 0.1
     labels: Literal["empirical", "sampled"] = "empirical"
     seed: int = 0
-    largest_basis: int = 4096
+    largest_basis: int = 1024
+    passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not (self.damping >= 0 and math.isfinite(self.damping)):
@@ -144,8 +155,8 @@ class EKFAC:
             real = mask & finite[:, None]
             if layer not in factors:
                 factors[layer] = Factors(
-                    A=_square(a, self.largest_basis),
-                    S=_square(g, self.largest_basis),
+                    A=_square(a, max(self.largest_basis, _WIDE * g.shape[-1])),
+                    S=_square(g, max(self.largest_basis, _WIDE * a.shape[-1])),
                     Lambda=a.new_zeros(g.shape[-1], a.shape[-1]),
                 )
                 tokens[layer], sequences[layer] = a.new_zeros(()), a.new_zeros(())
@@ -193,7 +204,7 @@ class EKFAC:
             logger.warning("curvature: %d of %d sequences are not finite and were left out", total - used, total)
         wide = [layer for layer, f in factors.items() if f.A is None or f.S is None]
         if wide:
-            logger.info("curvature: more than %d dimensions, identity basis: %s", self.largest_basis, ", ".join(wide))
+            logger.info("curvature: identity basis on the wide side of %s", ", ".join(wide))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ knows no mixture, no weights and no trainer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,6 +32,7 @@ def group_influence(
     layers: LayerFilter = None,
     curvature_batches: Batches | None = None,
     loss: Loss = next_token_loss,
+    tick: Callable[[], object] | None = None,
 ) -> Influence:
     """Influence of every domain on every task, with standard errors; leaves no trace in the model.
 
@@ -55,6 +56,7 @@ def group_influence(
         layers: regular expression or predicate on names of linear layers; None measures all of them.
         curvature_batches: what the curvature is fitted on; by default all domains' sequences, each counted once.
         loss: what is differentiated, if not the next-token cross entropy.
+        tick: called after each batch, for a progress bar.
 
     Memory: (2 * n_tasks + n_domains) gradients of the measured layers in float32, beside the curvature's factors.
 
@@ -71,7 +73,7 @@ def group_influence(
             _check_batches(f"{kind}[{name!r}]", batches)
     if curvature_batches is not None:
         _check_batches("curvature_batches", curvature_batches)
-    capture = Capture(model, layers=layers, loss=loss)
+    capture = Capture(model, layers=layers, loss=loss, tick=tick)
     with isolated(model):
         fit_on = _Pool(domains) if curvature_batches is None else curvature_batches
         inverse = (EKFAC() if curvature is None else curvature).fit(capture, fit_on)
