@@ -6,10 +6,12 @@ must not know of models, optimizers or how weights are chosen.
 """
 
 import hashlib
+import logging
 import multiprocessing
 import operator
 import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -18,14 +20,25 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, matched
+from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, Weights, matched
 from dynmix.mixture.shared import SharedArray
 from dynmix.mixture.store import TokenStore
+
+logger = logging.getLogger("dynmix.mixture")
 
 Item = dict[str, Any]
 
 _READ_AHEAD = 4096  # positions assigned at once; a call has a fixed cost, and the next request wants the next ones
 _POLL_SECONDS = 0.005
+_REMEDY = (
+    " A shuffled loader mixes the stages; use shuffle=False (DataLoader, DistributedSampler) or"
+    ' train_sampling_strategy="sequential" (Trainer)'
+)
+_WARN_SECONDS, _GIVE_UP_SECONDS = 60.0, 1800.0  # without a sign of life from the main process
+_WAITING = (
+    " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
+    " steps say: with gradient accumulation pass batch_size to MixtureHook, and call its step() once an optimizer step"
+)
 _SLOTS = 1024  # of the reading counters, one a worker
 
 
@@ -111,8 +124,11 @@ class MixtureDataset(Dataset[Item]):
             weights = {name: part / sum(parts.values()) for name, part in parts.items()}
         weights = dict(zip(self.domains, matched(weights, self.domains, "weights"), strict=True))
         self.schedule = MixtureSchedule(weights, self.sizes, seed=seed, block=block)
-        # Cell 0: length of the first request; 1: end of what the main process has read; 2 + w: of what worker w has.
-        self._reads = SharedArray((2 + _SLOTS,))
+        # Cell 0: length of the last request; 1: pulse of the main process; 2: end of what it has read; 3 + w: of what
+        # worker w has.
+        self._reads = SharedArray((3 + _SLOTS,))
+        self._lowest, self._last = self.num_samples, -1
+        self._steps_back: deque[bool] = deque(maxlen=8)
         self._ahead = _Ahead(-1, 0, *self.schedule.assign(0, 0)[:2])
 
     def __len__(self) -> int:
@@ -138,6 +154,7 @@ class MixtureDataset(Dataset[Item]):
         if not len(positions):
             return []
         runs = self._reading_order(np.asarray(positions, np.int64))
+        self._check_passes(int(positions[0]))
         stop = max(run[-1] for run in runs) + 1
         self._wait_until_decided(0, stop)
         # Noted before the stages are looked at: who publishes sees either the note, or is seen.
@@ -168,11 +185,11 @@ class MixtureDataset(Dataset[Item]):
     @property
     def read_until(self) -> int:
         """One more than the highest position that a loader read here or in a worker; 0 before, and after loading."""
-        return int(self._reads.array[1:].max())
+        return int(self._reads.array[2:].max())
 
     @property
     def read_size(self) -> int:
-        """Positions in the first request of a loader, its batch size in this process; 0 before, and after loading."""
+        """Positions in the last request of a loader, its batch size in this process; 0 before, and after loading."""
         return int(self._reads.array[0])
 
     @cached_property
@@ -215,29 +232,48 @@ class MixtureDataset(Dataset[Item]):
         # Samplers that pad to equal shards go on from the start; more than half the stream is no stride, but a shuffle.
         wrapped = len(wraps) == 1 and 2 * stride <= self.num_samples
         if stride == 0 or ((steps - stride) % self.num_samples).any() or (len(wraps) and not wrapped):
-            raise ValueError(
-                f"positions are not read in order: {positions[:8].tolist()}... A shuffled loader mixes the stages; use"
-                ' shuffle=False (DataLoader, DistributedSampler) or train_sampling_strategy="sequential" (Trainer)'
-            )
+            raise ValueError(f"positions are not read in order: {positions[:8].tolist()}...{_REMEDY}")
         parts = np.split(positions, wraps + 1)
         return [range(int(part[0]), int(part[-1]) + 1, stride) for part in parts]
 
+    def _check_passes(self, first: int) -> None:
+        # Within a request a shuffle shows at once, but a request may hold a single position. One step back may be a new
+        # pass (which starts where the earliest did) or a second loader; step after step of them is a shuffle.
+        self._lowest = min(self._lowest, first)
+        back = self._lowest < first < self._last
+        self._steps_back.append(back)
+        self._last = first
+        if back and sum(self._steps_back) >= 3:
+            raise ValueError(f"positions are not read in order: requests go back and forth, now to {first}.{_REMEDY}")
+
     def _wait_until_decided(self, start: int, stop: int) -> None:
         parent = multiprocessing.parent_process()
+        pulse, since, patience = -1, time.monotonic(), _WARN_SECONDS
         while get_worker_info() is not None and (end := self.schedule.end) is not None and end < stop:
             if parent is not None and not parent.is_alive():
                 raise RuntimeError(f"the parent process ended before it published the stage of position {end}")
+            if pulse != (pulse := int(self._reads.array[1])):
+                since, patience = time.monotonic(), _WARN_SECONDS
+            waited = time.monotonic() - since
+            if waited > _GIVE_UP_SECONDS:
+                raise Undecided(f"position {end} was not decided within {waited:.0f} s.{_WAITING}")
+            if waited > patience:
+                logger.warning("waiting for the stage of position %d for %.0f s.%s", end, waited, _WAITING)
+                patience *= 4
             time.sleep(_POLL_SECONDS)
         self.schedule.check_decided(start, stop)
+
+    def pulse(self) -> None:
+        """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
+        self._reads.array[1] += 1
 
     def _note_read(self, size: int, stop: int) -> None:
         worker = get_worker_info()
         # A cell for each writer, because nothing here makes "take the maximum" one step between processes.
-        cell = 1 if worker is None else 2 + worker.id % _SLOTS
+        cell = 2 if worker is None else 3 + worker.id % _SLOTS
         reads = self._reads.array
         reads[cell] = max(int(reads[cell]), stop)
-        if reads[0] == 0:
-            reads[0] = size
+        reads[0] = size
 
     def _items(self, runs: Sequence[range]) -> list[Item]:
         found = [self._assigned(run) for run in runs]

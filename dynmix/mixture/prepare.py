@@ -71,7 +71,9 @@ def prepare(
     domains = _find_domains([inputs] if isinstance(inputs, str | os.PathLike) else list(inputs))
     existing = [f for d in domains for f in (folder / f"{d}.bin", folder / f"{d}.idx") if f.exists()]
     if existing and not overwrite:
-        raise PrepareError(f"{', '.join(map(str, existing))}: there already; remove them or pass overwrite=True")
+        raise PrepareError(
+            f"{', '.join(map(str, existing))}: there already; remove them or pass overwrite (--overwrite)"
+        )
     tok = _load_tokenizer(tokenizer)
     eos = tok.eos_token_id if append_eos else None
     if append_eos and eos is None:

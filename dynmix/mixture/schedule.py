@@ -70,7 +70,7 @@ def integer_cdf(weights: npt.ArrayLike) -> Ints:
         raise ValueError(f"weights must be a vector with one weight a domain, not an array of shape {share.shape}")
     if bad := np.flatnonzero(~(np.isfinite(share) & (share >= 0))).tolist():
         raise ValueError(f"weights must be finite and >= 0: weight {share[bad[0]]} of domain number {bad[0]} is not")
-    total = float(share.sum())
+    total = math.fsum(share)  # the same on every machine, which a vectorised sum need not be
     if not math.isclose(total, 1.0, rel_tol=0.0, abs_tol=1e-6):
         raise ValueError(f"weights sum to {total:.9g}, not to 1: divide each of them by their sum")
     # Whole units first, at least one where the weight is positive so that none vanishes by rounding, then largest
