@@ -74,7 +74,8 @@ class MixtureHook:
         logs = None if self._begun else self._begin()
         assert self.batch_size is not None
         # One batch of grace: a rank whose share of a step is its first part has read less than the step's end.
-        if self.position - self.batch_size > self.dataset.read_until:
+        # Nothing is known of a dataset that is read through a wrapper.
+        if 0 < self.dataset.read_until < self.position - self.batch_size:
             raise ValueError(
                 f"{self.steps} steps of {self.batch_size} samples, but the loader has read only up to sample "
                 f"{self.dataset.read_until}: call hook.step() once an optimizer step, let the loader of a resumed run "
@@ -91,11 +92,15 @@ class MixtureHook:
         return {"steps": self.steps, "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; call before the first step, and read on from `position`."""
+        """Go on from `state`; call before the loader reads, and let it start at `position`."""
+        if not state["steps"]:
+            return
         self.controller.load_state_dict(state["controller"])
         self.steps = int(state["steps"])
         self.batch_size = self.controller.batch_size
         self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
+        self._begun = True
+        self.controller.begin(self.model, self.steps)
 
     def _begin(self) -> dict[str, float] | None:
         if self.batch_size is None:
@@ -106,5 +111,10 @@ class MixtureHook:
             ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
             self.batch_size = self.dataset.read_size * ranks
             self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
+        elif self.dataset.read_size > self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}, but the loader reads {self.dataset.read_size} samples at once: pass "
+                "what an optimizer step takes over all ranks and accumulation steps"
+            )
         self._begun = True
         return self.controller.begin(self.model, self.steps)

@@ -51,12 +51,13 @@ class MixtureCallback(TrainerCallback):
         self.output = output
         self.controller = MixtureController(dataset, tasks, mixer, stage_steps=stage_steps, output=output, **options)
         self._trainer: Trainer | None = None
+        self._finished = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the arguments, take up the state of a checkpoint, and let the controller begin."""
-        self._trainer = _trainer_on_the_stack(self)
+        self._trainer, self._finished = _trainer_on_the_stack(self), False
         batch_size = _samples_per_step(args)
         self._check(args, state, batch_size)
         self.controller.write_to(self.output or Path(args.output_dir or ".") / "dynmix")
@@ -72,16 +73,23 @@ class MixtureCallback(TrainerCallback):
         _saved(state)[STATE] = self.controller.state_dict()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the controller; log what it decided; put its state where the next checkpoint takes it from."""
+        """Tell the controller; log what it decided; put its state where the next checkpoint takes it from.
+
+        The last step also closes the journal: when training has ended the trackers have closed their files.
+        """
         if logs := self.controller.step_ended(_model(kwargs), state.global_step):
             self._log(logs, control)
             _saved(state)[STATE] = self.controller.state_dict()
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            self._log(self.controller.finish(_model(kwargs), state.global_step), control)
+            self._finished = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the journal with the final task losses."""
-        self._log(self.controller.finish(_model(kwargs), state.global_step), control)
+        """Close the journal with the final task losses, if the run was stopped before its last step."""
+        if not self._finished:
+            self.controller.finish(_model(kwargs), state.global_step)
         self._trainer = None
 
     def _log(self, logs: dict[str, float] | None, control: TrainerControl) -> None:

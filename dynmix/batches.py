@@ -4,6 +4,7 @@ Knows tensors and token stores; no model, no mixture. Everything is materialised
 read at every boundary, and iterating a user's DataLoader again would draw from the random state of the run.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynmix.influence.capture import next_token_labels
 from dynmix.mixture.dataset import PackedSequences
 from dynmix.mixture.store import TokenStore
 
+logger = logging.getLogger("dynmix")
+
 Batch = dict[str, Tensor]
 
+_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids")
 
-def as_batches(source: Any, *, name: str, sequence_length: int, micro_batch: int) -> list[Batch]:
+
+def as_batches(
+    source: Any, *, name: str, sequence_length: int, micro_batch: int, sequences: int | None = None
+) -> list[Batch]:
     """Return `source` as a list of batches with `input_ids` of shape [sequences, tokens].
 
     Args:
@@ -28,14 +36,26 @@ def as_batches(source: Any, *, name: str, sequence_length: int, micro_batch: int
         name: what an error calls it.
         sequence_length: tokens a row cut from a store.
         micro_batch: sequences a batch made from examples or rows.
+        sequences: how many examples or rows are taken at most, evenly spread over all; None: all. Batches that are
+            given as such are taken as they are.
 
     Raises:
         ValueError: nothing in it, or items that are no dicts with `input_ids` of one or two dimensions.
     """
     if isinstance(source, str | os.PathLike):
-        source = TokenStore.open(Path(source))
+        try:
+            source = TokenStore.open(Path(source))
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from problem
     if isinstance(source, TokenStore):
         source = PackedSequences(source, sequence_length)
+        if not len(source):
+            raise ValueError(
+                f"{name}: {source.store.path} has {len(source.store.tokens)} tokens, not one sequence of "
+                f"{sequence_length}; give more text"
+            )
+        if sequences is not None and len(source) > sequences:
+            source = [source[row] for row in _spread(len(source), sequences)]
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         # A Sequence without __iter__ is fine for Python's iter(), so only what is neither ends here.
         if isinstance(source, Mapping) or not hasattr(source, "__getitem__"):
@@ -48,11 +68,14 @@ def as_batches(source: Any, *, name: str, sequence_length: int, micro_batch: int
             raise ValueError(f"{name}: item {number} is no dict with 'input_ids' but {type(item).__name__}")
         ids = torch.as_tensor(item["input_ids"])
         if ids.ndim == 2 and ids.numel():
-            batches.append({key: torch.as_tensor(value) for key, value in item.items() if _is_numeric(value)})
+            batches.append({key: torch.as_tensor(item[key]) for key in _INPUTS if key in item})
         elif ids.ndim == 1 and ids.numel():
             examples.append(item)
         else:
             raise ValueError(f"{name}: item {number} has input_ids of shape {tuple(ids.shape)}: 1-D or 2-D, not empty")
+    if sequences is not None and len(examples) > sequences:
+        logger.info("%s: %d of its %d sequences are used, evenly spread", name, sequences, len(examples))
+        examples = [examples[i] for i in _spread(len(examples), sequences)]
     batches += [collate(examples[i : i + micro_batch]) for i in range(0, len(examples), micro_batch)]
     if not batches:
         raise ValueError(f"{name}: it is empty; give at least one sequence")
@@ -76,5 +99,15 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> Batch:
     return batch
 
 
-def _is_numeric(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, Sequence) and not isinstance(value, str))
+def scored_sequence(batches: Sequence[Batch], name: str) -> Batch:
+    """Return the first sequence that has a scored token, as a batch of one; raise ValueError if there is none."""
+    for batch in batches:
+        scored = (next_token_labels(batch) != -100).any(dim=1).nonzero()
+        if len(scored):
+            row = int(scored[0])
+            return {key: value[row : row + 1] for key, value in batch.items()}
+    raise ValueError(f"{name}: no sequence has a token to score: every label is -100, masked or the first of its kind")
+
+
+def _spread(total: int, count: int) -> list[int]:
+    return [i * total // count for i in range(count)]

@@ -6,28 +6,35 @@ done one optimizer step before the boundary, because loaders fetch a batch ahead
 stage gets does not depend on when the work is done, since a stage starts at a declared position.
 """
 
+import copy
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from dynmix.batches import Batch, as_batches, collate
+from dynmix.batches import Batch, as_batches, collate, scored_sequence
+from dynmix.budget import EpochBudget
 from dynmix.influence.capture import LayerFilter, random_state_kept
 from dynmix.influence.curvature import EKFAC, Curvature, Identity
 from dynmix.influence.group import group_influence
 from dynmix.influence.losses import task_losses
-from dynmix.journal import Journal, Row
-from dynmix.mixers.base import Mixer, Proposal
+from dynmix.journal import Journal
+from dynmix.mixers.base import Mixer, Proposal, Static
+from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.probe import probe_rows, repeated
 from dynmix.mixture.schedule import integer_cdf
 from dynmix.observation import Influence
+from dynmix.record import Losses, log_keys, losses_of, make_row
 from dynmix.snapshot import save_snapshot
 
 logger = logging.getLogger("dynmix")
@@ -44,6 +51,8 @@ class MixtureController:
         curvature: the curvature of the influence; fitted anew at each boundary; None: `EKFAC()`.
         probe_sequences: sequences of each domain that the influence is measured on, at each boundary.
         curvature_sequences: sequences that the curvature is fitted on, split over the domains as the weights are.
+        task_sequences: sequences of each task that are used at most, evenly spread over it; None: all. (Tasks given as
+            batches are used whole.)
         micro_batch: sequences a forward pass of a measurement.
         max_epochs: how often a domain's sequences may be seen over the whole run, for all domains or by name; gives
             the mixer its upper bounds. None: no bound.
@@ -65,6 +74,7 @@ class MixtureController:
         curvature: Curvature | None = None,
         probe_sequences: int = 64,
         curvature_sequences: int = 128,
+        task_sequences: int | None = 128,
         micro_batch: int = 8,
         max_epochs: float | Mapping[str, float] | None = None,
         output: str | Path | None = None,
@@ -75,19 +85,24 @@ class MixtureController:
             ("stage_steps", stage_steps, 2),  # a stage is decided one step before it starts
             ("probe_sequences", probe_sequences, 1),
             ("curvature_sequences", curvature_sequences, 1),
+            ("task_sequences", 1 if task_sequences is None else task_sequences, 1),
             ("micro_batch", micro_batch, 1),
             ("keep", keep, 0),
         ):
             if value < least:
                 raise ValueError(f"{argument}={value}: at least {least}")
-        if not isinstance(mixer, Mixer):
+        if isinstance(mixer, type) or not isinstance(mixer, Mixer):
             raise ValueError(f"mixer={mixer!r} has no `needs` and `propose`; pass an instance, e.g. TiKMiXD()")
         if not tasks:
             raise ValueError("tasks is empty: give at least one validation set, as {name: batches}")
         with random_state_kept():
             self.tasks: dict[str, list[Batch]] = {
                 name: as_batches(
-                    task, name=f"tasks[{name!r}]", sequence_length=dataset.sequence_length, micro_batch=micro_batch
+                    task,
+                    name=f"tasks[{name!r}]",
+                    sequence_length=dataset.sequence_length,
+                    micro_batch=micro_batch,
+                    sequences=task_sequences,
                 )
                 for name, task in tasks.items()
             }
@@ -95,7 +110,7 @@ class MixtureController:
         self.curvature, self.layers = curvature or EKFAC(), layers
         self.probe_sequences, self.curvature_sequences = probe_sequences, curvature_sequences
         self.micro_batch, self.keep = micro_batch, keep
-        self.max_epochs = self._epoch_limits(max_epochs)
+        self.budget = EpochBudget(dataset, max_epochs)
         self.output: Path | None = None
         self.journal: Journal | None = None
         if output is not None:
@@ -129,6 +144,11 @@ class MixtureController:
         self.total = len(self.dataset) if max_steps is None else min(len(self.dataset), max_steps * batch_size)
         if len(schedule.stages) > 1 and not self.resumed:
             raise ValueError(f"the dataset has {len(schedule.stages)} stages: pass one with a single, undecided stage")
+        if not self.resumed and self._boundary() >= self.total:
+            raise ValueError(
+                f"stage_steps={self.stage_steps}: the run of {-(-self.total // batch_size)} steps ends before its "
+                "first stage does, so that nothing would ever be decided; make stages shorter"
+            )
         if self._boundary() < self.total and schedule.end is None:
             if self.dataset.read_until > self._boundary():
                 raise ValueError(
@@ -137,48 +157,59 @@ class MixtureController:
                     "stage_steps"
                 )
             schedule.hold(self._boundary())
-        self._check_epochs()
+        if not self.resumed:
+            self.budget.check(self.total, min(self._boundary(), self.total))
 
     def begin(self, model: nn.Module, step: int = 0) -> dict[str, float] | None:
         """Rehearse the measurement and, in a fresh run, open the journal; return what a tracker should log.
 
-        The rehearsal takes one sequence of each domain and task through the model, so that a task that does not fit
-        the model raises now, whatever it raises, and not at the first boundary.
+        A run that goes on from the very end of a stage, because an earlier one ended there, decides the next one here.
+
+        The rehearsal takes one sequence of each domain and task through the model and lets a copy of the mixer decide
+        from them, so that a task that does not fit the model, or a mixer that does not fit the domains, raises now,
+        whatever it raises, and not at the first boundary.
 
         Args:
             model: the model that trains, unwrapped or wrapped.
             step: optimizer steps already done.
         """
+        influence = None
         if "influence" in self.mixer.needs:
             one = {name: self._batches(name, np.zeros(1, dtype=np.int64)) for name in self.dataset.domains}
-            first = {name: [{key: x[:1] for key, x in batches[0].items()}] for name, batches in self.tasks.items()}
-            group_influence(model, one, first, Identity(), layers=self.layers)
+            first = {name: [scored_sequence(batches, f"tasks[{name!r}]")] for name, batches in self.tasks.items()}
+            influence = group_influence(model, one, first, Identity(), layers=self.layers)
+        if influence is None or influence.finite:
+            upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
+            prior = self.dataset.schedule.weights_at(0)
+            self._cdf(copy.deepcopy(self.mixer).propose(influence, prior, upper), upper)
         if self.resumed:
-            return None
+            return self._decide(model, step) if self._is_due(step) else None
         if self.output is not None and _is_rank_0():
             _set_aside(self.output)
             self._write_config(model)
-        row = self._row("stage", step=step, loss=task_losses(model, self.tasks))
-        self._append(row)
-        return _logs(row)
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "measure"):
+            loss = task_losses(model, self.tasks)
+        return self._write_down("stage", step, 0, loss, seconds=seconds)
 
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
-        if (step + 1) * self.batch_size != self._boundary() or self._boundary() >= self.total:
-            return None
-        return self._decide(model, step)
+        self.dataset.pulse()
+        return self._decide(model, step) if self._is_due(step) else None
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure the task losses once more and close the journal; return what a tracker should log."""
         loss, error = None, None
+        seconds: dict[str, float] = {}
         try:
-            loss = task_losses(model, self.tasks)
+            with _timed(seconds, "measure"):
+                loss = task_losses(model, self.tasks)
         except Exception as failure:  # the trained model is about to be saved: nothing here is worth losing it
-            error = f"{type(failure).__name__}: {failure}"
+            error = _words(failure)
             logger.warning("the final task losses could not be measured: %s", error)
-        row = self._row("final", step=step, loss=loss, error=error)
-        self._append(row)
-        return _logs(row)
+        self.resumed = False  # what comes after is another run
+        end = min(step * self.batch_size, self.total)
+        return self._write_down("final", step, end, loss, error=error, seconds=seconds)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -190,15 +221,25 @@ class MixtureController:
         """Go on from `state`; rows of the journal that were written after it are dropped, and will be written again.
 
         Raises:
-            ValueError: the state is of other data or of other stages, with what changed.
+            ValueError: the state is of other data or of other stages, with what changed, or it is damaged.
         """
-        if state["stage_steps"] != self.stage_steps:
-            raise ValueError(
-                f"the checkpoint's stages are {state['stage_steps']} steps, stage_steps={self.stage_steps}"
-            )
-        self._check_same_batch(int(state["batch_size"]))
-        self.dataset.load_state_dict(state["dataset"])
-        self.batch_size = int(state["batch_size"])
+        try:
+            if state["stage_steps"] != self.stage_steps:
+                raise ValueError(
+                    f"the checkpoint's stages are {state['stage_steps']} steps, stage_steps={self.stage_steps}"
+                )
+            batch_size = int(state["batch_size"])
+            self._check_same_batch(batch_size)
+            stages = state["dataset"]["schedule"]["stages"]
+            starts = [stage["start"] for stage in stages]
+            if starts != [k * self.stage_steps * batch_size for k in range(len(stages))]:
+                raise ValueError(
+                    f"this state is damaged: its stages start at {starts[:5]}..., which are no stages of it"
+                )
+            self.dataset.load_state_dict(state["dataset"])
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
+        self.batch_size = batch_size
         self.resumed = True
         if self.journal is not None and _is_rank_0():
             self.journal.truncate(len(self.dataset.schedule.stages))
@@ -209,66 +250,101 @@ class MixtureController:
         """Position at which the stage after the last published one starts."""
         return len(self.dataset.schedule.stages) * self.stage_steps * self.batch_size
 
+    def _is_due(self, step: int) -> bool:
+        """Whether the next stage is to be decided after `step`: one step before it starts, or as it starts."""
+        return self._boundary() < self.total and self._boundary() in (
+            step * self.batch_size,
+            (step + 1) * self.batch_size,
+        )
+
     def _decide(self, model: nn.Module, step: int) -> dict[str, float]:
-        start = self._boundary()
-        prior = self.dataset.schedule.weights_at(start - 1)
-        seconds = {"measure": 0.0, "propose": 0.0, "snapshot": 0.0}
-        influence, error, clock = None, None, time.perf_counter()
+        schedule, start = self.dataset.schedule, self._boundary()
+        following = start + self.stage_steps * self.batch_size
+        prior = schedule.weights_at(start - 1)
+        seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
+        influence, loss, error = None, None, None
         probes: dict[str, np.ndarray] = {}
-        loss: tuple[dict[str, float], dict[str, float]] | None = None
+        upper = self.budget.upper(start, min(following, self.total) - start)
         try:
-            if "influence" in self.mixer.needs:
-                probes = self._probes(start, prior)
-                influence = self._measure(model, probes, prior)
-                loss = _losses(influence)
-            else:
-                loss = task_losses(model, self.tasks)
-            seconds["measure"] = time.perf_counter() - clock
-            proposal = self.mixer.propose(influence, prior, self._upper(start))
-            seconds["propose"] = time.perf_counter() - clock - seconds["measure"]
-            if influence is not None and not influence.finite:
-                error = proposal.message
+            with _timed(seconds, "measure"):
+                if "influence" in self.mixer.needs:
+                    probes = self._probes(start, prior)
+                    influence = self._measure(model, probes, prior)
+                    loss = losses_of(influence)
+                    _check_finite(influence)
+                else:
+                    loss = task_losses(model, self.tasks)
+            with _timed(seconds, "propose"):
+                proposal = self.mixer.propose(influence, prior, upper)
+                cdf = self._cdf(proposal, upper)
         except Exception as failure:  # a run of weeks must not end because one measurement did
-            error = f"{type(failure).__name__}: {failure}"
-            proposal = Proposal(dict(prior), solver="prior", message=f"measurement failed, weights kept: {error}")
+            error = _words(failure)
+            proposal = replace(Static().propose(None, prior, upper), solver="prior", message="the weights were kept")
+            cdf = self._cdf(proposal, upper)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if error:
-            logger.warning("stage %d keeps its weights: %s", len(self.dataset.schedule.stages), error)
+            logger.warning("stage %d keeps the weights of the one before: %s", len(schedule.stages), error)
 
-        cdf, proposal = _from_rank_0(
-            (integer_cdf(np.array([proposal.weights[d] for d in self.dataset.domains])), proposal)
-        )
-        following = start + self.stage_steps * self.batch_size
+        cdf, proposal = _from_rank_0((cdf, proposal))
         self.dataset.publish(cdf, start, following if following < self.total else None)
-        logger.info("stage %d starts at sample %d: %s", len(self.dataset.schedule.stages) - 1, start, proposal.weights)
-        self._warn_of_repeated_probes(probes, start, following)
-
-        row = self._row("stage", step=step, loss=loss, influence=influence, proposal=proposal, prior=prior, error=error)
-        if self.output is not None and self.keep:
-            clock = time.perf_counter()
-            facts = {"stage": row["stage"], "step": step, "samples": step * self.batch_size}
-            save_snapshot(model, self.output / "snapshots", row["stage"], facts, self.keep)
-            seconds["snapshot"] = time.perf_counter() - clock
-        row["seconds"].update(seconds)  # type: ignore[typeddict-item]
-        self._append(row)
-        return _logs(row)
+        logger.info("stage %d starts at sample %d: %s", len(schedule.stages) - 1, start, schedule.stages[-1].weights)
+        self._warn_of_repeated_probes(probes, start, min(following, self.total))
+        with _timed(seconds, "snapshot"):
+            self._save_snapshot(model, step)
+        return self._write_down(
+            "stage",
+            step,
+            start,
+            loss,
+            influence=influence,
+            proposal=proposal,
+            prior=prior,
+            error=error,
+            seconds=seconds,
+        )
 
     def _measure(self, model: nn.Module, probes: Mapping[str, np.ndarray], prior: Mapping[str, float]) -> Influence:
+        shares = self._curvature_shares(prior)
         domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.items()}
-        pooled = [b for name, rows in probes.items() for b in self._batches(name, rows[: self._share(prior[name])])]
-        return group_influence(model, domains, self.tasks, self.curvature, layers=self.layers, curvature_batches=pooled)
+        pooled = [batch for name, rows in probes.items() for batch in self._batches(name, rows[: shares[name]])]
+        passes = self.curvature.passes * len(pooled) + sum(map(len, domains.values()))
+        passes += 2 * sum(map(len, self.tasks.values()))
+        with tqdm(total=passes, desc="measuring", unit="batch", leave=False, delay=2, disable=not _is_rank_0()) as bar:
 
-    def _share(self, weight: float) -> int:
-        return round(weight * self.curvature_sequences)
+            def tick() -> None:
+                self.dataset.pulse()
+                bar.update()
+
+            return group_influence(
+                model,
+                domains,
+                self.tasks,
+                self.curvature,
+                layers=self.layers,
+                curvature_batches=pooled,
+                tick=tick,
+            )
+
+    def _cdf(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
+        """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains."""
+        weights = normalized(proposal.weights, self.dataset.domains)
+        for name, weight in zip(self.dataset.domains, weights.tolist(), strict=True):
+            if weight > upper.get(name, 1.0) + 1e-6:
+                mixer = type(self.mixer).__name__
+                raise ValueError(f"{mixer} gave {name!r} a weight of {weight:.4g}, above its bound {upper[name]:.4g}")
+        return integer_cdf(weights)
+
+    def _curvature_shares(self, prior: Mapping[str, float]) -> dict[str, int]:
+        """Return domain -> sequences the curvature is fitted on; they sum to `curvature_sequences`."""
+        ends = np.rint(np.cumsum(list(prior.values())) * self.curvature_sequences).astype(int)
+        return dict(zip(prior, np.diff(ends, prepend=0).tolist(), strict=True))
 
     def _probes(self, start: int, prior: Mapping[str, float]) -> dict[str, np.ndarray]:
         """Return domain -> rows that the coming stage will not train on, int64[sequences]."""
-        window = self.stage_steps * self.batch_size
+        window, shares = self.stage_steps * self.batch_size, self._curvature_shares(prior)
         return {
-            name: probe_rows(
-                self.dataset.schedule, i, max(self.probe_sequences, self._share(prior[name])), start, window
-            )
+            name: probe_rows(self.dataset.schedule, i, max(self.probe_sequences, shares[name]), start, window)
             for i, name in enumerate(self.dataset.domains)
         }
 
@@ -278,52 +354,12 @@ class MixtureController:
 
     def _warn_of_repeated_probes(self, probes: Mapping[str, np.ndarray], start: int, stop: int) -> None:
         for i, name in enumerate(self.dataset.domains):
-            if name in probes and (n := repeated(self.dataset.schedule, i, probes[name], start, min(stop, self.total))):
+            if name in probes and (n := repeated(self.dataset.schedule, i, probes[name], start, stop)):
                 logger.warning(
                     "%d of the %d probe sequences of domain %r are trained on within the next stage: it has only %d "
                     "sequences; shorten the stage or bound the domain with max_epochs",
                     n, len(probes[name]), name, self.dataset.sizes[name],
                 )  # fmt: skip
-
-    # -- bounds ------------------------------------------------------------------------------------------------------
-
-    def _epoch_limits(self, limits: float | Mapping[str, float] | None) -> dict[str, float]:
-        if limits is None:
-            return {}
-        named = dict(limits) if isinstance(limits, Mapping) else dict.fromkeys(self.dataset.domains, float(limits))
-        for name, limit in named.items():
-            if name not in self.dataset.domains:
-                raise ValueError(f"max_epochs: no domain {name!r}; the domains are {list(self.dataset.domains)}")
-            if not limit >= 0:
-                raise ValueError(f"max_epochs[{name!r}]={limit}: at least 0")
-        return named
-
-    def _upper(self, start: int) -> dict[str, float]:
-        """Return domain -> the largest weight of the stage from `start` on that keeps it within its epochs."""
-        drawn = dict(zip(self.dataset.domains, self.dataset.schedule.counts(start).tolist(), strict=True))
-        stage = min(self.stage_steps * self.batch_size, self.total - start)
-        return {
-            name: max(0.0, limit * self.dataset.sizes[name] - drawn[name]) / stage
-            for name, limit in self.max_epochs.items()
-        }
-
-    def _check_epochs(self) -> None:
-        if len(self.max_epochs) == len(self.dataset.domains):
-            room = sum(limit * self.dataset.sizes[name] for name, limit in self.max_epochs.items())
-            if room < self.total:
-                raise ValueError(
-                    f"max_epochs leaves {room:.0f} samples over all domains and the run takes {self.total}: raise it "
-                    "or train for fewer steps"
-                )
-        end = min(self._boundary(), self.total)
-        drawn = dict(zip(self.dataset.domains, self.dataset.schedule.counts(end).tolist(), strict=True))
-        over = {
-            n: drawn[n] / self.dataset.sizes[n]
-            for n, m in self.max_epochs.items()
-            if drawn[n] > m * self.dataset.sizes[n]
-        }
-        if over:
-            raise ValueError(f"the first stage alone exceeds max_epochs, it takes {over} epochs: lower those weights")
 
     def _check_same_batch(self, batch_size: int) -> None:
         if self.batch_size not in (0, batch_size):
@@ -345,80 +381,54 @@ class MixtureController:
             "samples": self.total,
             "probe_sequences": self.probe_sequences,
             "curvature_sequences": self.curvature_sequences,
-            "max_epochs": self.max_epochs,
+            "max_epochs": self.budget.max_epochs,
             "tasks": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.tasks.items()},
             "model": type(model).__name__,
             "dataset": self.dataset.state_dict(),
         }
         (self.output / "config.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
 
-    def _row(
-        self,
-        kind: Any,
-        *,
-        step: int,
-        loss: tuple[dict[str, float], dict[str, float]] | None,
-        influence: Influence | None = None,
-        proposal: Proposal | None = None,
-        prior: Mapping[str, float] | None = None,
-        error: str | None = None,
-    ) -> Row:
-        schedule, domains = self.dataset.schedule, self.dataset.domains
-        final = kind == "final"
-        start = step * self.batch_size if final else schedule.stages[-1].start
-        drawn = dict(zip(domains, schedule.counts(start).tolist(), strict=True))
-        return Row(
-            kind=kind,
-            stage=len(schedule.stages) - 1,
-            step=step,
-            start=start,
-            end=None if final else schedule.end,
-            weights_before=None if prior is None else dict(prior),
-            weights=None if final else dict(schedule.stages[-1].weights),
-            tasks=list(self.tasks),
-            domains=list(domains),
-            influence=None if influence is None else influence.scores.tolist(),
-            standard_error=None
-            if influence is None or influence.standard_error is None
-            else influence.standard_error.tolist(),
-            task_loss=None if loss is None else dict(loss[0]),
-            task_loss_standard_error=None if loss is None else dict(loss[1]),
-            tokens={name: n * self.dataset.sequence_length for name, n in drawn.items()},
-            epochs={name: n / self.dataset.sizes[name] for name, n in drawn.items()},
-            predicted_gain=dict(proposal.predicted_gain) if proposal else None,
-            predicted_gain_standard_error=dict(proposal.predicted_gain_standard_error) if proposal else None,
-            mixer=type(self.mixer).__name__,
-            solver=proposal.solver if proposal else None,
-            message=proposal.message if proposal else "",
-            error=error,
-            seconds={"measure": 0.0, "propose": 0.0, "snapshot": 0.0},
-        )
+    def _save_snapshot(self, model: nn.Module, step: int) -> None:
+        if self.output is None or not self.keep:
+            return
+        stage = len(self.dataset.schedule.stages) - 1
+        facts = {"stage": stage, "step": step, "samples": step * self.batch_size}
+        try:
+            save_snapshot(model, self.output / "snapshots", stage, facts, self.keep)
+        except OSError as failure:
+            logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
 
-    def _append(self, row: Row) -> None:
+    def _write_down(
+        self, kind: Literal["stage", "final"], step: int, position: int, loss: Losses | None, **found: Any
+    ) -> dict[str, float]:
+        mixer = type(self.mixer).__name__
+        row = make_row(kind, self.dataset, list(self.tasks), mixer, step=step, position=position, loss=loss, **found)
         if self.journal is not None and _is_rank_0():
-            self.journal.append(row)
+            try:
+                self.journal.append(row)
+            except OSError as failure:
+                logger.error("a row of %s was not written, training goes on: %s", self.journal.path, failure)
+        return log_keys(row)
 
 
-def _logs(row: Row) -> dict[str, float]:
-    """Return a row under the log keys of trackers."""
-    logs: dict[str, float] = {"dynmix/stage": row["stage"], "dynmix/seconds/measure": row["seconds"]["measure"]}
-    logs |= {f"dynmix/weight/{name}": weight for name, weight in (row["weights"] or {}).items()}
-    logs |= {f"dynmix/tokens/{name}": tokens for name, tokens in row["tokens"].items()}
-    logs |= {f"dynmix/task_loss/{name}": loss for name, loss in (row["task_loss"] or {}).items() if loss is not None}
-    for task, scores in zip(row["tasks"], row["influence"] or [], strict=False):
-        for domain, score in zip(row["domains"], scores, strict=True):
-            if score is not None:
-                logs[f"dynmix/influence/{task}/{domain}"] = score
-    return logs
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    clock = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - clock
 
 
-def _losses(influence: Influence) -> tuple[dict[str, float], dict[str, float]] | None:
-    if influence.task_loss is None or influence.task_loss_standard_error is None:
-        return None
-    return (
-        dict(zip(influence.tasks, influence.task_loss.tolist(), strict=True)),
-        dict(zip(influence.tasks, influence.task_loss_standard_error.tolist(), strict=True)),
-    )
+def _check_finite(influence: Influence) -> None:
+    if not influence.finite:
+        rows = zip(influence.tasks, influence.scores, strict=True)
+        bad = [task for task, row in rows if not np.isfinite(row).all()]
+        raise ArithmeticError(f"the influence on {', '.join(bad)} is not finite")
+
+
+def _words(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"
 
 
 def _describe(mixer: Mixer) -> Any:

@@ -116,11 +116,12 @@ def test_the_mixer_gets_the_prior_and_the_bounds_that_max_epochs_leaves():
 
         def propose(self, influence, prior, upper=None):
             calls.append((influence, dict(prior), dict(upper)))
-            return Proposal({"a": 0.25, "b": 0.75})
+            return Proposal({"a": 0.25, "b": 0.75} if upper["a"] > 0.25 else dict(prior) | {"a": 0.0, "b": 1.0})
 
     data = dataset(rows=(50, 300), samples=100, weights={"a": 0.5, "b": 0.5})
     run(controller(data, Recorder(), max_epochs={"a": 0.5}))
     drawn = [data.schedule.counts(20 * k)[0] for k in range(1, 5)]
+    calls = calls[1:]  # the first is the rehearsal's
     assert [prior for _, prior, _ in calls[:2]] == [
         pytest.approx({"a": 0.5, "b": 0.5}),
         pytest.approx({"a": 0.25, "b": 0.75}),
@@ -170,14 +171,200 @@ def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
 
 def test_a_mixer_that_fails_keeps_the_weights(caplog):
     class Broken(Static):
+        calls = 0
+
         def propose(self, *args, **kwargs):
-            raise ZeroDivisionError("bad luck")
+            Broken.calls += 1
+            if Broken.calls > 1:
+                raise ZeroDivisionError("bad luck")
+            return super().propose(*args, **kwargs)
 
     data = dataset()
     run(controller(data, Broken()))
     assert len(data.schedule.stages) == 5
     assert all(stage.weights == data.schedule.stages[0].weights for stage in data.schedule.stages)
     assert "bad luck" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 1.0}, "missing"),
+        ({"a": 0.9, "b": 0.6}, "sum to 1.5"),
+        ({"a": float("nan"), "b": 0.5}, "finite"),
+        ({"a": 0.9, "b": 0.1}, "above its bound"),
+    ],
+)
+def test_an_answer_that_is_no_mixture_keeps_the_weights_and_at_the_start_is_an_error(weights, message, caplog):
+    class Wrong(Static):
+        late = True
+
+        def propose(self, influence, prior, upper=None):
+            return Proposal(weights) if not self.late else super().propose(influence, prior, upper)
+
+    mixer = Wrong()
+    data = dataset(weights={"a": 0.5, "b": 0.5})
+    loop = controller(data, mixer, max_epochs={"a": 0.07})
+    loop.plan(batch_size=BATCH)
+    loop.begin(Bigram())
+    mixer.late = False
+    loop.step_ended(Bigram(), 4)
+    assert data.schedule.stages[1].weights["a"] <= 0.5
+    assert message in caplog.text
+    early = controller(dataset(weights={"a": 0.5, "b": 0.5}), mixer, max_epochs={"a": 0.07})
+    early.plan(batch_size=BATCH)
+    with pytest.raises(ValueError, match=message):
+        early.begin(Bigram())
+
+
+def test_a_bound_on_a_domain_that_is_not_there_fails_at_the_start():
+    loop = controller(dataset(), TiKMiXD(upper={"wbe": 0.3}))
+    loop.plan(batch_size=BATCH)
+    with pytest.raises(ValueError, match="no domain 'wbe'"):
+        loop.begin(Bigram())
+
+
+def test_an_influence_that_is_not_finite_is_not_even_shown_to_the_mixer(monkeypatch, tmp_path):
+    real, calls = dynmix.controller.group_influence, []
+
+    def measure(*args, **kwargs):
+        calls.append(1)
+        influence = real(*args, **kwargs)
+        return influence if len(calls) == 1 else Influence([[np.nan, 1.0]], influence.tasks, influence.domains)
+
+    class Blind(Static):
+        needs = frozenset({"influence"})
+
+        def __init__(self):
+            pass
+
+        def propose(self, influence, prior, upper=None):
+            return Proposal({"a": 0.9, "b": 0.1})
+
+    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    data = dataset()
+    run(controller(data, Blind(), output=tmp_path, keep=0))
+    assert all(stage.weights == data.schedule.stages[0].weights for stage in data.schedule.stages)
+    row = Journal(tmp_path / "journal.jsonl").rows()[1]
+    assert "not finite" in row["error"]
+    assert row["influence"] == [[None, 1.0]]
+
+
+def test_a_failed_measurement_still_keeps_within_max_epochs(monkeypatch):
+    real, calls = dynmix.controller.group_influence, []
+
+    def measure(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("bad luck")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    data = dataset(rows=(200, 30), samples=100, weights={"a": 0.5, "b": 0.5})
+    run(controller(data, max_epochs={"b": 1}))
+    assert data.schedule.counts(100)[1] <= 30 + 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_run_at_its_limit_of_epochs_can_be_resumed(seed):
+    """Stages keep their proportions to within a few samples, so a limit may be passed by one or two."""
+
+    def make():
+        domains = {"a": sequences(0, 200), "b": sequences(1, 30)}
+        return MixtureDataset(domains, {"a": 0.5, "b": 0.5}, num_samples=100, block=BATCH, seed=seed)
+
+    first = controller(make(), Static(), max_epochs={"b": 1})
+    run(first)
+    second = controller(make(), Static(), max_epochs={"b": 1})
+    second.load_state_dict(first.state_dict())
+    second.plan(batch_size=BATCH)
+    second.begin(Bigram(), step=25)
+
+
+def test_the_last_row_counts_the_samples_that_there_were(tmp_path):
+    loop = controller(dataset(samples=98), output=tmp_path, keep=0)
+    run(loop)
+    loop.finish(Bigram(), 25)
+    last = Journal(tmp_path / "journal.jsonl").rows()[-1]
+    assert last["start"] == 98
+    assert sum(last["tokens"].values()) == 98 * 5
+    assert last["seconds"]["measure"] > 0
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    loop = controller(dataset(), output=tmp_path, keep=1)
+    loop.plan(batch_size=BATCH)
+    loop.begin(Bigram())
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dynmix.controller, "save_snapshot", full)
+    monkeypatch.setattr(Journal, "append", full)
+    assert loop.step_ended(Bigram(), 4)
+    assert len(loop.dataset.schedule.stages) == 2
+    assert caplog.text.count("No space left on device") == 2
+
+
+def test_many_domains_still_share_the_curvature_sequences(monkeypatch):
+    pools = []
+    real = dynmix.controller.group_influence
+
+    def measure(*args, curvature_batches=None, **kwargs):
+        pools.append(curvature_batches)
+        return real(*args, curvature_batches=curvature_batches, **kwargs)
+
+    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    domains = {f"d{i}": sequences(i % 60, 8) for i in range(50)}
+    data = MixtureDataset(domains, "uniform", num_samples=16, block=BATCH)
+    loop = MixtureController(
+        data, {"t": sequences(0, 6)}, TiKMiXD(), stage_steps=2, probe_sequences=2, curvature_sequences=10
+    )
+    run(loop, steps=3)
+    assert sum(len(batch["input_ids"]) for batch in pools[1]) == 10
+    assert data.schedule.stages[1].weights != data.schedule.stages[0].weights
+
+
+def test_a_first_sequence_without_a_scored_token_is_no_obstacle():
+    task = [{"input_ids": [3]}, *sequences(0, 5)]
+    loop = MixtureController(dataset(), {"t": task}, TiKMiXD(), stage_steps=STEPS, probe_sequences=4)
+    loop.plan(batch_size=BATCH)
+    loop.begin(Bigram())
+    nothing = MixtureController(dataset(), {"t": [{"input_ids": [3]}]}, TiKMiXD(), stage_steps=STEPS)
+    nothing.plan(batch_size=BATCH)
+    with pytest.raises(ValueError, match=r"tasks\['t'\]: no sequence has a token to score"):
+        nothing.begin(Bigram())
+
+
+def test_a_stage_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="the run of 25 steps ends before its first stage"):
+        controller(dataset(), stage_steps=25).plan(batch_size=BATCH)
+
+
+def test_large_tasks_are_cut_to_a_spread_of_them():
+    loop = MixtureController(dataset(), {"t": sequences(0, 60)}, Static(), stage_steps=5, task_sequences=6)
+    rows = [int(batch["input_ids"][i, 1]) for batch in loop.tasks["t"] for i in range(len(batch["input_ids"]))]
+    assert rows == [0, 10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("dataset"),
+        lambda state: state.update(dataset=None),
+        lambda state: state["dataset"].update(fingerprint={}),
+        lambda state: state["dataset"]["schedule"]["stages"].pop(1),
+        lambda state: state["dataset"]["schedule"]["stages"][1].pop("cdf"),
+        lambda state: state["dataset"]["schedule"]["stages"][1].update(start=21),
+    ],
+)
+def test_a_damaged_state_is_refused_as_such(damage):
+    first = controller(dataset())
+    run(first)
+    state = json.loads(json.dumps(first.state_dict()))
+    damage(state)
+    with pytest.raises(ValueError, match="damaged"):
+        controller(dataset()).load_state_dict(state)
 
 
 def test_final_losses_that_cannot_be_measured_do_not_end_the_run(tmp_path, monkeypatch):
@@ -219,6 +406,7 @@ def test_influence_reaches_the_journal_as_measured(tmp_path, monkeypatch):
         ({"probe_sequences": 0}, "probe_sequences=0"),
         ({"keep": -1}, "keep=-1"),
         ({"mixer": "tikmix"}, "pass an instance"),
+        ({"mixer": TiKMiXD}, "pass an instance"),
         ({"max_epochs": {"c": 1}}, "no domain 'c'"),
         ({"max_epochs": {"a": -1}}, "at least 0"),
     ],

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import dynmix.mixture.dataset
 from dynmix import Identity, Static, TiKMiXD
 from dynmix.callbacks import MixtureHook
 from dynmix.journal import Journal
@@ -16,9 +17,9 @@ OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
 class Loop:
     """A plain training loop, its hook, and what it saw."""
 
-    def __init__(self, training, mixer=None, batch=8, seed=0, **options):
+    def __init__(self, training, mixer=None, batch=8, samples=160, **options):
         self.training = training
-        self.dataset = training.dataset(seed=seed)
+        self.dataset = training.dataset(samples=samples)
         self.model = training.model(dropout=0.0)  # its random state would be the loop's to restore
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.batch = batch
@@ -27,8 +28,7 @@ class Loop:
             self.dataset,
             tasks=training.tasks(),
             mixer=mixer or TiKMiXD(),
-            stage_steps=training.STAGE_STEPS,
-            **OPTIONS | options,
+            **{"stage_steps": training.STAGE_STEPS} | OPTIONS | options,
         )
         self.order: list[list[int]] = []
         self.logs: list[dict[str, float]] = []
@@ -86,6 +86,28 @@ def test_gradient_accumulation_that_was_not_told_is_no_silent_drift(training):
         loop.run(accumulate=2)
 
 
+def test_workers_that_wait_in_vain_say_why_and_give_up(training, monkeypatch, caplog):
+    """Accumulation that was not told: the loader is at the boundary when the hook believes to be half-way."""
+    monkeypatch.setattr(dynmix.mixture.dataset, "_WARN_SECONDS", 0.2)
+    monkeypatch.setattr(dynmix.mixture.dataset, "_GIVE_UP_SECONDS", 1.5)
+    loop = Loop(training, batch=2, stage_steps=20, samples=400)
+    with pytest.raises(Undecided, match="with gradient accumulation pass batch_size"):
+        loop.run(accumulate=2, workers=1)
+
+
+def test_a_batch_size_smaller_than_what_the_loader_reads_is_refused(training):
+    with pytest.raises(ValueError, match="the loader reads 8 samples at once"):
+        Loop(training, batch=8, batch_size=4).run(workers=1)
+
+
+def test_a_look_at_the_data_before_does_not_mislead(training):
+    loop = Loop(training)
+    next(iter(DataLoader(loop.dataset, batch_size=2)))
+    loop.run()
+    assert loop.order == expected(loop)
+    assert loop.hook.batch_size == 8
+
+
 def test_state_resumes_bit_for_bit(training, tmp_path):
     whole = Loop(training).run()
     first = Loop(training).run(steps=12)
@@ -120,6 +142,30 @@ def test_a_loader_that_read_past_the_first_boundary_is_refused(training):
     read = list(DataLoader(loop.dataset, batch_size=8))
     with pytest.raises(ValueError, match="pass batch_size"):
         loop.run(batches=read)
+
+
+def test_a_dataset_read_through_a_wrapper_works_with_batch_size(training):
+    class Wrapper(torch.utils.data.Dataset):
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __len__(self):
+            return len(self.inner)
+
+        def __getitem__(self, index):
+            return self.inner[index]
+
+    loop = Loop(training, batch_size=8)
+    loop.run(batches=DataLoader(Wrapper(loop.dataset), batch_size=8))
+    assert loop.order == expected(loop)
+
+
+def test_a_shuffled_loader_of_single_sequences_is_caught(training):
+    data = training.dataset()
+    with pytest.raises(ValueError, match="shuffle=False"):
+        list(DataLoader(data, batch_size=1, shuffle=True))
+    for _ in range(5):
+        list(DataLoader(data, batch_size=1))
 
 
 def test_other_stages_are_refused_on_resume(training):

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import dynmix.controller
 from dynmix import Influence, Static, TiKMiXD
@@ -209,6 +210,48 @@ def test_resuming_other_data_or_another_batch_is_refused(training, tmp_path):
             training.run(tmp_path, resume=True)
     finally:
         training.dataset = original
+
+
+@pytest.mark.parametrize("ended", [4, 5])
+def test_a_run_that_ended_at_a_boundary_can_be_continued(training, tmp_path, ended):
+    """Its next stage was not decided, because there was none."""
+    settings = {"save_strategy": "steps", "save_steps": ended, "lr_scheduler_type": "constant"}
+    training.run(tmp_path, steps=ended + 0, mixer=Static(), options={"stage_steps": 2}, **settings)
+    trainer = training.run(tmp_path, steps=12, mixer=Static(), options={"stage_steps": 2}, resume=True, **settings)
+    domain, row, _ = trainer.train_dataset.schedule.assign(ended * training.BATCH, 12 * training.BATCH)
+    assert trainer.order == np.stack([domain, row], axis=1).tolist()
+    stages = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [r["start"] for r in stages] == [*range(0, 12 * training.BATCH, 2 * training.BATCH), 12 * training.BATCH]
+
+
+def test_an_early_stop_closes_the_journal_too(training, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 7
+
+    training.run(tmp_path, extra=(Stop(),))
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [row["kind"] for row in rows] == ["stage", "stage", "final"]
+    assert rows[-1]["start"] == 7 * training.BATCH
+
+
+def test_final_losses_are_logged_before_the_trackers_close(training, tmp_path):
+    class Tracker(TrainerCallback):
+        closed, late = False, []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.closed:
+                self.late.append(logs)
+
+        def on_train_end(self, *args, **kwargs):
+            self.closed = True
+
+    tracker = Tracker()
+    trainer = training.run(tmp_path, extra=(tracker,))
+    assert not [logs for logs in tracker.late if any(key.startswith("dynmix/") for key in logs)]
+    assert any(
+        entry["step"] == training.STEPS and "dynmix/task_loss/web" in entry for entry in trainer.state.log_history
+    )
 
 
 def test_a_checkpoint_without_our_state_is_refused(training, tmp_path):

@@ -115,8 +115,8 @@ def run(
             data,
             tasks=tasks(),
             mixer=mixer or TiKMiXD(),
-            stage_steps=STAGE_STEPS,
-            **{"probe_sequences": 8, "curvature_sequences": 16, "keep": 0} | (options or {}),
+            **{"stage_steps": STAGE_STEPS, "probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
+            | (options or {}),
         )
     ]
     trainer = Recording(

@@ -1,0 +1,89 @@
+"""What is written down of a boundary: the journal's row, and the same figures under a tracker's log keys.
+
+Knows the shape of what was measured and decided; nothing of how.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from dynmix.journal import Row
+from dynmix.mixers.base import Proposal
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.observation import Influence
+
+Losses = tuple[dict[str, float], dict[str, float]]
+"""Task -> loss in nats per token, and task -> its standard error."""
+
+
+def losses_of(influence: Influence) -> Losses | None:
+    """Return the task losses that came with an influence."""
+    if influence.task_loss is None or influence.task_loss_standard_error is None:
+        return None
+    errors = influence.task_loss_standard_error.tolist()
+    return (
+        dict(zip(influence.tasks, influence.task_loss.tolist(), strict=True)),
+        dict(zip(influence.tasks, errors, strict=True)),
+    )
+
+
+def make_row(
+    kind: Literal["stage", "final"],
+    dataset: MixtureDataset,
+    tasks: list[str],
+    mixer: str,
+    *,
+    step: int,
+    position: int,
+    loss: Losses | None,
+    influence: Influence | None = None,
+    proposal: Proposal | None = None,
+    prior: Mapping[str, float] | None = None,
+    error: str | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Row:
+    """Return the row of the last published stage, or the final one; `position`: samples trained on before it."""
+    schedule, final = dataset.schedule, kind == "final"
+    drawn = dict(zip(dataset.domains, schedule.counts(position).tolist(), strict=True))
+    errors = None if influence is None else influence.standard_error
+    seconds = seconds or {}
+    return Row(
+        kind=kind,
+        stage=len(schedule.stages) - 1,
+        step=step,
+        start=position,
+        end=None if final else schedule.end,
+        weights_before=None if prior is None else dict(prior),
+        weights=None if final else dict(schedule.stages[-1].weights),
+        tasks=tasks,
+        domains=list(dataset.domains),
+        influence=None if influence is None else influence.scores.tolist(),
+        standard_error=None if errors is None else errors.tolist(),
+        task_loss=None if loss is None else dict(loss[0]),
+        task_loss_standard_error=None if loss is None else dict(loss[1]),
+        tokens={name: n * dataset.sequence_length for name, n in drawn.items()},
+        epochs={name: n / dataset.sizes[name] for name, n in drawn.items()},
+        predicted_gain=dict(proposal.predicted_gain) if proposal else None,
+        predicted_gain_standard_error=dict(proposal.predicted_gain_standard_error) if proposal else None,
+        mixer=mixer,
+        solver=proposal.solver if proposal else None,
+        message=proposal.message if proposal else "",
+        error=error,
+        seconds={
+            "measure": seconds.get("measure", 0.0),
+            "propose": seconds.get("propose", 0.0),
+            "snapshot": seconds.get("snapshot", 0.0),
+        },
+    )
+
+
+def log_keys(row: Row) -> dict[str, float]:
+    """Return a row's numbers under the keys that trackers get: `dynmix/weight/<domain>` and so on."""
+    logs: dict[str, float] = {"dynmix/stage": row["stage"], "dynmix/seconds/measure": row["seconds"]["measure"]}
+    logs |= {f"dynmix/weight/{name}": weight for name, weight in (row["weights"] or {}).items()}
+    logs |= {f"dynmix/tokens/{name}": tokens for name, tokens in row["tokens"].items()}
+    logs |= {f"dynmix/task_loss/{name}": loss for name, loss in (row["task_loss"] or {}).items() if loss is not None}
+    for task, scores in zip(row["tasks"], row["influence"] or [], strict=False):
+        for domain, score in zip(row["domains"], scores, strict=True):
+            if score is not None:
+                logs[f"dynmix/influence/{task}/{domain}"] = score
+    return logs
