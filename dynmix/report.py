@@ -155,6 +155,7 @@ def _weights_figure(run: Run) -> Markup | None:
         return None
     edges = [row["start"] for row in stages]
     if run.finished and run.rows[-1]["start"] > edges[0]:
+        edges = [min(edge, run.rows[-1]["start"]) for edge in edges]  # a stage may be decided and never trained on
         edges.append(run.rows[-1]["start"])
     else:  # a run that is under way: the last stage up to its declared end, or as long as the one before it
         edges.append(stages[-1]["end"] or edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1))
