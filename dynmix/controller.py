@@ -19,21 +19,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from dynmix.batches import Batch, as_batches, collate, scored_sequence
 from dynmix.budget import EpochBudget
-from dynmix.influence.capture import LayerFilter, random_state_kept
-from dynmix.influence.curvature import EKFAC, Curvature, Identity
-from dynmix.influence.group import group_influence
-from dynmix.influence.losses import task_losses
+from dynmix.influence.capture import LayerFilter
+from dynmix.influence.curvature import EKFAC, Curvature
 from dynmix.journal import Journal
+from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, Static
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.probe import probe_rows, repeated
 from dynmix.mixture.schedule import integer_cdf
-from dynmix.observation import Influence
 from dynmix.record import Losses, log_keys, losses_of, make_row
 from dynmix.snapshot import save_snapshot
 
@@ -81,35 +76,25 @@ class MixtureController:
         keep: int = 2,
         layers: LayerFilter = None,
     ):
-        for argument, value, least in (
-            ("stage_steps", stage_steps, 2),  # a stage is decided one step before it starts
-            ("probe_sequences", probe_sequences, 1),
-            ("curvature_sequences", curvature_sequences, 1),
-            ("task_sequences", 1 if task_sequences is None else task_sequences, 1),
-            ("micro_batch", micro_batch, 1),
-            ("keep", keep, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{argument}={value}: at least {least}")
+        if stage_steps < 2:
+            raise ValueError(
+                f"stage_steps={stage_steps}: at least 2, since a stage is decided one step before it starts"
+            )
+        if keep < 0:
+            raise ValueError(f"keep={keep}: at least 0 snapshots")
         if isinstance(mixer, type) or not isinstance(mixer, Mixer):
             raise ValueError(f"mixer={mixer!r} has no `needs` and `propose`; pass an instance, e.g. TiKMiXD()")
-        if not tasks:
-            raise ValueError("tasks is empty: give at least one validation set, as {name: batches}")
-        with random_state_kept():
-            self.tasks: dict[str, list[Batch]] = {
-                name: as_batches(
-                    task,
-                    name=f"tasks[{name!r}]",
-                    sequence_length=dataset.sequence_length,
-                    micro_batch=micro_batch,
-                    sequences=task_sequences,
-                )
-                for name, task in tasks.items()
-            }
-        self.dataset, self.mixer, self.stage_steps = dataset, mixer, stage_steps
-        self.curvature, self.layers = curvature or EKFAC(), layers
-        self.probe_sequences, self.curvature_sequences = probe_sequences, curvature_sequences
-        self.micro_batch, self.keep = micro_batch, keep
+        self.measurement = Measurement(
+            dataset,
+            tasks,
+            curvature or EKFAC(),
+            probe_sequences=probe_sequences,
+            curvature_sequences=curvature_sequences,
+            task_sequences=task_sequences,
+            micro_batch=micro_batch,
+            layers=layers,
+        )
+        self.dataset, self.mixer, self.stage_steps, self.keep = dataset, mixer, stage_steps, keep
         self.budget = EpochBudget(dataset, max_epochs)
         self.output: Path | None = None
         self.journal: Journal | None = None
@@ -175,9 +160,7 @@ class MixtureController:
         """
         influence = None
         if "influence" in self.mixer.needs:
-            one = {name: self._batches(name, np.zeros(1, dtype=np.int64)) for name in self.dataset.domains}
-            first = {name: [scored_sequence(batches, f"tasks[{name!r}]")] for name, batches in self.tasks.items()}
-            influence = group_influence(model, one, first, Identity(), layers=self.layers)
+            influence = self.measurement.rehearse(model)
         if influence is None or influence.finite:
             upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
             prior = self.dataset.schedule.weights_at(0)
@@ -189,7 +172,7 @@ class MixtureController:
             self._write_config(model)
         seconds: dict[str, float] = {}
         with _timed(seconds, "measure"):
-            loss = task_losses(model, self.tasks)
+            loss = self.measurement.losses(model)
         return self._write_down("stage", step, 0, loss, seconds=seconds)
 
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
@@ -203,7 +186,7 @@ class MixtureController:
         seconds: dict[str, float] = {}
         try:
             with _timed(seconds, "measure"):
-                loss = task_losses(model, self.tasks)
+                loss = self.measurement.losses(model)
         except Exception as failure:  # the trained model is about to be saved: nothing here is worth losing it
             error = _words(failure)
             logger.warning("the final task losses could not be measured: %s", error)
@@ -263,17 +246,18 @@ class MixtureController:
         prior = schedule.weights_at(start - 1)
         seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
         influence, loss, error = None, None, None
-        probes: dict[str, np.ndarray] = {}
+        probes: Probes = {}
         upper = self.budget.upper(start, min(following, self.total) - start)
         try:
             with _timed(seconds, "measure"):
                 if "influence" in self.mixer.needs:
-                    probes = self._probes(start, prior)
-                    influence = self._measure(model, probes, prior)
+                    probes = self.measurement.probes(start, following - start, prior)
+                    influence = self.measurement.influence(model, probes, prior)
                     loss = losses_of(influence)
-                    _check_finite(influence)
+                    if bad := influence.not_finite:
+                        raise ArithmeticError(f"the influence on {', '.join(bad)} is not finite")
                 else:
-                    loss = task_losses(model, self.tasks)
+                    loss = self.measurement.losses(model)
             with _timed(seconds, "propose"):
                 proposal = self.mixer.propose(influence, prior, upper)
                 cdf = self._cdf(proposal, upper)
@@ -289,7 +273,7 @@ class MixtureController:
         cdf, proposal = _from_rank_0((cdf, proposal))
         self.dataset.publish(cdf, start, following if following < self.total else None)
         logger.info("stage %d starts at sample %d: %s", len(schedule.stages) - 1, start, schedule.stages[-1].weights)
-        self._warn_of_repeated_probes(probes, start, min(following, self.total))
+        self.measurement.warn_of_repeated(probes, start, min(following, self.total))
         with _timed(seconds, "snapshot"):
             self._save_snapshot(model, step)
         return self._write_down(
@@ -304,28 +288,6 @@ class MixtureController:
             seconds=seconds,
         )
 
-    def _measure(self, model: nn.Module, probes: Mapping[str, np.ndarray], prior: Mapping[str, float]) -> Influence:
-        shares = self._curvature_shares(prior)
-        domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.items()}
-        pooled = [batch for name, rows in probes.items() for batch in self._batches(name, rows[: shares[name]])]
-        passes = self.curvature.passes * len(pooled) + sum(map(len, domains.values()))
-        passes += 2 * sum(map(len, self.tasks.values()))
-        with tqdm(total=passes, desc="measuring", unit="batch", leave=False, delay=2, disable=not _is_rank_0()) as bar:
-
-            def tick() -> None:
-                self.dataset.pulse()
-                bar.update()
-
-            return group_influence(
-                model,
-                domains,
-                self.tasks,
-                self.curvature,
-                layers=self.layers,
-                curvature_batches=pooled,
-                tick=tick,
-            )
-
     def _cdf(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
         """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains."""
         weights = normalized(proposal.weights, self.dataset.domains)
@@ -334,32 +296,6 @@ class MixtureController:
                 mixer = type(self.mixer).__name__
                 raise ValueError(f"{mixer} gave {name!r} a weight of {weight:.4g}, above its bound {upper[name]:.4g}")
         return integer_cdf(weights)
-
-    def _curvature_shares(self, prior: Mapping[str, float]) -> dict[str, int]:
-        """Return domain -> sequences the curvature is fitted on; they sum to `curvature_sequences`."""
-        ends = np.rint(np.cumsum(list(prior.values())) * self.curvature_sequences).astype(int)
-        return dict(zip(prior, np.diff(ends, prepend=0).tolist(), strict=True))
-
-    def _probes(self, start: int, prior: Mapping[str, float]) -> dict[str, np.ndarray]:
-        """Return domain -> rows that the coming stage will not train on, int64[sequences]."""
-        window, shares = self.stage_steps * self.batch_size, self._curvature_shares(prior)
-        return {
-            name: probe_rows(self.dataset.schedule, i, max(self.probe_sequences, shares[name]), start, window)
-            for i, name in enumerate(self.dataset.domains)
-        }
-
-    def _batches(self, domain: str, rows: np.ndarray) -> list[Batch]:
-        items = [self.dataset.sequence(domain, int(row)) for row in rows]
-        return [collate(items[i : i + self.micro_batch]) for i in range(0, len(items), self.micro_batch)]
-
-    def _warn_of_repeated_probes(self, probes: Mapping[str, np.ndarray], start: int, stop: int) -> None:
-        for i, name in enumerate(self.dataset.domains):
-            if name in probes and (n := repeated(self.dataset.schedule, i, probes[name], start, stop)):
-                logger.warning(
-                    "%d of the %d probe sequences of domain %r are trained on within the next stage: it has only %d "
-                    "sequences; shorten the stage or bound the domain with max_epochs",
-                    n, len(probes[name]), name, self.dataset.sizes[name],
-                )  # fmt: skip
 
     def _check_same_batch(self, batch_size: int) -> None:
         if self.batch_size not in (0, batch_size):
@@ -375,14 +311,11 @@ class MixtureController:
         self.output.mkdir(parents=True, exist_ok=True)
         facts = {
             "mixer": _describe(self.mixer),
-            "curvature": repr(self.curvature),
+            **self.measurement.describe(),
             "stage_steps": self.stage_steps,
             "batch_size": self.batch_size,
             "samples": self.total,
-            "probe_sequences": self.probe_sequences,
-            "curvature_sequences": self.curvature_sequences,
             "max_epochs": self.budget.max_epochs,
-            "tasks": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.tasks.items()},
             "model": type(model).__name__,
             "dataset": self.dataset.state_dict(),
         }
@@ -402,7 +335,9 @@ class MixtureController:
         self, kind: Literal["stage", "final"], step: int, position: int, loss: Losses | None, **found: Any
     ) -> dict[str, float]:
         mixer = type(self.mixer).__name__
-        row = make_row(kind, self.dataset, list(self.tasks), mixer, step=step, position=position, loss=loss, **found)
+        row = make_row(
+            kind, self.dataset, list(self.measurement.tasks), mixer, step=step, position=position, loss=loss, **found
+        )
         if self.journal is not None and _is_rank_0():
             try:
                 self.journal.append(row)
@@ -418,13 +353,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = time.perf_counter() - clock
-
-
-def _check_finite(influence: Influence) -> None:
-    if not influence.finite:
-        rows = zip(influence.tasks, influence.scores, strict=True)
-        bad = [task for task, row in rows if not np.isfinite(row).all()]
-        raise ArithmeticError(f"the influence on {', '.join(bad)} is not finite")
 
 
 def _words(failure: Exception) -> str:

@@ -71,9 +71,14 @@ class Influence:
         set_field(self, "task_loss_standard_error", loss_error)
 
     @property
+    def not_finite(self) -> list[str]:
+        """Tasks with a score that is no finite number. A mixture must not be changed by those."""
+        return [task for task, row in zip(self.tasks, self.scores, strict=True) if not np.isfinite(row).all()]
+
+    @property
     def finite(self) -> bool:
-        """Whether every score is a finite number. A mixture must not be changed by scores that are not."""
-        return bool(np.isfinite(self.scores).all())
+        """Whether every score is a finite number."""
+        return not self.not_finite
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and floats for strict JSON, which has no NaN or infinity: those become "nan", "inf", "-inf"."""

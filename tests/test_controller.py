@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import dynmix.controller
+import dynmix.measurement
 from dynmix import Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
 from dynmix.mixers import Proposal
@@ -68,13 +69,13 @@ def test_decides_one_step_before_each_boundary_and_not_after_the_last():
 
 def test_probes_are_not_trained_on_within_the_coming_stage(monkeypatch):
     seen = []
-    real = dynmix.controller.group_influence
+    real = dynmix.measurement.group_influence
 
     def measure(model, domains, *args, curvature_batches=None, **kwargs):
         seen.append((domains, curvature_batches))
         return real(model, domains, *args, curvature_batches=curvature_batches, **kwargs)
 
-    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     loop = controller(dataset(rows=(60, 60), samples=400), stage_steps=10)
     run(loop, steps=100)
     stages = loop.dataset.schedule.stages
@@ -95,13 +96,13 @@ def test_a_domain_too_small_to_hold_probes_back_says_so(caplog):
 
 def test_the_curvature_is_fitted_in_the_proportions_of_the_mixture(monkeypatch):
     seen = []
-    real = dynmix.controller.group_influence
+    real = dynmix.measurement.group_influence
 
     def measure(*args, curvature_batches=None, **kwargs):
         seen.append(curvature_batches)
         return real(*args, curvature_batches=curvature_batches, **kwargs)
 
-    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     run(controller(dataset(weights={"a": 0.9, "b": 0.1}), Static(observe=True)))
     for batches in seen[1:]:
         counts = np.bincount(np.concatenate([batch["input_ids"][:, 0] for batch in batches]), minlength=2)
@@ -225,7 +226,7 @@ def test_a_bound_on_a_domain_that_is_not_there_fails_at_the_start():
 
 
 def test_an_influence_that_is_not_finite_is_not_even_shown_to_the_mixer(monkeypatch, tmp_path):
-    real, calls = dynmix.controller.group_influence, []
+    real, calls = dynmix.measurement.group_influence, []
 
     def measure(*args, **kwargs):
         calls.append(1)
@@ -241,7 +242,7 @@ def test_an_influence_that_is_not_finite_is_not_even_shown_to_the_mixer(monkeypa
         def propose(self, influence, prior, upper=None):
             return Proposal({"a": 0.9, "b": 0.1})
 
-    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     data = dataset()
     run(controller(data, Blind(), output=tmp_path, keep=0))
     assert all(stage.weights == data.schedule.stages[0].weights for stage in data.schedule.stages)
@@ -251,7 +252,7 @@ def test_an_influence_that_is_not_finite_is_not_even_shown_to_the_mixer(monkeypa
 
 
 def test_a_failed_measurement_still_keeps_within_max_epochs(monkeypatch):
-    real, calls = dynmix.controller.group_influence, []
+    real, calls = dynmix.measurement.group_influence, []
 
     def measure(*args, **kwargs):
         calls.append(1)
@@ -259,7 +260,7 @@ def test_a_failed_measurement_still_keeps_within_max_epochs(monkeypatch):
             raise RuntimeError("bad luck")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     data = dataset(rows=(200, 30), samples=100, weights={"a": 0.5, "b": 0.5})
     run(controller(data, max_epochs={"b": 1}))
     assert data.schedule.counts(100)[1] <= 30 + 2
@@ -308,13 +309,13 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
 
 def test_many_domains_still_share_the_curvature_sequences(monkeypatch):
     pools = []
-    real = dynmix.controller.group_influence
+    real = dynmix.measurement.group_influence
 
     def measure(*args, curvature_batches=None, **kwargs):
         pools.append(curvature_batches)
         return real(*args, curvature_batches=curvature_batches, **kwargs)
 
-    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     domains = {f"d{i}": sequences(i % 60, 8) for i in range(50)}
     data = MixtureDataset(domains, "uniform", num_samples=16, block=BATCH)
     loop = MixtureController(
@@ -343,7 +344,9 @@ def test_a_stage_longer_than_the_run_is_refused():
 
 def test_large_tasks_are_cut_to_a_spread_of_them():
     loop = MixtureController(dataset(), {"t": sequences(0, 60)}, Static(), stage_steps=5, task_sequences=6)
-    rows = [int(batch["input_ids"][i, 1]) for batch in loop.tasks["t"] for i in range(len(batch["input_ids"]))]
+    rows = [
+        int(batch["input_ids"][i, 1]) for batch in loop.measurement.tasks["t"] for i in range(len(batch["input_ids"]))
+    ]
     assert rows == [0, 10, 20, 30, 40, 50]
 
 
@@ -374,7 +377,7 @@ def test_final_losses_that_cannot_be_measured_do_not_end_the_run(tmp_path, monke
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(dynmix.controller, "task_losses", fail)
+    monkeypatch.setattr(dynmix.measurement, "task_losses", fail)
     loop.finish(Bigram(), 25)
     last = Journal(tmp_path / "journal.jsonl").rows()[-1]
     assert last["kind"] == "final"
@@ -387,7 +390,7 @@ def test_influence_reaches_the_journal_as_measured(tmp_path, monkeypatch):
     def measure(model, domains, tasks, *args, **kwargs):
         return Influence(scores, list(tasks), list(domains), errors, [2.0], [0.5])
 
-    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     loop = controller(dataset(), output=tmp_path, keep=0)
     logs = run(loop)[3]
     row = Journal(tmp_path / "journal.jsonl").rows()[1]

@@ -102,8 +102,7 @@ class TiKMiXD:
         wanted = normalized(prior, influence.domains)
         inside, bounds = prior_and_bounds(influence.domains, prior, self.upper, upper)
         S = influence.scores
-        if not np.isfinite(S).all():
-            bad = [task for task, row in zip(influence.tasks, S, strict=True) if not np.isfinite(row).all()]
+        if bad := influence.not_finite:
             return self._answer(influence, wanted, inside, "prior", f"influence not finite on {bad}: prior kept")
         self._warn_of_flips(influence)
         scale = np.abs(S).max(axis=1, keepdims=True)

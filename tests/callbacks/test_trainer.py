@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 import dynmix.controller
+import dynmix.measurement
 from dynmix import Influence, Static, TiKMiXD
 from dynmix.journal import Journal
 
@@ -137,13 +138,13 @@ def test_measuring_leaves_the_trajectory_bit_identical(training, tmp_path):
 
 def broken(monkeypatch, how):
     """Replace the measurement at boundaries, after the rehearsal."""
-    real, calls = dynmix.controller.group_influence, []
+    real, calls = dynmix.measurement.group_influence, []
 
     def measure(*args, **kwargs):
         calls.append(1)
         return how(real(*args, **kwargs)) if len(calls) > 1 else real(*args, **kwargs)
 
-    monkeypatch.setattr(dynmix.controller, "group_influence", measure)
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
 
 
 def raises(influence):
