@@ -232,13 +232,15 @@ def _square(x: Tensor, largest: int) -> Tensor | None:
 
 def _eigenbasis(layer: str, matrix: Tensor) -> Tensor:
     """Eigenvectors in columns; NaN throughout if the matrix is not finite or no solver succeeds."""
-    if matrix.isfinite().all():
-        for candidate in (matrix, matrix.cpu().double()):
-            try:
-                Q: Tensor = torch.linalg.eigh(candidate).eigenvectors
-            except RuntimeError:  # no convergence, or the device has no solver
-                continue
-            if Q.isfinite().all():
-                return Q.to(matrix)
+    nothing = torch.full_like(matrix, math.nan)
+    if not matrix.isfinite().all():
+        return nothing  # no sequence was finite: said once, for all layers
+    for candidate in (matrix, matrix.cpu().double()):
+        try:
+            Q: Tensor = torch.linalg.eigh(candidate).eigenvectors
+        except RuntimeError:  # no convergence, or the device has no solver
+            continue
+        if Q.isfinite().all():
+            return Q.to(matrix)
     logger.warning("curvature: no eigenbasis for layer %r, every score will be NaN", layer)
-    return torch.full_like(matrix, math.nan)
+    return nothing

@@ -34,10 +34,11 @@ _REMEDY = (
     " A shuffled loader mixes the stages; use shuffle=False (DataLoader, DistributedSampler) or"
     ' train_sampling_strategy="sequential" (Trainer)'
 )
-_WARN_SECONDS, _GIVE_UP_SECONDS = 60.0, 1800.0  # without a sign of life from the main process
+_WARN_SECONDS, _GIVE_UP_SECONDS = 30.0, 1800.0  # without a sign of life from the main process
 _WAITING = (
     " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
-    " steps say: with gradient accumulation pass batch_size to MixtureHook, and call its step() once an optimizer step"
+    " steps say: do not shuffle, with gradient accumulation pass batch_size to MixtureHook, and call its step() once an"
+    " optimizer step"
 )
 _SLOTS = 1024  # of the reading counters, one a worker
 
