@@ -23,6 +23,7 @@ def save_snapshot(model: torch.nn.Module, folder: Path, stage: int, facts: dict[
     A transformers model is saved as `from_pretrained` reads it, any other module as `model.safetensors` of its state
     dict. `facts` go to `snapshot.json`. Every rank calls it (sharded parameters are gathered); rank 0 writes.
     """
+    model = unwrap(model)
     state: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
@@ -32,7 +33,6 @@ def save_snapshot(model: torch.nn.Module, folder: Path, stage: int, facts: dict[
     beside = folder / f".{path.name}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    model = unwrap(model)
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(beside, state_dict=state)
     else:

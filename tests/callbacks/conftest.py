@@ -24,9 +24,9 @@ def training():
 def launch():
     """Run `training.py` in its own process, or `processes` of them under torchrun; returns the exit status."""
 
-    def launch(output: Path, processes: int = 1, **given) -> int:
+    def launch(output: Path, processes: int = 1, script: Path = SCRIPT, **given) -> int:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), str(output), json.dumps(given)]
+        command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(output), json.dumps(given)]
         output.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode not in (0, -9):

@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import dynmix.mixture.dataset
@@ -175,6 +177,25 @@ def test_other_stages_are_refused_on_resume(training):
     )
     with pytest.raises(ValueError, match="stages are 5 steps, stage_steps=7"):
         other.load_state_dict(saved)
+
+
+def test_ranks_of_a_sharded_model_decide_alike_and_save_it_whole(training, launch, tmp_path):
+    launch(tmp_path, processes=2, script=Path(__file__).with_name("sharded.py"))
+    ranks = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["stages"] == ranks[1]["stages"]
+    assert len({str(weights) for _, _, weights in ranks[0]["stages"]}) == 4
+    decided = training.dataset().schedule
+    decided.hold(training.STAGE_STEPS * training.BATCH)
+    for start, end, weights in ranks[0]["stages"][1:]:
+        decided.publish(weights, start, end)
+    domain, row, _ = decided.assign(0, training.STEPS * training.BATCH)
+    expected_order = np.stack([domain, row], axis=1).tolist()
+    assert [
+        sample for pair in zip(*(rank["order"] for rank in ranks), strict=True) for sample in pair
+    ] == expected_order
+    saved = load_file(tmp_path / "snapshots/stage-0003/model.safetensors")
+    whole = training.model().state_dict()
+    assert {name: value.shape for name, value in saved.items()} == {name: value.shape for name, value in whole.items()}
 
 
 def test_without_an_output_folder_nothing_is_written(training, tmp_path, monkeypatch):

@@ -1,0 +1,28 @@
+import pytest
+
+from dynmix.budget import EpochBudget
+from dynmix.mixture.dataset import MixtureDataset
+
+
+def dataset(**options):
+    domains = {name: [{"input_ids": [i, 1, 2]} for _ in range(100)] for i, name in enumerate("ab")}
+    return MixtureDataset(domains, {"a": 0.5, "b": 0.5}, num_samples=400, block=10, **options)
+
+
+def test_what_is_left_becomes_a_bound_on_the_weight():
+    data = dataset()
+    budget = EpochBudget(data, {"a": 1.5})
+    drawn = int(data.schedule.counts(100)[0])
+    assert budget.left(100) == {"a": 150 - drawn}
+    assert budget.upper(100, 50) == {"a": (150 - drawn) / 50}
+    assert EpochBudget(data, {"a": 0.1}).upper(100, 50) == {"a": 0.0}
+    assert EpochBudget(data, None).upper(100, 50) == {}
+    assert set(EpochBudget(data, 2).upper(100, 50)) == {"a", "b"}
+
+
+def test_a_run_that_cannot_stay_within_it_is_refused():
+    EpochBudget(dataset(), 2.0).check(400, 100)
+    with pytest.raises(ValueError, match="leaves 380 samples over all domains and the run takes 400"):
+        EpochBudget(dataset(), 1.9).check(400, 100)
+    with pytest.raises(ValueError, match=r"first stage alone exceeds max_epochs of \['a'\]"):
+        EpochBudget(dataset(), {"a": 0.2}).check(400, 100)

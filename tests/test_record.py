@@ -1,0 +1,55 @@
+import numpy as np
+
+from dynmix.journal import Journal
+from dynmix.mixers import Proposal
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.observation import Influence
+from dynmix.record import log_keys, losses_of, make_row
+
+
+def dataset():
+    domains = {name: [{"input_ids": [i, 1, 2]} for _ in range(100)] for i, name in enumerate("ab")}
+    data = MixtureDataset(domains, {"a": 0.5, "b": 0.5}, num_samples=400, block=10)
+    data.publish({"a": 0.25, "b": 0.75}, 100, 200)
+    return data
+
+
+def test_a_row_is_what_the_journal_takes_and_log_keys_are_its_numbers(tmp_path):
+    influence = Influence([[1.0, np.nan]], ["t"], ["a", "b"], [[0.5, np.inf]], [2.0], [0.1])
+    proposal = Proposal({"a": 0.25, "b": 0.75}, "dual", "why", {"t": 0.1}, {"t": 0.2})
+    row = make_row(
+        "stage",
+        dataset(),
+        ["t"],
+        "TiKMiXD",
+        step=9,
+        position=100,
+        loss=losses_of(influence),
+        influence=influence,
+        proposal=proposal,
+        prior={"a": 0.5, "b": 0.5},
+        seconds={"measure": 1.5},
+    )
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(row)
+    read = journal.rows()[0]
+    assert (read["stage"], read["start"], read["end"], read["weights"]) == (1, 100, 200, {"a": 0.25, "b": 0.75})
+    assert read["influence"] == [[1.0, None]]
+    drawn = dict(zip("ab", dataset().schedule.counts(100).tolist(), strict=True))
+    assert read["tokens"] == {name: 3 * n for name, n in drawn.items()}
+    assert read["epochs"] == {name: n / 100 for name, n in drawn.items()}
+    logs = log_keys(read)
+    assert logs == {
+        "dynmix/stage": 1,
+        "dynmix/seconds/measure": 1.5,
+        "dynmix/weight/a": 0.25,
+        "dynmix/weight/b": 0.75,
+        "dynmix/tokens/a": 3 * drawn["a"],
+        "dynmix/tokens/b": 3 * drawn["b"],
+        "dynmix/task_loss/t": 2.0,
+        "dynmix/influence/t/a": 1.0,
+    }
+
+
+def test_an_influence_without_losses_has_none():
+    assert losses_of(Influence([[1.0]], ["t"], ["a"])) is None
