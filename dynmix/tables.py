@@ -5,6 +5,7 @@ Knows the journal's rows alone; the HTML report is `dynmix.report`.
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from dynmix.journal import Row
@@ -14,21 +15,28 @@ def stage_table(row: Row) -> Table:
     """Return one stage: a line a domain with its weights, its influence on each task, and its tokens so far."""
     kind = f"stage {row['stage']}" if row["kind"] == "stage" else "end of the run"
     losses = ", ".join(f"{task} {_number(loss)}" for task, loss in (row["task_loss"] or {}).items())
-    table = Table(title=f"{kind}, from sample {row['start']:,}", caption=f"task losses, nats/token: {losses}")
-    table.add_column("domain")
+    # Narrow, because seven domains and four tasks should fit into 80 columns.
+    table = Table(
+        title=f"{kind}, from sample {row['start']:,}",
+        caption=f"task losses, nats/token: {losses}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0),
+        pad_edge=False,
+        min_width=60,
+    )
+    table.add_column("domain", no_wrap=True)
     if row["weights"] is not None:
         table.add_column("weight", justify="right")
     influence, errors = row["influence"], row["standard_error"]
     for task in row["tasks"] if influence is not None else []:
-        table.add_column(f"helps {task}", justify="right")
+        table.add_column(f"helps\n{task}", justify="right")
     table.add_column("tokens", justify="right")
-    table.add_column("epochs", justify="right")
     for j, domain in enumerate(row["domains"]):
         weights = [] if row["weights"] is None else [_change(row["weights_before"], row["weights"], domain)]
         scores = [
             _measured(scores[j], None if errors is None else errors[i][j]) for i, scores in enumerate(influence or [])
         ]
-        table.add_row(domain, *weights, *scores, f"{row['tokens'][domain]:,}", f"{row['epochs'][domain]:.2f}")
+        table.add_row(domain, *weights, *scores, f"{row['tokens'][domain]:,}")
     if influence is not None:
         table.caption = f"{table.caption}\ninfluence: nats/token per unit of weight ± standard error"
     if words := row["error"] or row["message"]:
@@ -66,9 +74,13 @@ def _number(value: float | None) -> str:
 def _measured(score: float | None, error: float | None) -> str:
     if score is None:
         return "-"
-    return f"{score:.3g}" if error is None else f"{score:.3g} ± {error:.2g}"
+    return _short(score, 2) if error is None else f"{_short(score, 2)}±{_short(error, 1)}"
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.{digits}g}"
 
 
 def _change(before: dict[str, float] | None, after: dict[str, float], domain: str) -> str:
-    new = f"{100 * after[domain]:.1f} %"
-    return new if before is None else f"{100 * before[domain]:.1f} → {new}"
+    new = f"{100 * after[domain]:.1f}%"
+    return new if before is None else f"{100 * before[domain]:.1f}→{new}"
