@@ -41,6 +41,17 @@ def test_imports_run_one_way(room):
             assert not crossed, f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_nothing_that_is_loaded_can_run_code():
+    """State is JSON and safetensors: no pickle, no torch.load, no evaluation of text anywhere in the package."""
+    for path in [*(ROOT / "dynmix").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
+        assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "joblib", "marshal", "shelve"}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load"}, path
+                assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
+
+
 def test_mixers_and_report_work_without_loading_torch():
     code = "import sys, dynmix.mixers, dynmix.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
