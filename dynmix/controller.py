@@ -166,6 +166,11 @@ class MixtureController:
             prior = self.dataset.schedule.weights_at(0)
             self._cdf(copy.deepcopy(self.mixer).propose(influence, prior, upper), upper)
         if self.resumed:
+            if self._boundary() < min(step * self.batch_size, self.total):
+                raise ValueError(
+                    f"the state is older than step {step}: the stage of sample {self._boundary()} is not in it; resume "
+                    "model and mixture from the same checkpoint"
+                )
             return self._decide(model, step) if self._is_due(step) else None
         if self.output is not None and _is_rank_0():
             _set_aside(self.output)

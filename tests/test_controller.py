@@ -170,6 +170,17 @@ def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
     assert json.dumps(second.state_dict()) == states[25]
 
 
+def test_a_state_older_than_the_run_is_refused():
+    first = controller(dataset())
+    first.plan(batch_size=BATCH)
+    old = first.state_dict()
+    second = controller(dataset())
+    second.load_state_dict(old)
+    second.plan(batch_size=BATCH)
+    with pytest.raises(ValueError, match="the stage of sample 20 is not in it"):
+        second.begin(Bigram(), step=9)
+
+
 def test_a_mixer_that_fails_keeps_the_weights(caplog):
     class Broken(Static):
         calls = 0
