@@ -1,7 +1,7 @@
 """What users hand over as a task, or as a domain's probe rows, made into batches that a model takes.
 
-Knows tensors and token stores; no model, no mixture. Everything is materialised on the CPU once: a validation set is
-read at every boundary, and iterating a user's DataLoader again would draw from the random state of the run.
+Knows tensors and token stores; no model, no mixture. Everything is materialised once: a validation set is read at
+every boundary, and iterating a user's DataLoader again would draw from the random state of the run.
 """
 
 import logging
@@ -57,7 +57,7 @@ def as_batches(
         if sequences is not None and len(source) > sequences:
             source = [source[row] for row in _spread(len(source), sequences)]
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
-        # A Sequence without __iter__ is fine for Python's iter(), so only what is neither ends here.
+        # A torch Dataset has __getitem__ and __len__, and no __iter__.
         if isinstance(source, Mapping) or not hasattr(source, "__getitem__"):
             raise ValueError(f"{name}: expected batches, examples or a token store, got {type(source).__name__}")
         source = [source[i] for i in range(len(source))]
@@ -106,7 +106,7 @@ def scored_sequence(batches: Sequence[Batch], name: str) -> Batch:
         if len(scored):
             row = int(scored[0])
             return {key: value[row : row + 1] for key, value in batch.items()}
-    raise ValueError(f"{name}: no sequence has a token to score: every label is -100, masked or the first of its kind")
+    raise ValueError(f"{name}: no sequence has a token to score: every label is -100, masked or first of its sequence")
 
 
 def _spread(total: int, count: int) -> list[int]:

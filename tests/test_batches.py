@@ -29,6 +29,17 @@ def test_what_a_user_may_pass_gives_the_same_batches(tmp_path):
         assert [b["input_ids"].tolist() for b in got] == [rows[:2], rows[2:]], name
 
 
+def test_a_torch_dataset_without_iteration_is_a_list_of_examples():
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return {"input_ids": torch.tensor([index, 1])}
+
+    assert [batch["input_ids"].tolist() for batch in batches(Rows())] == [[[0, 1], [1, 1]], [[2, 1]]]
+
+
 def test_padding_is_masked_and_has_no_label():
     batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4], "labels": [5]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]

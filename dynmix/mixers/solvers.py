@@ -2,8 +2,8 @@
 
 The dual has 2 n_tasks unknowns however many domains there are, and a certified gap; it does not converge where gamma is
 near 0 or where multipliers are infinite (a prior on the Pareto front). Clarabel, an interior-point solver of conic
-programmes, takes those; SciPy's SLSQP is what remains, slow beyond a few hundred
-domains. None of them is believed by its caller before the answer is verified.
+programmes, takes those; SciPy's SLSQP is what remains, slow beyond a few hundred domains. None of them is believed by
+its caller before the answer is verified.
 """
 
 import clarabel

@@ -149,7 +149,8 @@ class MixtureDataset(Dataset[Item]):
         Raises:
             ValueError: the positions are not equally spaced and ascending (but for one wrap from the end to the start).
             IndexError: a position outside the stream.
-            Undecided: in the main process, for a position whose stage is not published.
+            Undecided: for a position whose stage is not published: in the main process at once, in a worker after half
+                an hour without a sign of life from the main process.
             RuntimeError: in a worker, when its parent process ended while it waited.
         """
         if not len(positions):
