@@ -4,8 +4,10 @@ Knows the dataset and the model; nothing of what is decided from it or of when.
 """
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,9 +15,10 @@ from torch import nn
 from tqdm import tqdm
 
 from dynmix.batches import Batch, as_batches, collate, scored_sequence
+from dynmix.drawn import DrawnMixtures
 from dynmix.influence.capture import LayerFilter, random_state_kept
 from dynmix.influence.curvature import Curvature, Identity
-from dynmix.influence.group import group_influence
+from dynmix.influence.group import group_influence, scored_groups
 from dynmix.influence.losses import task_losses
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.probe import probe_rows, repeated
@@ -24,17 +27,31 @@ from dynmix.observation import Influence
 
 logger = logging.getLogger("dynmix")
 
-Probes = dict[str, Ints]
-"""Domain -> rows that are measured, int64[sequences]."""
+Sets = Mapping[str, list[Batch]]
+
+HELD_OUT = "held-out"
+"""Name of the default guard: the mean over the domains of their own text that the coming stage does not train on."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Rows that the coming stage does not train on: `domains` are measured, `held_out` guards them; int64[sequences].
+
+    `seed` is of the samples that are drawn from them.
+    """
+
+    domains: dict[str, Ints]
+    held_out: dict[str, Ints]
+    seed: int
 
 
 class Measurement:
     """Measures the influence of every domain on every task, and the tasks' losses.
 
-    Args: as in `dynmix.controller.MixtureController`.
+    Args: as in `dynmix.controller.MixtureController`; `needs` is what the mixer asks for, and all that is measured.
 
     Raises:
-        ValueError: no tasks, one that is empty or of another form, a number below 1.
+        ValueError: no tasks, one that is empty or of another form, a name that is a task and a guard, a number below 1.
     """
 
     def __init__(
@@ -42,10 +59,13 @@ class Measurement:
         dataset: MixtureDataset,
         tasks: Mapping[str, Any],
         curvature: Curvature,
+        needs: frozenset[str],
         *,
+        guards: Mapping[str, Any] | Literal["domains"] | None,
         probe_sequences: int,
         curvature_sequences: int,
         task_sequences: int | None,
+        sample_sequences: int,
         micro_batch: int,
         layers: LayerFilter,
     ):
@@ -53,24 +73,36 @@ class Measurement:
             "probe_sequences": probe_sequences,
             "curvature_sequences": curvature_sequences,
             "task_sequences": task_sequences,
+            "sample_sequences": sample_sequences,
             "micro_batch": micro_batch,
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"{argument}={value}: at least 1")
         if not tasks:
             raise ValueError("tasks is empty: give at least one validation set, as {name: batches}")
+        if isinstance(guards, str) and guards != "domains":
+            raise ValueError(f"guards={guards!r}: {{name: batches}}, 'domains' or None")
         self.dataset, self.curvature, self.layers, self.micro_batch = dataset, curvature, layers, micro_batch
+        self.needs, self.sample_sequences = needs, sample_sequences
         self.probe_sequences, self.curvature_sequences = probe_sequences, curvature_sequences
+        given: Mapping[str, Any] = guards if isinstance(guards, Mapping) else {}
+        self.guards = (HELD_OUT,) if guards == "domains" else tuple(given)
+        if both := [name for name in self.guards if name in tasks]:
+            raise ValueError(f"{both} are tasks and guards: a set is optimised for or guarded; rename or drop one")
+        # An even number of each domain, and two at least, so that there is a spread within every one of them.
+        of_each = -(-(task_sequences or 128) // len(dataset.domains))
+        self.held_out_sequences = max(2, of_each + of_each % 2) if guards == "domains" and "guards" in needs else 0
         with random_state_kept():
-            self.tasks: dict[str, list[Batch]] = {
+            self.sets: dict[str, list[Batch]] = {
                 name: as_batches(
-                    task,
-                    name=f"tasks[{name!r}]",
+                    source,
+                    name=f"{kind}[{name!r}]",
                     sequence_length=dataset.sequence_length,
                     micro_batch=micro_batch,
                     sequences=task_sequences,
                 )
-                for name, task in tasks.items()
+                for kind, sources in (("tasks", tasks), ("guards", given))
+                for name, source in sources.items()
             }
 
     def describe(self) -> dict[str, Any]:
@@ -81,54 +113,107 @@ class Measurement:
             "probe_sequences": self.probe_sequences,
             "curvature_sequences": self.curvature_sequences,
             "micro_batch": self.micro_batch,
-            "tasks": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.tasks.items()},
+            "sets": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.sets.items()},
+            "guards": list(self.guards),
         }
 
-    def rehearse(self, model: nn.Module) -> Influence:
-        """Measure on one sequence of each domain and task, to find what would fail; raises whatever does."""
+    def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
+        """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""
         domains = {name: self._batches(name, np.zeros(1, dtype=np.int64)) for name in self.dataset.domains}
-        tasks = {name: [scored_sequence(batches, f"tasks[{name!r}]")] for name, batches in self.tasks.items()}
-        return group_influence(model, domains, tasks, Identity(), layers=self.layers)
+        sets = {name: [scored_sequence(batches, f"tasks[{name!r}]")] for name, batches in self._rows({}).items()}
+        if self.held_out_sequences:
+            sets[HELD_OUT] = domains[self.dataset.domains[0]]
+        return self._measured(model, domains, sets, Identity(), 0, layers=self.layers)
 
     def losses(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-        """Return task -> loss in nats per token, and task -> its standard error."""
-        return task_losses(model, self.tasks)
+        """Return task or guard -> loss in nats per token, and -> its standard error."""
+        return task_losses(model, self.sets)
 
     def probes(self, start: int, window: int, prior: Mapping[str, float]) -> Probes:
         """Return rows of each domain that the `window` samples from `start` on will not train on, if it has so many."""
         shares = self._curvature_shares(prior)
-        return {
-            name: probe_rows(self.dataset.schedule, i, max(self.probe_sequences, shares[name]), start, window)
-            for i, name in enumerate(self.dataset.domains)
-        }
+        domains, held_out = {}, {}
+        for i, name in enumerate(self.dataset.domains):
+            count, more = max(self.probe_sequences, shares[name]), self.held_out_sequences
+            domains[name] = probe_rows(self.dataset.schedule, i, count, start, window)
+            rows = probe_rows(self.dataset.schedule, i, count + more, start, window)
+            others = rows[~np.isin(rows, domains[name])]
+            # The probes come first: a domain that is too small for both guards by the probes', if need be by some twice.
+            held_out[name] = np.resize(others if len(others) >= more else rows, more)
+        return Probes(domains, held_out, seed=start)
 
-    def influence(self, model: nn.Module, probes: Probes, prior: Mapping[str, float]) -> Influence:
-        """Return the group influence on these probes; the curvature is fitted in the proportions of `prior`."""
+    def influence(
+        self, model: nn.Module, probes: Probes, prior: Mapping[str, float]
+    ) -> tuple[Influence, DrawnMixtures | None]:
+        """Return the group influence on these probes, and a sampler of mixtures of them if the mixer needs `measure`.
+
+        The curvature is fitted in the proportions of `prior`.
+        """
         shares = self._curvature_shares(prior)
-        domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.items()}
-        pooled = [batch for name, rows in probes.items() for batch in self._batches(name, rows[: shares[name]])]
-        total = self.curvature.passes * len(pooled) + sum(map(len, domains.values()))
-        total += 2 * sum(map(len, self.tasks.values()))
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        with tqdm(total=total, desc="measuring", unit="batch", leave=False, delay=2, disable=not first) as bar:
+        sets = self._rows(probes.held_out)
+        domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
+        pooled = [batch for name, rows in probes.domains.items() for batch in self._batches(name, rows[: shares[name]])]
+        options: dict[str, Any] = {"layers": self.layers, "curvature_batches": pooled, "strata": self._strata}
+        passes = self.curvature.passes * len(pooled)
+        with self._progress(passes, domains, sets) as tick:
+            return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
 
-            def tick() -> None:
-                self.dataset.pulse()
-                bar.update()
-
-            return group_influence(
-                model, domains, self.tasks, self.curvature, layers=self.layers, curvature_batches=pooled, tick=tick
+    def gradient(self, model: nn.Module, probes: Probes) -> Influence:
+        """Return the products of the domains' gradients with the sets' own: an influence without a curvature."""
+        sets = self._rows(probes.held_out)
+        domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
+        with self._progress(0, domains, sets) as tick:
+            return self._marked(
+                group_influence(model, domains, sets, Identity(), layers=self.layers, strata=self._strata, tick=tick)
             )
 
     def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
         """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""
         for i, name in enumerate(self.dataset.domains):
-            if name in probes and (n := repeated(self.dataset.schedule, i, probes[name], start, stop)):
+            rows = probes.domains[name]
+            if n := repeated(self.dataset.schedule, i, rows, start, stop):
                 logger.warning(
                     "%d of the %d probe sequences of domain %r are trained on within the next stage: it has only %d "
                     "sequences; shorten the stage or bound the domain with max_epochs",
-                    n, len(probes[name]), name, self.dataset.sizes[name],
+                    n, len(rows), name, self.dataset.sizes[name],
                 )  # fmt: skip
+
+    def _rows(self, held_out: Mapping[str, Ints]) -> dict[str, list[Batch]]:
+        """Return what is a row of the influence: tasks, and guards if the mixer needs them."""
+        sets = {k: v for k, v in self.sets.items() if k not in self.guards or "guards" in self.needs}
+        if held_out and self.held_out_sequences:
+            items = [self.dataset.sequence(name, int(row)) for name, rows in held_out.items() for row in rows]
+            sets[HELD_OUT] = self._collated(items)
+        return sets
+
+    def _measured(
+        self, model: nn.Module, domains: Sets, sets: Sets, curvature: Curvature, seed: int, **options: Any
+    ) -> tuple[Influence, DrawnMixtures | None]:
+        if "measure" not in self.needs:
+            return self._marked(group_influence(model, domains, sets, curvature, **options)), None
+        found = scored_groups(model, domains, sets, curvature, **options)
+        drawn = DrawnMixtures(found.scores, found.tokens, self.sample_sequences, seed)
+        return self._marked(found.influence), drawn
+
+    def _marked(self, influence: Influence) -> Influence:
+        guards = tuple(name for name in influence.tasks if name in self.guards)
+        return replace(influence, guards=guards) if guards else influence
+
+    @property
+    def _strata(self) -> dict[str, int]:
+        return {HELD_OUT: self.held_out_sequences} if self.held_out_sequences else {}
+
+    @contextmanager
+    def _progress(self, passes: int, domains: Sets, sets: Sets) -> Iterator[Callable[[], None]]:
+        batches = passes + sum(map(len, domains.values())) + 2 * sum(map(len, sets.values()))
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        with tqdm(total=batches, desc="measuring", unit="batch", leave=False, delay=2, disable=not first) as bar:
+
+            def tick() -> None:
+                self.dataset.pulse()
+                bar.update()
+
+            yield tick
 
     def _curvature_shares(self, prior: Mapping[str, float]) -> dict[str, int]:
         """Return domain -> sequences the curvature is fitted on; they sum to `curvature_sequences`."""
@@ -136,5 +221,7 @@ class Measurement:
         return dict(zip(prior, np.diff(ends, prepend=0).tolist(), strict=True))
 
     def _batches(self, domain: str, rows: Ints) -> list[Batch]:
-        items = [self.dataset.sequence(domain, int(row)) for row in rows]
+        return self._collated([self.dataset.sequence(domain, int(row)) for row in rows])
+
+    def _collated(self, items: list[dict[str, Any]]) -> list[Batch]:
         return [collate(items[i : i + self.micro_batch]) for i in range(0, len(items), self.micro_batch)]

@@ -1,4 +1,4 @@
-"""What a measurement tells a mixer: influence scores, their uncertainty, and the tasks' losses, as plain arrays.
+"""What a measurement tells a mixer: influence scores, their uncertainty, losses by task and domain, as plain arrays.
 
 This module is the border between measuring and deciding. It knows numpy alone: no torch, no model, no mixer.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Influence:
             Infinity where one side had a single sequence, NaN where the score is NaN.
         task_loss: float64[n_tasks], nats per token, or None.
         task_loss_standard_error: float64[n_tasks], over the task's sequences, or None.
+        guards: those of `tasks` that a mixture must not do worse on but is not optimised for.
 
     Raises ValueError for shapes that do not fit the names, names that are empty or occur twice, negative errors.
     """
@@ -40,6 +41,7 @@ class Influence:
     standard_error: Array | None
     task_loss: Array | None
     task_loss_standard_error: Array | None
+    guards: tuple[str, ...]
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Influence:
         standard_error: ArrayLike | None = None,
         task_loss: ArrayLike | None = None,
         task_loss_standard_error: ArrayLike | None = None,
+        guards: Sequence[str] = (),
     ) -> None:
         tasks, domains = _names("tasks", tasks), _names("domains", domains)
         matrix, row = (len(tasks), len(domains)), (len(tasks),)
@@ -62,6 +65,9 @@ class Influence:
         for name, values in (("standard_error", error), ("task_loss_standard_error", loss_error)):
             if values is not None and (values < 0).any():
                 raise ValueError(f"{name} has a negative entry: {values.min()}")
+        guards = _names("guards", guards)
+        if unknown := [name for name in guards if name not in tasks]:
+            raise ValueError(f"guards: {unknown} are no rows of the influence, which are {list(tasks)}")
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "scores", _array("scores", scores, matrix))
         set_field(self, "tasks", tasks)
@@ -69,6 +75,12 @@ class Influence:
         set_field(self, "standard_error", error)
         set_field(self, "task_loss", loss)
         set_field(self, "task_loss_standard_error", loss_error)
+        set_field(self, "guards", guards)
+
+    @property
+    def optimised(self) -> NDArray[np.bool_]:
+        """Which rows are tasks to optimise for, bool[n_tasks]: all that are no guards."""
+        return np.array([name not in self.guards for name in self.tasks], dtype=np.bool_)
 
     @property
     def not_finite(self) -> list[str]:
@@ -89,7 +101,7 @@ class Influence:
             "task_loss_standard_error": self.task_loss_standard_error,
         }
         lists = {name: _plain(values.tolist()) for name, values in arrays.items() if values is not None}
-        return {"tasks": list(self.tasks), "domains": list(self.domains), **lists}
+        return {"tasks": list(self.tasks), "domains": list(self.domains), "guards": list(self.guards), **lists}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Influence:
@@ -104,7 +116,32 @@ class Influence:
             standard_error=plain.get("standard_error"),
             task_loss=plain.get("task_loss"),
             task_loss_standard_error=plain.get("task_loss_standard_error"),
+            guards=plain.get("guards", ()),
         )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a mixer sees in passing: the training loss of one step, or at a stage boundary the gradients' products.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: domain -> scored tokens of this step's batch, over all processes; domains it does not hold are absent.
+        loss: domain -> mean training loss of those tokens, nats per token.
+        reference_loss: domain -> mean loss of the reference model on the same tokens; empty if it is not asked for.
+        excess_loss: domain -> mean over those tokens of max(0, loss - reference loss); empty likewise.
+        gradient: at a boundary, the products of the domains' gradients with the tasks' (an influence with the identity
+            as curvature); None after a step.
+        steps: optimizer steps since the last observation of this kind: how many of them it stands for.
+    """
+
+    step: int
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    loss: Mapping[str, float] = field(default_factory=dict)
+    reference_loss: Mapping[str, float] = field(default_factory=dict)
+    excess_loss: Mapping[str, float] = field(default_factory=dict)
+    gradient: Influence | None = None
+    steps: int = 1
 
 
 def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ knows no mixture, no weights and no trainer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
 
@@ -31,6 +31,7 @@ def group_influence(
     *,
     layers: LayerFilter = None,
     curvature_batches: Batches | None = None,
+    strata: Mapping[str, int] | None = None,
     loss: Loss = next_token_loss,
     tick: Callable[[], object] | None = None,
 ) -> Influence:
@@ -55,6 +56,8 @@ def group_influence(
         curvature: `EKFAC()` if not given, or `Identity()`.
         layers: regular expression or predicate on names of linear layers; None measures all of them.
         curvature_batches: what the curvature is fitted on; by default all domains' sequences, each counted once.
+        strata: task -> sequences in a row that are of one kind, for a task that is an average over kinds with as many
+            sequences of each: its standard error then leaves out what the kinds differ by.
         loss: what is differentiated, if not the next-token cross entropy.
         tick: called after each batch, for a progress bar.
 
@@ -66,6 +69,47 @@ def group_influence(
 
     Loss or gradients that are not finite raise nothing: the scores they reach are NaN, and a warning names the set.
     """
+    return scored_groups(
+        model,
+        domains,
+        tasks,
+        curvature,
+        layers=layers,
+        curvature_batches=curvature_batches,
+        strata=strata,
+        loss=loss,
+        tick=tick,
+    ).influence
+
+
+@dataclass(frozen=True)
+class ScoredGroups:
+    """A group influence and what it is made of: a set's influence is its sum of `scores` over its sum of `tokens`.
+
+    Attributes:
+        influence: of every domain on every task.
+        scores: domain -> float64[n_sequences, n_tasks], of each sequence's summed loss.
+        tokens: domain -> float64[n_sequences], scored tokens.
+    """
+
+    influence: Influence
+    scores: dict[str, Array]
+    tokens: dict[str, Array]
+
+
+def scored_groups(
+    model: nn.Module,
+    domains: Mapping[str, Batches],
+    tasks: Mapping[str, Batches],
+    curvature: Curvature | None = None,
+    *,
+    layers: LayerFilter = None,
+    curvature_batches: Batches | None = None,
+    strata: Mapping[str, int] | None = None,
+    loss: Loss = next_token_loss,
+    tick: Callable[[], object] | None = None,
+) -> ScoredGroups:
+    """`group_influence` with the scores of each domain sequence, which come at no further cost."""
     for kind, sets in (("domains", domains), ("tasks", tasks)):
         if not sets:
             raise ValueError(f"{kind} is empty: give at least one, by name")
@@ -84,10 +128,11 @@ def group_influence(
         _precondition(inverse, domain.gradients)
         again = _sweep(capture, "task", tasks, domain.gradients, keep_gradients=False)
 
+    kinds = [(strata or {}).get(name) for name in tasks]
     means, domain_variance = (np.stack(part, axis=1) for part in zip(*_ratios(domain), strict=True))
-    _, task_variance = (np.stack(part) for part in zip(*_ratios(again), strict=True))
-    losses = [ratio_of_sums(values[:, None], n) for values, n in zip(task.losses, task.tokens, strict=True)]
-    return Influence(
+    _, task_variance = (np.stack(part) for part in zip(*_ratios(again, kinds), strict=True))
+    losses = [ratio_of_sums(x[:, None], n, k) for x, n, k in zip(task.losses, task.tokens, kinds, strict=True)]
+    influence = Influence(
         scores=means[: len(tasks)],
         tasks=list(tasks),
         domains=list(domains),
@@ -95,6 +140,8 @@ def group_influence(
         task_loss=np.concatenate([value for value, _ in losses]),
         task_loss_standard_error=np.sqrt(np.concatenate([variance for _, variance in losses])),
     )
+    scores = {name: products[:, : len(tasks)] for name, products in zip(domains, domain.products, strict=True)}
+    return ScoredGroups(influence, scores, dict(zip(domains, domain.tokens, strict=True)))
 
 
 @dataclass
@@ -187,18 +234,26 @@ def _precondition(inverse: InverseCurvature, gradients: dict[str, Tensor]) -> No
         gradients[layer] = inverse.precondition(layer, stack)
 
 
-def ratio_of_sums(values: Array, tokens: Array) -> tuple[Array, Array]:
-    """Sum of values [n, k] a token, and its variance over the sequences (delta method for a ratio of means)."""
-    total, n = tokens.sum(), np.count_nonzero(tokens)
+def ratio_of_sums(values: Array, tokens: Array, stratum: int | None = None) -> tuple[Array, Array]:
+    """Sum of values [n, k] a token, and its variance over the sequences (delta method for a ratio of means).
+
+    With `stratum`, each so many sequences in a row are a sample of their own, and the variance is that within them.
+    """
+    total, n = tokens.sum(), int(np.count_nonzero(tokens))
     ratio = values.sum(axis=0) / total
+    residuals = values - ratio * tokens[:, None]
+    if stratum is not None:
+        n = stratum
+        of_kinds = residuals.reshape(-1, stratum, values.shape[1])
+        residuals = (of_kinds - of_kinds.mean(axis=1, keepdims=True)).reshape(values.shape)
     if n < 2:
         return ratio, np.where(np.isnan(ratio), np.nan, np.inf)
-    residuals = values - ratio * tokens[:, None]
     return ratio, n / (n - 1) * (residuals**2).sum(axis=0) / total**2
 
 
-def _ratios(swept: _Swept) -> list[tuple[Array, Array]]:
-    return [ratio_of_sums(values, tokens) for values, tokens in zip(swept.products, swept.tokens, strict=True)]
+def _ratios(swept: _Swept, strata: Sequence[int | None] | None = None) -> list[tuple[Array, Array]]:
+    kinds = strata or [None] * len(swept.tokens)
+    return [ratio_of_sums(v, tokens, k) for v, tokens, k in zip(swept.products, swept.tokens, kinds, strict=True)]
 
 
 def _variance(over_domain: Array, over_task: Array, task_tokens: list[Array]) -> Array:

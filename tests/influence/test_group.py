@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from dynmix.influence.capture import Capture, next_token_loss
 from dynmix.influence.curvature import EKFAC, Identity
-from dynmix.influence.group import group_influence
+from dynmix.influence.group import group_influence, ratio_of_sums
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
@@ -302,3 +302,14 @@ def test_batches_that_dry_up_are_named(tiny_lm: Models, token_batches: Batcher) 
 
     with pytest.raises(ValueError, match="domain 'once' has no batches in this pass"):
         group_influence(tiny_lm("llama"), {"once": Once()}, {"t": token_batches(2)})
+
+
+def test_the_error_of_a_mean_over_kinds_leaves_out_what_the_kinds_differ_by():
+    rng = np.random.default_rng(0)
+    kinds = [rng.normal(loc=10 * k, size=(8, 1)) for k in range(3)]
+    tokens = np.full(24, 5.0)
+    mean, variance = ratio_of_sums(np.concatenate(kinds), tokens, stratum=8)
+    alone = [ratio_of_sums(values, tokens[:8]) for values in kinds]
+    np.testing.assert_allclose(mean, np.mean([m for m, _ in alone], axis=0))
+    np.testing.assert_allclose(variance, np.sum([v for _, v in alone], axis=0) / 9)
+    assert variance < ratio_of_sums(np.concatenate(kinds), tokens)[1] / 10

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dynmix import Identity, MixtureDataset
+from dynmix.measurement import HELD_OUT, Measurement
+
+
+class Bigram(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 64)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+
+def sequences(domain: int, rows: int):
+    return [{"input_ids": torch.tensor([domain, row % 64, row // 64, 3 + domain, 4])} for row in range(rows)]
+
+
+def measurement(needs, guards="domains", sizes=(100, 200), **options) -> Measurement:
+    domains = {name: sequences(i, n) for i, (name, n) in enumerate(zip("ab", sizes, strict=True))}
+    data = MixtureDataset(domains, num_samples=400, block=10)
+    settings = {"probe_sequences": 10, "curvature_sequences": 20, "task_sequences": 12, "sample_sequences": 30}
+    settings |= {"micro_batch": 4, "layers": None} | options
+    return Measurement(data, {"t": sequences(0, 6)}, Identity(), frozenset(needs), guards=guards, **settings)
+
+
+PRIOR = {"a": 0.5, "b": 0.5}
+
+
+def measured(room: Measurement):
+    probes = room.probes(100, 50, PRIOR)
+    return probes, *room.influence(Bigram(), probes, PRIOR)
+
+
+def test_guards_are_measured_for_mixers_that_need_them_alone():
+    _, influence, drawn = measured(measurement({"influence"}))
+    assert (influence.tasks, influence.guards, drawn) == (("t",), (), None)
+    _, influence, _ = measured(measurement({"influence", "guards"}))
+    assert (influence.tasks, influence.guards) == (("t", HELD_OUT), (HELD_OUT,))
+    _, influence, _ = measured(measurement({"influence", "guards"}, guards=None))
+    assert influence.guards == ()
+    named = {"safe": sequences(1, 4)}
+    _, influence, _ = measured(measurement({"influence", "guards"}, guards=named))
+    assert (influence.tasks, influence.guards) == (("t", "safe"), ("safe",))
+    without = measurement({"influence"}, guards=named)
+    assert measured(without)[1].tasks == ("t",)
+    assert set(without.losses(Bigram())[0]) == {"t", "safe"}  # what guards lose is journaled for every mixer
+
+
+def test_the_default_guard_is_the_mean_of_the_domains_held_out_text():
+    room = measurement({"influence", "guards"})
+    probes, influence, _ = measured(room)
+    domain, row, _ = room.dataset.schedule.assign(0, 150)
+    for i, name in enumerate("ab"):
+        assert len(probes.held_out[name]) == 6  # task_sequences over the domains, an even number
+        assert not set(probes.held_out[name]) & set(probes.domains[name])
+        assert not set(probes.held_out[name]) & set(row[domain == i])
+    alone = []
+    for name in "ab":
+        rows = [room.dataset.sequence(name, int(r)) for r in probes.held_out[name]]
+        own = measurement({"influence", "guards"}, guards={"own": rows})
+        alone.append(own.influence(Bigram(), probes, PRIOR)[0])
+    guard = influence.tasks.index(HELD_OUT)
+    np.testing.assert_allclose(influence.scores[guard], np.mean([x.scores[1] for x in alone], axis=0), rtol=1e-4)
+    loss_errors = [x.task_loss_standard_error[1] for x in alone]
+    # The domains differ by more than their sequences do among each other, and that is no error of the mean.
+    assert influence.task_loss_standard_error[guard] == pytest.approx(np.hypot(*loss_errors) / 2, rel=1e-4)
+
+
+def test_a_domain_too_small_for_guard_and_probes_keeps_its_probes():
+    room = measurement({"influence", "guards"}, sizes=(12, 200))
+    probes = room.probes(100, 50, PRIOR)
+    alone = measurement({"influence"}, sizes=(12, 200)).probes(100, 50, PRIOR)
+    np.testing.assert_array_equal(probes.domains["a"], alone.domains["a"])
+    assert len(probes.held_out["a"]) == 6
+    np.testing.assert_array_equal(measurement({"influence"}).probes(100, 50, PRIOR).held_out["a"], [])
+
+
+def test_measure_draws_from_what_was_measured():
+    _, influence, drawn = measured(measurement({"influence", "guards", "measure"}))
+    np.testing.assert_allclose(drawn({"a": 1.0, "b": 0.0}), influence.scores[:, 0], rtol=1e-6)
+    mixed = np.mean([drawn({"a": 0.3, "b": 0.7}) for _ in range(300)], axis=0)
+    np.testing.assert_allclose(mixed, influence.scores @ [0.3, 0.7], rtol=0.02)
+
+
+def test_the_gradient_is_the_influence_without_a_curvature():
+    room = measurement({"influence", "gradient", "guards"})
+    probes, influence, _ = measured(room)
+    np.testing.assert_allclose(room.gradient(Bigram(), probes).scores, influence.scores, rtol=1e-6)
