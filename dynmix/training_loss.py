@@ -1,0 +1,158 @@
+"""The training loss of each step by domain, seen in passing, for the mixers that learn from it.
+
+A forward hook takes the logits of each training forward pass; which domain a sequence is of is found by its content
+among the samples of the step, so it does not matter how a loader shards, batches or accumulates them. The model trains
+on bit for bit as without it. Knows the dataset, the model and a reference model; nothing of what is learnt from it.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from dynmix.influence.capture import next_token_labels, next_token_logits
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.observation import Observation
+
+logger = logging.getLogger("dynmix")
+
+
+class TrainingLoss:
+    """Collects the loss of every training sequence of a step, and if there is one a reference model's on the same.
+
+    Args:
+        dataset: what is trained on.
+        reference: a causal LM on the same tokens, or the path of one that transformers loads; None: no reference loss.
+
+    Raises:
+        ValueError: a path that holds no model.
+    """
+
+    def __init__(self, dataset: MixtureDataset, reference: nn.Module | str | os.PathLike[str] | None = None):
+        self.dataset = dataset
+        self.reference = _loaded(reference) if isinstance(reference, str | os.PathLike) else reference
+        if self.reference is not None:
+            self.reference = self.reference.eval().requires_grad_(False)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._device = torch.device("cpu")
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Watch this model from now on; a second call changes nothing."""
+        if self._hook is None:
+            self._device = next(model.parameters()).device
+            self._hook = model.register_forward_hook(self._forward_ended, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Watch no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _forward_ended(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not model.training or not torch.is_grad_enabled():
+            return  # an evaluation or a measurement
+        batch = {"input_ids": args[0]} | kwargs if args else kwargs
+        logits = _logits(output)
+        if logits is None or "input_ids" not in batch:
+            raise ValueError(
+                "this mixer needs the training loss of each sequence, but the model was not called with input_ids or "
+                "returned no logits (a fused loss, such as Liger's, keeps none): switch that off, or take another mixer"
+            )
+        with torch.no_grad():
+            labels = next_token_labels(batch)
+            loss = token_losses(logits, labels)
+            sums = [(labels != -100).sum(1).double(), loss.sum(1).double()]
+            if self.reference is not None:
+                inputs: dict[str, Any] = {
+                    key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch
+                }
+                reference = token_losses(next_token_logits(self.reference.to(logits.device), inputs), labels)
+                sums += [reference.sum(1).double(), (loss - reference).clamp(min=0).sum(1).double()]
+            self._seen.append((batch["input_ids"], torch.stack(sums, dim=1)))
+
+    def take(self, step: int, batch_size: int) -> Observation | None:
+        """Return what was seen since the last call, as optimizer step `step`, and forget it; None: nothing was.
+
+        Every process calls it: their sums are added.
+
+        Raises:
+            ValueError: a sequence that is no sample of this step.
+        """
+        seen, self._seen = self._seen, []
+        start, stop = (step - 1) * batch_size, min(step * batch_size, len(self.dataset))
+        sums = torch.zeros(len(self.dataset.domains), 4, dtype=torch.float64)
+        if seen:
+            domain_of = self._samples(start, stop)
+            for ids, values in seen:
+                for row, part in zip(ids.cpu().numpy(), values.cpu(), strict=True):
+                    domain = domain_of.get(_key(row))
+                    if domain is None:
+                        raise ValueError(
+                            f"step {step}: the model was given a sequence that is none of the samples {start} to {stop}"
+                            " of the dataset: mixers that need the training loss work where sequences reach the model "
+                            "as the dataset gives them, and in order"
+                        )
+                    sums[domain, : len(part)] += part
+        if torch.distributed.is_initialized():
+            sums = sums.to(self._device)
+            torch.distributed.all_reduce(sums)
+            sums = sums.cpu()
+        present = {name: row for name, row in zip(self.dataset.domains, sums.tolist(), strict=True) if row[0]}
+        if not present:
+            return None
+        with_reference = self.reference is not None
+        return Observation(
+            step=step,
+            tokens={name: int(row[0]) for name, row in present.items()},
+            loss={name: row[1] / row[0] for name, row in present.items()},
+            reference_loss={name: row[2] / row[0] for name, row in present.items()} if with_reference else {},
+            excess_loss={name: row[3] / row[0] for name, row in present.items()} if with_reference else {},
+        )
+
+    def _samples(self, start: int, stop: int) -> Mapping[bytes, int]:
+        domains, rows, _ = self.dataset.schedule.assign(start, stop)
+        names = self.dataset.domains
+        found: dict[bytes, int] = {}
+        for domain, row in zip(domains.tolist(), rows.tolist(), strict=True):
+            found.setdefault(_key(self.dataset.sequence(names[domain], row)["input_ids"]), domain)
+        return found
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of each token, float32[B, T - 1], 0 where the label is -100, of labels [B, T - 1].
+
+    A sequence at a time, because the float32 logits of a whole batch may not fit.
+    """
+    rows = [
+        F.cross_entropy(one[: len(label)].float(), label.to(one.device), ignore_index=-100, reduction="none")
+        for one, label in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _logits(output: Any) -> Tensor | None:
+    if isinstance(output, tuple):
+        output = output[0]
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) and found.ndim == 3 else None
+
+
+def _key(ids: Any) -> bytes:
+    return np.asarray(ids, dtype=np.int64).tobytes()
+
+
+def _loaded(path: str | os.PathLike[str]) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path)
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"reference={str(path)!r} is no model that transformers can load: {problem}") from problem
+    assert isinstance(model, nn.Module)
+    return model
