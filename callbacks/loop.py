@@ -30,7 +30,7 @@ class MixtureHook:
         model: the model that trains, wrapped or not.
         dataset: what the loop's loader reads, in order (no shuffling: it is shuffled already).
         tasks: name -> batches, examples or a token store: what the mixture is optimised for.
-        mixer: decides the weights.
+        mixer: decides the weights: a mixer, the name of one, or a mapping with its `name` and arguments.
         stage_steps: optimizer steps a stage.
         batch_size: samples an optimizer step takes over all ranks and accumulation steps. None: what the loader asks
             the dataset for at once, times the number of ranks, which is right without gradient accumulation.
@@ -47,7 +47,7 @@ class MixtureHook:
         model: nn.Module,
         dataset: MixtureDataset,
         tasks: Mapping[str, Any],
-        mixer: Mixer,
+        mixer: Mixer | str | Mapping[str, Any],
         stage_steps: int,
         *,
         batch_size: int | None = None,
@@ -57,6 +57,8 @@ class MixtureHook:
     ):
         self.model, self.dataset, self.max_steps = model, dataset, max_steps
         self.controller = MixtureController(dataset, tasks, mixer, stage_steps=stage_steps, output=output, **options)
+        if self.controller.watch is not None:
+            self.controller.watch.attach(model)  # before the first step, which ends when it is too late
         self.batch_size = batch_size
         self.steps = 0
         self._begun = False

@@ -28,7 +28,7 @@ class MixtureCallback(TrainerCallback):
     Args:
         dataset: the Trainer's `train_dataset`.
         tasks: name -> batches, examples or a token store: what the mixture is optimised for.
-        mixer: decides the weights.
+        mixer: decides the weights: a mixer, the name of one, or a mapping with its `name` and arguments.
         stage_steps: optimizer steps a stage.
         output: folder for journal, config and snapshots; default `<args.output_dir>/dynmix`.
         options: further arguments of `dynmix.controller.MixtureController`.
@@ -41,7 +41,7 @@ class MixtureCallback(TrainerCallback):
         self,
         dataset: MixtureDataset,
         tasks: Mapping[str, Any],
-        mixer: Mixer,
+        mixer: Mixer | str | Mapping[str, Any],
         stage_steps: int,
         *,
         output: str | Path | None = None,
@@ -79,7 +79,7 @@ class MixtureCallback(TrainerCallback):
         """
         if logs := self.controller.step_ended(_model(kwargs), state.global_step):
             self._log(logs, control)
-            _saved(state)[STATE] = self.controller.state_dict()
+        _saved(state)[STATE] = self.controller.state_dict()
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._log(self.controller.finish(_model(kwargs), state.global_step), control)
             self._finished = True

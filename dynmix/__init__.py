@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from dynmix.controller import MixtureController
     from dynmix.influence.curvature import EKFAC, Identity
     from dynmix.influence.group import group_influence
-    from dynmix.mixers import Static, TiKMiXD
+    from dynmix.mixers import Mixer, Proposal, Static, TiKMiXD
+    from dynmix.mixers.tikmix_m import TiKMiXM
     from dynmix.mixture.dataset import MixtureDataset
     from dynmix.mixture.schedule import MixtureSchedule
     from dynmix.mixture.store import TokenStore
@@ -17,11 +18,14 @@ __all__ = [
     "EKFAC",
     "Identity",
     "Influence",
+    "Mixer",
     "MixtureController",
     "MixtureDataset",
     "MixtureSchedule",
+    "Proposal",
     "Static",
     "TiKMiXD",
+    "TiKMiXM",
     "TokenStore",
     "group_influence",
 ]
@@ -30,11 +34,14 @@ _HOME = {
     "EKFAC": "dynmix.influence.curvature",
     "Identity": "dynmix.influence.curvature",
     "Influence": "dynmix.observation",
+    "Mixer": "dynmix.mixers",
     "MixtureController": "dynmix.controller",
     "MixtureDataset": "dynmix.mixture.dataset",
     "MixtureSchedule": "dynmix.mixture.schedule",
+    "Proposal": "dynmix.mixers",
     "Static": "dynmix.mixers",
     "TiKMiXD": "dynmix.mixers",
+    "TiKMiXM": "dynmix.mixers.tikmix_m",
     "TokenStore": "dynmix.mixture.store",
     "group_influence": "dynmix.influence.group",
 }

@@ -46,11 +46,27 @@ def prepare(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the model's parameters and the data's order.")] = 0,
+    mixer: Annotated[
+        str, typer.Option(help="Name of the mixer that decides; `dynmix mixers` lists them.")
+    ] = "tikmix-d",
 ) -> None:
     """Pretrain a small Llama with a dynamic mixture and with its static prior, on text of this Python installation."""
     from dynmix.demo.run import run_demo
 
-    run_demo(output, seed)
+    try:
+        run_demo(output, seed, mixer=mixer)
+    except ValueError as problem:
+        _fail(problem)
+
+
+@app.command()
+def mixers() -> None:
+    """List the mixers by name, with what each needs to have measured."""
+    from rich.console import Console
+
+    from dynmix.tables import mixer_table
+
+    Console().print(mixer_table())
 
 
 @app.command()

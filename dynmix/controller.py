@@ -9,10 +9,10 @@ stage gets does not depend on when the work is done, since a stage starts at a d
 import copy
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +21,20 @@ import torch
 from torch import nn
 
 from dynmix.budget import EpochBudget
+from dynmix.drawn import DrawnMixtures
 from dynmix.influence.capture import LayerFilter
 from dynmix.influence.curvature import EKFAC, Curvature
 from dynmix.journal import Journal
 from dynmix.measurement import Measurement, Probes
-from dynmix.mixers.base import Mixer, Proposal, Static
+from dynmix.mixers.base import NEEDS, Mixer, Proposal, Run, within
+from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.schedule import integer_cdf
+from dynmix.observation import Influence, Observation
 from dynmix.record import Losses, log_keys, losses_of, make_row
 from dynmix.snapshot import save_snapshot
+from dynmix.training_loss import TrainingLoss
 
 logger = logging.getLogger("dynmix")
 
@@ -41,13 +45,19 @@ class MixtureController:
     Args:
         dataset: the mixture that is trained on, with a single stage: its weights are the prior of the first decision.
         tasks: name -> batches, examples or a token store (see `dynmix.batches.as_batches`).
-        mixer: decides the weights; see `dynmix.mixers.Mixer`.
+        mixer: decides the weights: a `dynmix.mixers.Mixer`, the name of one (`dynmix mixers` lists them), or a mapping
+            with its `name` and arguments.
         stage_steps: optimizer steps a stage, at least 2.
+        guards: sets, in the form of `tasks`, that a mixture must not do worse on but is not optimised for. "domains":
+            one such row, the mean over the domains of their own text (rows that the coming stage does not train on);
+            None: none. Measured for the mixers that use them; the losses of named ones are journaled for all.
+        reference: the reference model of mixers that need `reference_loss`: a causal LM, or the path of one.
         curvature: the curvature of the influence; fitted anew at each boundary; None: `EKFAC()`.
         probe_sequences: sequences of each domain that the influence is measured on, at each boundary.
         curvature_sequences: sequences that the curvature is fitted on, split over the domains as the weights are.
         task_sequences: sequences of each task that are used at most, evenly spread over it; None: all. (Tasks given as
-            batches are used whole.)
+            batches are used whole.) As many are used of "domains", over all of them.
+        sample_sequences: sequences of a sample that is drawn for mixers that need `measure`.
         micro_batch: sequences a forward pass of a measurement.
         max_epochs: how often a domain's sequences may be seen over the whole run, for all domains or by name; gives
             the mixer its upper bounds. None: no bound.
@@ -63,13 +73,16 @@ class MixtureController:
         self,
         dataset: MixtureDataset,
         tasks: Mapping[str, Any],
-        mixer: Mixer,
+        mixer: Mixer | str | Mapping[str, Any],
         *,
         stage_steps: int,
+        guards: Mapping[str, Any] | Literal["domains"] | None = "domains",
+        reference: nn.Module | str | os.PathLike[str] | None = None,
         curvature: Curvature | None = None,
         probe_sequences: int = 64,
         curvature_sequences: int = 128,
         task_sequences: int | None = 128,
+        sample_sequences: int = 512,
         micro_batch: int = 8,
         max_epochs: float | Mapping[str, float] | None = None,
         output: str | Path | None = None,
@@ -82,19 +95,36 @@ class MixtureController:
             )
         if keep < 0:
             raise ValueError(f"keep={keep}: at least 0 snapshots")
-        if isinstance(mixer, type) or not isinstance(mixer, Mixer):
-            raise ValueError(f"mixer={mixer!r} has no `needs` and `propose`; pass an instance, e.g. TiKMiXD()")
+        mixer = make_mixer(mixer)
+        if unknown := sorted(mixer.needs - NEEDS):
+            raise ValueError(f"{type(mixer).__name__} needs {unknown}: what can be measured is {sorted(NEEDS)}")
+        if "reference_loss" in mixer.needs and reference is None:
+            raise ValueError(
+                f"{type(mixer).__name__} compares with a reference model, trained beforehand on the same tokens: pass "
+                "reference=, a model or the path of one"
+            )
         self.measurement = Measurement(
             dataset,
             tasks,
             curvature or EKFAC(),
+            mixer.needs,
+            guards=guards,
             probe_sequences=probe_sequences,
             curvature_sequences=curvature_sequences,
             task_sequences=task_sequences,
+            sample_sequences=sample_sequences,
             micro_batch=micro_batch,
             layers=layers,
         )
         self.dataset, self.mixer, self.stage_steps, self.keep = dataset, mixer, stage_steps, keep
+        self.watch: TrainingLoss | None = None
+        if mixer.needs & {"loss", "reference_loss"}:
+            self.watch = TrainingLoss(dataset, reference if "reference_loss" in mixer.needs else None)
+        length = dataset.sequence_length
+        tokens = {name: size * length for name, size in dataset.sizes.items()}
+        first = mixer.start(Run(tokens, len(dataset) * length, dataset.schedule.weights_at(0)))
+        if first is not None:
+            dataset.begin(integer_cdf(normalized(first, dataset.domains)))
         self.budget = EpochBudget(dataset, max_epochs)
         self.output: Path | None = None
         self.journal: Journal | None = None
@@ -103,6 +133,8 @@ class MixtureController:
         self.batch_size = 0  # samples an optimizer step, over all ranks; known when the run is planned
         self.total = 0  # samples of the whole run
         self.resumed = False
+        self._observed = False
+        self._dataset_state: tuple[tuple[int, int | None], dict[str, Any]] | None = None
 
     def write_to(self, output: str | Path) -> None:
         """Set the folder of journal, config and snapshots."""
@@ -158,13 +190,18 @@ class MixtureController:
             model: the model that trains, unwrapped or wrapped.
             step: optimizer steps already done.
         """
-        influence = None
-        if "influence" in self.mixer.needs:
-            influence = self.measurement.rehearse(model)
+        if self.watch is not None:
+            self.watch.attach(model)
+        influence, drawn = None, None
+        if self.mixer.needs & {"influence", "gradient"}:
+            influence, drawn = self.measurement.rehearse(model)
         if influence is None or influence.finite:
             upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
             prior = self.dataset.schedule.weights_at(0)
-            self._cdf(copy.deepcopy(self.mixer).propose(influence, prior, upper), upper)
+            understudy = copy.deepcopy(self.mixer)
+            if "gradient" in understudy.needs:
+                understudy.observe(Observation(step, gradient=influence, steps=self.stage_steps))
+            self._cdf(_propose(understudy, influence, prior, upper, drawn), upper)
         if self.resumed:
             if self._boundary() < min(step * self.batch_size, self.total):
                 raise ValueError(
@@ -183,10 +220,14 @@ class MixtureController:
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
         self.dataset.pulse()
+        if self.watch is not None:
+            self._observe(step)
         return self._decide(model, step) if self._is_due(step) else None
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure the task losses once more and close the journal; return what a tracker should log."""
+        if self.watch is not None:
+            self.watch.detach()
         loss, error = None, None
         seconds: dict[str, float] = {}
         try:
@@ -202,8 +243,16 @@ class MixtureController:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, JSON-able: the stages and fingerprints of the dataset, and what a step is."""
-        return {"batch_size": self.batch_size, "stage_steps": self.stage_steps, "dataset": self.dataset.state_dict()}
+        """Return the state, JSON-able: the dataset's stages and fingerprints, what a step is, what the mixer learnt."""
+        stages = self.dataset.schedule.generation, self.dataset.schedule.end
+        if self._dataset_state is None or self._dataset_state[0] != stages:
+            self._dataset_state = stages, self.dataset.state_dict()  # asked for after every step
+        return {
+            "batch_size": self.batch_size,
+            "stage_steps": self.stage_steps,
+            "dataset": self._dataset_state[1],
+            "mixer": {"name": type(self.mixer).__name__, "state": copy.deepcopy(self.mixer.state_dict())},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; rows of the journal that were written after it are dropped, and will be written again.
@@ -225,6 +274,11 @@ class MixtureController:
                     f"this state is damaged: its stages start at {starts[:5]}..., which are no stages of it"
                 )
             self.dataset.load_state_dict(state["dataset"])
+            name, learnt = state["mixer"]["name"], state["mixer"]["state"]
+            if name == type(self.mixer).__name__:
+                self.mixer.load_state_dict(learnt)
+            else:
+                logger.warning("the checkpoint's mixer is %s: %s starts afresh", name, type(self.mixer).__name__)
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
         self.batch_size = batch_size
@@ -250,25 +304,30 @@ class MixtureController:
         following = start + self.stage_steps * self.batch_size
         prior = schedule.weights_at(start - 1)
         seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
-        influence, loss, error = None, None, None
-        probes: Probes = {}
+        influence, gradient, loss, error = None, None, None, None
+        probes: Probes | None = None
+        drawn: DrawnMixtures | None = None
         upper = self.budget.upper(start, min(following, self.total) - start)
         try:
             with _timed(seconds, "measure"):
-                if "influence" in self.mixer.needs:
+                if self.mixer.needs & {"influence", "gradient"}:
                     probes = self.measurement.probes(start, following - start, prior)
-                    influence = self.measurement.influence(model, probes, prior)
-                    loss = losses_of(influence)
-                    if bad := influence.not_finite:
-                        raise ArithmeticError(f"the influence on {', '.join(bad)} is not finite")
-                else:
-                    loss = self.measurement.losses(model)
+                if probes and "influence" in self.mixer.needs:
+                    influence, drawn = self.measurement.influence(model, probes, prior)
+                    _check_finite(influence)
+                if probes and "gradient" in self.mixer.needs:
+                    gradient = self.measurement.gradient(model, probes)
+                    influence = influence or gradient
+                    _check_finite(gradient)
+                loss = (influence and losses_of(influence)) or self.measurement.losses(model)
             with _timed(seconds, "propose"):
-                proposal = self.mixer.propose(influence, prior, upper)
+                if gradient is not None:
+                    self.mixer.observe(Observation(step, gradient=gradient, steps=self.stage_steps))
+                proposal = _propose(self.mixer, influence, prior, upper, drawn)
                 cdf = self._cdf(proposal, upper)
         except Exception as failure:  # a run of weeks must not end because one measurement did
             error = _words(failure)
-            proposal = replace(Static().propose(None, prior, upper), solver="prior", message="the weights were kept")
+            proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
             cdf = self._cdf(proposal, upper)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -278,7 +337,8 @@ class MixtureController:
         cdf, proposal = _from_rank_0((cdf, proposal))
         self.dataset.publish(cdf, start, following if following < self.total else None)
         logger.info("stage %d starts at sample %d: %s", len(schedule.stages) - 1, start, schedule.stages[-1].weights)
-        self.measurement.warn_of_repeated(probes, start, min(following, self.total))
+        if probes is not None:
+            self.measurement.warn_of_repeated(probes, start, min(following, self.total))
         with _timed(seconds, "snapshot"):
             self._save_snapshot(model, step)
         return self._write_down(
@@ -292,6 +352,24 @@ class MixtureController:
             error=error,
             seconds=seconds,
         )
+
+    def _observe(self, step: int) -> None:
+        """Show the mixer the losses of the step that ended. What fails the first time is a mistake in the set-up."""
+        assert self.watch is not None
+        try:
+            seen = self.watch.take(step, self.batch_size)
+            if seen is None and not self._observed:
+                raise ValueError(
+                    f"{type(self.mixer).__name__} needs the training loss of each step, but no forward pass of the "
+                    "model in training mode was seen: give the controller the model that the loop calls"
+                )
+            if seen is not None:
+                self.mixer.observe(seen)
+        except Exception as failure:
+            if not self._observed:
+                raise
+            logger.warning("step %d taught the mixer nothing: %s", step, _words(failure))
+        self._observed = True
 
     def _cdf(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
         """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains."""
@@ -315,7 +393,7 @@ class MixtureController:
         assert self.output is not None
         self.output.mkdir(parents=True, exist_ok=True)
         facts = {
-            "mixer": _describe(self.mixer),
+            "mixer": self.mixer.describe(),
             **self.measurement.describe(),
             "stage_steps": self.stage_steps,
             "batch_size": self.batch_size,
@@ -339,10 +417,10 @@ class MixtureController:
     def _write_down(
         self, kind: Literal["stage", "final"], step: int, position: int, loss: Losses | None, **found: Any
     ) -> dict[str, float]:
-        mixer = type(self.mixer).__name__
-        row = make_row(
-            kind, self.dataset, list(self.measurement.tasks), mixer, step=step, position=position, loss=loss, **found
-        )
+        mixer, measured = type(self.mixer).__name__, found.get("influence")
+        rows = list(self.measurement.sets) if measured is None else list(measured.tasks)
+        guards = [name for name in rows if name in self.measurement.guards]
+        row = make_row(kind, self.dataset, rows, guards, mixer, step=step, position=position, loss=loss, **found)
         if self.journal is not None and _is_rank_0():
             try:
                 self.journal.append(row)
@@ -364,8 +442,21 @@ def _words(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"
 
 
-def _describe(mixer: Mixer) -> Any:
-    return mixer.describe() if hasattr(mixer, "describe") else repr(mixer)
+def _propose(
+    mixer: Mixer,
+    influence: Influence | None,
+    prior: Mapping[str, float],
+    upper: Mapping[str, float],
+    drawn: DrawnMixtures | None,
+) -> Proposal:
+    measured = influence if "influence" in mixer.needs else None
+    more: dict[str, Any] = {"measure": drawn} if "measure" in mixer.needs else {}
+    return mixer.propose(measured, prior, upper, **more)
+
+
+def _check_finite(influence: Influence) -> None:
+    if bad := influence.not_finite:
+        raise ArithmeticError(f"the influence on {', '.join(bad)} is not finite")
 
 
 def _set_aside(output: Path) -> None:

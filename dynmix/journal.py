@@ -39,7 +39,8 @@ class Row(TypedDict):
     end: int | None  # first position they no longer serve; None while that is not decided
     weights_before: dict[str, float] | None  # None for stage 0
     weights: dict[str, float] | None  # None for a final row
-    tasks: list[str]
+    tasks: list[str]  # rows of what was measured: the tasks, then the guards
+    guards: list[str]  # those of them that a mixture is held to and not optimised for
     domains: list[str]
     influence: list[list[float | None]] | None  # [n_tasks][n_domains]
     standard_error: list[list[float | None]] | None  # [n_tasks][n_domains]
@@ -49,6 +50,7 @@ class Row(TypedDict):
     epochs: dict[str, float]
     predicted_gain: dict[str, float | None] | None
     predicted_gain_standard_error: dict[str, float | None] | None
+    multipliers: dict[str, float | None] | None  # constraint -> Lagrange multiplier, of those that bind
     mixer: str
     solver: str | None
     message: str  # the decision in words

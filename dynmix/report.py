@@ -84,7 +84,17 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        """Names, in order of first appearance."""
+        """Names of what is optimised for, in order of first appearance."""
+        return [name for name in self.sets if name not in self.guards]
+
+    @property
+    def guards(self) -> list[str]:
+        """Names of what only holds the mixture back, in order of first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row["guards"]))
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of tasks and guards, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row["tasks"]))
 
     @property
@@ -136,10 +146,10 @@ def write_report(
             baseline=other,
             last=run.rows[-1],
             weights=_weights_figure(run),
-            losses=[(task, _loss_figure(task, run, other)) for task in run.tasks if len(run.losses(task)) > 1],
-            comparison=[_compare(task, run, other) for task in run.tasks if run.losses(task)],
+            losses=[(task, _loss_figure(task, run, other)) for task in run.sets if len(run.losses(task)) > 1],
+            comparison=[_compare(task, run, other) for task in run.sets if run.losses(task)],
             heatmaps=[(row, _heatmap(row)) for row in run.rows if row["influence"] is not None],
-            gains=[(task, gains, _gain_figure(task, gains)) for task in run.tasks if (gains := run.gains(task))],
+            gains=[(task, gains, _gain_figure(task, gains)) for task in run.sets if (gains := run.gains(task))],
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(output.name + ".tmp")

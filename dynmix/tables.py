@@ -1,14 +1,17 @@
-"""Rows of the journal as tables for a terminal.
+"""Rows of the journal, and the mixers there are, as tables for a terminal.
 
-Knows the journal's rows alone; the HTML report is `dynmix.report`.
+Knows the journal's rows and the registry alone; the HTML report is `dynmix.report`.
 """
 
+import inspect
 from collections.abc import Sequence
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from dynmix.journal import Row
+from dynmix.mixers.registry import find_mixer, mixer_names
 
 
 def stage_table(row: Row) -> Table:
@@ -44,6 +47,24 @@ def stage_table(row: Row) -> Table:
     return table
 
 
+def mixer_table() -> Table:
+    """Return every registered mixer: its name, what it needs, what it is in a line, its arguments."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("name", "needs", "what it is, and its arguments"):
+        table.add_column(heading, no_wrap=heading == "name")
+    for name in mixer_names():
+        try:
+            mixer = find_mixer(name)
+        except ValueError as problem:  # another distribution's, that cannot be imported
+            table.add_row(name, "?", escape(str(problem)))
+            continue
+        line = (inspect.getdoc(mixer) or "").partition("\n")[0]
+        given = [str(p.replace(annotation=p.empty)) for p in inspect.signature(mixer).parameters.values()]
+        needs = ", ".join(sorted(getattr(mixer, "needs", ()))) or "-"
+        table.add_row(name, needs, escape(line + (f"\n[{', '.join(given)}]" if given else "")))
+    return table
+
+
 def comparison_table(dynamic: Sequence[Row], static: Sequence[Row]) -> Table:
     """Return the final task losses of two runs side by side, in nats per token; a negative difference: dynamic won."""
     table = Table(
@@ -59,7 +80,7 @@ def comparison_table(dynamic: Sequence[Row], static: Sequence[Row]) -> Table:
             loss, error = (end["task_loss"] or {}).get(task), (end["task_loss_standard_error"] or {}).get(task)
             cells.append(f"{_number(loss)} ± {_number(error)}")
             losses += [] if loss is None else [loss]
-        if len(losses) == 2:
+        if len(losses) == 2 and task not in dynamic[-1]["guards"]:
             differences.append(losses[0] - losses[1])
         table.add_row(task, *cells, f"{losses[0] - losses[1]:+.4f}" if len(losses) == 2 else "-")
     if differences:

@@ -9,7 +9,7 @@ import dynmix.controller
 import dynmix.measurement
 from dynmix import Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
-from dynmix.mixers import Proposal
+from dynmix.mixers import Mixer, Proposal
 
 NAMES = ("a", "b")
 BATCH, STEPS = 4, 5
@@ -112,9 +112,7 @@ def test_the_curvature_is_fitted_in_the_proportions_of_the_mixture(monkeypatch):
 def test_the_mixer_gets_the_prior_and_the_bounds_that_max_epochs_leaves():
     calls = []
 
-    class Recorder:
-        needs = frozenset()
-
+    class Recorder(Mixer):
         def propose(self, influence, prior, upper=None):
             calls.append((influence, dict(prior), dict(upper)))
             return Proposal({"a": 0.25, "b": 0.75} if upper["a"] > 0.25 else dict(prior) | {"a": 0.0, "b": 1.0})
@@ -330,7 +328,7 @@ def test_many_domains_still_share_the_curvature_sequences(monkeypatch):
     domains = {f"d{i}": sequences(i % 60, 8) for i in range(50)}
     data = MixtureDataset(domains, "uniform", num_samples=16, block=BATCH)
     loop = MixtureController(
-        data, {"t": sequences(0, 6)}, TiKMiXD(), stage_steps=2, probe_sequences=2, curvature_sequences=10
+        data, {"t": sequences(0, 6)}, TiKMiXD(confidence=0), stage_steps=2, probe_sequences=2, curvature_sequences=10
     )
     run(loop, steps=3)
     assert sum(len(batch["input_ids"]) for batch in pools[1]) == 10
@@ -356,7 +354,7 @@ def test_a_stage_longer_than_the_run_is_refused():
 def test_large_tasks_are_cut_to_a_spread_of_them():
     loop = MixtureController(dataset(), {"t": sequences(0, 60)}, Static(), stage_steps=5, task_sequences=6)
     rows = [
-        int(batch["input_ids"][i, 1]) for batch in loop.measurement.tasks["t"] for i in range(len(batch["input_ids"]))
+        int(batch["input_ids"][i, 1]) for batch in loop.measurement.sets["t"] for i in range(len(batch["input_ids"]))
     ]
     assert rows == [0, 10, 20, 30, 40, 50]
 
@@ -402,7 +400,7 @@ def test_influence_reaches_the_journal_as_measured(tmp_path, monkeypatch):
         return Influence(scores, list(tasks), list(domains), errors, [2.0], [0.5])
 
     monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
-    loop = controller(dataset(), output=tmp_path, keep=0)
+    loop = controller(dataset(), TiKMiXD(confidence=0), guards=None, output=tmp_path, keep=0)
     logs = run(loop)[3]
     row = Journal(tmp_path / "journal.jsonl").rows()[1]
     assert row["influence"] == [[1.5, -0.5]]
@@ -419,7 +417,11 @@ def test_influence_reaches_the_journal_as_measured(tmp_path, monkeypatch):
         ({"stage_steps": 1}, "stage_steps=1: at least 2"),
         ({"probe_sequences": 0}, "probe_sequences=0"),
         ({"keep": -1}, "keep=-1"),
-        ({"mixer": "tikmix"}, "pass an instance"),
+        ({"mixer": "tikmix"}, "did you mean 'tikmix"),
+        ({"mixer": "doremi"}, "pass reference="),
+        ({"mixer": object()}, "subclass of dynmix.mixers.Mixer"),
+        ({"guards": "all"}, "guards='all'"),
+        ({"guards": {"t": [{"input_ids": [1, 2]}]}}, r"\['t'\] are tasks and guards"),
         ({"mixer": TiKMiXD}, "pass an instance"),
         ({"max_epochs": {"c": 1}}, "no domain 'c'"),
         ({"max_epochs": {"a": -1}}, "at least 0"),

@@ -21,6 +21,7 @@ def test_a_row_is_what_the_journal_takes_and_log_keys_are_its_numbers(tmp_path):
         "stage",
         dataset(),
         ["t"],
+        [],
         "TiKMiXD",
         step=9,
         position=100,

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from dynmix.callbacks import MixtureCallback
 from dynmix.demo.corpus import build_corpus, train_tokenizer
 from dynmix.journal import Journal, Row
-from dynmix.mixers import Mixer, Static, TiKMiXD
+from dynmix.mixers import Mixer, Static
+from dynmix.mixers.registry import make_mixer
 from dynmix.mixture.dataset import MixtureDataset, PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.report import write_report
@@ -42,7 +43,13 @@ class DemoSettings:
     tasks: tuple[str, ...] = ("reference", "code", "docs", "arithmetic")
 
 
-def run_demo(output: Path, seed: int = 0, settings: DemoSettings | None = None, console: Console | None = None) -> Path:
+def run_demo(
+    output: Path,
+    seed: int = 0,
+    settings: DemoSettings | None = None,
+    console: Console | None = None,
+    mixer: str = "tikmix-d",
+) -> Path:
     """Run the demonstration into the folder `output`; return the path of its report.
 
     Args:
@@ -51,7 +58,12 @@ def run_demo(output: Path, seed: int = 0, settings: DemoSettings | None = None, 
         seed: of the model's parameters and of the order of the data.
         settings: sizes; the default fits into three minutes.
         console: where the tables are printed.
+        mixer: name of the mixer of the dynamic run.
+
+    Raises:
+        ValueError: a mixer that is not there or needs arguments.
     """
+    decider = make_mixer(mixer)
     settings, console = settings or DemoSettings(), console or Console()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of saving a snapshot: shorter than its bar
     corpus = build_corpus()
@@ -70,10 +82,10 @@ def run_demo(output: Path, seed: int = 0, settings: DemoSettings | None = None, 
     console.print(f"domains: {', '.join(f'{n} {len(s.tokens):,} tokens' for n, s in domains.items())}")
     console.print(f"held-out tasks: {', '.join(tasks)}; the domain `noise` is shuffled words, as a control")
 
-    runs: dict[str, tuple[Mixer, Path]] = {"dynamic": (TiKMiXD(), output), "static": (Static(), output / "static")}
-    for name, (mixer, folder) in runs.items():
-        console.rule(f"{name}: {type(mixer).__name__}")
-        _train(domains, tasks, mixer, folder, seed, settings, tokenizer.eos_token_id, console)
+    runs: dict[str, tuple[Mixer, Path]] = {"dynamic": (decider, output), "static": (Static(), output / "static")}
+    for name, (own, folder) in runs.items():
+        console.rule(f"{name}: {type(own).__name__}")
+        _train(domains, tasks, own, folder, seed, settings, tokenizer.eos_token_id, console)
     journals = {name: folder / "journal.jsonl" for name, (_, folder) in runs.items()}
     console.print(comparison_table(*(Journal(path).rows() for path in journals.values())))
     report = write_report(journals["dynamic"], output / "report.html", baseline=journals["static"], title="dynmix demo")

@@ -1,18 +1,48 @@
-"""What a mixer is: influence and a prior in, weights out.
+"""What a mixer is: what was measured and a prior in, weights out.
 
-Knows arrays and names only: no torch, no model, no dataset. A mixer of one's own is any object with the two members
-of `Mixer`; see `Static` for the shortest one.
+Knows arrays and names only: no torch, no model, no dataset. A mixer of your own subclasses `Mixer`, names in `needs`
+what has to be measured for it, and writes `propose`; all else has a default. The shortest useful one:
+
+    class Greedy(Mixer):
+        '''Half of what is sampled stays as it was; the other half goes to the domain that helps the tasks most.'''
+
+        needs = frozenset({"influence"})
+
+        def propose(self, influence, prior, upper=None):
+            best = influence.domains[influence.scores.mean(axis=0).argmax()]
+            wanted = {name: 0.5 * weight + 0.5 * (name == best) for name, weight in prior.items()}
+            return Proposal(within(wanted, upper), message=f"{best} helps most")
+
+    MixtureCallback(dataset, tasks=tasks, mixer=Greedy(), stage_steps=500)
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from dynmix.mixers.problem import Array
 from dynmix.mixers.simplex import cap, normalized
-from dynmix.observation import Influence
+from dynmix.observation import Influence, Observation
+
+NEEDS = frozenset({"loss", "reference_loss", "gradient", "influence", "guards", "measure"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a mixer may know of the run before it starts.
+
+    Attributes:
+        tokens: domain -> tokens that it has, in the dataset's order.
+        total_tokens: tokens that the run trains on at most, over all domains.
+        weights: domain -> weight in the first stage, as the dataset was given it.
+    """
+
+    tokens: Mapping[str, int]
+    total_tokens: int
+    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -25,7 +55,9 @@ class Proposal:
         message: the decision in words, for the journal and the log.
         predicted_gain: task -> predicted decrease of its loss (nats per token) against staying at the prior.
         predicted_gain_standard_error: its standard error from the influence's, entries taken as independent.
-        multipliers: task -> Lagrange multiplier of its Pareto constraint (row-scaled); above zero: it binds.
+        multipliers: constraint -> Lagrange multiplier, of those that bind (above 0). A constraint is a task's or a
+            guard's name (row-scaled: what the objective would gain if that row's floor were lower by one time its
+            largest influence), or `"upper:<domain>"`, `"lower:<domain>"` for a bound on a weight.
     """
 
     weights: dict[str, float]
@@ -36,17 +68,38 @@ class Proposal:
     multipliers: dict[str, float] = field(default_factory=dict)
 
 
-@runtime_checkable
-class Mixer(Protocol):
-    """Decides the weights of the next stage.
+class Mixer(ABC):
+    """Decides the weights of the next stage. In a run these are called, in this order:
 
-    `needs` names what has to be measured before `propose` is called: `{"influence"}` or nothing.
+    `start` once, before anything is read; `observe` after each optimizer step if `needs` has `loss`, and at each stage
+    boundary if it has `gradient`; `propose` at each boundary; `state_dict` whenever the run saves a checkpoint.
+
+    Attributes:
+        needs: what must be measured, a subset of
+            `"loss"`: `observe` gets each step's training loss, by domain;
+            `"reference_loss"`: and that of a reference model on the same tokens (the controller's `reference=`);
+            `"gradient"`: `observe` gets, at a boundary, the products of the domains' gradients with the tasks';
+            `"influence"`: `propose` gets the group influence;
+            `"guards"`: influence (or gradient) has the guards' rows too, named in `influence.guards`;
+            `"measure"`: `propose` gets `measure=`, a callable from weights (domain -> weight) to the influence of an
+            actually drawn sample of that mixture, float64[n_rows] in the order of `influence.tasks`.
+            What is not named is not measured.
     """
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the controller must measure: a subset of `{"influence"}`."""
+    needs: frozenset[str] = frozenset()
 
+    def start(self, run: Run) -> Mapping[str, float] | None:
+        """Prepare for a run; return the weights of its first stage, or None to leave them as the dataset's are.
+
+        Called again, with the same arguments, when a run is resumed, before `load_state_dict`.
+        """
+        return None
+
+    def observe(self, observation: Observation) -> None:
+        """Take in what `needs` asks for. Must be cheap: with `loss` it is called after every step."""
+        return None
+
+    @abstractmethod
     def propose(
         self,
         influence: Influence | None,
@@ -55,51 +108,54 @@ class Mixer(Protocol):
     ) -> Proposal:
         """Return weights for the next stage.
 
+        What it raises keeps the weights of the stage before, and is written to the log and the journal.
+
         Args:
             influence: what was measured; None when `needs` does not ask for it.
-            prior: the weights of the stage that ends, which the proposal may not do worse than.
-            upper: domain -> largest weight, from what is left of a domain under `max_epochs`; default no bound.
+            prior: the weights of the stage that ends.
+            upper: domain -> largest weight, from what is left of a domain under `max_epochs`; default no bound. They
+                must be kept: `within` moves any weights inside.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that `observe` and `propose` have changed, JSON-able: a resumed run goes on from it."""
+        return {}
 
-def prior_and_bounds(
-    domains: tuple[str, ...], prior: Mapping[str, float], *uppers: Mapping[str, float] | None
-) -> tuple[Array, Array]:
-    """Return (prior inside the bounds, the smallest of the upper bounds), float64[n_domains] in the order of `domains`.
-
-    A prior above a bound is moved inside by water-filling: what is cut goes to the others in proportion.
-
-    Raises:
-        ValueError: unknown or missing names, bounds below 0, or bounds that leave no mixture.
-    """
-    upper = np.ones(len(domains))
-    for bounds in uppers:
-        for name, bound in (bounds or {}).items():
-            if name not in domains:
-                raise ValueError(f"upper: no domain {name!r}; the domains are {list(domains)}")
-            if not bound >= 0:
-                raise ValueError(f"upper[{name!r}]={bound}: a bound is a weight of at least 0")
-            upper[domains.index(name)] = min(upper[domains.index(name)], bound)
-    return cap(normalized(prior, domains), upper), upper
-
-
-class Static:
-    """Keeps the weights it is given: the baseline every dynamic mixture is compared with.
-
-    Args:
-        observe: measure the influence at each boundary all the same, for the journal and the report.
-    """
-
-    def __init__(self, observe: bool = False):
-        self.needs = frozenset({"influence"}) if observe else frozenset[str]()
-
-    def propose(
-        self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
-    ) -> Proposal:
-        """Return the prior, inside the bounds."""
-        weights, _ = prior_and_bounds(tuple(prior), prior, upper)
-        return Proposal(dict(zip(prior, weights.tolist(), strict=True)), message="static mixture")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned. Raises ValueError for a state that is not of this mixer."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, but was given {sorted(state)}")
 
     def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "Static", "observe": bool(self.needs)}
+        """Return the configuration, JSON-able, for the run's `config.json`."""
+        return {"name": type(self).__name__}
+
+
+def within(weights: Mapping[str, float], upper: Mapping[str, float] | None) -> dict[str, float]:
+    """Return `weights` moved under the bounds: what is cut goes to the other domains in proportion (water-filling).
+
+    Raises:
+        ValueError: weights that are no mixture, bounds of unknown domains or below 0, bounds that leave no mixture.
+    """
+    domains = tuple(weights)
+    moved = cap(normalized(weights, domains), bounds(domains, upper))
+    return dict(zip(weights, moved.tolist(), strict=True))
+
+
+def bounds(domains: Sequence[str], *given: Mapping[str, float] | None, lower: bool = False) -> Array:
+    """Return the tightest of the upper (or lower) bounds, float64[n_domains]; 1 (or 0) where there is none.
+
+    Raises:
+        ValueError: a bound of an unknown domain, or one that is negative or no number.
+    """
+    what = "lower" if lower else "upper"
+    number = {name: i for i, name in enumerate(domains)}
+    tightest = np.zeros(len(domains)) if lower else np.ones(len(domains))
+    for name, bound in (item for mapping in given for item in (mapping or {}).items()):
+        if name not in number:
+            raise ValueError(f"{what}: no domain {name!r}; the domains are {list(domains)}")
+        if not bound >= 0:
+            raise ValueError(f"{what}[{name!r}]={bound}: a bound is a weight of at least 0")
+        i = number[name]
+        tightest[i] = max(tightest[i], bound) if lower else min(tightest[i], bound)
+    return tightest

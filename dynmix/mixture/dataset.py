@@ -171,6 +171,12 @@ class MixtureDataset(Dataset[Item]):
             raise IndexError(f"row {row} of domain {domain!r} is not in [0, {self.sizes[domain]})")
         return self._rows(np.array([self.domains.index(domain)]), np.array([row]))[0]
 
+    def begin(self, weights: Weights) -> None:
+        """`schedule.begin`, refused where the loader has read already. Raises ValueError."""
+        if self.read_until:
+            raise ValueError(f"the loader has read {self.read_until} samples: the weights of the first stage stay")
+        self.schedule.begin(weights)
+
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
         """`schedule.publish`, refused where the loader has read already: those samples were of the stage before.
 

@@ -121,6 +121,17 @@ class MixtureSchedule:
         # Row 0: generation, number of stages. Row 1 + s: stage s with its start, declared end, cdf and base.
         self._table = SharedArray((1 + MAX_STAGES, 2 + 2 * len(self.names)))
 
+    def begin(self, weights: Weights) -> None:
+        """Give the first stage other weights, as long as it is the only one.
+
+        Raises:
+            ValueError: a later stage is published already; bad weights.
+        """
+        if self._count > 1:
+            raise ValueError(f"{self._count} stages are published already: the weights of the first one stay")
+        first = self._stage(0)
+        self._write(0, [_Stage(0, 0, first.end, self._cdf(weights), first.base)])
+
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
         """Begin a stage at position `start`; positions before it stay what they were.
 

@@ -33,7 +33,7 @@ def main(output: Path) -> None:
         model,
         dataset,
         tasks=training.tasks(),
-        mixer=TiKMiXD(),
+        mixer=TiKMiXD(confidence=0.0),
         stage_steps=training.STAGE_STEPS,
         probe_sequences=8,
         curvature_sequences=16,

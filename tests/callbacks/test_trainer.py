@@ -49,7 +49,8 @@ def test_journal_rows_say_what_happened(plain, training):
         assert list(row["tokens"].values()) == counts.tolist()
         assert row["weights_before"] == (None if k == 0 else facts["stages"][k - 1][2])
         if k:
-            assert np.shape(row["influence"]) == np.shape(row["standard_error"]) == (2, 3)
+            assert np.shape(row["influence"]) == np.shape(row["standard_error"]) == (3, 3)
+            assert (row["tasks"], row["guards"]) == (["web", "code", "held-out"], ["held-out"])
             assert row["step"] == k * training.STAGE_STEPS - 1
             assert min(row["predicted_gain"].values()) >= -1e-9
             assert row["error"] is None

@@ -114,7 +114,7 @@ def run(
         MixtureCallback(
             data,
             tasks=tasks(),
-            mixer=mixer or TiKMiXD(),
+            mixer=mixer or TiKMiXD(confidence=0.0),  # so that each stage moves, whatever the noise
             **{"stage_steps": STAGE_STEPS, "probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
             | (options or {}),
         )
