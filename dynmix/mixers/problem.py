@@ -1,11 +1,14 @@
-"""The optimisation problem of TiKMiX-D (arXiv 2508.17677, Eq. 7), in plain arrays.
+"""The optimisation problem of TiKMiX-D (arXiv 2508.17677, Eq. 7), in plain arrays, made robust against noise.
 
 For tasks i and domains j, with A w the normalised influence of a mixture w and C w the row-scaled one:
 
-    minimise  alpha std(A w) - beta sum(A w) - gamma H(w)   over the simplex, w <= upper,   such that  C w >= C prior.
+    minimise  alpha std(A w) - beta sum(A w) + sum_i cost_i r_i(w) - gamma H(w)
+    over the simplex with lower <= w <= upper,  such that  C_i w - r_i(w) >= floor_i,
 
-It is convex for alpha, beta, gamma >= 0 (the standard deviation of a linear map is a norm) and the prior is feasible,
-so there is one optimal value, and no starting point to be chosen. Knows nothing of names or of where A comes from.
+where r_i(w) = |R_i * (w - centre)| is what the noise of row i's scores may take from the gain of moving from `centre`.
+Without noise (R = 0) it is Eq. 7 as printed. It is convex for alpha, beta, gamma >= 0 (the standard deviation of a
+linear map is a norm, and so is r), and `start` is feasible, so there is one optimal value, and no starting point to be
+chosen. Knows nothing of names or of where A comes from.
 """
 
 from dataclasses import dataclass
@@ -20,20 +23,37 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Problem:
-    """Eq. 7 in arrays: `A`, `C` float64[n_tasks, n_domains]; `floor` [n_tasks]; `start`, `upper` [n_domains].
+    """Eq. 7 in arrays.
 
-    `floor` is the least C w may be: the prior's, less what counts as nothing. `start` is feasible: the prior itself,
-    unless bounds cut it.
+    Attributes:
+        A: float64[n_tasks, n_domains], normalised influence of the tasks that are optimised for.
+        C: float64[n_rows, n_domains], row-scaled influence of all tasks and guards.
+        floor: float64[n_rows], the least C w - r(w) may be.
+        start: float64[n_domains], a feasible mixture: the prior itself, unless bounds cut it.
+        lower, upper: float64[n_domains], bounds of the weights.
+        alpha, beta, gamma: as in Eq. 7.
+        R: float64[n_rows, n_domains], row-scaled radius of each score's uncertainty; 0 where it is not counted.
+        cost: float64[n_rows], what r_i costs in the objective.
+        centre: float64[n_domains], the mixture that moves are uncertain from.
     """
 
     A: Array
     C: Array
     floor: Array
     start: Array
+    lower: Array
     upper: Array
     alpha: float
     beta: float
     gamma: float
+    R: Array
+    cost: Array
+    centre: Array
+
+    @property
+    def robust(self) -> bool:
+        """Whether any score is taken as uncertain."""
+        return bool(self.R.any())
 
     @property
     def linear(self) -> Array:
@@ -45,19 +65,47 @@ class Problem:
         """Matrix K with alpha std(A w) = |K w|, float64[n_tasks, n_domains] (population standard deviation)."""
         return np.asarray(self.alpha * (self.A - self.A.mean(axis=0)) / np.sqrt(len(self.A)), dtype=np.float64)
 
-    def objective(self, w: Array) -> float:
-        """Return Eq. 7's value at `w` (natural logarithm, 0 log 0 = 0)."""
-        return float(np.linalg.norm(self.spread @ w) + self.linear @ w + self.gamma * xlogy(w, w).sum())
+    def risk(self, w: Array) -> Array:
+        """Return r(w), float64[n_rows]: what noise may take from each row's gain over `centre`."""
+        return np.asarray(np.sqrt(self.R**2 @ (w - self.centre) ** 2), dtype=np.float64)
 
-    def violation(self, w: Array) -> float:
-        """Return the largest row-scaled amount by which `w` is under the floor of a task (0: of none)."""
-        return float((self.floor - self.C @ w).max(initial=0.0))
+    def objective(self, w: Array) -> float:
+        """Return the objective's value at `w` (natural logarithm, 0 log 0 = 0)."""
+        value = np.linalg.norm(self.spread @ w) + self.linear @ w + self.gamma * xlogy(w, w).sum()
+        return float(value + self.cost @ self.risk(w))
+
+    def violation(self, w: Array) -> Array:
+        """Return the largest row-scaled amount by which w [..., n_domains] misses the floor of a row, float64[...]."""
+        risk = np.sqrt((w - self.centre) ** 2 @ self.R.T**2)
+        return np.asarray((self.floor - w @ self.C.T + risk).max(axis=-1, initial=0.0), dtype=np.float64)
+
+    def bound_multipliers(self, w: Array, multipliers: Array, tolerance: float = 1e-7) -> Array:
+        """Return the Lagrange multipliers of the bounds at the optimum `w`, float64[n_domains].
+
+        Above 0 the upper bound holds a weight down, below 0 the lower one holds it up; from the stationarity of the
+        Lagrangian, given those of the rows. All 0 where no weight is free, because then they are not unique.
+        """
+        Kw, risk = self.spread @ w, self.risk(w)
+        safe = np.where(risk > 0, risk, 1.0)
+        of_risk = ((self.cost + multipliers) / safe * (risk > 0)) @ self.R**2 * (w - self.centre)
+        std = float(np.linalg.norm(Kw))
+        slope = self.linear + of_risk - multipliers @ self.C + (self.spread.T @ Kw / std if std > 0 else 0.0)
+        if self.gamma:
+            slope = slope + self.gamma * (np.log(np.maximum(w, 1e-300)) + 1)
+        room = np.minimum(w - self.lower, self.upper - w)
+        free = room > tolerance
+        if not free.any():
+            return np.zeros_like(w)
+        level = np.median(slope[free])
+        found = np.where(free, 0.0, level - slope)
+        at_upper = self.upper - w <= w - self.lower
+        return np.asarray(np.where(at_upper, np.maximum(found, 0), np.minimum(found, 0)), dtype=np.float64)
 
 
 def slackest(p: Problem) -> tuple[Array, float]:
-    """Return the mixture under the bounds whose least C w - floor is largest, and that slack (-inf if none was found).
+    """Return the mixture in the bounds whose least C w - floor is largest, and that slack (-inf if none was found).
 
-    A linear programme; a negative slack says that the bounds leave no feasible mixture.
+    A linear programme, which takes no account of r; a negative slack says that the bounds leave no feasible mixture.
     """
     n, m = p.C.shape
     lp = linprog(
@@ -66,21 +114,22 @@ def slackest(p: Problem) -> tuple[Array, float]:
         b_ub=-p.floor,
         A_eq=np.concatenate([np.ones(m), [0.0]])[None],
         b_eq=[1.0],
-        bounds=[(0, b) for b in p.upper] + [(None, None)],
+        bounds=[*zip(p.lower, p.upper, strict=True), (None, None)],
     )
     if lp.status != 0:
         return p.start, -np.inf
-    w = np.clip(lp.x[:-1], 0, p.upper)
+    w = np.clip(lp.x[:-1], p.lower, p.upper)
     return np.asarray(w / w.sum(), dtype=np.float64), float(lp.x[-1])
 
 
 def lift(p: Problem, w: Array) -> Array:
-    """Return `w` moved by a hair onto the Pareto constraints it misses by rounding.
+    """Return `w` moved by a hair onto the constraints it misses by rounding.
 
-    The move goes towards the mixture with the largest slack, so it is as short as can be.
+    The move goes towards the mixture with the largest slack, so it is as short as can be. Robust constraints leave the
+    plain ones a slack of their own, and have no such mixture that a linear programme could find: nothing is moved.
     """
-    worst = p.violation(w)
-    if worst == 0:
+    worst = float(p.violation(w))
+    if worst == 0 or p.robust:
         return w
     inner, slack = slackest(p)
     if slack <= 0:

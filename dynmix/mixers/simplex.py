@@ -1,4 +1,4 @@
-"""Weights on the simplex with upper bounds: validation and water-filling.
+"""Weights on the simplex with bounds: validation and water-filling.
 
 Knows nothing of influence or of what a domain is.
 """
@@ -28,51 +28,77 @@ def normalized(weights: Mapping[str, float], domains: Sequence[str]) -> Array:
     return np.asarray(w / w.sum(), dtype=np.float64)
 
 
-def water_fill(log_weights: Array, upper: Array) -> Array:
-    """Return w_j = min(upper_j, exp(log_weights_j - nu)) with nu such that w sums to 1.
+def water_fill(log_weights: Array, upper: Array, lower: Array | float = 0.0) -> Array:
+    """Return w_j = exp(log_weights_j - nu), clipped to [lower_j, upper_j], with nu such that w sums to 1.
 
-    It is the minimiser of sum_j w_j (log w_j - log_weights_j) over the simplex with upper bounds (a KL projection).
-    `log_weights` may be -inf (never filled); computed in logs because softmax arguments may be thousands apart.
+    It is the minimiser of sum_j w_j (log w_j - log_weights_j) over the simplex within the bounds (a KL projection).
+    `log_weights` may be -inf (never filled above `lower`); they may be thousands apart, as softmax arguments are.
 
     Raises:
-        ValueError: the bounds of the domains that may be filled sum to less than 1.
+        ValueError: the lower bounds sum to more than 1, or the upper ones of what may be filled to less.
     """
-    open_ = np.isfinite(log_weights) & (upper > 0)
-    w = np.zeros_like(upper)
-    z, u = log_weights[open_], upper[open_]
-    if u.sum() < 1 - 1e-12:
-        raise ValueError(f"the upper bounds sum to {u.sum():.6g}: no mixture fits under them; raise some")
-    # Domains hit their bounds in the order of z - log(upper): try each prefix of that order as the capped set.
-    order = np.argsort(-(z - np.log(u)), kind="stable")
-    z, u = z[order], u[order]
-    capped = np.concatenate([[0.0], np.cumsum(u)[:-1]])
-    rest = np.logaddexp.accumulate(z[::-1])[::-1]
-    room = np.maximum(1 - capped, 0)
+    lower = np.broadcast_to(lower, upper.shape)
+    top = np.where(np.isfinite(log_weights), upper, lower)
+    if top.sum() < 1 - 1e-12:
+        raise ValueError(f"the upper bounds sum to {top.sum():.6g}: no mixture fits under them; raise some")
+    if lower.sum() > 1 + 1e-12:
+        raise ValueError(f"the lower bounds sum to {lower.sum():.6g}: no mixture fits above them; lower some")
     with np.errstate(divide="ignore"):
-        nu = rest - np.log(room)
-        fits = z - nu <= np.log(u) + 1e-15
-    k = int(np.argmax(fits)) if fits.any() else len(z) - 1
-    filled = np.exp(np.minimum(z - nu[k], np.log(u))) if room[k] > 0 else np.zeros_like(u)
-    filled[:k] = u[:k]
-    w[np.flatnonzero(open_)[order]] = filled
+        log_lower, log_upper = np.log(lower), np.log(upper)
+    # Guess which domains are at a bound, pour what is left over the others, look where that puts them, until it fits.
+    # The sum falls as nu rises, so every guess also brackets nu; a guess outside the bracket halves it instead.
+    low, high, nu = -np.inf, np.inf, _log_sum(log_weights)
+    for _ in range(200):
+        w = np.exp(np.clip(log_weights - nu, log_lower, log_upper))
+        total = w.sum()
+        if abs(total - 1) < 1e-13 or nu in (low, high):
+            break
+        low, high = (nu, high) if total > 1 else (low, nu)
+        free = (log_weights - nu > log_lower) & (log_weights - nu < log_upper)
+        room = 1 - w[~free].sum()
+        if free.any() and room > 0:
+            guess = _log_sum(log_weights[free]) - float(np.log(room))
+            if guess == nu:
+                break
+            if low < guess < high:
+                nu = guess
+                continue
+        with np.errstate(invalid="ignore"):
+            edges = np.concatenate([log_weights - log_upper, log_weights - log_lower])
+        edges = edges[np.isfinite(edges) & (edges > low) & (edges < high)]
+        # Only bounds hold at this nu: go to the next place where a domain leaves or reaches one.
+        nu = float(np.median(edges)) if len(edges) else _midpoint(low, high)
     return np.asarray(w / w.sum(), dtype=np.float64)
 
 
-def cap(weights: Array, upper: Array) -> Array:
-    """Return `weights` under `upper`: the excess goes to the domains with room, in proportion to their weights.
+def _log_sum(z: Array) -> float:
+    """Return log(sum(exp(z))): scipy's costs several times what it computes, and this is the solver's inner loop."""
+    top = float(z.max())
+    return top + float(np.log(np.exp(z - top).sum())) if np.isfinite(top) else top
+
+
+def _midpoint(low: float, high: float) -> float:
+    if np.isfinite(low) and np.isfinite(high):
+        return 0.5 * (low + high)
+    return low + 1.0 if np.isfinite(low) else high - 1.0
+
+
+def cap(weights: Array, upper: Array, lower: Array | float = 0.0) -> Array:
+    """Return `weights` within the bounds: the excess goes to the domains with room, in proportion to their weights.
 
     Domains of weight 0 take a share, in proportion to their bounds, only if the others cannot hold everything.
 
     Raises:
-        ValueError: the bounds sum to less than 1.
+        ValueError: the upper bounds sum to less than 1, or the lower ones to more.
     """
-    if (weights <= upper).all():
+    lower = np.broadcast_to(lower, upper.shape)
+    if (weights <= upper).all() and (weights >= lower).all():
         return weights
     if upper.sum() < 1 - 1e-12:
         raise ValueError(f"the upper bounds sum to {upper.sum():.6g}: no mixture fits under them; raise some")
-    held = upper[weights > 0].sum()
+    held = np.where(weights > 0, upper, lower).sum()
     if held < 1:
-        spare = np.where(weights > 0, 0, upper)
-        return np.where(weights > 0, upper, spare * (1 - held) / spare.sum())
+        spare = np.where(weights > 0, 0, upper - lower)
+        return np.asarray(np.where(weights > 0, upper, lower + spare * (1 - held) / spare.sum()), dtype=np.float64)
     with np.errstate(divide="ignore"):
-        return water_fill(np.log(weights), upper)
+        return water_fill(np.log(weights), upper, lower)

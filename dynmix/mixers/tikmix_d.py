@@ -1,19 +1,22 @@
 """TiKMiX-D: the mixture that maximises group influence under a Pareto constraint (arXiv 2508.17677, Section 3.2).
 
-Turns a measured influence into the convex `Problem` of Eq. 7, asks the solvers in turn, and verifies what they answer:
-a proposal is feasible and no worse than the prior, or it is the prior. Knows arrays and names; no model.
+Turns a measured influence, its noise and the guards into a convex `Problem`, asks the solvers in turn, and verifies
+what they answer: a proposal is feasible and no worse than the prior, or it is the prior. Knows arrays and names; no
+model.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import chi2, norm
 
-from dynmix.mixers.base import Proposal, prior_and_bounds
+from dynmix.mixers.base import Mixer, Proposal, bounds
 from dynmix.mixers.problem import Array, Problem, slackest
-from dynmix.mixers.simplex import normalized
+from dynmix.mixers.simplex import cap, normalized
 from dynmix.mixers.solvers import GAP, solve_clarabel, solve_dual, solve_slsqp
 from dynmix.observation import Influence
 
@@ -21,21 +24,29 @@ logger = logging.getLogger("dynmix.mixers")
 
 # Row-scaled violation below which a Pareto constraint holds: rounding of S w, far under any measured influence.
 FEASIBLE = 1e-9
+# The same for what is held at a confidence: the plain constraint holds there by the whole margin of the noise.
+FEASIBLE_ROBUST = 1e-7
 EPS = 1e-8  # Eq. 6's
 
 
-def normalize(scores: Array, how: Literal["absmax", "paper"]) -> Array:
-    """Return the influence divided task by task so that tasks are comparable (Eq. 6).
+def row_scales(scores: Array, how: Literal["absmax", "paper"]) -> Array:
+    """Return what each task's influence is divided by so that tasks are comparable (Eq. 6), float64[n_tasks].
 
-    `"paper"` divides by max_j S_ij + eps, which flips the sign of a task that every domain hurts; `"absmax"` divides
-    by max_j |S_ij| + eps, which never does.
+    `"paper"` is max_j S_ij + eps, which flips the sign of a task that every domain hurts; `"absmax"` is
+    max_j |S_ij| + eps, which never does.
     """
     top = np.abs(scores) if how == "absmax" else scores
-    return np.asarray(scores / (top.max(axis=1, keepdims=True) + EPS), dtype=np.float64)
+    return np.asarray(top.max(axis=1) + EPS, dtype=np.float64)
 
 
-class TiKMiXD:
+class TiKMiXD(Mixer):
     """TiKMiX-D (arXiv 2508.17677, Section 3.2, Eq. 6 and 7): direct maximisation of group influence.
+
+    With standard errors, a gain counts by its lower confidence bound, S_i (w - prior) - q |E_i * (w - prior)|, both in
+    the objective and in the Pareto constraint. Because the mixture is chosen after the noise was drawn, the bound holds
+    for all mixtures at once (Scheffé's, for contrasts of n_domains scores): q^2 is the quantile of the chi-squared
+    distribution with n_domains - 1 degrees of freedom at the probability of `confidence` standard deviations. A task
+    whose scores differ by no more than that from each other tells nothing, and the mixture stays at the prior.
 
     Args:
         alpha: weight of the standard deviation over tasks of the normalised influence (evenness).
@@ -43,13 +54,18 @@ class TiKMiXD:
         gamma: weight of the mixture's entropy (diversity).
         normalization: `"absmax"` divides a task's influence by its largest magnitude; `"paper"` by its maximum, as
             Eq. 6 prints it, and warns where that flips a sign.
-        upper: domain -> largest weight it may get.
+        confidence: in standard deviations of a normal distribution, one-sided (1: 84 %, 2: 98 %); 0 takes the scores as
+            exact, as the paper does. Without standard errors they are taken as exact too.
+        guard_slack: by how much a guard may fall below the prior's influence, in units of that guard's largest
+            influence: one number for all, or by name. Guards are held by their scores, without `confidence`.
+        lower, upper: domain -> least and largest weight it may get, or one number for all.
+        max_change: by how much a weight may differ from the prior's.
 
     Raises:
-        ValueError: a negative or non-finite coefficient, an unknown normalization.
+        ValueError: a number that is negative or not finite, an unknown normalization, a lower bound above the upper.
     """
 
-    needs = frozenset({"influence"})
+    needs = frozenset({"influence", "guards"})
 
     def __init__(
         self,
@@ -58,16 +74,28 @@ class TiKMiXD:
         gamma: float = 1.0,
         *,
         normalization: Literal["absmax", "paper"] = "absmax",
-        upper: Mapping[str, float] | None = None,
+        confidence: float = 1.0,
+        guard_slack: float | Mapping[str, float] = 0.0,
+        lower: float | Mapping[str, float] | None = None,
+        upper: float | Mapping[str, float] | None = None,
+        max_change: float | None = None,
     ):
         for name, value in {"alpha": alpha, "beta": beta, "gamma": gamma}.items():
             if not (np.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value}: Eq. 7 is convex for finite values of at least 0 only")
         if normalization not in ("absmax", "paper"):
             raise ValueError(f"normalization={normalization!r}: 'absmax' or 'paper'")
+        if not (np.isfinite(confidence) and confidence >= 0):
+            raise ValueError(f"confidence={confidence}: standard deviations, at least 0")
+        if max_change is not None and not max_change >= 0:
+            raise ValueError(f"max_change={max_change}: a difference of weights, at least 0, or None")
+        for slack in guard_slack.values() if isinstance(guard_slack, Mapping) else [guard_slack]:
+            if not slack >= 0:
+                raise ValueError(f"guard_slack={guard_slack}: at least 0")
         self.alpha, self.beta, self.gamma = float(alpha), float(beta), float(gamma)
         self.normalization: Literal["absmax", "paper"] = normalization
-        self.upper = dict(upper or {})
+        self.confidence, self.guard_slack, self.max_change = float(confidence), guard_slack, max_change
+        self.lower, self.upper = lower, upper
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
@@ -78,17 +106,21 @@ class TiKMiXD:
         influence: Influence | None,
         prior: Mapping[str, float],
         upper: Mapping[str, float] | None = None,
+        *,
+        lower: Mapping[str, float] | None = None,
     ) -> Proposal:
         """Return the weights that solve Eq. 7; never worse than `prior` on any task by the influence given.
 
-        Upper bounds come first: where they leave no mixture that is as good as the prior on every task, the prior moved
+        Bounds come first: where they leave no mixture that is as good as the prior on every task, the prior moved
         inside them takes its place, and the message says so. A task counts as no worse within rounding (1e-9 of its
         largest score) and, for scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
 
         Args:
-            influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight).
+            influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight). A domain
+                whose standard error is not finite keeps its weight.
             prior: the weights of the stage that ends; sums to 1.
             upper: domain -> largest weight; together with the constructor's the smaller one holds.
+            lower: domain -> least weight; likewise the larger one.
 
         Returns:
             A `Proposal` whose `solver` is `"dual"`, `"clarabel"`, `"slsqp"` or, where nothing better than the prior
@@ -99,56 +131,140 @@ class TiKMiXD:
         """
         if influence is None:
             raise ValueError("TiKMiXD decides from the influence: pass the Influence measured at this boundary")
-        wanted = normalized(prior, influence.domains)
-        inside, bounds = prior_and_bounds(influence.domains, prior, self.upper, upper)
-        S = influence.scores
+        posed = self._pose(influence, prior, upper, lower)
+        problem, note = posed.problem, posed.note
+        if problem is None:
+            return self._answer(influence, posed.wanted, posed.inside, "prior", note)
+        w, multipliers, solver = self._solve(problem)
+        message = f"objective {problem.objective(posed.inside):.4f} -> {problem.objective(w):.4f}{note}"
+        binding = self._binding(influence, problem, w, multipliers) if solver != "prior" else {}
+        if binding:
+            message += "; binding: " + ", ".join(binding)
+        return self._answer(influence, posed.wanted, w, solver, message, binding)
+
+    def problem(
+        self,
+        influence: Influence,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float] | None = None,
+        lower: Mapping[str, float] | None = None,
+    ) -> Problem | None:
+        """Return the problem that `propose` solves; None where it keeps the prior without one."""
+        return self._pose(influence, prior, upper, lower).problem
+
+    def _pose(
+        self,
+        influence: Influence,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float] | None,
+        lower: Mapping[str, float] | None,
+    ) -> "_Posed":
+        domains = influence.domains
+        wanted = normalized(prior, domains)
+        low = bounds(domains, _for_all(self.lower, domains), lower, lower=True)
+        high = bounds(domains, _for_all(self.upper, domains), upper)
+        if crossed := [f"{n!r} ({a:.4g} > {b:.4g})" for n, a, b in zip(domains, low, high, strict=True) if a > b]:
+            raise ValueError(f"lower bounds above the upper ones: {', '.join(crossed)}")
+        inside = cap(wanted, high, low)
+        if self.max_change is not None:  # of where the bounds leave the prior, so that the two always fit together
+            low, high = np.maximum(low, inside - self.max_change), np.minimum(high, inside + self.max_change)
         if bad := influence.not_finite:
-            return self._answer(influence, wanted, inside, "prior", f"influence not finite on {bad}: prior kept")
+            return _Posed(None, wanted, inside, f"influence not finite on {bad}: prior kept")
         self._warn_of_flips(influence)
-        scale = np.abs(S).max(axis=1, keepdims=True)
-        C = np.divide(S, scale, out=np.zeros_like(S), where=scale > 0)
+        S, tasks = influence.scores, influence.optimised
+        scale = np.abs(S).max(axis=1)
+        E = self._uncertainty(influence)
+        unknown = ~np.isfinite(E).all(axis=0)
+        low, high, E = np.where(unknown, inside, low), np.where(unknown, inside, high), np.where(unknown, 0.0, E)
+        held = [domains[j] for j in np.flatnonzero(unknown)]
+        note = f"; weights kept, for want of a finite standard error: {', '.join(held)}" if held else ""
+        moving = high > low
+        if uninformed := [t for t, s, e in zip(influence.tasks, S, E, strict=True) if self._is_noise(s, e, moving)]:
+            kept = f"prior kept: the influence on {', '.join(uninformed)} cannot be told from its noise"
+            return _Posed(None, wanted, inside, f"{kept} (more probe_sequences and task_sequences, or less confidence)")
         # Eq. 6's eps is where an influence ends to count. To second order in it, because a row of ordinary scale must
         # hold to rounding and a row at eps must not decide the mixture of all others.
-        nothing = (EPS / np.maximum(scale[:, 0], EPS)) ** 2
+        slack = (EPS / np.maximum(scale, EPS)) ** 2 + self._guard_slack(influence)
+        divided = np.maximum(scale, np.finfo(np.float64).tiny)[:, None]
+        C = S / divided
+        divisor = row_scales(S, self.normalization)
+        quantile = np.sqrt(chi2.ppf(norm.cdf(self.confidence), max(1, moving.sum() - 1)))
         problem = Problem(
-            A=normalize(S, self.normalization),
+            A=(S / divisor[:, None])[tasks],
             C=C,
-            floor=C @ wanted - nothing,
+            floor=C @ wanted - slack,
             start=inside,
-            upper=bounds,
+            lower=low,
+            upper=high,
             alpha=self.alpha,
             beta=self.beta,
             gamma=self.gamma,
+            R=quantile * E / divided,
+            cost=np.where(tasks, self.beta * scale / np.abs(divisor), 0.0),
+            centre=wanted,
         )
-        cut = ""
-        if problem.violation(inside) > 0:
-            best, slack = slackest(problem)
-            if slack >= 0:
-                problem = replace(problem, start=best)
-            else:
-                problem = replace(problem, floor=C @ inside - nothing)
-                cut = "; the bounds leave no mixture as good as the prior on every task"
-        w, multipliers, solver = self._solve(problem)
-        message = f"objective {problem.objective(inside):.4f} -> {problem.objective(w):.4f}{cut}"
-        binding = {t: float(x) for t, x in zip(influence.tasks, multipliers, strict=True) if x > 1e-6}
-        if binding:
-            message += "; the Pareto constraint binds on " + ", ".join(binding)
-        return self._answer(influence, wanted, w, solver, message, binding)
+        if problem.violation(inside) == 0:
+            return _Posed(problem, wanted, inside, note)
+        best, room = slackest(problem)
+        if room >= 0:
+            return _Posed(replace(problem, start=best, centre=best), wanted, inside, note)
+        problem = replace(problem, floor=C @ inside - slack, centre=inside)
+        return _Posed(
+            problem, wanted, inside, note + "; the bounds leave no mixture as good as the prior on every task"
+        )
+
+    def _uncertainty(self, influence: Influence) -> Array:
+        """Return the standard errors that count, float64[n_rows, n_domains]: none of guards, nor without confidence."""
+        E = influence.standard_error
+        if E is None or self.confidence == 0:
+            return np.zeros_like(influence.scores)
+        return np.where(influence.optimised[:, None], np.where(np.isnan(E), np.inf, E), 0.0)
+
+    def _is_noise(self, scores: Array, errors: Array, moving: NDArray[np.bool_]) -> bool:
+        """Whether no move between the domains has a gain beyond the bound: the scores' chi-squared from a common one.
+
+        That is the largest square of (s d) / |e * d| over all d that sum to 0, in closed form.
+        """
+        s, e = scores[moving], errors[moving]
+        if not errors.any() or len(s) < 2:
+            return False
+        precision = 1 / np.maximum(e, 1e-9 * e.max()) ** 2
+        common = precision @ s / precision.sum()
+        return bool(precision @ (s - common) ** 2 <= chi2.ppf(norm.cdf(self.confidence), len(s) - 1))
+
+    def _guard_slack(self, influence: Influence) -> Array:
+        given = self.guard_slack
+        if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(influence.guards))):
+            raise ValueError(f"guard_slack: no guard {unknown[0]!r}; the guards are {list(influence.guards)}")
+        slack = [given.get(name, 0.0) if isinstance(given, Mapping) else given for name in influence.tasks]
+        return np.where(influence.optimised, 0.0, slack)
 
     def _solve(self, problem: Problem) -> tuple[Array, Array, str]:
-        solvers = {"dual": solve_dual} if self.gamma > 0 else {}
+        solvers = {"dual": solve_dual} if self.gamma > 0 and not problem.robust else {}
         solvers |= {"clarabel": solve_clarabel, "slsqp": solve_slsqp}
+        feasible = FEASIBLE_ROBUST if problem.robust else FEASIBLE
+        plain = replace(problem, R=np.zeros_like(problem.R))
         for name, solve in solvers.items():
             try:
                 w, multipliers = solve(problem)
             except ArithmeticError as failure:
                 logger.debug("TiKMiX-D: %s: %s", name, failure)
                 continue
-            inside = (w >= 0).all() and (w <= problem.upper + 1e-9).all() and abs(w.sum() - 1) < 1e-9
+            inside = (w >= problem.lower - 1e-9).all() and (w <= problem.upper + 1e-9).all()
+            inside = inside and abs(w.sum() - 1) < 1e-9
             worse = problem.objective(w) - problem.objective(problem.start)
-            if inside and worse <= GAP * max(1.0, abs(problem.objective(w))) and problem.violation(w) <= FEASIBLE:
-                return (problem.start if worse >= 0 else w), multipliers, name
+            no_better = worse >= (-GAP if problem.robust else 0)
+            if inside and worse <= GAP * max(1.0, abs(problem.objective(w))):
+                if no_better:
+                    return problem.start, multipliers, name
+                if problem.violation(w) <= feasible and plain.violation(w) <= FEASIBLE:
+                    return w, multipliers, name
         return problem.start, np.zeros(len(problem.C)), "prior"
+
+    def _binding(self, influence: Influence, problem: Problem, w: Array, multipliers: Array) -> dict[str, float]:
+        rows = {name: float(x) for name, x in zip(influence.tasks, multipliers, strict=True) if x > 1e-6}
+        of_bounds = zip(influence.domains, problem.bound_multipliers(w, multipliers).tolist(), strict=True)
+        return rows | {f"{'upper' if x > 0 else 'lower'}:{n}": abs(x) for n, x in of_bounds if abs(x) > 1e-6}
 
     def _warn_of_flips(self, influence: Influence) -> None:
         flipped = [t for t, row in zip(influence.tasks, influence.scores, strict=True) if row.max() < 0]
@@ -168,16 +284,38 @@ class TiKMiXD:
         message: str,
         multipliers: dict[str, float] | None = None,
     ) -> Proposal:
-        move = w - prior
-        moved = move != 0
-        gain = influence.scores[:, moved] @ move[moved]
-        error = influence.standard_error
-        spread = np.full(len(gain), np.nan) if error is None else np.sqrt(error[:, moved] ** 2 @ move[moved] ** 2)
+        gain, error = predicted_gain(influence, w - prior)
         return Proposal(
             weights=dict(zip(influence.domains, w.tolist(), strict=True)),
             solver=solver,
             message=message,
-            predicted_gain=dict(zip(influence.tasks, gain.tolist(), strict=True)),
-            predicted_gain_standard_error=dict(zip(influence.tasks, spread.tolist(), strict=True)),
+            predicted_gain=gain,
+            predicted_gain_standard_error=error,
             multipliers=multipliers or {},
         )
+
+
+@dataclass(frozen=True)
+class _Posed:
+    """A problem, or None and why there is none to solve; the prior as given and moved inside the bounds."""
+
+    problem: Problem | None
+    wanted: Array
+    inside: Array
+    note: str = ""
+
+
+def predicted_gain(influence: Influence, move: Array) -> tuple[dict[str, float], dict[str, float]]:
+    """Return task or guard -> predicted decrease of its loss by a move of the weights, and its standard error.
+
+    In nats per token; the entries' errors are taken as independent. NaN where there are none.
+    """
+    moved = move != 0
+    gain = influence.scores[:, moved] @ move[moved]
+    error = influence.standard_error
+    spread = np.full(len(gain), np.nan) if error is None else np.sqrt(error[:, moved] ** 2 @ move[moved] ** 2)
+    return tuple(dict(zip(influence.tasks, x.tolist(), strict=True)) for x in (gain, spread))  # type: ignore[return-value]
+
+
+def _for_all(bound: float | Mapping[str, float] | None, domains: tuple[str, ...]) -> Mapping[str, float] | None:
+    return bound if bound is None or isinstance(bound, Mapping) else dict.fromkeys(domains, float(bound))

@@ -13,7 +13,8 @@ def problem(seed: int, n=3, m=6, alpha=1.0, beta=1.0, gamma=1.0, upper=1.0) -> P
     C = S / np.abs(S).max(axis=1, keepdims=True)
     prior = rng.dirichlet(np.ones(m))
     bounds = np.maximum(np.full(m, upper), prior)
-    return Problem(C, C, C @ prior, prior, bounds, alpha, beta, gamma)
+    zeros = np.zeros((n, m))
+    return Problem(C, C, C @ prior, prior, zeros[0], bounds, alpha, beta, gamma, zeros, np.full(n, beta), prior)
 
 
 @pytest.mark.parametrize("seed", range(8))
