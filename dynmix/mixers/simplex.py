@@ -51,7 +51,7 @@ def water_fill(log_weights: Array, upper: Array, lower: Array | float = 0.0) -> 
     for _ in range(200):
         w = np.exp(np.clip(log_weights - nu, log_lower, log_upper))
         total = w.sum()
-        if abs(total - 1) < 1e-13 or nu in (low, high):
+        if abs(total - 1) < 1e-13 or nu in (low, high) or high - low < 1e-15 * abs(nu):
             break
         low, high = (nu, high) if total > 1 else (low, nu)
         free = (log_weights - nu > log_lower) & (log_weights - nu < log_upper)

@@ -1,9 +1,9 @@
 """Three solvers of TiKMiX-D's `Problem`, behind one signature: Problem -> (weights, multipliers of the rows).
 
-The dual has 2 n_tasks unknowns however many domains there are, and a certified gap; it does not converge where gamma is
-near 0 or where multipliers are infinite (a prior on the Pareto front), and has no place for noise. Clarabel, an
-interior-point solver of conic programmes, takes those if it is installed; SciPy's SLSQP is what remains, slow beyond a
-few hundred domains. None of them is believed by its caller before the answer is verified.
+The dual has 2 n_tasks unknowns however many domains there are, and a certified gap; it needs gamma above 0, and has no
+place for noise. Clarabel, an interior-point solver of conic programmes, takes those problems if it is installed; SciPy's
+SLSQP is what remains, slow beyond a few hundred domains. None of them is believed by its caller before the answer is
+verified.
 """
 
 from typing import Any
@@ -16,53 +16,78 @@ from scipy.special import xlogy
 from dynmix.mixers.problem import Array, Problem, lift
 from dynmix.mixers.simplex import water_fill
 
-GAP = 1e-8  # relative duality gap at which the dual's answer is final
+GAP = 1e-9  # relative duality gap at which the dual's answer is final
+ROUNDING = 1e-10  # row-scaled violation of a constraint that is no more than rounding
+NEWTON_STEPS = 200  # dozens are enough
+SLSQP_DOMAINS = 400
 
 
 def solve_dual(p: Problem) -> tuple[Array, Array]:
     """Return (w, multipliers of the rows) from the dual of Eq. 7; gamma must be above 0, and no score uncertain.
 
-    With |K w| = max over |u| <= 1 of u^T K w, the minimum over w at fixed (lambda, u) is a softmax with upper bounds
-    (`water_fill`), so what is left is a smooth concave maximum in 2 n_tasks unknowns.
+    With |K w| = max over |u| <= 1 of u^T K w, the minimum over w at fixed x = (lambda, u) is a softmax within bounds
+    (`water_fill`), so what is left is a smooth concave maximum in 2 n_tasks unknowns with lambda >= 0 and |u| <= 1.
+    Those are kept by a logarithmic barrier (Boyd and Vandenberghe, Convex Optimization, Section 11.3), whose weight mu
+    falls while Newton's method follows: where it has converged, C w - floor = mu / lambda, so that w is feasible. Floors
+    are lowered by mu, in the end by `ROUNDING`: where they leave no room (a prior on the Pareto front, tasks that depend
+    on each other) multipliers would have no end.
 
     Raises:
-        ArithmeticError: it did not reach a relative gap of `GAP`.
+        ArithmeticError: it did not reach a feasible w within a relative gap of `GAP`.
     """
-    K, linear, base = p.spread, p.linear, p.floor
     n, k = len(p.C), len(p.A)
+    M, linear = np.concatenate([p.C, -p.spread]), p.linear
+    x = np.concatenate([np.full(n, 0.1), np.zeros(k)])
+    mu, gap = 0.1, np.inf
+    floor = p.floor - mu
 
-    def negative_dual(x: Array) -> tuple[float, Array]:
-        lam, u = x[:n], x[n:]
-        q = linear + u @ K - lam @ p.C
+    def inner(x: Array) -> tuple[Array, float]:
+        """Return the w that minimises the Lagrangian at x, and the dual's value."""
+        q = linear - x @ M
         w = water_fill(-q / p.gamma, p.upper, p.lower)
-        value = lam @ base + q @ w + p.gamma * xlogy(w, w).sum()
-        return -float(value), np.concatenate([p.C @ w - base, -(K @ w)])
+        return w, float(x[:n] @ floor + q @ w + p.gamma * xlogy(w, w).sum())
 
-    ball = {
-        "type": "ineq",
-        "fun": lambda x: 1 - x[n:] @ x[n:],
-        "jac": lambda x: np.concatenate([0 * x[:n], -2 * x[n:]]),
-    }
-    with np.errstate(all="ignore"):
-        answer = minimize(
-            negative_dual,
-            np.zeros(n + k),
-            jac=True,
-            method="SLSQP",
-            bounds=[(0, None)] * n + [(-1, 1)] * k,
-            constraints=[ball],
-            options={"maxiter": 300, "ftol": 1e-15},
-        )
-    x = np.asarray(answer.x, dtype=np.float64)
-    if not np.isfinite(x).all():
-        raise ArithmeticError("the dual diverged")
-    lam, u = np.maximum(x[:n], 0), x[n:] / max(1.0, float(np.linalg.norm(x[n:])))
-    bound = -negative_dual(np.concatenate([lam, u]))[0]
-    w = lift(p, water_fill((lam @ p.C - linear - u @ K) / p.gamma, p.upper, p.lower))
-    gap = p.objective(w) - bound
-    if not gap <= GAP * max(1.0, abs(bound)):
-        raise ArithmeticError(f"the dual stopped at a gap of {gap:.2g}")
-    return w, lam
+    def barrier(x: Array) -> float:
+        inside = 1 - x[n:] @ x[n:]
+        return -float(np.log(x[:n]).sum() + np.log(inside)) if inside > 0 and (x[:n] > 0).all() else np.inf
+
+    w, value = inner(x)
+    for _ in range(NEWTON_STEPS):
+        lam, u = x[:n], x[n:]
+        inside = 1 - u @ u
+        gradient = M @ w - np.concatenate([floor, np.zeros(k)])  # of the negative dual; then of the barrier
+        slope = gradient + mu * np.concatenate([-1 / lam, 2 * u / inside])
+        free = np.where((w > p.lower) & (w < p.upper), w, 0.0)
+        centred = M - (M @ free)[:, None] / max(free.sum(), 1e-300)
+        hessian = centred * free @ centred.T / p.gamma
+        hessian[np.diag_indices(n + k)] += mu * np.concatenate([1 / lam**2, np.full(k, 2 / inside)])
+        hessian[n:, n:] += mu * 4 * np.outer(u, u) / inside**2
+        scale = 1 / np.sqrt(hessian.diagonal())  # its entries differ by many orders near the end
+        step = -scale * np.linalg.solve(hessian * np.outer(scale, scale) + 1e-13 * np.eye(n + k), scale * slope)
+        falls = float(-slope @ step)
+        # Half of the way to the first bound at most, and then back until the barrier problem's value has fallen enough.
+        size, before = min(1.0, 0.9 / max(float((-step[:n] / lam).max()), 1e-300)), -value + mu * barrier(x)
+        if not np.isfinite(falls):
+            break
+        while True:
+            tried = x + size * step
+            height = barrier(tried)
+            if np.isfinite(height):
+                w_tried, value_tried = inner(tried)
+                enough = before - 0.01 * size * falls + 1e-14 * max(1.0, abs(before))
+                if -value_tried + mu * height <= enough or size < 1e-8:
+                    break
+            size /= 2
+        x, w, value = tried, w_tried, value_tried
+        gap = p.objective(w) - value
+        feasible = float(p.violation(w)) <= 2 * ROUNDING
+        if feasible and gap <= GAP * max(1.0, abs(value)):
+            return w, x[:n]
+        if falls < mu and size == 1.0:
+            mu = max(0.03 * mu, 1e-14)
+            floor, lower = p.floor - max(mu, ROUNDING), floor
+            value += float(x[:n] @ (floor - lower))
+    raise ArithmeticError(f"the dual stopped at a gap of {gap:.2g} and a violation of {float(p.violation(w)):.2g}")
 
 
 def solve_clarabel(p: Problem) -> tuple[Array, Array]:
@@ -141,8 +166,10 @@ def solve_slsqp(p: Problem) -> tuple[Array, Array]:
     the multipliers from 1.16 on; before, they are 0.
 
     Raises:
-        ArithmeticError: it ended without a finite answer.
+        ArithmeticError: it ended without a finite answer, or would take minutes to.
     """
+    if len(p.start) > SLSQP_DOMAINS:
+        raise ArithmeticError(f"SLSQP takes minutes beyond {SLSQP_DOMAINS} domains: pip install 'dynmix[conic]'")
     K, linear, n = p.spread, p.linear, len(p.C)
     tiny, smooth = 1e-12, 1e-9  # the entropy's gradient is infinite at 0
 

@@ -22,10 +22,8 @@ from dynmix.observation import Influence
 
 logger = logging.getLogger("dynmix.mixers")
 
-# Row-scaled violation below which a Pareto constraint holds: rounding of S w, far under any measured influence.
-FEASIBLE = 1e-9
-# The same for what is held at a confidence: the plain constraint holds there by the whole margin of the noise.
-FEASIBLE_ROBUST = 1e-7
+# Row-scaled violation below which a constraint holds: what interior-point solvers leave, far under any measured score.
+FEASIBLE = 1e-7
 EPS = 1e-8  # Eq. 6's
 
 
@@ -112,8 +110,9 @@ class TiKMiXD(Mixer):
         """Return the weights that solve Eq. 7; never worse than `prior` on any task by the influence given.
 
         Bounds come first: where they leave no mixture that is as good as the prior on every task, the prior moved
-        inside them takes its place, and the message says so. A task counts as no worse within rounding (1e-9 of its
-        largest score) and, for scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
+        inside them takes its place, and the message says so. A task counts as no worse within 1e-9 of its largest score
+        (1e-7 where another solver than the dual had to answer) and, for scores near Eq. 6's eps of 1e-8, within
+        (eps / largest score)^2 of them.
 
         Args:
             influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight). A domain
@@ -242,23 +241,24 @@ class TiKMiXD(Mixer):
     def _solve(self, problem: Problem) -> tuple[Array, Array, str]:
         solvers = {"dual": solve_dual} if self.gamma > 0 and not problem.robust else {}
         solvers |= {"clarabel": solve_clarabel, "slsqp": solve_slsqp}
-        feasible = FEASIBLE_ROBUST if problem.robust else FEASIBLE
-        plain = replace(problem, R=np.zeros_like(problem.R))
+        failures = []
         for name, solve in solvers.items():
             try:
                 w, multipliers = solve(problem)
             except ArithmeticError as failure:
-                logger.debug("TiKMiX-D: %s: %s", name, failure)
+                failures.append(f"{name}: {failure}")
                 continue
             inside = (w >= problem.lower - 1e-9).all() and (w <= problem.upper + 1e-9).all()
             inside = inside and abs(w.sum() - 1) < 1e-9
-            worse = problem.objective(w) - problem.objective(problem.start)
-            no_better = worse >= (-GAP if problem.robust else 0)
-            if inside and worse <= GAP * max(1.0, abs(problem.objective(w))):
-                if no_better:
+            better = problem.objective(problem.start) - problem.objective(w)
+            accuracy = GAP * max(1.0, abs(problem.objective(w)))
+            if inside and better >= -accuracy:
+                if better <= accuracy:
                     return problem.start, multipliers, name
-                if problem.violation(w) <= feasible and plain.violation(w) <= FEASIBLE:
+                if problem.violation(w) <= FEASIBLE:
                     return w, multipliers, name
+            failures.append(f"{name}: an answer that misses a bound or a constraint")
+        logger.warning("TiKMiX-D keeps the prior, because no solver answered: %s", "; ".join(failures))
         return problem.start, np.zeros(len(problem.C)), "prior"
 
     def _binding(self, influence: Influence, problem: Problem, w: Array, multipliers: Array) -> dict[str, float]:

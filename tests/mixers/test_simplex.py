@@ -83,3 +83,30 @@ def test_cap_leaves_what_fits_and_pours_the_excess_in_proportion():
 def test_weights_are_validated(weights, message):
     with pytest.raises(ValueError, match=message):
         normalized(weights, ["a", "b"])
+
+
+@given(filled(), st.integers(0, 10_000))
+def test_lower_bounds_hold_and_what_is_free_stays_proportional(case, seed):
+    z, upper = case
+    rng = np.random.default_rng(seed)
+    upper = np.minimum(upper, 1.0)
+    if upper.sum() < 1.01:
+        return
+    lower = upper * rng.uniform(0, 1, len(z)) * (rng.random(len(z)) < 0.5) / upper.sum()
+    w = water_fill(z, upper, lower)
+    assert w.sum() == pytest.approx(1, abs=1e-12)
+    assert (w >= lower - 1e-12).all()
+    assert (w <= upper + 1e-12).all()
+    free = (w > lower + 1e-9) & (w < upper - 1e-9) & (w > 1e-200)
+    if free.any():
+        nu = np.median(z[free] - np.log(w[free]))
+        np.testing.assert_allclose(z[free] - np.log(w[free]), nu, atol=1e-6)
+        held = ~free & (lower > 1e-6) & (w < lower + 1e-9)
+        assert (z[held] - np.log(lower[held]) <= nu + 1e-6).all()
+
+
+def test_a_weight_below_its_bound_is_lifted_and_the_others_give_in_proportion():
+    np.testing.assert_allclose(cap(np.array([0.6, 0.3, 0.1]), np.ones(3), np.array([0, 0, 0.4])), [0.4, 0.2, 0.4])
+    np.testing.assert_allclose(cap(np.array([1.0, 0.0]), np.ones(2), np.array([0, 0.25])), [0.75, 0.25])
+    with pytest.raises(ValueError, match=r"lower bounds sum to 1\.2"):
+        water_fill(np.zeros(2), np.ones(2), np.array([0.6, 0.6]))
