@@ -38,6 +38,8 @@ from dynmix.training_loss import TrainingLoss
 
 logger = logging.getLogger("dynmix")
 
+MEASURED = frozenset({"influence", "gradient", "measure"})  # what takes probes at a boundary
+
 
 class MixtureController:
     """Measures, proposes, publishes and journals at each stage boundary of one run.
@@ -63,6 +65,8 @@ class MixtureController:
             the mixer its upper bounds. None: no bound.
         output: folder for `config.json`, `journal.jsonl` and `snapshots/`; None writes nothing.
         keep: newest snapshots that are kept; 0 saves none.
+        loss_every: the tasks' losses are measured for the journal at every so many boundaries, where they do not come
+            with an influence; raise it for short stages, as mixers that learn from the training loss like them.
         layers: which linear layers are measured, as `group_influence` takes it; None: all.
 
     Raises:
@@ -87,6 +91,7 @@ class MixtureController:
         max_epochs: float | Mapping[str, float] | None = None,
         output: str | Path | None = None,
         keep: int = 2,
+        loss_every: int = 1,
         layers: LayerFilter = None,
     ):
         if stage_steps < 2:
@@ -95,10 +100,13 @@ class MixtureController:
             )
         if keep < 0:
             raise ValueError(f"keep={keep}: at least 0 snapshots")
+        if loss_every < 1:
+            raise ValueError(f"loss_every={loss_every}: at least every stage, 1")
         mixer = make_mixer(mixer)
-        if unknown := sorted(mixer.needs - NEEDS):
+        needs = frozenset({mixer.needs} if isinstance(mixer.needs, str) else mixer.needs)
+        if unknown := sorted(needs - NEEDS):
             raise ValueError(f"{type(mixer).__name__} needs {unknown}: what can be measured is {sorted(NEEDS)}")
-        if "reference_loss" in mixer.needs and reference is None:
+        if "reference_loss" in needs and reference is None:
             raise ValueError(
                 f"{type(mixer).__name__} compares with a reference model, trained beforehand on the same tokens: pass "
                 "reference=, a model or the path of one"
@@ -107,7 +115,7 @@ class MixtureController:
             dataset,
             tasks,
             curvature or EKFAC(),
-            mixer.needs,
+            needs,
             guards=guards,
             probe_sequences=probe_sequences,
             curvature_sequences=curvature_sequences,
@@ -117,9 +125,10 @@ class MixtureController:
             layers=layers,
         )
         self.dataset, self.mixer, self.stage_steps, self.keep = dataset, mixer, stage_steps, keep
+        self.needs, self.loss_every = needs, loss_every
         self.watch: TrainingLoss | None = None
-        if mixer.needs & {"loss", "reference_loss"}:
-            self.watch = TrainingLoss(dataset, reference if "reference_loss" in mixer.needs else None)
+        if needs & {"loss", "reference_loss"}:
+            self.watch = TrainingLoss(dataset, reference if "reference_loss" in needs else None)
         length = dataset.sequence_length
         tokens = {name: size * length for name, size in dataset.sizes.items()}
         first = mixer.start(Run(tokens, len(dataset) * length, dataset.schedule.weights_at(0)))
@@ -193,15 +202,15 @@ class MixtureController:
         if self.watch is not None:
             self.watch.attach(model)
         influence, drawn = None, None
-        if self.mixer.needs & {"influence", "gradient"}:
+        if self.needs & MEASURED:
             influence, drawn = self.measurement.rehearse(model)
         if influence is None or influence.finite:
             upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
             prior = self.dataset.schedule.weights_at(0)
             understudy = copy.deepcopy(self.mixer)
-            if "gradient" in understudy.needs:
+            if "gradient" in self.needs:
                 understudy.observe(Observation(step, gradient=influence, steps=self.stage_steps))
-            self._cdf(_propose(understudy, influence, prior, upper, drawn), upper)
+            self._cdf(self._propose(understudy, influence, prior, upper, drawn), upper)
         if self.resumed:
             if self._boundary() < min(step * self.batch_size, self.total):
                 raise ValueError(
@@ -310,20 +319,23 @@ class MixtureController:
         upper = self.budget.upper(start, min(following, self.total) - start)
         try:
             with _timed(seconds, "measure"):
-                if self.mixer.needs & {"influence", "gradient"}:
+                if self.needs & MEASURED:
                     probes = self.measurement.probes(start, following - start, prior)
-                if probes and "influence" in self.mixer.needs:
+                if probes and self.needs & {"influence", "measure"}:
                     influence, drawn = self.measurement.influence(model, probes, prior)
                     _check_finite(influence)
-                if probes and "gradient" in self.mixer.needs:
+                if probes and "gradient" in self.needs:
                     gradient = self.measurement.gradient(model, probes)
                     influence = influence or gradient
                     _check_finite(gradient)
-                loss = (influence and losses_of(influence)) or self.measurement.losses(model)
+                if influence is not None:
+                    loss = losses_of(influence)
+                elif len(schedule.stages) % self.loss_every == 0:
+                    loss = self.measurement.losses(model)
             with _timed(seconds, "propose"):
                 if gradient is not None:
                     self.mixer.observe(Observation(step, gradient=gradient, steps=self.stage_steps))
-                proposal = _propose(self.mixer, influence, prior, upper, drawn)
+                proposal = self._propose(self.mixer, influence, prior, upper, drawn)
                 cdf = self._cdf(proposal, upper)
         except Exception as failure:  # a run of weeks must not end because one measurement did
             error = _words(failure)
@@ -352,6 +364,18 @@ class MixtureController:
             error=error,
             seconds=seconds,
         )
+
+    def _propose(
+        self,
+        mixer: Mixer,
+        influence: Influence | None,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float],
+        drawn: DrawnMixtures | None,
+    ) -> Proposal:
+        measured = influence if "influence" in self.needs else None
+        more: dict[str, Any] = {"measure": drawn} if "measure" in self.needs else {}
+        return mixer.propose(measured, prior, upper, **more)
 
     def _observe(self, step: int) -> None:
         """Show the mixer the losses of the step that ended. What fails the first time is a mistake in the set-up."""
@@ -440,18 +464,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _words(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"
-
-
-def _propose(
-    mixer: Mixer,
-    influence: Influence | None,
-    prior: Mapping[str, float],
-    upper: Mapping[str, float],
-    drawn: DrawnMixtures | None,
-) -> Proposal:
-    measured = influence if "influence" in mixer.needs else None
-    more: dict[str, Any] = {"measure": drawn} if "measure" in mixer.needs else {}
-    return mixer.propose(measured, prior, upper, **more)
 
 
 def _check_finite(influence: Influence) -> None:

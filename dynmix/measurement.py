@@ -138,7 +138,7 @@ class Measurement:
             domains[name] = probe_rows(self.dataset.schedule, i, count, start, window)
             rows = probe_rows(self.dataset.schedule, i, count + more, start, window)
             others = rows[~np.isin(rows, domains[name])]
-            # The probes come first: a domain that is too small for both guards by the probes', if need be by some twice.
+            # The probes come first: a domain too small for both is guarded by some of theirs, if need be twice.
             held_out[name] = np.resize(others if len(others) >= more else rows, more)
         return Probes(domains, held_out, seed=start)
 

@@ -4,10 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynmix import MixtureDataset, TiKMiXD, TokenStore
+from dynmix.callbacks import MixtureHook
 from dynmix.journal import Journal
+from dynmix.mixers.registry import BUILT_IN
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -30,9 +33,9 @@ def scene(tmp_path, monkeypatch):
     return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3), "TiKMiXD": TiKMiXD}
 
 
-def test_there_are_two_examples_of_at_most_ten_lines():
-    assert len(EXAMPLES) == 2
-    assert all(len(example.splitlines()) <= 10 for example in EXAMPLES)
+def test_the_two_ways_to_plug_it_in_take_at_most_ten_lines():
+    assert len(EXAMPLES) == 3
+    assert all(len(example.splitlines()) <= 10 for example in EXAMPLES[:2])
 
 
 def test_trainer_example_as_printed(scene):
@@ -50,6 +53,25 @@ def test_loop_example_as_printed(scene):
     exec(EXAMPLES[1], scene)
     assert len(scene["dataset"].schedule.stages) == 4
     assert scene["hook"].steps == 200
+
+
+def test_mixer_example_as_printed(scene):
+    exec(EXAMPLES[2], scene)
+    domains = {"web": "stores/web", "code": "stores/code"}
+    dataset = MixtureDataset(domains, num_samples=96, sequence_length=128)
+    hook = MixtureHook(scene["model"], dataset, {"web": "stores/web.valid"}, scene["Greedy"](), 4, batch_size=8)
+    for batch in DataLoader(dataset, batch_size=8):
+        scene["model"](input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+        scene["optimizer"].step()
+        scene["optimizer"].zero_grad()
+        hook.step()
+    first, second, _ = (stage.weights["web"] for stage in dataset.schedule.stages)
+    assert second in (pytest.approx(0.5 * first), pytest.approx(0.5 * first + 0.5))
+
+
+def test_every_mixer_is_in_the_table():
+    table = README.partition("## Mixers")[2].partition("Static ones")[0]
+    assert set(re.findall(r"`([a-z-]+)`", table.partition("| Name")[2])) >= set(BUILT_IN)
 
 
 def test_every_checking_command_selects_tests():

@@ -17,7 +17,7 @@ what has to be measured for it, and writes `propose`; all else has a default. Th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ class Mixer(ABC):
             What is not named is not measured.
     """
 
-    needs: frozenset[str] = frozenset()
+    needs: Set[str] = frozenset()
 
     def start(self, run: Run) -> Mapping[str, float] | None:
         """Prepare for a run; return the weights of its first stage, or None to leave them as the dataset's are.

@@ -1,8 +1,8 @@
 """Three solvers of TiKMiX-D's `Problem`, behind one signature: Problem -> (weights, multipliers of the rows).
 
 The dual has 2 n_tasks unknowns however many domains there are, and a certified gap; it needs gamma above 0, and has no
-place for noise. Clarabel, an interior-point solver of conic programmes, takes those problems if it is installed; SciPy's
-SLSQP is what remains, slow beyond a few hundred domains. None of them is believed by its caller before the answer is
+place for noise. Clarabel, an interior-point solver of conic programmes, takes those problems if it is installed; what
+remains is SciPy's SLSQP, slow beyond a few hundred domains. None of them is believed by its caller before the answer is
 verified.
 """
 
@@ -28,9 +28,9 @@ def solve_dual(p: Problem) -> tuple[Array, Array]:
     With |K w| = max over |u| <= 1 of u^T K w, the minimum over w at fixed x = (lambda, u) is a softmax within bounds
     (`water_fill`), so what is left is a smooth concave maximum in 2 n_tasks unknowns with lambda >= 0 and |u| <= 1.
     Those are kept by a logarithmic barrier (Boyd and Vandenberghe, Convex Optimization, Section 11.3), whose weight mu
-    falls while Newton's method follows: where it has converged, C w - floor = mu / lambda, so that w is feasible. Floors
-    are lowered by mu, in the end by `ROUNDING`: where they leave no room (a prior on the Pareto front, tasks that depend
-    on each other) multipliers would have no end.
+    falls while Newton's method follows. Where it has converged, C w - floor = mu / lambda: w is feasible. Floors
+    are lowered by mu, in the end by `ROUNDING`: where they leave no room, as a prior on the Pareto front or tasks that
+    depend on each other do, multipliers would have no end.
 
     Raises:
         ArithmeticError: it did not reach a feasible w within a relative gap of `GAP`.
