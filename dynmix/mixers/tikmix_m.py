@@ -1,0 +1,396 @@
+"""TiKMiX-M: a surrogate of the influence that mixtures really have, and a search on it (arXiv 2508.17677, Section 3.3).
+
+Asks for the measured influence of some mixtures in a box around the prior, fits a surrogate to it and looks for its
+maximum where no task gets worse; measures what it finds, fits again, and so on. Knows arrays, names and a callable that
+measures; no model.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import linprog
+
+from dynmix.mixers.base import Mixer, Proposal
+from dynmix.mixers.candidates import around, into, spread
+from dynmix.mixers.problem import Array, Problem
+from dynmix.mixers.simplex import normalized
+from dynmix.mixers.surrogate import NAMES, Name, Smooth, fit
+from dynmix.mixers.tikmix_d import EPS, TiKMiXD, predicted_gain, row_scales
+from dynmix.observation import Influence
+
+logger = logging.getLogger("dynmix.mixers")
+
+Measure = Callable[[dict[str, float]], ArrayLike]
+
+FEASIBLE = 1e-9  # row-scaled violation that is rounding
+# Of the mixtures to measure, the share that is spread over the box; the others follow the search.
+DESIGN = 0.6
+# The search ends after this many iterations that moved nothing: a narrower one may move what a broad one did not.
+STILL = 3
+# A surrogate this much of R2 behind the best is not fitted again in later rounds, to save its time.
+BEHIND = 0.05
+# How near to the found mixture the first and the last round look: Dirichlet parameters as `concentration` counts them.
+NEAR = (30.0, 1000.0)
+
+
+class TiKMiXM(Mixer):
+    """TiKMiX-M (arXiv 2508.17677, Section 3.3 and Algorithm 1): mixture effects that are not linear.
+
+    Influence computed from scores is linear in the weights; what mixtures do to each other has to be measured. So
+    `propose` takes `measure`, which draws a sample of a mixture and measures its influence (Appendix D's experiment),
+    and calls it `mixtures` times. Of these, 60 % are spread over the box; the others are measured in rounds where the
+    search looks, because most of the gain lies outside of what a design in many domains reaches. (The paper fits once,
+    which is `rounds=0`; `benchmarks/mixers_m.py` has both.)
+
+    The answer is the best of what was measured among the rounds' maxima, TiKMiX-D's answer in the box and the prior, by
+    a smooth surrogate of all measurements, which is the measurement itself where there is no noise.
+
+    Args:
+        direct: the TiKMiX-D whose bounds, normalisation and Pareto constraint hold, and whose answer is the search's
+            start; or its arguments, as a mapping; default `TiKMiXD()`.
+        low, high: the box: a domain's weight is at least `low` and at most `high` times the prior's.
+        mixtures: how many mixtures are measured, at least 16.
+        rounds: how often the surrogate is fitted again to what was measured where the search looked.
+        iterations: of the search (Algorithm 1's T) at most; it ends after three that move nothing.
+        samples: candidates in each iteration (N).
+        top_k: of how many of the best the average is the next centre (k).
+        concentration: the least and largest concentration of the Dirichlet distribution that candidates are drawn
+            from, as the sum of its parameters over the number of domains.
+        anneal: `"narrowing"`, from broad to narrow, is what the paper's words say: global exploration first. Its
+            concentration parameter, however, is said to start large and decrease, and a Dirichlet of large
+            concentration is narrow: `"literal"` does that, from narrow to broad. With Algorithm 1's own candidates
+            alone narrowing wins (`benchmarks/mixers_m.py`); with those this search adds they differ little.
+        pareto: keep every candidate no worse than the prior on any task (and guard) by the influence given; False is
+            the paper's search, which has no such constraint.
+        surrogate: `"auto"` chooses by cross-validation; or the name of one: `"ridge"`, `"lightgbm"`, `"smooth"`.
+        seed: of everything that is drawn; two proposals of a run draw differently.
+
+    Raises:
+        ValueError: an argument outside of what is said here.
+    """
+
+    needs = frozenset({"influence", "guards", "measure"})
+
+    def __init__(
+        self,
+        direct: TiKMiXD | Mapping[str, Any] | None = None,
+        *,
+        low: float = 0.5,
+        high: float = 2.0,
+        mixtures: int = 256,
+        rounds: int = 4,
+        iterations: int = 20,
+        samples: int = 256,
+        top_k: int = 16,
+        concentration: tuple[float, float] = (1.0, 1000.0),
+        anneal: Literal["narrowing", "literal"] = "narrowing",
+        pareto: bool = True,
+        surrogate: Literal["auto"] | Name = "auto",
+        seed: int = 0,
+    ):
+        if not 0 <= low <= 1 <= high < np.inf:
+            raise ValueError(f"low={low}, high={high}: the box is around the prior, 0 <= low <= 1 <= high")
+        least_of = {
+            "mixtures": (mixtures, 16),
+            "rounds": (rounds, 0),
+            "iterations": (iterations, 1),
+            "top_k": (top_k, 1),
+        }
+        for name, (value, least) in least_of.items():
+            if value < least:
+                raise ValueError(f"{name}={value}: at least {least}")
+        if samples < top_k:
+            raise ValueError(f"samples={samples}: at least top_k={top_k}, which are chosen from them")
+        if len(concentration) != 2 or not 0 < concentration[0] <= concentration[1] < np.inf:
+            raise ValueError(f"concentration={concentration}: (least, largest), both above 0 and finite")
+        if anneal not in ("narrowing", "literal"):
+            raise ValueError(f"anneal={anneal!r}: 'narrowing' or 'literal'")
+        if surrogate != "auto" and surrogate not in NAMES:
+            raise ValueError(f"surrogate={surrogate!r}: 'auto' or one of {list(NAMES)}")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: at least 0")
+        self.direct = direct if isinstance(direct, TiKMiXD) else TiKMiXD(**(direct or {}))
+        self.low, self.high, self.mixtures, self.rounds = float(low), float(high), int(mixtures), int(rounds)
+        self.iterations, self.samples, self.top_k = int(iterations), int(samples), int(top_k)
+        self.concentration = (float(concentration[0]), float(concentration[1]))
+        self.anneal: Literal["narrowing", "literal"] = anneal
+        self.pareto, self.seed = bool(pareto), int(seed)
+        self.surrogate: Literal["auto"] | Name = surrogate
+        self._proposals = 0
+        self._warned = False
+
+    def describe(self) -> dict[str, Any]:
+        """Return the configuration, JSON-able."""
+        names = (
+            "low",
+            "high",
+            "mixtures",
+            "rounds",
+            "iterations",
+            "samples",
+            "top_k",
+            "anneal",
+            "pareto",
+            "surrogate",
+            "seed",
+        )
+        own = {name: getattr(self, name) for name in names}
+        return {"name": "TiKMiXM", **own, "concentration": [*self.concentration], "direct": self.direct.describe()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many proposals were made: the next one's random numbers follow from it."""
+        return {"proposals": self._proposals}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned. Raises ValueError for a state that is not of this mixer."""
+        count = state.get("proposals")
+        if set(state) != {"proposals"} or not isinstance(count, int) or count < 0:
+            raise ValueError(f"TiKMiXM's state is {{'proposals': count}}, but was given {dict(state)}")
+        self._proposals = count
+
+    def propose(
+        self,
+        influence: Influence | None,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float] | None = None,
+        *,
+        measure: Measure | None = None,
+    ) -> Proposal:
+        """Return the weights of the largest sum of normalised influence, by measurement, in the box.
+
+        The target is the sum over tasks (guards are no part of it) of the measured influence, each divided by what
+        TiKMiX-D divides by (Eq. 6); a task whose scores are below Eq. 6's eps does not count. Where the bounds cut the
+        prior, the box is around the prior moved inside them.
+
+        Args:
+            influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight).
+            prior: the weights of the stage that ends; sums to 1.
+            upper: domain -> largest weight; together with `direct`'s the smaller one holds.
+            measure: weights (domain -> weight) -> influence of a sample drawn from that mixture, float64[n_tasks] in
+                the order of `influence.tasks`. None: TiKMiX-D's answer, not held in the box, with a warning.
+
+        Returns:
+            A `Proposal` whose `solver` is `"tikmix-m:<surrogate>"`, or `"tikmix-d"` or `"prior"` where that was best.
+            Its predicted gain is the linear one, from the scores; the measured one is in the message.
+
+        Raises:
+            ValueError: names, weights or bounds that do not match, a measurement of the wrong shape or not finite.
+        """
+        if influence is None:
+            raise ValueError("TiKMiXM decides from the influence: pass the Influence measured at this boundary")
+        if measure is None:
+            return self._linear(influence, prior, upper)
+        rng = np.random.default_rng((self.seed, self._proposals))
+        self._proposals += 1
+        posed = self.direct.problem(influence, prior, upper)
+        if posed is None or not influence.optimised.any():  # nothing can be told from this influence
+            return self.direct.propose(influence, prior, upper)
+        given = normalized(prior, influence.domains)
+        inside = into(given, posed.lower, posed.upper)
+        least, most = (
+            dict(zip(influence.domains, bound.tolist(), strict=True))
+            for bound in (np.maximum(posed.lower, self.low * inside), np.minimum(posed.upper, self.high * inside))
+        )
+        problem = self.direct.problem(influence, prior, most, least)
+        if problem is None:
+            return self.direct.propose(influence, prior, most, lower=least)
+        found = np.array([*self.direct.propose(influence, prior, most, lower=least).weights.values()])
+
+        target = _Target(influence, measure, self.direct.normalization)
+        constraint = _Pareto(problem if self.pareto else None)
+        stay = inside if constraint.holds(inside[None])[0] else problem.start
+        w0 = found if constraint.holds(found[None])[0] else stay
+        target.add(stay, "prior")
+        target.add(w0, "tikmix-d")
+        count = max(0, int((DESIGN if self.rounds else 1) * self.mixtures) - 2 - (not self.rounds))
+        for w in spread(count, problem.lower, problem.upper, rng)[0]:
+            target.add(w)
+        correlation = _correlation(target.W @ problem.A.sum(axis=0), target.y)
+
+        names = NAMES if self.surrogate == "auto" else (self.surrogate,)
+        design_r2: dict[Name, float] = {}
+        kernel = None
+        rounds = np.array_split(np.arange(self.mixtures - len(target.y) - 1), self.rounds) if self.rounds else []
+        for near, size in zip([*np.geomspace(*NEAR, self.rounds), 0.0], [*map(len, rounds), 1], strict=True):
+            fitted = fit(target.W, target.standardized, names, kernel)
+            model, kernel = fitted.model, fitted.kernel
+            design_r2 = design_r2 or fitted.r2
+            names = tuple(other for other in names if fitted.r2[other] > max(fitted.r2.values()) - BEHIND)
+            known = target.W[constraint.holds(target.W)]
+            starts = (w0, _best(model.predict, known))  # Algorithm 1's, and where measurements say that it is better
+            ends = [self._search(model.predict, start, problem, constraint, rng) for start in starts]
+            middle = _best(model.predict, np.stack(ends))
+            for w in around(size - 1, middle, near * len(middle), problem.lower, problem.upper, rng):
+                target.add(w)
+            target.add(middle, f"tikmix-m:{fitted.name}")
+        return self._answer(influence, given, target, design_r2, correlation)
+
+    def _search(
+        self,
+        predict: Callable[[Array], Array],
+        start: Array,
+        problem: Problem,
+        constraint: "_Pareto",
+        rng: np.random.Generator,
+    ) -> Array:
+        """Return the mixture with the largest prediction that Algorithm 1 finds, float64[n_domains].
+
+        To Algorithm 1's candidates come `top_k` on the way to the vertex that a linear fit to the others' predictions
+        points to: the best mixtures lie on faces of the box, which Dirichlet draws in many domains do not reach.
+        """
+        lower, upper = problem.lower, problem.upper
+        steps = np.geomspace(*self.concentration, self.iterations) * len(start)
+        middle, best, still = start, start, 0
+        for step in steps if self.anneal == "narrowing" else steps[::-1]:
+            W = around(self.samples, middle, step, lower, upper, rng)
+            values = predict(W)
+            slope = np.linalg.lstsq(W - W.mean(axis=0), values - values.mean(), rcond=1e-6)[0]
+            way = np.linspace(0, 1, self.top_k + 1)[:, None] * (constraint.vertex(slope, lower, upper, middle) - middle)
+            W = constraint.shrink(np.concatenate([W, middle + way]), middle)
+            top = W[np.argsort(-predict(W), kind="stable")[: self.top_k]]
+            before, middle = middle, top.mean(axis=0)
+            best = _best(predict, np.stack([best, middle, top[0]]))
+            still = still + 1 if np.abs(middle - before).max() < 1e-9 else 0
+            if still == STILL:
+                break
+        return best
+
+    def _answer(
+        self, influence: Influence, prior: Array, target: "_Target", r2: dict[Name, float], correlation: float
+    ) -> Proposal:
+        smooth = Smooth().fit(target.W, target.standardized)
+        places = list(target.labels)
+        values = smooth.predict(target.W[places])
+        chosen = places[int(np.argmax(values))]
+        w, solver = target.W[chosen], target.labels[chosen]
+        spread_ = float(target.y.std())
+        errors = ", ".join(f"{name} {value:.2f}" for name, value in r2.items())
+        message = (
+            f"cross-validated R2: {errors}; the linear prediction correlates {correlation:.2f} with what was measured; "
+            f"sum of normalised influence over the prior's: predicted {(values.max() - values[0]) * spread_:.4g}, "
+            f"measured {target.y[chosen] - target.y[0]:.4g}"
+        )
+        gain, error = predicted_gain(influence, w - prior)
+        weights = dict(zip(influence.domains, w.tolist(), strict=True))
+        return Proposal(weights, solver, message, gain, error)
+
+    def _linear(self, influence: Influence, prior: Mapping[str, float], upper: Mapping[str, float] | None) -> Proposal:
+        why = "without measure the target is exactly linear in the weights: this is TiKMiX-D's answer"
+        if not self._warned:
+            logger.warning("TiKMiX-M: %s; pass measure= to find mixture effects", why)
+            self._warned = True
+        answer = self.direct.propose(influence, prior, upper)
+        return Proposal(
+            answer.weights,
+            answer.solver,
+            f"{why}; {answer.message}",
+            answer.predicted_gain,
+            answer.predicted_gain_standard_error,
+            answer.multipliers,
+        )
+
+
+class _Target:
+    """The mixtures that were measured: `W` float64[n, n_domains], `y` float64[n], place -> label of the proposable."""
+
+    def __init__(self, influence: Influence, measure: Measure, how: Literal["absmax", "paper"]):
+        self._influence, self._measure = influence, measure
+        counts = influence.optimised & (np.abs(influence.scores).max(axis=1) > EPS)
+        self._share = np.where(counts, 1 / row_scales(influence.scores, how), 0.0)
+        self._mixtures: list[Array] = []
+        self._values: list[float] = []
+        self.labels: dict[int, str] = {}
+
+    @property
+    def W(self) -> Array:  # noqa: N802
+        return np.stack(self._mixtures)
+
+    @property
+    def y(self) -> Array:
+        return np.array(self._values)
+
+    @property
+    def standardized(self) -> Array:
+        return np.asarray((self.y - self.y.mean()) / (self.y.std() or 1.0), dtype=np.float64)
+
+    def add(self, w: Array, label: str | None = None) -> None:
+        weights = dict(zip(self._influence.domains, w.tolist(), strict=True))
+        rows = np.asarray(self._measure(weights), dtype=np.float64)
+        if rows.shape != self._share.shape:
+            raise ValueError(
+                f"measure returned shape {list(rows.shape)}, but the influence has {len(self._share)} rows, "
+                f"{list(self._influence.tasks)}"
+            )
+        if not np.isfinite(rows).all():
+            bad = [task for task, x in zip(self._influence.tasks, rows, strict=True) if not np.isfinite(x)]
+            raise ValueError(f"measure is not finite on {bad} at the weights {weights}")
+        if label is not None:
+            self.labels[len(self._values)] = label
+        self._mixtures.append(w)
+        self._values.append(float(rows @ self._share))
+
+
+class _Pareto:
+    """The constraint of the search: that of TiKMiX-D's problem, or none. Convex, so averages keep it."""
+
+    def __init__(self, problem: Problem | None):
+        self._problem = problem
+        self._cuts = [] if problem is None else list(zip(-problem.C, -problem.floor, strict=True))
+
+    def holds(self, W: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        if self._problem is None:
+            return np.ones(len(W), dtype=np.bool_)
+        return np.asarray(self._problem.violation(W) <= FEASIBLE)
+
+    def shrink(self, W: Array, centre: Array) -> Array:
+        """Return `W`, those that break the constraint moved towards `centre`, which keeps it, by bisection."""
+        out = ~self.holds(W)
+        way = W[out] - centre
+        good, bad = np.zeros((len(way), 1)), np.ones((len(way), 1))
+        for _ in range(20):
+            middle = (good + bad) / 2
+            kept = self.holds(centre + middle * way)[:, None]
+            good, bad = np.where(kept, middle, good), np.where(kept, bad, middle)
+        W = W.copy()
+        W[out] = centre + good * way
+        return W
+
+    def vertex(self, slope: Array, lower: Array, upper: Array, otherwise: Array) -> Array:
+        """Return the mixture with the largest `slope` @ w in the box, float64[n_domains].
+
+        A linear programme over the plain constraints. What noise adds to them (`Problem.R`) is a cone: its tangents
+        where an answer broke it are added, for this call and the later ones.
+        """
+        for _ in range(4):
+            answer = linprog(
+                -slope / max(float(np.abs(slope).max()), 1e-300),
+                A_ub=np.array([row for row, _ in self._cuts]) if self._cuts else None,
+                b_ub=np.array([bound for _, bound in self._cuts]) if self._cuts else None,
+                A_eq=np.ones((1, len(slope))),
+                b_eq=[1.0],
+                bounds=np.stack([lower, upper], axis=1),
+            )
+            if answer.status != 0:
+                return otherwise
+            w = into(answer.x, lower, upper)
+            p = self._problem
+            if p is None or not p.robust or self.holds(w[None])[0]:
+                break
+            risk = p.risk(w)
+            i = int(np.argmax(p.floor - p.C @ w + risk))
+            if risk[i] == 0:
+                break
+            tangent = p.R[i] ** 2 * (w - p.centre) / risk[i]
+            self._cuts.append((tangent - p.C[i], tangent @ w - risk[i] - p.floor[i]))
+        return w
+
+
+def _best(predict: Callable[[Array], Array], W: Array) -> Array:
+    return np.asarray(W[int(np.argmax(predict(W)))], dtype=np.float64)
+
+
+def _correlation(x: Array, y: Array) -> float:
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else float("nan")
