@@ -208,6 +208,7 @@ class MixtureController:
             upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
             prior = self.dataset.schedule.weights_at(0)
             understudy = copy.deepcopy(self.mixer)
+            _check_state(understudy)
             if "gradient" in self.needs:
                 understudy.observe(Observation(step, gradient=influence, steps=self.stage_steps))
             self._cdf(self._propose(understudy, influence, prior, upper, drawn), upper)
@@ -375,7 +376,10 @@ class MixtureController:
     ) -> Proposal:
         measured = influence if "influence" in self.needs else None
         more: dict[str, Any] = {"measure": drawn} if "measure" in self.needs else {}
-        return mixer.propose(measured, prior, upper, **more)
+        proposal = mixer.propose(measured, prior, upper, **more)
+        if not isinstance(proposal, Proposal):
+            raise ValueError(f"{type(mixer).__name__}.propose returned {type(proposal).__name__}, not a Proposal")
+        return proposal
 
     def _observe(self, step: int) -> None:
         """Show the mixer the losses of the step that ended. What fails the first time is a mistake in the set-up."""
@@ -464,6 +468,18 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _words(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"
+
+
+def _check_state(mixer: Mixer) -> None:
+    """Raise ValueError if a mixer's state would be lost on its way through a checkpoint."""
+    try:
+        state = json.loads(json.dumps(mixer.state_dict()))
+    except (TypeError, ValueError) as problem:
+        name = type(mixer).__name__
+        raise ValueError(
+            f"{name}.state_dict() has to go through JSON, but {problem}: turn arrays into lists"
+        ) from problem
+    mixer.load_state_dict(state)
 
 
 def _check_finite(influence: Influence) -> None:

@@ -86,12 +86,13 @@ class Measurement:
         self.needs, self.sample_sequences = needs, sample_sequences
         self.probe_sequences, self.curvature_sequences = probe_sequences, curvature_sequences
         given: Mapping[str, Any] = guards if isinstance(guards, Mapping) else {}
-        self.guards = (HELD_OUT,) if guards == "domains" else tuple(given)
+        held_out = guards == "domains" and "guards" in needs
+        self.guards = (HELD_OUT,) if held_out else tuple(given)
         if both := [name for name in self.guards if name in tasks]:
             raise ValueError(f"{both} are tasks and guards: a set is optimised for or guarded; rename or drop one")
         # An even number of each domain, and two at least, so that there is a spread within every one of them.
         of_each = -(-(task_sequences or 128) // len(dataset.domains))
-        self.held_out_sequences = max(2, of_each + of_each % 2) if guards == "domains" and "guards" in needs else 0
+        self.held_out_sequences = max(2, of_each + of_each % 2) if held_out else 0
         with random_state_kept():
             self.sets: dict[str, list[Batch]] = {
                 name: as_batches(

@@ -446,3 +446,77 @@ def test_materialising_tasks_does_not_touch_the_random_state():
     before = torch.get_rng_state()
     MixtureController(dataset(), {"t": loader}, Static(), stage_steps=5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_mixer_of_ones_own_gets_wrong_is_said_at_the_start():
+    class Arrays(Static):
+        def state_dict(self):
+            return {"sum": np.zeros(2)}
+
+    class Forgetful(Static):
+        def state_dict(self):
+            return {"sum": 1}
+
+    class Plain(Static):
+        def propose(self, influence, prior, upper=None):
+            return dict(prior)
+
+    class Greedy(Static):
+        needs = "everything"
+
+        def __init__(self):
+            pass
+
+    for mixer, message in (
+        (Arrays(), "has to go through JSON, but Object of type ndarray"),
+        (Forgetful(), r"Forgetful has no state, but was given \['sum'\]"),
+        (Plain(), "propose returned dict, not a Proposal"),
+    ):
+        loop = controller(dataset(), mixer)
+        loop.plan(batch_size=BATCH)
+        with pytest.raises(ValueError, match=message):
+            loop.begin(Bigram())
+    with pytest.raises(ValueError, match=r"Greedy needs \['everything'\]"):
+        controller(dataset(), Greedy())
+
+
+def test_losses_for_the_journal_are_measured_as_often_as_asked(tmp_path):
+    loop = controller(dataset(), Static(), loss_every=2, output=tmp_path, keep=0)
+    run(loop)
+    rows = Journal(tmp_path / "journal.jsonl").rows()
+    assert [row["task_loss"] is None for row in rows] == [False, True, False, True, False]
+
+
+def test_only_what_a_mixer_needs_is_measured(monkeypatch):
+    calls = []
+    for name in ("influence", "gradient", "losses"):
+        real = getattr(dynmix.measurement.Measurement, name)
+
+        def counted(self, *args, name=name, real=real):
+            calls.append(name)
+            return real(self, *args)
+
+        monkeypatch.setattr(dynmix.measurement.Measurement, name, counted)
+
+    def measured_for(needs):
+        class Needy(Static):
+            def __init__(self):
+                self.needs = needs
+
+            def propose(self, influence, prior, upper=None, **more):
+                assert (influence is None) == ("influence" not in needs)
+                assert set(more) == ({"measure"} & set(needs))
+                return super().propose(influence, prior, upper)
+
+        loop = controller(dataset(), Needy())
+        loop.plan(batch_size=BATCH)
+        loop.begin(Bigram())
+        calls.clear()
+        loop.step_ended(Bigram(), 4)
+        return list(calls)
+
+    assert measured_for(set()) == ["losses"]
+    assert measured_for({"influence"}) == ["influence"]
+    assert measured_for({"gradient"}) == ["gradient"]
+    assert measured_for({"measure"}) == ["influence"]
+    assert measured_for(["influence", "gradient", "guards"]) == ["influence", "gradient"]

@@ -1,3 +1,4 @@
+import json
 import math
 import re
 import subprocess
@@ -274,3 +275,20 @@ def test_a_scaled_number_is_the_number(value: float) -> None:
     unit, power = _unit(value)
     assert 0.999 < value / unit < 1001
     assert _scaled((value, math.nan)).endswith(f"10{power}" if power else f"{value:.2f}")
+
+
+def test_a_guard_is_marked_and_one_on_other_sequences_each_time_is_not_compared(tmp_path: Path) -> None:
+    journal = write_journal(tmp_path / "run.jsonl", ["a", "b"], ["qa", "safe", "held-out"], guards=["safe", "held-out"])
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    for row in (rows[0], rows[-1]):  # the domains' held-out text is measured at boundaries alone
+        row["tasks"] = ["qa", "safe"]
+        row["guards"] = ["safe"]
+        row["task_loss"].pop("held-out")
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, text = draw(journal)
+    losses, influence = text.partition('<h2 id="influence">')[0], text.partition('<h2 id="influence">')[2]
+    assert "safe <small>guard</small>" in losses
+    held_out = r"held.{0,12}out"  # a place to break the line may stand in it
+    assert not re.search(held_out, losses)
+    assert re.search(held_out + " <small>guard</small>", influence)
+    assert "1 task ·" in text

@@ -64,6 +64,8 @@ def run_demo(
         ValueError: a mixer that is not there or needs arguments.
     """
     decider = make_mixer(mixer)
+    if "reference_loss" in decider.needs:
+        raise ValueError(f"mixer={mixer!r} compares with a reference model, which the demonstration does not have")
     settings, console = settings or DemoSettings(), console or Console()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of saving a snapshot: shorter than its bar
     corpus = build_corpus()

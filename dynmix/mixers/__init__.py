@@ -1,7 +1,47 @@
 """Decisions: what was measured in, weights out. Knows no torch."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dynmix.mixers.base import Mixer, Proposal, Run, within
-from dynmix.mixers.static import Static
+from dynmix.mixers.registry import BUILT_IN
+from dynmix.mixers.static import Fixed, Natural, Staged, Static, Temperature, Uniform, UniMax
 from dynmix.mixers.tikmix_d import TiKMiXD
 
-__all__ = ["Mixer", "Proposal", "Run", "Static", "TiKMiXD", "within"]
+if TYPE_CHECKING:
+    from dynmix.mixers.ado import ADO
+    from dynmix.mixers.doge import DoGE
+    from dynmix.mixers.doremi import DoReMi
+    from dynmix.mixers.odm import ODM
+    from dynmix.mixers.online import LossProportional
+    from dynmix.mixers.tikmix_m import TiKMiXM
+
+__all__ = [
+    "ADO",
+    "ODM",
+    "DoGE",
+    "DoReMi",
+    "Fixed",
+    "LossProportional",
+    "Mixer",
+    "Natural",
+    "Proposal",
+    "Run",
+    "Staged",
+    "Static",
+    "Temperature",
+    "TiKMiXD",
+    "TiKMiXM",
+    "UniMax",
+    "Uniform",
+    "within",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The others when they are asked for: what they fit laws and surrogates with takes a second to import.
+    for place in BUILT_IN.values():
+        module, _, attribute = place.partition(":")
+        if attribute == name:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'dynmix.mixers' has no attribute {name!r}")

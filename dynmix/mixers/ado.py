@@ -27,7 +27,7 @@ class ADO(OnlineMixer):
         policy = gamma rho + (1 - gamma) m,  m <- m t / (t + 1) + rho / (t + 1) after each step t.
 
     (alpha (L - eps) / n is the law's -dL/dn.) mu and the start of h and m are the weights of the first stage; domains
-    that have none there stay out. Until `warmup` steps are done and a law can be fitted for each, the prior is kept.
+    that have none there stay out. The prior is kept for `warmup` steps and 40 more, the fewest a law is fitted to.
 
     Laws are fitted anew at each boundary (the code: each 1000 steps). What differs: the code has (h (1 - h))^s for
     the paper's h^s, smooths the losses by a Savitzky-Golay filter, and keeps eps above e^0.5 nats by a penalty.

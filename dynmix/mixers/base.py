@@ -51,17 +51,18 @@ class Proposal:
 
     Attributes:
         weights: domain -> share of the sequences, sums to 1.
-        solver: what produced the weights; `"prior"` when they are the prior's, kept.
+        solver: what produced the weights, if there is a choice; `"prior"` when they are the prior's, kept.
         message: the decision in words, for the journal and the log.
         predicted_gain: task -> predicted decrease of its loss (nats per token) against staying at the prior.
         predicted_gain_standard_error: its standard error from the influence's, entries taken as independent.
         multipliers: constraint -> Lagrange multiplier, of those that bind (above 0). A constraint is a task's or a
             guard's name (row-scaled: what the objective would gain if that row's floor were lower by one time its
-            largest influence), or `"upper:<domain>"`, `"lower:<domain>"` for a bound on a weight.
+            largest influence), or `"upper:<domain>"`, `"lower:<domain>"`, `"max_change:<domain>"` for a bound on a
+            weight.
     """
 
     weights: dict[str, float]
-    solver: str = "static"
+    solver: str = ""
     message: str = ""
     predicted_gain: dict[str, float] = field(default_factory=dict)
     predicted_gain_standard_error: dict[str, float] = field(default_factory=dict)
@@ -81,9 +82,12 @@ class Mixer(ABC):
             `"gradient"`: `observe` gets, at a boundary, the products of the domains' gradients with the tasks';
             `"influence"`: `propose` gets the group influence;
             `"guards"`: influence (or gradient) has the guards' rows too, named in `influence.guards`;
-            `"measure"`: `propose` gets `measure=`, a callable from weights (domain -> weight) to the influence of an
-            actually drawn sample of that mixture, float64[n_rows] in the order of `influence.tasks`.
+            `"measure"`: `propose` gets one more keyword argument, `measure`: a callable from weights (domain -> weight)
+            to the influence of an actually drawn sample of that mixture, float64[n_rows] in the order of
+            `influence.tasks`; write `def propose(self, influence, prior, upper=None, *, measure=None)`.
             What is not named is not measured.
+
+    `Proposal`, `Run` and `within` are in `dynmix.mixers`, `Influence` and `Observation` in `dynmix.observation`.
     """
 
     needs: Set[str] = frozenset()
@@ -96,7 +100,10 @@ class Mixer(ABC):
         return None
 
     def observe(self, observation: Observation) -> None:
-        """Take in what `needs` asks for. Must be cheap: with `loss` it is called after every step."""
+        """Take in what `needs` asks for. Must be cheap: with `loss` it is called after every step.
+
+        What it raises ends the run at the first step, where it is a mistake in the set-up, and is logged later on.
+        """
         return None
 
     @abstractmethod
@@ -118,7 +125,10 @@ class Mixer(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that `observe` and `propose` have changed, JSON-able: a resumed run goes on from it."""
+        """Return everything that `observe` and `propose` have changed: a resumed run goes on from it.
+
+        It goes through JSON: numbers, strings, lists and dicts with strings for keys, no arrays (`.tolist()` them).
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -127,8 +137,8 @@ class Mixer(ABC):
             raise ValueError(f"{type(self).__name__} has no state, but was given {sorted(state)}")
 
     def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able, for the run's `config.json`."""
-        return {"name": type(self).__name__}
+        """Return the configuration for the run's `config.json`: by default all public attributes."""
+        return {"name": type(self).__name__} | {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
 
 def within(weights: Mapping[str, float], upper: Mapping[str, float] | None) -> dict[str, float]:

@@ -46,7 +46,7 @@ class OnlineMixer(Mixer):
         policy = self._policy()
         if policy is None:
             return Proposal(within(prior, upper), solver="prior", message="nothing learnt yet: prior kept")
-        return Proposal(within(policy, upper), solver=type(self).__name__)
+        return Proposal(within(policy, upper), type(self).__name__, "what the observations so far have taught")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learnt, JSON-able."""

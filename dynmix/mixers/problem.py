@@ -83,7 +83,7 @@ class Problem:
         """Return the Lagrange multipliers of the bounds at the optimum `w`, float64[n_domains].
 
         Above 0 the upper bound holds a weight down, below 0 the lower one holds it up; from the stationarity of the
-        Lagrangian, given those of the rows. All 0 where no weight is free, because then they are not unique.
+        Lagrangian, given those of the rows. Where no weight is free they are not unique; these are then in the middle.
         """
         Kw, risk = self.spread @ w, self.risk(w)
         safe = np.where(risk > 0, risk, 1.0)
@@ -93,12 +93,14 @@ class Problem:
         if self.gamma:
             slope = slope + self.gamma * (np.log(np.maximum(w, 1e-300)) + 1)
         room = np.minimum(w - self.lower, self.upper - w)
-        free = room > tolerance
-        if not free.any():
-            return np.zeros_like(w)
-        level = np.median(slope[free])
+        free, at_upper = room > tolerance, self.upper - w <= w - self.lower
+        if free.any():
+            level = np.median(slope[free])
+        elif at_upper.all() or not at_upper.any():
+            level = slope.mean()
+        else:
+            level = (slope[at_upper].max() + slope[~at_upper].min()) / 2
         found = np.where(free, 0.0, level - slope)
-        at_upper = self.upper - w <= w - self.lower
         return np.asarray(np.where(at_upper, np.maximum(found, 0), np.minimum(found, 0)), dtype=np.float64)
 
 

@@ -69,6 +69,12 @@ class Smooth:
         """Return the posterior mean at each row of W, float64[n_mixtures]."""
         return np.asarray(self._model.predict(W), dtype=np.float64)
 
+    def posterior(self, W: Array) -> tuple[Array, Array]:
+        """Return mean float64[n_mixtures] and covariance [n_mixtures, n_mixtures] of the target without its noise."""
+        mean, covariance = self._model.predict(W, return_cov=True)
+        noise = self.kernel.k2.noise_level
+        return mean, covariance - noise * np.eye(len(W))
+
 
 def ridge() -> Surrogate:
     """Return the linear baseline: ridge on standardised weights, its penalty by leave-one-out."""

@@ -8,7 +8,8 @@ model.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +58,10 @@ class TiKMiXD(Mixer):
         guard_slack: by how much a guard may fall below the prior's influence, in units of that guard's largest
             influence: one number for all, or by name. Guards are held by their scores, without `confidence`.
         lower, upper: domain -> least and largest weight it may get, or one number for all.
-        max_change: by how much a weight may differ from the prior's.
+        max_change: by how much a weight may differ from the prior's; where bounds move the prior, from where they do.
 
     Raises:
-        ValueError: a number that is negative or not finite, an unknown normalization, a lower bound above the upper.
+        ValueError: what is no number, is negative or not finite, an unknown normalization.
     """
 
     needs = frozenset({"influence", "guards"})
@@ -78,18 +79,15 @@ class TiKMiXD(Mixer):
         upper: float | Mapping[str, float] | None = None,
         max_change: float | None = None,
     ):
-        for name, value in {"alpha": alpha, "beta": beta, "gamma": gamma}.items():
-            if not (np.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: Eq. 7 is convex for finite values of at least 0 only")
         if normalization not in ("absmax", "paper"):
             raise ValueError(f"normalization={normalization!r}: 'absmax' or 'paper'")
-        if not (np.isfinite(confidence) and confidence >= 0):
-            raise ValueError(f"confidence={confidence}: standard deviations, at least 0")
-        if max_change is not None and not max_change >= 0:
-            raise ValueError(f"max_change={max_change}: a difference of weights, at least 0, or None")
-        for slack in guard_slack.values() if isinstance(guard_slack, Mapping) else [guard_slack]:
-            if not slack >= 0:
-                raise ValueError(f"guard_slack={guard_slack}: at least 0")
+        settings = {"alpha": alpha, "beta": beta, "gamma": gamma, "confidence": confidence, "guard_slack": guard_slack}
+        for name, value in (settings | {"lower": lower, "upper": upper, "max_change": max_change}).items():
+            for number in value.values() if isinstance(value, Mapping) else [value]:
+                real = isinstance(number, Real) and not isinstance(number, bool)
+                optional = number is None and name not in settings
+                if not optional and not (real and 0 <= cast(float, number) < np.inf):
+                    raise ValueError(f"{name}={value!r}: a finite number of at least 0 is needed")
         self.alpha, self.beta, self.gamma = float(alpha), float(beta), float(gamma)
         self.normalization: Literal["absmax", "paper"] = normalization
         self.confidence, self.guard_slack, self.max_change = float(confidence), guard_slack, max_change
@@ -109,10 +107,10 @@ class TiKMiXD(Mixer):
     ) -> Proposal:
         """Return the weights that solve Eq. 7; never worse than `prior` on any task by the influence given.
 
-        Bounds come first: where they leave no mixture that is as good as the prior on every task, the prior moved
-        inside them takes its place, and the message says so. A task counts as no worse within 1e-9 of its largest score
-        (1e-7 where another solver than the dual had to answer) and, for scores near Eq. 6's eps of 1e-8, within
-        (eps / largest score)^2 of them.
+        Bounds come first. Where they cut the prior, gains are counted from the best mixture that they leave, as long as
+        that is as good as the prior on every task, else from the prior moved inside; the message says so. A task counts
+        as no worse within 1e-9 of its largest score (1e-7 where another solver than the dual had to answer) and, for
+        scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
 
         Args:
             influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight). A domain
@@ -128,15 +126,22 @@ class TiKMiXD(Mixer):
         Raises:
             ValueError: names or weights that do not match, bounds that leave no mixture.
         """
-        if influence is None:
-            raise ValueError("TiKMiXD decides from the influence: pass the Influence measured at this boundary")
+        if not isinstance(influence, Influence):
+            raise ValueError(
+                f"TiKMiXD decides from the influence, not from {type(influence).__name__}: pass the Influence measured "
+                "at this boundary"
+            )
+        if not influence.optimised.any():
+            raise ValueError(f"there is no task to optimise for, only guards: {list(influence.tasks)}")
         posed = self._pose(influence, prior, upper, lower)
         problem, note = posed.problem, posed.note
         if problem is None:
             return self._answer(influence, posed.wanted, posed.inside, "prior", note)
         w, multipliers, solver = self._solve(problem)
         message = f"objective {problem.objective(posed.inside):.4f} -> {problem.objective(w):.4f}{note}"
-        binding = self._binding(influence, problem, w, multipliers) if solver != "prior" else {}
+        if np.array_equal(w, posed.inside):
+            message = f"weights kept: no mixture does better and is no worse on any row, as sure as asked for{note}"
+        binding = self._binding(influence, posed, w, multipliers) if solver != "prior" else {}
         if binding:
             message += "; binding: " + ", ".join(binding)
         return self._answer(influence, posed.wanted, w, solver, message, binding)
@@ -165,6 +170,7 @@ class TiKMiXD(Mixer):
         if crossed := [f"{n!r} ({a:.4g} > {b:.4g})" for n, a, b in zip(domains, low, high, strict=True) if a > b]:
             raise ValueError(f"lower bounds above the upper ones: {', '.join(crossed)}")
         inside = cap(wanted, high, low)
+        widest = low, high
         if self.max_change is not None:  # of where the bounds leave the prior, so that the two always fit together
             low, high = np.maximum(low, inside - self.max_change), np.minimum(high, inside + self.max_change)
         if bad := influence.not_finite:
@@ -203,14 +209,14 @@ class TiKMiXD(Mixer):
             centre=wanted,
         )
         if problem.violation(inside) == 0:
-            return _Posed(problem, wanted, inside, note)
+            return _Posed(problem, wanted, inside, note, widest)
         best, room = slackest(problem)
         if room >= 0:
-            return _Posed(replace(problem, start=best, centre=best), wanted, inside, note)
+            note += "; the bounds cut the prior: gains are counted from the best mixture that they leave"
+            return _Posed(replace(problem, start=best, centre=best), wanted, inside, note, widest)
         problem = replace(problem, floor=C @ inside - slack, centre=inside)
-        return _Posed(
-            problem, wanted, inside, note + "; the bounds leave no mixture as good as the prior on every task"
-        )
+        note += "; the bounds leave no mixture as good as the prior on every task"
+        return _Posed(problem, wanted, inside, note, widest)
 
     def _uncertainty(self, influence: Influence) -> Array:
         """Return the standard errors that count, float64[n_rows, n_domains]: none of guards, nor without confidence."""
@@ -261,10 +267,18 @@ class TiKMiXD(Mixer):
         logger.warning("TiKMiX-D keeps the prior, because no solver answered: %s", "; ".join(failures))
         return problem.start, np.zeros(len(problem.C)), "prior"
 
-    def _binding(self, influence: Influence, problem: Problem, w: Array, multipliers: Array) -> dict[str, float]:
-        rows = {name: float(x) for name, x in zip(influence.tasks, multipliers, strict=True) if x > 1e-6}
-        of_bounds = zip(influence.domains, problem.bound_multipliers(w, multipliers).tolist(), strict=True)
-        return rows | {f"{'upper' if x > 0 else 'lower'}:{n}": abs(x) for n, x in of_bounds if abs(x) > 1e-6}
+    def _binding(self, influence: Influence, posed: "_Posed", w: Array, multipliers: Array) -> dict[str, float]:
+        """Return constraint -> multiplier of those that bind, under the name of what the user said."""
+        p = posed.problem
+        assert p is not None
+        found = {name: float(x) for name, x in zip(influence.tasks, multipliers, strict=True) if x > 1e-6}
+        low, high = posed.widest or (p.lower, p.upper)
+        for j, x in enumerate(p.bound_multipliers(w, multipliers).tolist()):
+            if abs(x) > 1e-6 and p.upper[j] > p.lower[j]:  # else the weight is held for want of an error
+                own = p.upper[j] == high[j] if x > 0 else p.lower[j] == low[j]
+                kind = ("upper" if x > 0 else "lower") if own else "max_change"
+                found[f"{kind}:{influence.domains[j]}"] = abs(x)
+        return found
 
     def _warn_of_flips(self, influence: Influence) -> None:
         flipped = [t for t, row in zip(influence.tasks, influence.scores, strict=True) if row.max() < 0]
@@ -297,12 +311,16 @@ class TiKMiXD(Mixer):
 
 @dataclass(frozen=True)
 class _Posed:
-    """A problem, or None and why there is none to solve; the prior as given and moved inside the bounds."""
+    """A problem, or None and why there is none to solve; the prior as given and moved inside the bounds.
+
+    `widest`: the bounds without `max_change`.
+    """
 
     problem: Problem | None
     wanted: Array
     inside: Array
     note: str = ""
+    widest: tuple[Array, Array] | None = None
 
 
 def predicted_gain(influence: Influence, move: Array) -> tuple[dict[str, float], dict[str, float]]:

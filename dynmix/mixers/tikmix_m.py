@@ -16,6 +16,7 @@ from scipy.optimize import linprog
 from dynmix.mixers.base import Mixer, Proposal
 from dynmix.mixers.candidates import around, into, spread
 from dynmix.mixers.problem import Array, Problem
+from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixers.surrogate import NAMES, Name, Smooth, fit
 from dynmix.mixers.tikmix_d import EPS, TiKMiXD, predicted_gain, row_scales
@@ -45,8 +46,9 @@ class TiKMiXM(Mixer):
     search looks, because most of the gain lies outside of what a design in many domains reaches. (The paper fits once,
     which is `rounds=0`; `benchmarks/mixers_m.py` has both.)
 
-    The answer is the best of what was measured among the rounds' maxima, TiKMiX-D's answer in the box and the prior, by
-    a smooth surrogate of all measurements, which is the measurement itself where there is no noise.
+    The answer is TiKMiX-D's in the box, or among the rounds' maxima and the prior what is better than that with the
+    confidence that `direct` asks for: by a smooth surrogate of all measurements, which knows its own error and is the
+    measurement itself where there is no noise.
 
     Args:
         direct: the TiKMiX-D whose bounds, normalisation and Pareto constraint hold, and whose answer is the search's
@@ -112,7 +114,7 @@ class TiKMiXM(Mixer):
             raise ValueError(f"surrogate={surrogate!r}: 'auto' or one of {list(NAMES)}")
         if seed < 0:
             raise ValueError(f"seed={seed}: at least 0")
-        self.direct = direct if isinstance(direct, TiKMiXD) else TiKMiXD(**(direct or {}))
+        self.direct = _made(direct)
         self.low, self.high, self.mixtures, self.rounds = float(low), float(high), int(mixtures), int(rounds)
         self.iterations, self.samples, self.top_k = int(iterations), int(samples), int(top_k)
         self.concentration = (float(concentration[0]), float(concentration[1]))
@@ -263,14 +265,18 @@ class TiKMiXM(Mixer):
     ) -> Proposal:
         smooth = Smooth().fit(target.W, target.standardized)
         places = list(target.labels)
-        values = smooth.predict(target.W[places])
-        chosen = places[int(np.argmax(values))]
+        values, covariance = smooth.posterior(target.W[places])
+        # By how much each is better than TiKMiX-D's answer (the second place), as surely as that is asked to be.
+        variance = covariance.diagonal() + covariance[1, 1] - 2 * covariance[1]
+        surely = values - values[1] - self.direct.confidence * np.sqrt(np.maximum(variance, 0))
+        best = int(np.argmax(np.where(np.arange(len(places)) == 1, 0.0, surely)))
+        chosen = places[best]
         w, solver = target.W[chosen], target.labels[chosen]
         spread_ = float(target.y.std())
         errors = ", ".join(f"{name} {value:.2f}" for name, value in r2.items())
         message = (
             f"cross-validated R2: {errors}; the linear prediction correlates {correlation:.2f} with what was measured; "
-            f"sum of normalised influence over the prior's: predicted {(values.max() - values[0]) * spread_:.4g}, "
+            f"sum of normalised influence over the prior's: predicted {(values[best] - values[0]) * spread_:.4g}, "
             f"measured {target.y[chosen] - target.y[0]:.4g}"
         )
         gain, error = predicted_gain(influence, w - prior)
@@ -291,6 +297,13 @@ class TiKMiXM(Mixer):
             answer.predicted_gain_standard_error,
             answer.multipliers,
         )
+
+
+def _made(direct: TiKMiXD | Mapping[str, Any] | None) -> TiKMiXD:
+    mixer = make_mixer({"name": "tikmix-d"} | dict(direct)) if isinstance(direct, Mapping) else direct or TiKMiXD()
+    if not isinstance(mixer, TiKMiXD):
+        raise ValueError(f"direct={direct!r}: a TiKMiXD, or its arguments as a mapping")
+    return mixer
 
 
 class _Target:

@@ -420,3 +420,35 @@ def test_bounds_that_cross_or_leave_no_mixture_are_refused():
         TiKMiXD(lower={"domain0": 0.5}).propose(two, prior=named([0.5, 0.5]), upper={"domain0": 0.2})
     with pytest.raises(ValueError, match="the lower bounds sum to 1.2"):
         TiKMiXD(lower=0.6).propose(two, prior=named([0.5, 0.5]))
+
+
+def test_the_largest_change_is_named_where_it_binds_and_counts_from_where_bounds_move_the_prior():
+    S, prior = np.array([[1.0, 0.0, -3.0, 0.5]]), np.full(4, 0.25)
+    proposal = TiKMiXD(max_change=0.05, gamma=0.1).propose(observed(S), prior=named(prior))
+    assert set(proposal.multipliers) >= {"max_change:domain0", "max_change:domain2"}
+    moved = TiKMiXD(max_change=0.05, gamma=0.1).propose(observed(S), named(prior), upper={"domain0": 0.1})
+    w = array(moved.weights)
+    assert w[0] == pytest.approx(0.1, abs=1e-9)
+    assert np.abs(w - [0.1, 0.3, 0.3, 0.3]).max() <= 0.05 + 1e-9
+    assert "upper:domain0" in moved.multipliers
+
+
+def test_where_nothing_does_better_the_message_says_that_weights_are_kept():
+    S, prior = np.array([[1.0, -1.0], [-1.0, 1.0]]), named([0.5, 0.5])
+    proposal = TiKMiXD().propose(observed(S, np.full((2, 2), 0.1)), prior=prior)
+    np.testing.assert_allclose(array(proposal.weights), 0.5)
+    assert "weights kept" in proposal.message
+
+
+@pytest.mark.parametrize("value", ["0.3", True, [0.1], float("nan"), -0.1, {"a": "x"}])
+def test_what_is_no_number_is_refused_by_name(value):
+    for name in ("alpha", "confidence", "guard_slack", "lower", "upper", "max_change"):
+        with pytest.raises(ValueError, match=name):
+            TiKMiXD(**{name: value})
+
+
+def test_no_task_and_no_influence_are_refused():
+    with pytest.raises(ValueError, match="only guards"):
+        TiKMiXD().propose(Influence([[1.0, 2.0]], ["g"], ["a", "b"], guards=["g"]), prior={"a": 0.5, "b": 0.5})
+    with pytest.raises(ValueError, match="not from ndarray"):
+        TiKMiXD().propose(np.ones((1, 2)), prior={"a": 0.5, "b": 0.5})

@@ -255,3 +255,39 @@ def test_bounds_that_cut_the_prior_move_the_box():
 
 def test_the_description_is_json():
     assert json.loads(json.dumps(TiKMiXM().describe()))["mixtures"] == 256
+
+
+def test_measurements_that_are_nothing_but_noise_do_not_move_it_from_tikmix_ds_answer():
+    S, prior, rng = problem(8, 3, seed=4)
+    names = named(prior)
+    inside = {name: 2 * w for name, w in names.items()}
+    direct = TiKMiXD().propose(observed(S), names, inside, lower={name: w / 2 for name, w in names.items()})
+    stayed = 0
+    for seed in range(6):
+        proposal = TiKMiXM(mixtures=48, seed=seed).propose(observed(S), names, measure=lambda w: rng.normal(size=3))
+        stayed += proposal.solver == "tikmix-d"
+        if proposal.solver == "tikmix-d":
+            np.testing.assert_allclose(array(proposal.weights), array(direct.weights), atol=1e-6)
+    assert stayed >= 5
+
+
+def test_one_fit_as_in_the_paper_takes_as_many_measurements():
+    S, prior, _ = problem(6, 2, seed=2)
+    for rounds in (0, 1, 4):
+        calls = []
+
+        def measure(weights):
+            calls.append(weights)  # noqa: B023
+            return S @ array(weights)
+
+        proposal = TiKMiXM(mixtures=40, rounds=rounds).propose(observed(S), named(prior), measure=measure)
+        assert len(calls) == 40
+        assert proposal.predicted_gain["task0"] >= -1e-8
+
+
+def test_direct_may_be_the_arguments_of_tikmix_d():
+    assert TiKMiXM({"confidence": 2.0, "upper": 0.5}).direct.confidence == 2.0
+    assert TiKMiXM({"name": "tikmix-d", "alpha": 0.5}).direct.alpha == 0.5
+    for wrong in ({"name": "odm"}, "tikmix-d", {"gama": 1}):
+        with pytest.raises(ValueError, match="tikmix-d|TiKMiXD"):
+            TiKMiXM(wrong)
