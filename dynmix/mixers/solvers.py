@@ -17,7 +17,7 @@ from dynmix.mixers.problem import Array, Problem, lift
 from dynmix.mixers.simplex import water_fill
 
 GAP = 1e-9  # relative duality gap at which the dual's answer is final
-ROUNDING = 1e-10  # row-scaled violation of a constraint that is no more than rounding
+ROUNDING = 1e-12  # row-scaled violation of a constraint that is no more than rounding
 NEWTON_STEPS = 200  # dozens are enough
 SLSQP_DOMAINS = 400
 
@@ -28,8 +28,8 @@ def solve_dual(p: Problem) -> tuple[Array, Array]:
     With |K w| = max over |u| <= 1 of u^T K w, the minimum over w at fixed x = (lambda, u) is a softmax within bounds
     (`water_fill`), so what is left is a smooth concave maximum in 2 n_tasks unknowns with lambda >= 0 and |u| <= 1.
     Those are kept by a logarithmic barrier (Boyd and Vandenberghe, Convex Optimization, Section 11.3), whose weight mu
-    falls while Newton's method follows. Where it has converged, C w - floor = mu / lambda: w is feasible. Floors
-    are lowered by mu, in the end by `ROUNDING`: where they leave no room, as a prior on the Pareto front or tasks that
+    falls while Newton's method follows. Where it has converged, C w - floor = mu / lambda: w is feasible. Floors are
+    lowered by 0.1 mu, in the end by `ROUNDING`: where they leave no room, as a prior on the Pareto front or tasks that
     depend on each other do, multipliers would have no end.
 
     Raises:
@@ -85,7 +85,7 @@ def solve_dual(p: Problem) -> tuple[Array, Array]:
             return w, x[:n]
         if falls < mu and size == 1.0:
             mu = max(0.03 * mu, 1e-14)
-            floor, lower = p.floor - max(mu, ROUNDING), floor
+            floor, lower = p.floor - max(0.1 * mu, ROUNDING), floor
             value += float(x[:n] @ (floor - lower))
     raise ArithmeticError(f"the dual stopped at a gap of {gap:.2g} and a violation of {float(p.violation(w)):.2g}")
 
