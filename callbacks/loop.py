@@ -57,8 +57,7 @@ class MixtureHook:
     ):
         self.model, self.dataset, self.max_steps = model, dataset, max_steps
         self.controller = MixtureController(dataset, tasks, mixer, stage_steps=stage_steps, output=output, **options)
-        if self.controller.watch is not None:
-            self.controller.watch.attach(model)  # before the first step, which ends when it is too late
+        self.controller.watch(model)  # before the first step, which ends when it is too late
         self.batch_size = batch_size
         self.steps = 0
         self._begun = False

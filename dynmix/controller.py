@@ -6,7 +6,6 @@ done one optimizer step before the boundary, because loaders fetch a batch ahead
 stage gets does not depend on when the work is done, since a stage starts at a declared position.
 """
 
-import copy
 import json
 import logging
 import os
@@ -16,25 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from dynmix.budget import EpochBudget
+from dynmix.decider import Decider
 from dynmix.drawn import DrawnMixtures
 from dynmix.influence.capture import LayerFilter
 from dynmix.influence.curvature import EKFAC, Curvature
 from dynmix.journal import Journal
 from dynmix.measurement import Measurement, Probes
-from dynmix.mixers.base import NEEDS, Mixer, Proposal, Run, within
-from dynmix.mixers.registry import make_mixer
-from dynmix.mixers.simplex import normalized
+from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.schedule import integer_cdf
-from dynmix.observation import Influence, Observation
+from dynmix.observation import Influence
 from dynmix.record import Losses, log_keys, losses_of, make_row
 from dynmix.snapshot import save_snapshot
-from dynmix.training_loss import TrainingLoss
 
 logger = logging.getLogger("dynmix")
 
@@ -102,20 +97,12 @@ class MixtureController:
             raise ValueError(f"keep={keep}: at least 0 snapshots")
         if loss_every < 1:
             raise ValueError(f"loss_every={loss_every}: at least every stage, 1")
-        mixer = make_mixer(mixer)
-        needs = frozenset({mixer.needs} if isinstance(mixer.needs, str) else mixer.needs)
-        if unknown := sorted(needs - NEEDS):
-            raise ValueError(f"{type(mixer).__name__} needs {unknown}: what can be measured is {sorted(NEEDS)}")
-        if "reference_loss" in needs and reference is None:
-            raise ValueError(
-                f"{type(mixer).__name__} compares with a reference model, trained beforehand on the same tokens: pass "
-                "reference=, a model or the path of one"
-            )
+        self.decider = Decider(mixer, dataset, reference)
         self.measurement = Measurement(
             dataset,
             tasks,
             curvature or EKFAC(),
-            needs,
+            self.decider.needs,
             guards=guards,
             probe_sequences=probe_sequences,
             curvature_sequences=curvature_sequences,
@@ -124,16 +111,7 @@ class MixtureController:
             micro_batch=micro_batch,
             layers=layers,
         )
-        self.dataset, self.mixer, self.stage_steps, self.keep = dataset, mixer, stage_steps, keep
-        self.needs, self.loss_every = needs, loss_every
-        self.watch: TrainingLoss | None = None
-        if needs & {"loss", "reference_loss"}:
-            self.watch = TrainingLoss(dataset, reference if "reference_loss" in needs else None)
-        length = dataset.sequence_length
-        tokens = {name: size * length for name, size in dataset.sizes.items()}
-        first = mixer.start(Run(tokens, len(dataset) * length, dataset.schedule.weights_at(0)))
-        if first is not None:
-            dataset.begin(integer_cdf(normalized(first, dataset.domains)))
+        self.dataset, self.stage_steps, self.keep, self.loss_every = dataset, stage_steps, keep, loss_every
         self.budget = EpochBudget(dataset, max_epochs)
         self.output: Path | None = None
         self.journal: Journal | None = None
@@ -142,13 +120,22 @@ class MixtureController:
         self.batch_size = 0  # samples an optimizer step, over all ranks; known when the run is planned
         self.total = 0  # samples of the whole run
         self.resumed = False
-        self._observed = False
         self._dataset_state: tuple[tuple[int, int | None], dict[str, Any]] | None = None
 
     def write_to(self, output: str | Path) -> None:
         """Set the folder of journal, config and snapshots."""
         self.output = Path(output)
         self.journal = Journal(self.output / "journal.jsonl")
+
+    @property
+    def mixer(self) -> Mixer:
+        """What decides the weights."""
+        return self.decider.mixer
+
+    def watch(self, model: nn.Module) -> None:
+        """Watch this model's training loss from now on, if the mixer learns from it."""
+        if self.decider.watch is not None:
+            self.decider.watch.attach(model)
 
     # -- the calls of an adapter, in order ---------------------------------------------------------------------------
 
@@ -199,19 +186,10 @@ class MixtureController:
             model: the model that trains, unwrapped or wrapped.
             step: optimizer steps already done.
         """
-        if self.watch is not None:
-            self.watch.attach(model)
-        influence, drawn = None, None
-        if self.needs & MEASURED:
-            influence, drawn = self.measurement.rehearse(model)
-        if influence is None or influence.finite:
-            upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
-            prior = self.dataset.schedule.weights_at(0)
-            understudy = copy.deepcopy(self.mixer)
-            _check_state(understudy)
-            if "gradient" in self.needs:
-                understudy.observe(Observation(step, gradient=influence, steps=self.stage_steps))
-            self._cdf(self._propose(understudy, influence, prior, upper, drawn), upper)
+        self.watch(model)
+        influence, drawn = self.measurement.rehearse(model) if self.decider.needs & MEASURED else (None, None)
+        upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
+        self.decider.rehearse(influence, self.dataset.schedule.weights_at(0), upper, drawn)
         if self.resumed:
             if self._boundary() < min(step * self.batch_size, self.total):
                 raise ValueError(
@@ -230,14 +208,13 @@ class MixtureController:
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
         self.dataset.pulse()
-        if self.watch is not None:
-            self._observe(step)
+        self.decider.observe(step, self.batch_size)
         return self._decide(model, step) if self._is_due(step) else None
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure the task losses once more and close the journal; return what a tracker should log."""
-        if self.watch is not None:
-            self.watch.detach()
+        if self.decider.watch is not None:
+            self.decider.watch.detach()
         loss, error = None, None
         seconds: dict[str, float] = {}
         try:
@@ -261,7 +238,7 @@ class MixtureController:
             "batch_size": self.batch_size,
             "stage_steps": self.stage_steps,
             "dataset": self._dataset_state[1],
-            "mixer": {"name": type(self.mixer).__name__, "state": copy.deepcopy(self.mixer.state_dict())},
+            "mixer": self.decider.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -284,11 +261,7 @@ class MixtureController:
                     f"this state is damaged: its stages start at {starts[:5]}..., which are no stages of it"
                 )
             self.dataset.load_state_dict(state["dataset"])
-            name, learnt = state["mixer"]["name"], state["mixer"]["state"]
-            if name == type(self.mixer).__name__:
-                self.mixer.load_state_dict(learnt)
-            else:
-                logger.warning("the checkpoint's mixer is %s: %s starts afresh", name, type(self.mixer).__name__)
+            self.decider.load_state_dict(state["mixer"])
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
         self.batch_size = batch_size
@@ -320,12 +293,12 @@ class MixtureController:
         upper = self.budget.upper(start, min(following, self.total) - start)
         try:
             with _timed(seconds, "measure"):
-                if self.needs & MEASURED:
+                if self.decider.needs & MEASURED:
                     probes = self.measurement.probes(start, following - start, prior)
-                if probes and self.needs & {"influence", "measure"}:
+                if probes and self.decider.needs & {"influence", "measure"}:
                     influence, drawn = self.measurement.influence(model, probes, prior)
                     _check_finite(influence)
-                if probes and "gradient" in self.needs:
+                if probes and "gradient" in self.decider.needs:
                     gradient = self.measurement.gradient(model, probes)
                     influence = influence or gradient
                     _check_finite(gradient)
@@ -334,14 +307,13 @@ class MixtureController:
                 elif len(schedule.stages) % self.loss_every == 0:
                     loss = self.measurement.losses(model)
             with _timed(seconds, "propose"):
-                if gradient is not None:
-                    self.mixer.observe(Observation(step, gradient=gradient, steps=self.stage_steps))
-                proposal = self._propose(self.mixer, influence, prior, upper, drawn)
-                cdf = self._cdf(proposal, upper)
+                proposal, cdf = self.decider.decide(
+                    influence, gradient, prior, upper, drawn, step=step, steps=self.stage_steps
+                )
         except Exception as failure:  # a run of weeks must not end because one measurement did
             error = _words(failure)
             proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
-            cdf = self._cdf(proposal, upper)
+            cdf = self.decider.published(proposal, upper)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if error:
@@ -365,48 +337,6 @@ class MixtureController:
             error=error,
             seconds=seconds,
         )
-
-    def _propose(
-        self,
-        mixer: Mixer,
-        influence: Influence | None,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float],
-        drawn: DrawnMixtures | None,
-    ) -> Proposal:
-        measured = influence if "influence" in self.needs else None
-        more: dict[str, Any] = {"measure": drawn} if "measure" in self.needs else {}
-        proposal = mixer.propose(measured, prior, upper, **more)
-        if not isinstance(proposal, Proposal):
-            raise ValueError(f"{type(mixer).__name__}.propose returned {type(proposal).__name__}, not a Proposal")
-        return proposal
-
-    def _observe(self, step: int) -> None:
-        """Show the mixer the losses of the step that ended. What fails the first time is a mistake in the set-up."""
-        assert self.watch is not None
-        try:
-            seen = self.watch.take(step, self.batch_size)
-            if seen is None and not self._observed:
-                raise ValueError(
-                    f"{type(self.mixer).__name__} needs the training loss of each step, but no forward pass of the "
-                    "model in training mode was seen: give the controller the model that the loop calls"
-                )
-            if seen is not None:
-                self.mixer.observe(seen)
-        except Exception as failure:
-            if not self._observed:
-                raise
-            logger.warning("step %d taught the mixer nothing: %s", step, _words(failure))
-        self._observed = True
-
-    def _cdf(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
-        """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains."""
-        weights = normalized(proposal.weights, self.dataset.domains)
-        for name, weight in zip(self.dataset.domains, weights.tolist(), strict=True):
-            if weight > upper.get(name, 1.0) + 1e-6:
-                mixer = type(self.mixer).__name__
-                raise ValueError(f"{mixer} gave {name!r} a weight of {weight:.4g}, above its bound {upper[name]:.4g}")
-        return integer_cdf(weights)
 
     def _check_same_batch(self, batch_size: int) -> None:
         if self.batch_size not in (0, batch_size):
@@ -445,7 +375,7 @@ class MixtureController:
     def _write_down(
         self, kind: Literal["stage", "final"], step: int, position: int, loss: Losses | None, **found: Any
     ) -> dict[str, float]:
-        mixer, measured = type(self.mixer).__name__, found.get("influence")
+        mixer, measured = self.decider.name, found.get("influence")
         rows = list(self.measurement.sets) if measured is None else list(measured.tasks)
         guards = [name for name in rows if name in self.measurement.guards]
         row = make_row(kind, self.dataset, rows, guards, mixer, step=step, position=position, loss=loss, **found)
@@ -468,18 +398,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _words(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}"
-
-
-def _check_state(mixer: Mixer) -> None:
-    """Raise ValueError if a mixer's state would be lost on its way through a checkpoint."""
-    try:
-        state = json.loads(json.dumps(mixer.state_dict()))
-    except (TypeError, ValueError) as problem:
-        name = type(mixer).__name__
-        raise ValueError(
-            f"{name}.state_dict() has to go through JSON, but {problem}: turn arrays into lists"
-        ) from problem
-    mixer.load_state_dict(state)
 
 
 def _check_finite(influence: Influence) -> None:

@@ -18,6 +18,8 @@ FORBIDDEN = {
     "dynmix/journal.py": {"torch", "transformers", "dynmix"},
     "dynmix/observation.py": {"torch", "transformers", "dynmix"},
     "dynmix/controller.py": {"transformers", "accelerate", "dynmix.callbacks"},
+    "dynmix/decider.py": {"transformers", "accelerate", "dynmix.callbacks", "dynmix.controller", "dynmix.influence"},
+    "dynmix/drawn.py": {"torch", "transformers", "dynmix.mixture", "dynmix.influence", "dynmix.mixers"},
 }
 
 

@@ -1,0 +1,170 @@
+"""A mixer as the loop sees it: asked for by name, shown what it needs, and believed only as far as it can be checked.
+
+Knows mixers, and what watches the training loss for them; not when they are asked, nor how anything is measured.
+"""
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dynmix.drawn import DrawnMixtures
+from dynmix.mixers.base import NEEDS, Mixer, Proposal, Run
+from dynmix.mixers.registry import make_mixer
+from dynmix.mixers.simplex import normalized
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.schedule import integer_cdf
+from dynmix.observation import Influence, Observation
+from dynmix.training_loss import TrainingLoss
+
+logger = logging.getLogger("dynmix")
+
+
+class Decider:
+    """A mixer in a run.
+
+    Args:
+        mixer: one, its name, or a mapping with name and arguments. It is started, and the dataset's first stage gets
+            its weights if it has an opinion.
+        dataset: what is trained on.
+        reference: the reference model of mixers that need one.
+
+    Raises:
+        ValueError: no such mixer, needs that nothing can meet, no reference model where one is needed.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer | str | Mapping[str, Any],
+        dataset: MixtureDataset,
+        reference: nn.Module | str | os.PathLike[str] | None,
+    ):
+        self.mixer, self.dataset = make_mixer(mixer), dataset
+        self.name = type(self.mixer).__name__
+        needs = self.mixer.needs
+        self.needs = frozenset({needs} if isinstance(needs, str) else needs)
+        if unknown := sorted(self.needs - NEEDS):
+            raise ValueError(f"{self.name} needs {unknown}: what can be measured is {sorted(NEEDS)}")
+        if "reference_loss" in self.needs and reference is None:
+            raise ValueError(
+                f"{self.name} compares with a reference model, trained beforehand on the same tokens: pass reference=, "
+                "a model or the path of one"
+            )
+        self.watch: TrainingLoss | None = None
+        if self.needs & {"loss", "reference_loss"}:
+            self.watch = TrainingLoss(dataset, reference if "reference_loss" in self.needs else None)
+        self._observed = False
+        length = dataset.sequence_length
+        tokens = {name: size * length for name, size in dataset.sizes.items()}
+        first = self.mixer.start(Run(tokens, len(dataset) * length, dataset.schedule.weights_at(0)))
+        if first is not None:
+            dataset.begin(integer_cdf(normalized(first, dataset.domains)))
+
+    def rehearse(
+        self,
+        influence: Influence | None,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float],
+        drawn: DrawnMixtures | None,
+    ) -> None:
+        """Let a copy go through a checkpoint and decide; raises whatever that does."""
+        understudy = copy.deepcopy(self.mixer)
+        try:
+            state = json.loads(json.dumps(understudy.state_dict()))
+        except (TypeError, ValueError) as problem:
+            raise ValueError(
+                f"{self.name}.state_dict() has to go through JSON, but {problem}: turn arrays into lists"
+            ) from problem
+        understudy.load_state_dict(state)
+        if influence is None or influence.finite:
+            gradient = influence if "gradient" in self.needs else None
+            self._decide(understudy, influence, gradient, prior, upper, drawn, step=0, steps=1)
+
+    def observe(self, step: int, batch_size: int) -> None:
+        """Show the losses of the step that ended. What fails the first time is a mistake in the set-up, and raises."""
+        if self.watch is None:
+            return
+        try:
+            seen = self.watch.take(step, batch_size)
+            if seen is None and not self._observed:
+                raise ValueError(
+                    f"{self.name} needs the training loss of each step, but no forward pass of the model in training "
+                    "mode was seen: give the controller the model that the loop calls"
+                )
+            if seen is not None:
+                self.mixer.observe(seen)
+        except Exception as failure:
+            if not self._observed:
+                raise
+            logger.warning("step %d taught the mixer nothing: %s: %s", step, type(failure).__name__, failure)
+        self._observed = True
+
+    def decide(
+        self,
+        influence: Influence | None,
+        gradient: Influence | None,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float],
+        drawn: DrawnMixtures | None,
+        *,
+        step: int,
+        steps: int,
+    ) -> tuple[Proposal, np.ndarray]:
+        """Return the proposal for the next stage, and the integers that it is published as.
+
+        Args:
+            influence, gradient, drawn: what was measured, if it was.
+            prior, upper: as in `Mixer.propose`.
+            step: optimizer steps done.
+            steps: of them, since the stage began.
+
+        Raises:
+            ValueError: an answer that is no mixture of the domains inside the bounds; or whatever the mixer raises.
+        """
+        return self._decide(self.mixer, influence, gradient, prior, upper, drawn, step=step, steps=steps)
+
+    def _decide(
+        self,
+        mixer: Mixer,
+        influence: Influence | None,
+        gradient: Influence | None,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float],
+        drawn: DrawnMixtures | None,
+        *,
+        step: int,
+        steps: int,
+    ) -> tuple[Proposal, np.ndarray]:
+        if gradient is not None:
+            mixer.observe(Observation(step, gradient=gradient, steps=steps))
+        more: dict[str, Any] = {"measure": drawn} if "measure" in self.needs else {}
+        proposal = mixer.propose(influence if "influence" in self.needs else None, prior, upper, **more)
+        if not isinstance(proposal, Proposal):
+            raise ValueError(f"{self.name}.propose returned {type(proposal).__name__}, not a Proposal")
+        return proposal, self.published(proposal, upper)
+
+    def published(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
+        """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains."""
+        weights = normalized(proposal.weights, self.dataset.domains)
+        for name, weight in zip(self.dataset.domains, weights.tolist(), strict=True):
+            if weight > upper.get(name, 1.0) + 1e-6:
+                raise ValueError(
+                    f"{self.name} gave {name!r} a weight of {weight:.4g}, above its bound {upper[name]:.4g}"
+                )
+        return integer_cdf(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mixer's name and what it has learnt, JSON-able."""
+        return {"name": self.name, "state": copy.deepcopy(self.mixer.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, if it is this mixer's; another one starts afresh, with a warning."""
+        if state["name"] == self.name:
+            self.mixer.load_state_dict(state["state"])
+        else:
+            logger.warning("the checkpoint's mixer is %s: %s starts afresh", state["name"], self.name)

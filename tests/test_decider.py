@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dynmix import Influence, MixtureDataset
+from dynmix.decider import Decider
+from dynmix.mixers import Mixer, Proposal, Static
+
+PRIOR = {"a": 0.6, "b": 0.4}
+BATCH = 4
+
+
+def dataset() -> MixtureDataset:
+    domains = {
+        name: [{"input_ids": torch.tensor([i, row, 2, 3])} for row in range(50)] for i, name in enumerate(("a", "b"))
+    }
+    return MixtureDataset(domains, PRIOR, num_samples=40, block=BATCH)
+
+
+class Bigram(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+
+class Learner(Mixer):
+    """Learns something from everything, and fails when it is told to."""
+
+    needs = frozenset({"loss"})
+    fails = False
+
+    def __init__(self):
+        self.steps: list[int] = []
+
+    def observe(self, observation):
+        if self.fails:
+            raise ZeroDivisionError("bad luck")
+        self.steps.append(observation.step)
+
+    def propose(self, influence, prior, upper=None):
+        return Proposal(dict(prior))
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = list(state["steps"])
+
+
+def test_what_a_mixer_says_of_the_first_stage_holds_from_the_first_sample():
+    data = dataset()
+    Decider({"name": "fixed", "weights": {"a": 0.25, "b": 0.75}}, data, None)
+    assert data.schedule.weights_at(0) == pytest.approx({"a": 0.25, "b": 0.75})
+    data = dataset()
+    Decider("static", data, None)
+    assert data.schedule.weights_at(0) == pytest.approx(PRIOR)
+    read = dataset()
+    read.__getitems__([0, 1])
+    with pytest.raises(ValueError, match="the loader has read 2 samples"):
+        Decider("uniform", read, None)
+
+
+def test_a_rehearsal_leaves_the_mixer_as_it_was():
+    mixer = Learner()
+    mixer.steps = [7]
+    decider = Decider(mixer, dataset(), None)
+    decider.rehearse(None, PRIOR, {}, None)
+    assert decider.state_dict() == {"name": "Learner", "state": {"steps": [7]}}
+
+
+def test_a_gradient_is_observed_before_the_proposal_and_an_influence_only_shown_where_it_is_needed():
+    seen = []
+
+    class Aligned(Learner):
+        needs = frozenset({"gradient"})
+
+        def observe(self, observation):
+            seen.append((observation.gradient, observation.steps))
+
+        def propose(self, influence, prior, upper=None):
+            seen.append(influence)
+            return Proposal(dict(prior))
+
+    gradient = Influence([[1.0, 2.0]], ["t"], ["a", "b"])
+    proposal, cdf = Decider(Aligned(), dataset(), None).decide(gradient, gradient, PRIOR, {}, None, step=9, steps=5)
+    assert seen == [(gradient, 5), None]
+    assert proposal.weights == PRIOR
+    np.testing.assert_allclose(cdf / 2**32, [0.6, 1.0])
+
+
+def test_losses_reach_the_mixer_and_a_later_failure_is_only_logged(caplog):
+    mixer, data, model = Learner(), dataset(), Bigram()
+    decider = Decider(mixer, data, None)
+    with pytest.raises(ValueError, match="no forward pass of the model in training mode was seen"):
+        decider.observe(1, BATCH)
+    decider.watch.attach(model)
+    for step in (1, 2, 3):
+        mixer.fails = step == 2
+        model(torch.stack([data[g]["input_ids"] for g in range((step - 1) * BATCH, step * BATCH)]))
+        decider.observe(step, BATCH)
+    assert mixer.steps == [1, 3]
+    assert "step 2 taught the mixer nothing: ZeroDivisionError: bad luck" in caplog.text
+
+
+def test_the_state_of_another_mixer_is_not_taken_up(caplog):
+    decider = Decider(Learner(), dataset(), None)
+    decider.load_state_dict({"name": "ODM", "state": {"reward": {}}})
+    assert decider.mixer.steps == []
+    assert "the checkpoint's mixer is ODM: Learner starts afresh" in caplog.text
+    decider.load_state_dict({"name": "Learner", "state": {"steps": [1, 2]}})
+    assert decider.mixer.steps == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (Proposal({"a": 0.9, "b": 0.6}), "sum to 1.5"),
+        (Proposal({"a": 0.9, "b": 0.1}), "Wrong gave 'a' a weight of 0.9, above its bound 0.7"),
+        ({"a": 0.5, "b": 0.5}, "not a Proposal"),
+    ],
+)
+def test_an_answer_that_is_no_mixture_is_refused(answer, message):
+    class Wrong(Static):
+        def propose(self, influence, prior, upper=None):
+            return answer
+
+    with pytest.raises(ValueError, match=message):
+        Decider(Wrong(), dataset(), None).decide(None, None, PRIOR, {"a": 0.7}, None, step=1, steps=1)
