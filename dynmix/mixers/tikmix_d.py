@@ -45,7 +45,8 @@ class TiKMiXD(Mixer):
     the objective and in the Pareto constraint. Because the mixture is chosen after the noise was drawn, the bound holds
     for all mixtures at once (Scheffé's, for contrasts of n_domains scores): q^2 is the quantile of the chi-squared
     distribution with n_domains - 1 degrees of freedom at the probability of `confidence` standard deviations. A task
-    whose scores differ by no more than that from each other tells nothing, and the mixture stays at the prior.
+    whose scores differ by no more than that from each other tells nothing, and the mixture stays at the prior. Below a
+    confidence of 1 it is that share of q at 1.
 
     Args:
         alpha: weight of the standard deviation over tasks of the normalised influence (evenness).
@@ -193,7 +194,6 @@ class TiKMiXD(Mixer):
         divided = np.maximum(scale, np.finfo(np.float64).tiny)[:, None]
         C = S / divided
         divisor = row_scales(S, self.normalization)
-        quantile = np.sqrt(chi2.ppf(norm.cdf(self.confidence), max(1, moving.sum() - 1)))
         problem = Problem(
             A=(S / divisor[:, None])[tasks],
             C=C,
@@ -204,7 +204,7 @@ class TiKMiXD(Mixer):
             alpha=self.alpha,
             beta=self.beta,
             gamma=self.gamma,
-            R=quantile * E / divided,
+            R=self._radius(int(moving.sum())) * E / divided,
             cost=np.where(tasks, self.beta * scale / np.abs(divisor), 0.0),
             centre=wanted,
         )
@@ -235,7 +235,12 @@ class TiKMiXD(Mixer):
             return False
         precision = 1 / np.maximum(e, 1e-9 * e.max()) ** 2
         common = precision @ s / precision.sum()
-        return bool(precision @ (s - common) ** 2 <= chi2.ppf(norm.cdf(self.confidence), len(s) - 1))
+        return bool(precision @ (s - common) ** 2 <= self._radius(len(s)) ** 2)
+
+    def _radius(self, domains: int) -> float:
+        """Return q: how many standard errors a move between so many domains may be wrong by."""
+        level = norm.cdf(max(1.0, self.confidence))
+        return min(1.0, self.confidence) * float(np.sqrt(chi2.ppf(level, max(1, domains - 1))))
 
     def _guard_slack(self, influence: Influence) -> Array:
         given = self.guard_slack

@@ -244,7 +244,7 @@ def robust_cases(count=25, n=3, m=8, noise=0.15):
 
 
 def quantile(z, m):
-    return np.sqrt(chi2.ppf(norm.cdf(z), m - 1))
+    return min(z, 1) * np.sqrt(chi2.ppf(norm.cdf(max(z, 1)), m - 1))
 
 
 @pytest.mark.parametrize("z", [0.5, 1.0, 2.0])
