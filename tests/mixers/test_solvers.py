@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import xlogy
 
 from dynmix.mixers.problem import Problem, lift
+from dynmix.mixers.simplex import water_fill
 from dynmix.mixers.solvers import solve_clarabel, solve_dual, solve_slsqp
 
 
@@ -67,3 +71,40 @@ def test_lift_moves_onto_the_constraints():
     missed = 0.999 * w + 0.001 * np.eye(6)[np.argmin(p.C[0])]
     assert p.violation(missed) > 0
     assert p.violation(lift(p, missed)) < 1e-15
+
+
+@given(st.integers(0, 10_000), st.floats(0.2, 3), st.sampled_from([1.0, 0.4]))
+def test_the_primal_is_not_below_the_dual_and_they_meet(seed, gamma, upper):
+    """The dual function from its definition, a minimum over mixtures: below any feasible value, and at the answer's."""
+    p = problem(seed, gamma=gamma, upper=upper)
+    w, multipliers = solve_dual(p)
+
+    def dual(lam, u):
+        q = p.linear + u @ p.spread - lam @ p.C
+        slow = water_fill(-q / gamma, p.upper)
+        return lam @ p.floor + q @ slow + gamma * xlogy(slow, slow).sum()
+
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        lam, u = rng.exponential(size=3), rng.normal(size=3)
+        assert p.objective(w) >= dual(lam, u / max(1, np.linalg.norm(u))) - 1e-9
+    Kw = p.spread @ w
+    if np.linalg.norm(Kw) > 1e-3:  # else u is not the direction of Kw, which has none
+        assert p.objective(w) == pytest.approx(dual(multipliers, Kw / np.linalg.norm(Kw)), abs=1e-5)
+
+
+def robust(seed: int, noise: float) -> Problem:
+    p, rng = problem(seed), np.random.default_rng(seed + 1)
+    return replace(p, R=noise * rng.uniform(0.2, 1, p.C.shape))
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_solvers_of_uncertain_scores_agree(seed, noise):
+    p = robust(seed, noise)
+    exact, multipliers = solve_clarabel(p)
+    other, _ = solve_slsqp(p)
+    assert p.violation(exact) < 1e-8
+    assert (multipliers >= -1e-8).all()
+    if p.objective(p.start) - p.objective(exact) > 1e-6:  # else the prior is all there is, and SLSQP starts there
+        assert p.objective(other) == pytest.approx(p.objective(exact), abs=1e-6)

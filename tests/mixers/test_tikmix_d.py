@@ -452,3 +452,18 @@ def test_no_task_and_no_influence_are_refused():
         TiKMiXD().propose(Influence([[1.0, 2.0]], ["g"], ["a", "b"], guards=["g"]), prior={"a": 0.5, "b": 0.5})
     with pytest.raises(ValueError, match="not from ndarray"):
         TiKMiXD().propose(np.ones((1, 2)), prior={"a": 0.5, "b": 0.5})
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_scale_of_a_row_and_order_of_domains_do_not_matter(seed, noisy):
+    rng = np.random.default_rng(seed)
+    n, m = int(rng.integers(1, 4)), int(rng.integers(2, 8))
+    S, E, prior = rng.normal(size=(n, m)), rng.uniform(0.02, 0.2, size=(n, m)), rng.dirichlet(np.ones(m))
+
+    def solve(S, E, prior):
+        return array(TiKMiXD().propose(observed(S, E if noisy else None), prior=named(prior)).weights)
+
+    w, order = solve(S, E, prior), rng.permutation(m)
+    scale = 10.0 ** rng.integers(-2, 3, size=(n, 1))
+    np.testing.assert_allclose(solve(S * scale, E * scale, prior), w, atol=1e-4)
+    np.testing.assert_allclose(solve(S[:, order], E[:, order], prior[order]), w[order], atol=1e-4)
