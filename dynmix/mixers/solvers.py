@@ -79,10 +79,10 @@ def solve_dual(p: Problem) -> tuple[Array, Array]:
                     break
             size /= 2
         x, w, value = tried, w_tried, value_tried
-        gap = p.objective(w) - value
-        feasible = float(p.violation(w)) <= 2 * ROUNDING
-        if feasible and gap <= GAP * max(1.0, abs(value)):
-            return w, x[:n]
+        if mu <= GAP:  # at a weight mu the gap is some n_tasks mu: no need to look before
+            gap = p.objective(w) - value
+            if gap <= GAP * max(1.0, abs(value)) and float(p.violation(w)) <= 2 * ROUNDING:
+                return w, x[:n]
         if falls < mu and size == 1.0:
             mu = max(0.03 * mu, 1e-14)
             floor, lower = p.floor - max(0.1 * mu, ROUNDING), floor
