@@ -13,6 +13,14 @@ ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "dynmix/mixture": {"dynmix.influence", "dynmix.mixers", "dynmix.laws", "dynmix.controller", "dynmix.callbacks"},
     "dynmix/influence": {"dynmix.mixture", "dynmix.mixers", "dynmix.laws", "dynmix.controller", "dynmix.callbacks"},
+    "dynmix/laws": {
+        "torch",
+        "transformers",
+        "dynmix.mixture",
+        "dynmix.influence",
+        "dynmix.mixers",
+        "dynmix.controller",
+    },
     "dynmix/mixers": {"torch", "transformers", "dynmix.mixture", "dynmix.influence", "dynmix.controller"},
     "dynmix/report.py": {"torch", "transformers", "dynmix.controller", "dynmix.mixture", "dynmix.influence"},
     "dynmix/journal.py": {"torch", "transformers", "dynmix"},

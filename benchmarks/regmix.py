@@ -1,0 +1,94 @@
+"""Laws on RegMix's runs (arXiv 2407.01492): rank correlation on 1M and 60M models from 25, 64 and 512 runs at 1M.
+
+    python benchmarks/regmix.py [folder of regmix_train_1m.csv, regmix_test_1m.csv, regmix_test_60m.csv, ...]
+
+Every regmix_test_*.csv in the folder is a test. Laws are chosen by cross-validation inside the training runs; the tests
+are looked at once. For 25 and 64 runs: the mean, and the least, over five random subsets. Spearman, mean over the
+validation domains / of their average loss; `covered`: share of the 1M test losses within 1.96 predicted standard
+deviations. Takes about ten minutes of one core; `--quick` leaves the single laws out.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from dynmix.laws import DML, GP, AutoLaw, BiMix, Law, LightGBM, PowerLaw, Ridge
+
+Array = NDArray[np.float64]
+FOLDER = Path(__file__).parents[2] / "shared" / "reference" / "regmix"
+SUBSETS = 5
+
+
+class Runs(NamedTuple):
+    W: Array
+    L: Array
+
+
+def read(path: Path) -> Runs:
+    """Columns w_<domain> and loss_<validation domain>; a missing cell is NaN."""
+    names = path.read_text().split("\n", 1)[0].strip().split(",")
+    table = np.genfromtxt(path, delimiter=",", skip_header=1)
+    return Runs(*(table[:, [n.startswith(kind) for n in names]] for kind in ("w_", "loss_")))
+
+
+def spearman(predicted: Array, losses: Array) -> tuple[float, float]:
+    each = [spearmanr(p, y, nan_policy="omit").statistic for p, y in zip(predicted.T, losses.T, strict=True)]
+    return float(np.mean(each)), float(spearmanr(predicted.mean(axis=1), losses.mean(axis=1)).statistic)
+
+
+def pair(values: list[tuple[float, float]]) -> str:
+    mean, least = np.mean(values, axis=0), np.min(values, axis=0)
+    text = f"{mean[0]:.4f} / {mean[1]:.4f}"
+    return text + (f"  (least {least[0]:.3f} / {least[1]:.3f})" if len(values) > 1 else "")
+
+
+def main() -> None:
+    arguments = [a for a in sys.argv[1:] if a != "--quick"]
+    folder = Path(arguments[0]) if arguments else FOLDER
+    train = read(folder / "regmix_train_1m.csv")
+    tests = {path.stem.removeprefix("regmix_test_"): read(path) for path in sorted(folder.glob("regmix_test_*.csv"))}
+    laws: dict[str, Law] = {"AutoLaw": AutoLaw()}
+    if "--quick" not in sys.argv:
+        laws |= {
+            "PowerLaw": PowerLaw(),
+            "GP log": GP("log"),
+            "LightGBM": LightGBM(),
+            "BiMix": BiMix(),
+            "DML": DML(),
+            "Ridge": Ridge(),
+        }
+    console, reports = Console(width=160), []
+    table = Table("runs", "law", *tests, "covered", "seconds a fit", title="Spearman, mean over domains / average loss")
+    for count in (25, 64, len(train.W)):
+        subsets = SUBSETS if count < len(train.W) else 1
+        for name, law in laws.items():
+            found: dict[str, list[tuple[float, float]]] = {test: [] for test in tests}
+            covered, seconds = [], 0.0
+            for seed in range(subsets):
+                rows = np.sort(np.random.default_rng(seed).permutation(len(train.W))[:count])
+                start = time.perf_counter()
+                law.fit(train.W[rows], train.L[rows])
+                seconds += (time.perf_counter() - start) / subsets
+                for test, (W, L) in tests.items():
+                    found[test].append(spearman(law.predict(W), L))
+                if "1m" in tests and name not in ("LightGBM",):
+                    mean, std = law.predict(tests["1m"].W, return_std=True)
+                    covered.append(float((np.abs(tests["1m"].L - mean) < 1.96 * std).mean()))
+            share = f"{np.mean(covered):.3f}" if covered else "-"
+            table.add_row(str(count), name, *map(pair, found.values()), share, f"{seconds:.1f}")
+            if isinstance(law, AutoLaw):
+                reports.append(f"{count} runs{', the last subset' if subsets > 1 else ''}\n{law.report_}\n")
+    for report in reports:
+        console.print(report, highlight=False)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
