@@ -247,9 +247,11 @@ def _score(L: Array, mean: Array, seconds: float) -> Score:
 
 
 def _spearman(a: Array, b: Array) -> float:
-    """Rank correlation; 0 where one of them is constant, or there are fewer than 2."""
+    """Rank correlation; 0 where one of them is constant, NaN of fewer than 3."""
     from scipy.stats import rankdata
 
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if len(a) < 3:
+        return float("nan")
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

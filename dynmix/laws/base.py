@@ -5,6 +5,7 @@ dimensional, with NaN in L where a run was not evaluated. Knows nothing of what 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -98,6 +99,24 @@ def spread(L: Array) -> Array:
     """Return each target's standard deviation over its runs, float64[n_targets]; above 0 even if all are equal."""
     scale = np.maximum(np.nanmax(np.abs(L), axis=0), 1e-12)
     return np.asarray(np.maximum(np.nanstd(L, axis=0), 1e-6 * scale), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The range of each target's losses over the runs, float64[n_targets] both."""
+
+    low: Array
+    high: Array
+
+    @classmethod
+    def of(cls, L: Array) -> "Observed":
+        """Return the range of L float64[n_runs, n_targets], NaN left out."""
+        return cls(np.nanmin(L, axis=0), np.nanmax(L, axis=0))
+
+    def clip(self, L: Array) -> Array:
+        """Return L within one range of the observed losses beyond them: what extrapolates further is no prediction."""
+        beyond = self.high - self.low
+        return np.clip(L, self.low - beyond, self.high + beyond)
 
 
 class Law(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dynmix.laws.base import Array, Law, spread
+from dynmix.laws.base import Array, Law, Observed, spread
 
 STEPS = 100
 LONGEST = 2.0  # a step of one parameter; they are logarithms, so this is a factor of 7
@@ -119,17 +119,12 @@ class CurveLaw(Law):
         squares = known * (Y - f) ** 2 * (1 - np.minimum(leverage, 0.99))
         left_out = squares / (1 - np.minimum(leverage, 0.99)) ** 2
         self._variance = left_out.sum(axis=1) / known.sum(axis=1)
-        self._observed = np.nanmin(L, axis=0), np.nanmax(L, axis=0)
+        self._observed = Observed.of(L)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
         f, J = self._curve()(self.parameters_, W, slope=with_std)
-        mean = self._clipped(f.T)
+        mean = self._observed.clip(f.T)
         if J is None:
             return mean, None
         unknown = ((J @ self._covariance) * J).sum(axis=2)
         return mean, np.sqrt(self._variance[:, None] * (1 + unknown)).T
-
-    def _clipped(self, L: Array) -> Array:
-        """Return L within one range of the observed losses beyond them: an extrapolation further is no prediction."""
-        low, high = self._observed
-        return np.clip(L, low - (high - low), high + (high - low))

@@ -4,7 +4,7 @@ Criteria are weighted averages of the targets: MDE (arXiv 2502.15950) has the va
 that of both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,7 +107,7 @@ def best_mixture(
     )
 
 
-def _descend(value, w: Array, low: Array, high: Array, rng: np.random.Generator) -> Array:  # type: ignore[no-untyped-def]
+def _descend(value: Callable[[Array], Array], w: Array, low: Array, high: Array, rng: np.random.Generator) -> Array:
     """Return a local minimum: SLSQP by difference quotients, then a random search, which step functions need too."""
     from scipy.optimize import minimize
 
