@@ -36,10 +36,13 @@ Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 """(model, batch) -> (loss of each sequence, summed over its tokens in nats [B]; scored tokens of each [B])."""
 
 Consume = Callable[[str, Tensor, Tensor, Tensor], None]
-"""(layer, inputs a [B, T, in (+1)], output gradients g [B, T, out], mask of real tokens, bool [B, T])."""
+"""(layer, inputs a [B, T, in (+1)], output gradients g [B, T, out], mask of real tokens, bool [B, T]).
+
+Of an embedding a is int64[B, T], the rows that it looked up.
+"""
 
 LayerFilter = str | Callable[[str], bool] | None
-"""Which linear layers to measure, by name: a regular expression to be found in it, a predicate, or None for all."""
+"""Which layers to measure, by name: a regular expression to be found in it, a predicate, or None for all."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -151,12 +154,13 @@ class _Uses:
 class Capture:
     """Runs batches through a model and hands over each linear layer's inputs and output gradients.
 
-    Linear layers are `nn.Linear` and GPT-2's `Conv1D`, subclasses included; frozen ones are left out unless the whole
-    model is frozen. A tied head is measured as the linear layer that it is used as (its use as an embedding is not),
-    and a layer used several times in a forward counts with the sum of its uses. The first batch settles which layers
-    are measured: an input must keep the sequences apart, as [B, T, in] or [B * T, in]. Others (an expert that sees the
-    tokens routed to it, a layer that is never called) are left out and named in a warning. Afterwards `layers` holds
-    the measured ones by name and `coverage` their share of the model's parameters.
+    Linear layers are `nn.Linear` and GPT-2's `Conv1D`, subclasses included; with `embeddings` also `nn.Embedding`, but
+    for subclasses that change what they looked up. Frozen ones are left out unless the whole model is frozen. A tied
+    head is measured as the linear layer that it is used as (its use as an embedding is another layer), and a layer used
+    several times in a forward counts with the sum of its uses. The first batch settles which layers are measured: an
+    input must keep the sequences apart, as [B, T, in] or [B * T, in]. Others (an expert that sees the tokens routed to
+    it, a layer that is never called) are left out and named in a warning. Afterwards `layers` holds the measured ones
+    by name and `coverage` their share of the model's parameters.
 
     Create it before `isolated(model)`, which hides what is frozen, and run it inside.
 
@@ -168,6 +172,7 @@ class Capture:
         model: nn.Module,
         *,
         layers: LayerFilter = None,
+        embeddings: bool = False,
         loss: Loss = next_token_loss,
         tick: Callable[[], object] | None = None,
     ) -> None:
@@ -177,23 +182,20 @@ class Capture:
         self.coverage = 0.0
         self._settled = False
         wanted = layers if callable(layers) else re.compile(layers or "").search
-        linear = {
-            name.replace("_orig_mod.", ""): module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
+        known = measurable_layers(self.model, embeddings=embeddings)
         frozen = not any(p.requires_grad for p in self.model.parameters())
         self.layers: dict[str, nn.Module] = {
-            name: module for name, module in linear.items() if wanted(name) and (frozen or module.weight.requires_grad)
+            name: module for name, module in known.items() if wanted(name) and (frozen or module.weight.requires_grad)
         }
         if not self.layers:
-            raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(linear)}")
+            raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
 
     def run(self, batch: Batch, consume: Consume) -> tuple[Tensor, Tensor]:
         """One forward and one backward pass of the summed loss; `consume` is called once a layer that has a gradient.
 
-        a and g arrive in float32 at least. A layer with a bias has a last input column of ones, so that g^T a is the
-        gradient [out, in + 1] with the bias last. Of a layer used k times they are [B, k * T, ...].
+        a and g arrive in float32 at least (an embedding's a as the integers it is). A layer with a bias has a last
+        input column of ones, so that g^T a is the gradient [out, in + 1] with the bias last. Of a layer used k times
+        they are [B, k * T, ...].
 
         Returns loss and number of scored tokens of each sequence, float64[B] on the CPU.
         """
@@ -207,15 +209,22 @@ class Capture:
         def deliver(name: str) -> None:
             use = uses.pop(name)
             order = sorted(use.gradients)
+            module = self.layers[name]
             a = _joined([use.inputs[i] for i in order], mask)
-            if getattr(self.layers[name], "bias", None) is not None:
-                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
             g = _joined([use.gradients[i] for i in order], mask)
+            if isinstance(module, nn.Embedding):
+                a = a.squeeze(-1)
+                if module.padding_idx is not None:  # a row that never trains
+                    g = g.masked_fill((a == module.padding_idx)[..., None], 0)
+            elif getattr(module, "bias", None) is not None:
+                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
             with torch.autocast(a.device.type, enabled=False):
                 consume(name, a, g, mask.to(a.device).repeat(1, len(order)))
 
         def catch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             a: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if isinstance(self.layers[name], nn.Embedding):
+                a = a[..., None]
             if a.shape[:-1] not in (mask.shape, (mask.numel(),)):
                 lost[name] = f"input of shape {list(a.shape)} for {mask.shape[0]} sequences of {mask.shape[1]} tokens"
                 return output
@@ -254,6 +263,17 @@ class Capture:
         self.tick()
         return losses.detach().cpu().double(), tokens.cpu().double()
 
+    def zeros(self, layer: str, n: int) -> Tensor:
+        """n matrices of the layer's gradient: [n, out, in (+1)], of an embedding [n, rows, width]; float32 at least."""
+        module = self.layers[layer]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        rows, columns = weight.shape
+        if not isinstance(module, nn.Embedding):
+            rows, columns = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+            columns += getattr(module, "bias", None) is not None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.zeros(n, rows, columns, dtype=dtype, device=weight.device)
+
     def _settle(self, lost: dict[str, str], called: set[str]) -> None:
         if self._settled:
             if lost:
@@ -275,6 +295,16 @@ class Capture:
             logger.warning("%d linear layers are not measured: %s (%s)", len(left_out), _some(left_out), dict(reasons))
 
 
+def measurable_layers(model: nn.Module, *, embeddings: bool = False) -> dict[str, nn.Module]:
+    """The linear layers of a model by name, in its order; with `embeddings`, the tables of embeddings too."""
+    return {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        or (embeddings and isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward)
+    }
+
+
 def token_mask(batch: Batch) -> Tensor:
     """Which tokens are real, bool [B, T]: `attention_mask`, else all of `input_ids`, else one token a sequence."""
     mask = batch.get("attention_mask")
@@ -286,19 +316,10 @@ def token_mask(batch: Batch) -> Tensor:
     return torch.ones(len(first), 1, dtype=torch.bool, device=first.device)
 
 
-def sequence_gradients(a: Tensor, g: Tensor, limit: int = 2**26) -> Iterator[tuple[slice, Tensor]]:
-    """Gradients [b, out, in] of a few sequences at a time, with at most `limit` entries (or one sequence) at once.
-
-    The head of a language model has a gradient of vocabulary x width for every sequence; a batch of them may not fit.
-    """
-    step = max(1, limit // (a.shape[-1] * g.shape[-1]))
-    for start in range(0, len(a), step):
-        part = slice(start, start + step)
-        yield part, g[part].mT @ a[part]
-
-
 def _joined(parts: list[Tensor], mask: Tensor) -> Tensor:
     joined = torch.cat([part.reshape(*mask.shape, part.shape[-1]) for part in parts], dim=1)
+    if not joined.is_floating_point():
+        return joined
     return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
 

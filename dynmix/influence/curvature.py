@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -22,8 +23,8 @@ from dynmix.influence.capture import (
     next_token_labels,
     next_token_logits,
     next_token_loss,
-    sequence_gradients,
 )
+from dynmix.influence.gradients import sequence_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,25 @@ _WIDE = 4  # times the other side: rotating into the basis of such a side costs 
 class InverseCurvature(Protocol):
     """A fitted, symmetric approximation of H^-1, block by block, a block a layer."""
 
-    def precondition(self, layer: str, matrix: Tensor) -> Tensor:
-        """H^-1 of that layer applied to gradients [..., out, in] (in includes the bias column); same shape."""
+    def precondition_all(self, gradients: dict[str, Tensor]) -> None:
+        """Put H^-1 of each layer times its gradients [n, out, in] (in includes the bias column) in their place.
+
+        To be called inside `isolated(model)`: some approximations read batches here.
+        """
         ...
+
+
+class LayerByLayer(ABC):
+    """An inverse curvature that needs nothing but a layer's matrix."""
+
+    @abstractmethod
+    def precondition(self, layer: str, matrix: Tensor) -> Tensor:
+        """H^-1 of that layer applied to gradients [..., out, in]; same shape."""
+
+    def precondition_all(self, gradients: dict[str, Tensor]) -> None:
+        """In place, a layer at a time, so that both sides of it are never held for the whole model."""
+        for layer, stack in gradients.items():
+            gradients[layer] = self.precondition(layer, stack)
 
 
 class Curvature(Protocol):
@@ -43,16 +60,16 @@ class Curvature(Protocol):
 
     @property
     def passes(self) -> int:
-        """How often `fit` reads the batches."""
+        """How often a group influence reads the curvature's batches."""
         ...
 
     def fit(self, capture: Capture, batches: Batches) -> InverseCurvature:
-        """Read the batches, once or more, inside `isolated(capture.model)`."""
+        """Read the batches as often as it takes, inside `isolated(capture.model)`."""
         ...
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(LayerByLayer):
     """H = 1: influence is the plain product of gradients."""
 
     passes: ClassVar[int] = 0
@@ -87,7 +104,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class FittedEKFAC:
+class FittedEKFAC(LayerByLayer):
     """EK-FAC of a model: factors by layer, and what turns them into the curvature of the mean loss per token.
 
     H = Q diag(Lambda + damping * mean(Lambda)) Q^T / tokens_per_sequence: Lambda is the second moment of gradients

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.influence.capture import Batch, Batches, Capture, LayerFilter, Loss, isolated, next_token_loss
-from dynmix.influence.capture import sequence_gradients as gradients_of
-from dynmix.influence.curvature import EKFAC, Curvature, InverseCurvature
+from dynmix.influence.curvature import EKFAC, Curvature
+from dynmix.influence.gradients import sequence_gradients
 from dynmix.observation import Array, Influence
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def group_influence(
             or torch.compile. In a sharded run every process must be given the same batches.
         domains: batches of probe sequences by name, read once, and twice more by the default curvature.
         tasks: batches by name, read twice. Both need more than one pass: lists or DataLoaders, no generators.
-        curvature: `EKFAC()` if not given, or `Identity()`.
+        curvature: `EKFAC()` if not given, or `DataInf()`, `Identity()`.
         layers: regular expression or predicate on names of linear layers; None measures all of them.
         curvature_batches: what the curvature is fitted on; by default all domains' sequences, each counted once.
         strata: task -> sequences in a row that are of one kind, for a task that is an average over kinds with as many
@@ -122,10 +122,10 @@ def scored_groups(
         fit_on = _Pool(domains) if curvature_batches is None else curvature_batches
         inverse = (EKFAC() if curvature is None else curvature).fit(capture, fit_on)
         task = _sweep(capture, "task", tasks, contrasts=True)
-        _precondition(inverse, task.gradients)
+        inverse.precondition_all(task.gradients)
         domain = _sweep(capture, "domain", domains, task.gradients)
         task.gradients.clear()
-        _precondition(inverse, domain.gradients)
+        inverse.precondition_all(domain.gradients)
         again = _sweep(capture, "task", tasks, domain.gradients, keep_gradients=False)
 
     kinds = [(strata or {}).get(name) for name in tasks]
@@ -191,7 +191,7 @@ def _sweep(
                     swept.gradients[layer] = a.new_zeros(len(sets) * (1 + contrasts), g.shape[-1], a.shape[-1])
                 other = None if towards is None else towards.get(layer)
                 parts = []
-                for part, gradients in gradients_of(a, g):
+                for part, gradients in sequence_gradients(a, g):
                     if keep_gradients:
                         swept.gradients[layer][index] += gradients.sum(0)
                     if contrasts:
@@ -226,12 +226,6 @@ def _sweep(
         if keep_gradients and not finite:
             logger.warning("%s %r: a loss or gradient is not finite, its influence is NaN", kind, name)
     return swept
-
-
-def _precondition(inverse: InverseCurvature, gradients: dict[str, Tensor]) -> None:
-    """In place, a layer at a time, so that both sides of it are never held for the whole model."""
-    for layer, stack in gradients.items():
-        gradients[layer] = inverse.precondition(layer, stack)
 
 
 def ratio_of_sums(values: Array, tokens: Array, stratum: int | None = None) -> tuple[Array, Array]:

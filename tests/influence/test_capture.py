@@ -21,7 +21,6 @@ from dynmix.influence.capture import (
     isolated,
     next_token_labels,
     next_token_loss,
-    sequence_gradients,
     token_mask,
     unwrap,
 )
@@ -213,14 +212,6 @@ def test_token_mask() -> None:
     assert token_mask({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}).sum() == 3
     assert token_mask({"input_ids": ids, "attention_mask": four}).shape == (2, 3)
     assert token_mask({"x": torch.zeros(4, 7)}).shape == (4, 1)
-
-
-def test_sequence_gradients_keep_to_their_limit() -> None:
-    a, g = torch.randn(5, 3, 4), torch.randn(5, 3, 2)
-    for limit, sizes in ((1, [1] * 5), (16, [2, 2, 1]), (10**9, [5])):
-        parts = list(sequence_gradients(a, g, limit))
-        assert [len(part) for _, part in parts] == sizes
-        torch.testing.assert_close(torch.cat([part for _, part in parts]), torch.einsum("bto,bti->boi", g, a))
 
 
 def random_numbers() -> tuple[float, float, float]:

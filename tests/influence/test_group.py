@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dynmix.influence.capture import Capture, next_token_loss
-from dynmix.influence.curvature import EKFAC, Identity
+from dynmix.influence.curvature import EKFAC, Identity, LayerByLayer
 from dynmix.influence.group import group_influence, ratio_of_sums
 
 Models = Callable[..., Any]
@@ -135,7 +135,7 @@ def unbatched(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def test_one_preconditioning_of_tasks_and_one_of_domains_a_layer(tiny_lm: Models, sets: tuple[Sets, Sets]) -> None:
-    class Counting:
+    class Counting(LayerByLayer):
         shapes: list[int]
 
         def fit(self, capture: Capture, batches: Any) -> "Counting":

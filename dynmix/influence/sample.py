@@ -1,0 +1,211 @@
+"""Sample influence: how one more unit of weight on each single sequence would move each task's loss.
+
+The tasks' gradients are preconditioned once; a sequence's score is then the product of its own gradient with them,
+taken layer by layer in passing, while its tokens go through the model. Nothing is kept of a sequence but its scores.
+This module knows batches with names; it knows no mixture, no files and no trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from dynmix.influence.capture import (
+    Batch,
+    Batches,
+    Capture,
+    LayerFilter,
+    Loss,
+    isolated,
+    measurable_layers,
+    next_token_loss,
+    unwrap,
+)
+from dynmix.influence.curvature import Curvature
+from dynmix.influence.datainf import DataInf
+from dynmix.influence.gradients import gradients_of
+from dynmix.observation import Array
+
+_CURVATURE_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class SampleInfluence:
+    """Influence of every sequence on every task.
+
+    Attributes:
+        scores: float64[n_sequences, n_tasks]; `scores[x, i]` is the predicted decrease of task i's loss (nats per
+            token) per unit of extra weight on sequence x alone, so positive helps. A set's group influence is the mean
+            of its sequences' scores, weighted by their scored tokens. NaN where a gradient was not finite.
+        tasks: names of the columns.
+        loss: float64[n_sequences], mean over the scored tokens, nats per token; NaN without any.
+        tokens: int64[n_sequences], scored tokens.
+    """
+
+    scores: Array
+    tasks: tuple[str, ...]
+    loss: Array
+    tokens: np.ndarray
+
+
+def sample_influence(
+    model: nn.Module,
+    samples: Batches,
+    tasks: Mapping[str, Batches],
+    curvature: Curvature | None = None,
+    *,
+    layers: LayerFilter = None,
+    curvature_batches: Batches | None = None,
+    loss: Loss = next_token_loss,
+    tick: Callable[[], object] | None = None,
+) -> SampleInfluence:
+    """Influence of every sequence of `samples` on every task; leaves no trace in the model.
+
+    With g the gradient of a mean loss per token and H its curvature, `scores[x, i] = g_task^T H^-1 g_x`, summed over
+    the chosen layers: DataInf's influence (Kwon et al. 2024, arXiv 2310.00902), with the sign turned so that positive
+    helps, as AutoMixer uses it.
+
+    Args:
+        model: as in `group_influence`.
+        samples: batches of sequences, read once, in order; also a generator if `curvature_batches` are given.
+        tasks: batches by name, read once.
+        curvature: `DataInf()` if not given, or any other of this package.
+        layers: regular expression or predicate on names of linear layers and embeddings; None: `last_layers(model)`.
+            `r"^(?!.*embed)"` takes all linear layers of most models; the backward pass ends where the chosen layers do.
+        curvature_batches: what the curvature is fitted on; by default up to 32 of the samples' batches, evenly spread.
+        loss: what is differentiated, if not the next-token cross entropy.
+        tick: called after each batch, for a progress bar.
+
+    Memory: a gradient a task, and three while they are preconditioned, of the chosen layers in float32.
+
+    Raises:
+        ValueError: no task, one without batches or scored tokens, no layer to measure, no samples.
+    """
+    if curvature_batches is None:
+        if not isinstance(samples, Sequence):
+            raise ValueError("samples can be read only once: give a list, or curvature_batches beside")
+        count = min(len(samples), _CURVATURE_BATCHES)
+        curvature_batches = [samples[i * len(samples) // count] for i in range(count)]
+    scorer = SampleScorer(model, tasks, curvature_batches, curvature=curvature, layers=layers, loss=loss, tick=tick)
+    parts = [scorer(batch) for batch in samples]
+    if not parts:
+        raise ValueError("samples is empty: give at least one batch")
+    return SampleInfluence(
+        np.concatenate([part.scores for part in parts]),
+        scorer.tasks,
+        np.concatenate([part.loss for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+    )
+
+
+class SampleScorer:
+    """Holds the tasks' preconditioned gradients at one state of a model, and scores batches of sequences by them.
+
+    The model must stay as it is while the scorer is in use. Args as in `sample_influence`.
+
+    Attributes:
+        tasks: names of the scores' columns.
+        layers: names of the layers that are measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Mapping[str, Batches],
+        curvature_batches: Batches,
+        *,
+        curvature: Curvature | None = None,
+        layers: LayerFilter = None,
+        loss: Loss = next_token_loss,
+        tick: Callable[[], object] | None = None,
+    ) -> None:
+        if not tasks:
+            raise ValueError("tasks is empty: give at least one, by name")
+        self.tasks = tuple(tasks)
+        chosen = last_layers(model) if layers is None else layers
+        self._capture = Capture(model, layers=chosen, embeddings=True, loss=loss, tick=tick)
+        with isolated(self._capture.model):
+            inverse = (DataInf() if curvature is None else curvature).fit(self._capture, curvature_batches)
+            self._towards = _task_gradients(self._capture, tasks)
+            inverse.precondition_all(self._towards)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the measured layers."""
+        return list(self._towards)
+
+    def __call__(self, batch: Batch) -> SampleInfluence:
+        """Score the sequences of one batch: one forward pass, and a backward pass down to the lowest chosen layer."""
+        products: list[Tensor] = []
+
+        def meet(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+            products.append(gradients_of(a, g).products(self._towards[layer]))
+
+        with isolated(self._capture.model):
+            losses, tokens = (x.numpy() for x in self._capture.run(batch, meet))
+        # Layers may be on different devices, and some devices have no float64.
+        total = sum((p.cpu().double().numpy() for p in products), np.zeros((len(losses), len(self.tasks))))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return SampleInfluence(total / tokens[:, None], self.tasks, losses / tokens, tokens.astype(np.int64))
+
+
+def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
+    """The vocabulary's matrix where it predicts, and the linear layers of the last `blocks` transformer blocks.
+
+    AutoMixer takes "the embedding and the last layers". A vocabulary's matrix can be measured where it embeds and where
+    it predicts; with tied weights, as in the paper's models, the two are one parameter. This is the latter: the other
+    use is at the very bottom, and its gradient would take a backward pass through the whole model, twice the cost of
+    all the rest. A pattern that names the embedding (`layers="embed_tokens|..."`) pays it.
+
+    The blocks are the longest `nn.ModuleList` or `nn.Sequential` that holds linear layers and is in no other one; what
+    predicts is any linear layer that is in none.
+
+    Raises:
+        ValueError: the model has no such list: name the layers.
+    """
+    model = unwrap(model)
+    linear = measurable_layers(model)
+    lists = {
+        name.replace("_orig_mod.", ""): len(module)
+        for name, module in model.named_modules()
+        if name and isinstance(module, nn.ModuleList | nn.Sequential) and any(_inside(layer, name) for layer in linear)
+    }
+    if not lists:
+        raise ValueError("no list of transformer blocks was found in the model: name the layers with layers=")
+    outer = [name for name in lists if not any(_inside(name, other) for other in lists if other != name)]
+    stack = max(outer, key=lambda name: lists[name])
+    numbers = range(lists[stack] - min(blocks, lists[stack]), lists[stack])
+    last = tuple(f"{stack}.{number}" for number in numbers)
+    chosen = {
+        layer
+        for layer in linear
+        if any(_inside(layer, block) for block in last) or not any(_inside(layer, name) for name in lists)
+    }
+    return chosen.__contains__
+
+
+def _inside(layer: str, name: str) -> bool:
+    return layer == name or layer.startswith(f"{name}.")
+
+
+def _task_gradients(capture: Capture, tasks: Mapping[str, Batches]) -> dict[str, Tensor]:
+    """Per layer the tasks' gradients of the mean loss per token, [n_tasks, out, in]."""
+    gradients: dict[str, Tensor] = {}
+    for number, (name, batches) in enumerate(tasks.items()):
+        scored = 0.0
+
+        def add(layer: str, a: Tensor, g: Tensor, mask: Tensor, number: int = number) -> None:
+            if layer not in gradients:
+                gradients[layer] = capture.zeros(layer, len(tasks))
+            gradients_of(a, g).add_weighted(g.new_ones(1, len(g)), gradients[layer][number : number + 1])
+
+        for batch in batches:
+            scored += capture.run(batch, add)[1].sum().item()
+        if not scored:
+            raise ValueError(f"tasks[{name!r}] has no scored token: no batches, or every label is -100 or masked")
+        for stack in gradients.values():
+            stack[number] /= scored
+    return gradients
