@@ -5,7 +5,6 @@ without workers, the Trainer, accelerate's and DistributedSampler's shards) trai
 must not know of models, optimizers or how weights are chosen.
 """
 
-import hashlib
 import logging
 import multiprocessing
 import operator
@@ -14,19 +13,25 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from dynmix.mixture import late
+from dynmix.mixture.roster import Domain
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, Weights, matched
+from dynmix.mixture.sequences import Item, Rows, Sequences, common_length, content_hash, gather
 from dynmix.mixture.shared import SharedArray
 from dynmix.mixture.store import TokenStore
+from dynmix.mixture.view import DocumentView, RowView
 
 logger = logging.getLogger("dynmix.mixture")
 
-Item = dict[str, Any]
+Documents = TypeVar("Documents", TokenStore, DocumentView)
 
 _READ_AHEAD = 4096  # positions assigned at once; a call has a fixed cost, and the next request wants the next ones
 _POLL_SECONDS = 0.005
@@ -43,33 +48,37 @@ _WAITING = (
 _SLOTS = 1024  # of the reading counters, one a worker
 
 
-class PackedSequences(Sequence[Item]):
-    """A token store as equal sequences: its documents end to end, cut every `sequence_length` tokens, the rest dropped.
+class PackedSequences(Rows, Generic[Documents]):
+    """Documents as equal sequences: end to end, cut every `sequence_length` tokens, the rest dropped.
 
     Item i is {"input_ids": LongTensor[sequence_length]}.
 
     Args:
-        store: the documents; documents are not separated by anything they do not contain themselves.
+        store: the documents, a token store or a view; they are not separated by what they do not contain themselves.
         sequence_length: tokens of a sequence, >= 1.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+    def __init__(self, store: Documents, sequence_length: int) -> None:
         if operator.index(sequence_length) < 1:
             raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
-        self.store, self.sequence_length = store, operator.index(sequence_length)
+        self.store: Documents = store
+        self.sequence_length = operator.index(sequence_length)
 
     def __len__(self) -> int:
-        return len(self.store.tokens) // self.sequence_length
+        return self.store.num_tokens // self.sequence_length
 
-    def __getitem__(self, index: Any) -> Any:  # an int: slices of sequences are not needed
-        row = operator.index(index)
-        row += len(self) if row < 0 else 0
-        if not 0 <= row < len(self):
-            raise IndexError(f"sequence {index} of {len(self)} in {self.store.path}")
-        return {"input_ids": torch.from_numpy(self.gather(np.array([row]))[0])}
+    def __repr__(self) -> str:
+        return f"PackedSequences({self.store!r}, {self.sequence_length})"
+
+    @property
+    def fingerprint(self) -> str:
+        """The store's."""
+        return self.store.fingerprint
 
     def gather(self, rows: Ints) -> Ints:
-        """Token ids of many sequences at once, int64[len(rows), sequence_length], straight from the memory map."""
+        """Token ids of many sequences at once, int64[len(rows), sequence_length], straight from the memory maps."""
+        if isinstance(self.store, DocumentView):
+            return self.store.read(rows * self.sequence_length, self.sequence_length)
         table = self.store.tokens[: len(self) * self.sequence_length].reshape(len(self), self.sequence_length)
         return table[rows].astype(np.int64)
 
@@ -82,7 +91,8 @@ class MixtureDataset(Dataset[Item]):
     which would wait for itself, raises `Undecided`.
 
     Args:
-        domains: name -> token store, path of one, or any sequence of dicts with `input_ids` of one length.
+        domains: name -> token store, path of one, view (`DocumentView`, `RowView`), or any sequence of dicts with
+            `input_ids` of one length.
         weights: of the first stage: "natural" (proportional to tokens), "uniform", or name -> weight.
         num_samples: length of the stream in sequences.
         sequence_length: tokens of a sequence; needed to cut token stores.
@@ -91,8 +101,6 @@ class MixtureDataset(Dataset[Item]):
 
     Attributes:
         schedule: the `MixtureSchedule` of this stream.
-        domains: names, in order; `domain` of an item is an index into it.
-        sizes: name -> sequences of the domain.
         sequence_length: tokens of a sequence.
 
     Raises:
@@ -101,7 +109,7 @@ class MixtureDataset(Dataset[Item]):
 
     def __init__(
         self,
-        domains: Mapping[str, TokenStore | str | os.PathLike[str] | Sequence[Mapping[str, Any]]],
+        domains: Mapping[str, TokenStore | DocumentView | str | os.PathLike[str] | Sequences],
         weights: Literal["natural", "uniform"] | Mapping[str, float] = "natural",
         *,
         num_samples: int,
@@ -114,17 +122,18 @@ class MixtureDataset(Dataset[Item]):
         if operator.index(num_samples) < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
         self.num_samples = operator.index(num_samples)
-        self._sequences = {name: _as_sequences(name, data, sequence_length) for name, data in domains.items()}
-        self.sequence_length = _common_length(self._sequences, sequence_length)
-        self.domains = tuple(self._sequences)
-        self.sizes = {name: len(sequences) for name, sequences in self._sequences.items()}
+        self._first = tuple(_as_sequences(name, data, sequence_length) for name, data in domains.items())
+        self._views: dict[str, RowView] = {}  # of the domains that joined, by the hash of their index
+        names = {f"domain {name!r}": sequences for name, sequences in zip(domains, self._first, strict=True)}
+        self.sequence_length = common_length(names, sequence_length)
+        sizes = {name: len(sequences) for name, sequences in zip(domains, self._first, strict=True)}
         if isinstance(weights, str):
             if weights not in ("natural", "uniform"):
                 raise ValueError(f'weights={weights!r}: give "natural", "uniform" or a mapping from name to weight')
-            parts = {name: size if weights == "natural" else 1 for name, size in self.sizes.items()}
+            parts = {name: size if weights == "natural" else 1 for name, size in sizes.items()}
             weights = {name: part / sum(parts.values()) for name, part in parts.items()}
-        weights = dict(zip(self.domains, matched(weights, self.domains, "weights"), strict=True))
-        self.schedule = MixtureSchedule(weights, self.sizes, seed=seed, block=block)
+        weights = dict(zip(sizes, matched(weights, tuple(sizes), "weights"), strict=True))
+        self.schedule = MixtureSchedule(weights, sizes, seed=seed, block=block)
         # Cell 0: length of the last request; 1: pulse of the main process; 2: end of what it has read; 3 + w: of what
         # worker w has.
         self._reads = SharedArray((3 + _SLOTS,))
@@ -132,8 +141,21 @@ class MixtureDataset(Dataset[Item]):
         self._steps_back: deque[bool] = deque(maxlen=8)
         self._ahead = _Ahead(-1, 0, *self.schedule.assign(0, 0)[:2])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}}  # a process opens those that it meets
+
     def __len__(self) -> int:
         return self.num_samples
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names, in order; `domain` of an item is an index into it."""
+        return self.schedule.names
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> sequences of the domain."""
+        return self.schedule.sizes
 
     def __getitem__(self, position: int) -> Item:
         """Item at `position`, in any order and without a trace: for looking, not for training."""
@@ -171,6 +193,11 @@ class MixtureDataset(Dataset[Item]):
             raise IndexError(f"row {row} of domain {domain!r} is not in [0, {self.sizes[domain]})")
         return self._rows(np.array([self.domains.index(domain)]), np.array([row]))[0]
 
+    @property
+    def sequences(self) -> dict[str, Sequences]:
+        """Name -> sequences of each of the first domains, whose rows those of `extend` are."""
+        return dict(zip(self.domains, self._first, strict=False))
+
     def begin(self, weights: Weights) -> None:
         """`schedule.begin`, refused where the loader has read already. Raises ValueError."""
         if self.read_until:
@@ -190,6 +217,29 @@ class MixtureDataset(Dataset[Item]):
             )
         self.schedule.publish(weights, start, end)
 
+    def extend(
+        self, domains: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], folder: str | os.PathLike[str]
+    ) -> None:
+        """Add domains that are views on the rows of the first ones, behind those there are; no token is copied.
+
+        Their weight is 0, and no position changes its sample, until a stage is published that gives them some. Worker
+        processes that run already see them then. Every rank calls this with the same arguments and a folder that is
+        its own or shared; where it is shared by several machines, one rank first.
+
+        Args:
+            domains: name -> (number of one of the first domains, row of it), int[n] each.
+            folder: where each index is kept, as `<name>.npy`; to be kept as long as the stream, and its states.
+
+        Raises:
+            ValueError: a name that is taken, no rows, a domain or row that is not there, more domains than there is
+                room for (`roster.MAX_JOINED`). Nothing is changed then.
+        """
+        new = late.numbered_domains(domains, self._first, Path(folder))
+        joining = [domain for domain, _ in new]
+        self.schedule.check_new(joining)
+        self._views |= {domain.source["hash"]: late.written(domain, numbers, self._first) for domain, numbers in new}
+        self.schedule.extend(joining)
+
     @property
     def read_until(self) -> int:
         """One more than the highest position that a loader read here or in a worker; 0 before, and after loading."""
@@ -202,8 +252,9 @@ class MixtureDataset(Dataset[Item]):
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Hash of each domain's content: its store's index, its length, its first and last sequence."""
-        return {name: self._content_hash(number) for number, name in enumerate(self.domains)}
+        """Hash of the content of each of the first domains: its index, its length, its first and last sequence."""
+        parts = self.sequences.items()
+        return {name: content_hash(rows, self.sequence_length, f"domain {name!r}") for name, rows in parts}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the stream depends on, as JSON-able values: the schedule's state and the domains' fingerprint."""
@@ -213,11 +264,18 @@ class MixtureDataset(Dataset[Item]):
             "fingerprint": dict(self.fingerprint),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], views: str | os.PathLike[str] | None = None) -> None:
         """Continue the stream of a state made by `state_dict`; to be called before a loader reads on.
 
+        Domains that joined are those of the state from then on, and no others.
+
+        Args:
+            state: the state.
+            views: folder of the index files of domains that joined; None: where they were when the state was made.
+
         Raises:
-            ValueError: the state is of other data; the message says what changed, and nothing was loaded.
+            ValueError: the state is of other data, or an index file is missing or changed; the message says what, and
+                nothing was loaded.
         """
         found = self.schedule.differences(state["schedule"])
         if state["sequence_length"] != self.sequence_length:
@@ -227,7 +285,9 @@ class MixtureDataset(Dataset[Item]):
             found += [f"domain {name!r} has as many rows, but their content changed" for name in changed]
         if found:
             raise ValueError("this state belongs to other data: " + "; ".join(found))
-        self.schedule.load_state_dict(state["schedule"])
+        schedule, opened = late.opened(state["schedule"], self._first, views)
+        self.schedule.load_state_dict(schedule)
+        self._views = opened
         self._reads.array[:] = 0
 
     def _reading_order(self, positions: Ints) -> list[range]:
@@ -310,26 +370,14 @@ class MixtureDataset(Dataset[Item]):
         return [{"input_ids": tokens, "labels": labels, "domain": number} for tokens, labels, number in pairs]
 
     def _gather(self, number: int, rows: Ints) -> Ints:
-        name = self.domains[number]
-        sequences = self._sequences[name]
-        if isinstance(sequences, PackedSequences):
-            return sequences.gather(rows)
-        found = [_token_ids(name, sequences, row) for row in rows.tolist()]
-        for row, tokens in zip(rows.tolist(), found, strict=True):
-            if len(tokens) != self.sequence_length:
-                raise ValueError(
-                    f"sequence {row} of domain {name!r} has {len(tokens)} tokens, not {self.sequence_length}: all must"
-                    " have one length; cut or pad them, or write them to a TokenStore"
-                )
-        return np.stack(found)
+        first = number < len(self._first)
+        sequences = self._first[number] if first else self._view(self.schedule.joined[number - len(self._first)])
+        return gather(sequences, rows, self.sequence_length, f"domain {self.domains[number]!r}")
 
-    def _content_hash(self, number: int) -> str:
-        sequences = self._sequences[self.domains[number]]
-        digest = hashlib.blake2b(str(len(sequences)).encode(), digest_size=16)
-        if isinstance(sequences, PackedSequences):
-            digest.update(sequences.store.fingerprint.encode())
-        digest.update(self._gather(number, np.array([0, len(sequences) - 1])).astype("<i8").tobytes())
-        return digest.hexdigest()
+    def _view(self, domain: Domain) -> RowView:
+        if domain.source["hash"] not in self._views:
+            self._views[domain.source["hash"]] = late.view(domain, self._first)
+        return self._views[domain.source["hash"]]
 
 
 class _Ahead(NamedTuple):
@@ -345,47 +393,21 @@ class _Ahead(NamedTuple):
         return self.start + len(self.domain)
 
 
-def _as_sequences(name: str, data: Any, sequence_length: int | None) -> Sequence[Mapping[str, Any]]:
+def _as_sequences(name: str, data: Any, sequence_length: int | None) -> Sequences:
     if isinstance(data, str | os.PathLike):
         data = TokenStore.open(data)
-    if isinstance(data, TokenStore):
+    tokens = "none"
+    if isinstance(data, TokenStore | DocumentView):
         if sequence_length is None:
             raise ValueError(f"sequence_length is missing: domain {name!r} is a token store, to be cut into sequences")
+        tokens = f"{data.num_tokens} tokens, of {sequence_length}"
         data = PackedSequences(data, sequence_length)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise ValueError(
-            f"domain {name!r} is a {type(data).__name__}: give a TokenStore, its path, or a sequence of dicts with"
-            " input_ids"
+            f"domain {name!r} is a {type(data).__name__}: give a TokenStore, its path, a view, or a sequence of dicts"
+            " with input_ids"
         )
     if not len(data):
-        tokens = (
-            f"{len(data.store.tokens)} tokens, of {sequence_length}" if isinstance(data, PackedSequences) else "none"
-        )
         raise ValueError(f"domain {name!r} has not one whole sequence ({tokens}): give it more text, or leave it out")
-    sequences: Sequence[Mapping[str, Any]] = data
+    sequences: Sequences = data
     return sequences
-
-
-def _common_length(domains: Mapping[str, Sequence[Mapping[str, Any]]], given: int | None) -> int:
-    lengths = {name: len(_token_ids(name, sequences, 0)) for name, sequences in domains.items()}
-    length = next(iter(lengths.values())) if given is None else given
-    if wrong := [name for name in lengths if lengths[name] != length]:
-        raise ValueError(
-            f"sequences must have one length, here {length}: in domain {wrong[0]!r} it is {lengths[wrong[0]]}"
-        )
-    if length < 1:
-        raise ValueError("sequences must have at least one token")
-    return length
-
-
-def _token_ids(name: str, sequences: Sequence[Mapping[str, Any]], row: int) -> Ints:
-    try:
-        tokens = np.asarray(sequences[row]["input_ids"])
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"item {row} of domain {name!r} is no dict with input_ids ({error!r})") from error
-    if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
-        raise ValueError(
-            f"input_ids of item {row} of domain {name!r} are {tokens.dtype} of shape {tokens.shape}, not a vector of"
-            " integers"
-        )
-    return tokens.astype(np.int64)

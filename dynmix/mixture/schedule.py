@@ -16,15 +16,15 @@ import numpy.typing as npt
 
 from dynmix.mixture.golden import TOTAL, golden, interval_counts
 from dynmix.mixture.permutation import mix, permute
-from dynmix.mixture.shared import SharedArray, is_starting_process
+from dynmix.mixture.roster import Domain, Roster
+from dynmix.mixture.shared import is_starting_process
+from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
 
 Ints = npt.NDArray[np.int64]
 Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
 
-MAX_STAGES = 4096
 MAX_BLOCK = 1 << 20
 _CHUNK = 1 << 14  # positions computed at once: a working set that stays in the cache
-_OPEN = -1  # the end of a stage that has none
 _VERSION = 1  # of the order itself; raise it when the same state would give other samples
 _BLOCK_KEY, _OFFSET_KEY, _ROW_KEY = 1, 2, 3  # keep the hashes of one seed apart
 
@@ -39,16 +39,6 @@ class Stage(NamedTuple):
     start: int
     end: int | None
     weights: dict[str, float]
-
-
-class _Stage(NamedTuple):
-    """One row of the table; `cdf` and `base` (draws of each domain before it) are int64[n_domains]."""
-
-    number: int
-    start: int
-    end: int | None
-    cdf: Ints
-    base: Ints
 
 
 def integer_cdf(weights: npt.ArrayLike) -> Ints:
@@ -88,7 +78,8 @@ def integer_cdf(weights: npt.ArrayLike) -> Ints:
 class MixtureSchedule:
     """Domain, row and epoch of every position, for weights that change at declared positions.
 
-    Only the process that made it may publish; processes started by it see each new stage at once and whole.
+    Only the process that made it may publish and extend it; processes started by it see each new stage, and each new
+    domain, at once and whole.
 
     Args:
         weights: name -> weight of the stage that begins at position 0; its order is the order of the domains.
@@ -101,25 +92,48 @@ class MixtureSchedule:
     """
 
     def __init__(self, weights: Mapping[str, float], sizes: Mapping[str, int], seed: int = 0, block: int = 256) -> None:
-        self._setup(tuple(weights), matched(sizes, tuple(weights), "sizes"), seed, block)
-        self._write(0, [_Stage(0, 0, None, self._cdf(weights), np.zeros(len(self.names), np.int64))])
+        self._setup(dict(zip(weights, matched(sizes, tuple(weights), "sizes"), strict=True)), seed, block)
+        self._table.write(0, [StageRow(0, 0, None, self._cdf(weights), np.zeros(len(weights), np.int64))])
 
-    def _setup(self, names: Sequence[str], sizes: Sequence[int], seed: int, block: int) -> None:
-        self.names = tuple(names)
-        self.sizes = dict(zip(self.names, (operator.index(size) for size in sizes), strict=True))
+    def _setup(self, sizes: Mapping[str, int], seed: int, block: int) -> None:
+        self._roster = Roster(sizes)
         self.seed, self.block = operator.index(seed), operator.index(block)
-        if not all(isinstance(name, str) for name in self.names):
-            raise ValueError(f"domain names must be strings: {list(self.names)}")
-        if small := [name for name, size in self.sizes.items() if not 0 <= size < 1 << 62]:
-            raise ValueError(f"sizes must be numbers of rows from 0 to 2**62: {small[0]!r} has {self.sizes[small[0]]}")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
         if not 1 <= self.block <= MAX_BLOCK:
             raise ValueError(f"block must be from 1 to {MAX_BLOCK} (best the global batch size), not {block}")
-        self._rows_of = np.array(list(self.sizes.values()), np.uint64)
-        self._row_keys = mix(self.seed, _ROW_KEY, np.arange(len(self.names)))
-        # Row 0: generation, number of stages. Row 1 + s: stage s with its start, declared end, cdf and base.
-        self._table = SharedArray((1 + MAX_STAGES, 2 + 2 * len(self.names)))
+        self._row_keys = mix(self.seed, _ROW_KEY, np.arange(self._roster.capacity))
+        self._table = StageTable(self._roster.capacity)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the domains, in order."""
+        return self._roster.now.names
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> rows of the domain."""
+        return self._roster.now.sizes
+
+    @property
+    def joined(self) -> tuple[Domain, ...]:
+        """The last of the domains: those that `extend` added."""
+        return self._roster.now.joined
+
+    def check_new(self, domains: Sequence[Domain]) -> None:
+        """Nothing, if `extend` would take these domains. Raises ValueError as it does."""
+        self._roster.check(domains, keep=len(self.joined))
+
+    def extend(self, domains: Sequence[Domain]) -> None:
+        """Add domains behind those there are, with weight 0 until a stage is published that gives them some.
+
+        No position changes its sample. (The schedule of a dataset is extended by `MixtureDataset.extend`.)
+
+        Raises:
+            ValueError: a name that is taken, a domain without rows, more than `roster.MAX_JOINED` of them.
+        """
+        self._roster.put(domains, keep=len(self.joined))
+        self._table.outdate()
 
     def begin(self, weights: Weights) -> None:
         """Give the first stage other weights, as long as it is the only one.
@@ -127,10 +141,9 @@ class MixtureSchedule:
         Raises:
             ValueError: a later stage is published already; bad weights.
         """
-        if self._count > 1:
-            raise ValueError(f"{self._count} stages are published already: the weights of the first one stay")
-        first = self._stage(0)
-        self._write(0, [_Stage(0, 0, first.end, self._cdf(weights), first.base)])
+        if len(self._table) > 1:
+            raise ValueError(f"{len(self._table)} stages are published already: the weights of the first one stay")
+        self._table.write(0, [self._stage(0)._replace(cdf=self._cdf(weights))])
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
         """Begin a stage at position `start`; positions before it stay what they were.
@@ -144,7 +157,7 @@ class MixtureSchedule:
             ValueError: a start in the past or with a gap before it, an end not beyond start, bad weights.
             RuntimeError: `MAX_STAGES` are published already.
         """
-        start, last = operator.index(start), self._stage(self._count - 1)
+        start, last = operator.index(start), self._stage(len(self._table) - 1)
         if start <= last.start:
             raise ValueError(
                 f"start={start} is in the past: stage {last.number} began at position {last.start}, and what is"
@@ -152,10 +165,10 @@ class MixtureSchedule:
             )
         if last.end is not None and start != last.end:
             raise ValueError(f"start={start}: the last stage ends at {last.end}, so the next one starts at {last.end}")
-        if self._count == MAX_STAGES:
+        if len(self._table) == MAX_STAGES:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
-        number, end = self._count, _checked_end(start, end)
-        self._write(number, [_Stage(number, start, end, self._cdf(weights), self._counts_in(last, start))])
+        number, end = len(self._table), _checked_end(start, end)
+        self._table.write(number, [StageRow(number, start, end, self._cdf(weights), self._counts_in(last, start))])
 
     def hold(self, end: int) -> None:
         """Declare that the last stage ends at `end`: positions from there on are undecided until a stage is published.
@@ -163,26 +176,26 @@ class MixtureSchedule:
         Raises:
             ValueError: `end` is not beyond the stage's start, or another end was declared.
         """
-        last = self._stage(self._count - 1)
+        last = self._table[len(self._table) - 1]
         if last.end not in (None, end):
             raise ValueError(f"end={end}: the last stage was declared to end at {last.end}, and that stays")
         _checked_end(last.start, end)
-        self._table.array[self._count, 1] = end
+        self._table.hold(end)
 
     @property
     def end(self) -> int | None:
         """First undecided position; None while the last stage is open."""
-        return _end(self._table.array[self._count, 1])
+        return self._table.end
 
     @property
     def generation(self) -> int:
-        """Grows when a stage is published or a state loaded: what was assigned before may then be outdated."""
-        return int(self._table.array[0, 0])
+        """Grows when domains join, a stage is published or a state loaded: what was read before may be outdated."""
+        return self._table.generation
 
     @property
     def stages(self) -> list[Stage]:
         """Every published stage, oldest first."""
-        rows = [self._stage(number) for number in range(self._count)]
+        rows = [self._stage(number) for number in range(len(self._table))]
         ends = [*(row.start for row in rows[1:]), self.end]  # an open stage ends where the next one was published
         return [Stage(row.start, end, self._floats(row.cdf)) for row, end in zip(rows, ends, strict=True)]
 
@@ -222,7 +235,7 @@ class MixtureSchedule:
             ValueError: not 0 <= start <= stop < 2**62.
         """
         self.check_decided(start, stop)
-        starts = self._table.array[1 : 1 + self._count, 0].tolist()
+        starts = self._table.starts.tolist()
         pieces = [(np.zeros(0, np.int64),) * 3]
         while start < stop:
             number = bisect_right(starts, start) - 1
@@ -253,57 +266,66 @@ class MixtureSchedule:
             row and epoch, int64[n] each.
         """
         numbers = draws.astype(np.uint64)
-        size = self._rows_of[domain]
+        size = self._roster.now.rows[domain]
         epoch = numbers // size
         row = permute(numbers - epoch * size, size, mix(self._row_keys[domain], epoch))
         return row.astype(np.int64), epoch.astype(np.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the order depends on, as JSON-able values."""
-        rows = [self._stage(number) for number in range(self._count)]
+        rows = [self._stage(number) for number in range(len(self._table))]
+        domains = self._roster.now
         return {
             "version": _VERSION,
             "seed": self.seed,
             "block": self.block,
-            "names": list(self.names),
-            "sizes": list(self.sizes.values()),
+            "names": list(domains.names),
+            "sizes": list(domains.sizes.values()),
+            **({"joined": [dict(domain.source) for domain in domains.joined]} if domains.joined else {}),
             "stages": [
                 {"start": row.start, "end": row.end, "cdf": row.cdf.tolist(), "base": row.base.tolist()} for row in rows
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace all stages by those of a state made by `state_dict`; nothing changes if it does not fit.
+        """Replace stages, and domains that joined, by those of a state of `state_dict`; all of them or, on error, none.
 
         Raises:
             ValueError: the state is of other domains, sizes, seed or block, or its stages do not fit together.
         """
         if differences := self.differences(state):
             raise ValueError("this state belongs to another schedule: " + "; ".join(differences))
-        stages: list[_Stage] = []
+        first, joined = _domains_of(state)
+        self._roster.check(joined, keep=0)
+        sizes = {**first, **{domain.name: domain.size for domain in joined}}
+        stages: list[StageRow] = []
         for number, saved in enumerate(state["stages"]):
-            start, cdf, base = saved["start"], self._cdf(saved["cdf"]), np.array(saved["base"], np.int64)
-            last = stages[-1] if stages else _Stage(0, -1, 0, cdf, np.zeros_like(base))
+            start, cdf, base = saved["start"], _checked_cdf(saved["cdf"], sizes), np.array(saved["base"], np.int64)
+            last = stages[-1] if stages else StageRow(0, -1, 0, cdf, np.zeros_like(base))
             expected = self._counts_in(last, start) if stages else np.zeros_like(cdf)
             if start <= last.start or last.end not in (None, start) or not np.array_equal(base, expected):
                 raise ValueError(
                     f"damaged state: stage {number} (start {start}) does not continue the stages before it"
                 )
-            stages.append(_Stage(number, start, _checked_end(start, saved["end"]), cdf, base))
+            stages.append(StageRow(number, start, _checked_end(start, saved["end"]), cdf, base))
         if not 1 <= len(stages) <= MAX_STAGES:
             raise ValueError(f"damaged state: {len(stages)} stages, where there are 1 to {MAX_STAGES}")
-        self._write(0, stages)
+        self._roster.put(joined, keep=0)
+        self._table.write(0, stages)
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
-        """How a state's domains, seed and block differ from these, a phrase each; a state without any can be loaded."""
-        then = dict(zip(state["names"], state["sizes"], strict=True))
-        found = [f"domain {name!r} is new" for name in self.names if name not in then]
-        found += [f"domain {name!r} is gone" for name in then if name not in self.sizes]
-        if not found and list(then) != list(self.names):
-            found.append(f"the domains' order was {list(then)} and is {list(self.names)}")
+        """How a state's domains, seed and block differ from these, a phrase each; a state without any can be loaded.
+
+        Domains that joined, then or now, make no difference: loading replaces them.
+        """
+        (then, _), sizes = _domains_of(state), self._roster.first
+        found = [f"domain {name!r} is new" for name in sizes if name not in then]
+        found += [f"domain {name!r} is gone" for name in then if name not in sizes]
+        if not found and list(then) != list(sizes):
+            found.append(f"the domains' order was {list(then)} and is {list(sizes)}")
         found += [
             f"domain {name!r} had {then[name]} rows and has {size}"
-            for name, size in self.sizes.items()
+            for name, size in sizes.items()
             if then.get(name, size) != size
         ]
         now = {"version": _VERSION, "seed": self.seed, "block": self.block}
@@ -316,55 +338,24 @@ class MixtureSchedule:
         if "_table" in state:  # a starting process shares the table, any other copy is independent
             self.__dict__.update(state)
         else:
-            self._setup(state["names"], state["sizes"], state["seed"], state["block"])
+            self._setup(_domains_of(state)[0], state["seed"], state["block"])
             self.load_state_dict(state)
 
-    @property
-    def _count(self) -> int:
-        return int(self._table.array[0, 1])
+    def _stage(self, number: int) -> StageRow:
+        row = self._table[number]  # before the names are looked at: whoever wrote it had seen all it has
+        return row.widened(len(self.names))
 
-    def _stage(self, number: int) -> _Stage:
-        row = self._table.array[1 + number]
-        return _Stage(number, int(row[0]), _end(row[1]), *np.split(row[2:], 2))
-
-    def _stage_at(self, position: int) -> _Stage:
-        return self._stage(int(np.searchsorted(self._table.array[1 : 1 + self._count, 0], position, side="right")) - 1)
-
-    def _write(self, first: int, stages: Sequence[_Stage]) -> None:
-        """Put `stages` into the table from number `first` on; what follows them is dropped."""
-        table = self._table.array
-        table[0, 1] = first
-        for stage in stages:
-            row = np.concatenate([[stage.start, _OPEN if stage.end is None else stage.end], stage.cdf, stage.base])
-            table[1 + stage.number] = row
-        # Readers in other processes look at the count only: a row they can see is whole. The generation comes last, so
-        # that what is computed from the old rows is never taken for new.
-        table[0, 1] = first + len(stages)
-        table[0, 0] += 1
+    def _stage_at(self, position: int) -> StageRow:
+        return self._stage(int(np.searchsorted(self._table.starts, position, side="right")) - 1)
 
     def _cdf(self, weights: Weights) -> Ints:
-        if isinstance(weights, Mapping):
-            cdf = integer_cdf(matched(weights, self.names, "weights"))
-        else:
-            given = np.asarray(weights)
-            if given.dtype.kind not in "iu" or given.shape != (len(self.names),):
-                raise ValueError(
-                    f"weights must be a mapping from name to weight or the {len(self.names)} integers of an"
-                    f" integer_cdf, not {given.dtype} of shape {given.shape}"
-                )
-            cdf = given.astype(np.int64)
-            if cdf[-1] != TOTAL or (np.diff(cdf, prepend=0) < 0).any():
-                raise ValueError(f"an integer cdf must ascend from 0 to 2**32, not {cdf.tolist()[:8]}...{cdf[-1]}")
-        if empty := [
-            n for n, units in zip(self.names, np.diff(cdf, prepend=0), strict=True) if units and not self.sizes[n]
-        ]:
-            raise ValueError(f"domain {empty[0]!r} has weight but no rows: give it rows, or weight 0")
-        return cdf
+        return _checked_cdf(weights, self.sizes)
 
     def _floats(self, cdf: Ints) -> dict[str, float]:
-        return dict(zip(self.names, (np.diff(cdf, prepend=0) / TOTAL).tolist(), strict=True))
+        # Not strict: more domains may have joined since the cdf was read.
+        return dict(zip(self.names, (np.diff(cdf, prepend=0) / TOTAL).tolist(), strict=False))
 
-    def _domains(self, stage: _Stage, first: int, count: int) -> Ints:
+    def _domains(self, stage: StageRow, first: int, count: int) -> Ints:
         """Domain of `count` positions from the stage's position `first` on, which begins a block."""
         position = np.arange(first, first + count, dtype=np.uint64)
         inside = position % self.block
@@ -372,31 +363,55 @@ class MixtureSchedule:
         scattered = position - inside + permute(inside, self.block, key)
         return np.searchsorted(stage.cdf, golden(scattered, self._offset(stage)), side="right")
 
-    def _offset(self, stage: _Stage) -> int:
+    def _offset(self, stage: StageRow) -> int:
         return int(mix(self.seed, _OFFSET_KEY, stage.number)) % TOTAL
 
-    def _counts_in(self, stage: _Stage, position: int) -> Ints:
+    def _counts_in(self, stage: StageRow, position: int) -> Ints:
         """Draws of each domain before `position`, which lies in `stage` or at its end."""
         inside = (position - stage.start) % self.block
         whole = position - stage.start - inside
-        partial = np.bincount(self._domains(stage, whole, inside), minlength=len(self.names))
+        partial = np.bincount(self._domains(stage, whole, inside), minlength=len(stage.cdf))
         # A block's permutation stays within the block, so whole blocks hold the plain golden-ratio sequence.
         return stage.base + interval_counts(whole, self._offset(stage), stage.cdf) + partial
 
-    def _assign_in(self, stage: _Stage, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
+    def _assign_in(self, stage: StageRow, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         inside = (start - stage.start) % self.block
         domain = self._domains(stage, start - stage.start - inside, stop - start + inside)[inside:]
-        drawn = np.bincount(domain, minlength=len(self.names))
+        drawn = np.bincount(domain, minlength=len(stage.cdf))
         # The n-th occurrence of a domain here is its draw before + n: number the occurrences in domain order.
-        order = np.argsort(domain.astype(np.min_scalar_type(len(self.names))), kind="stable")  # small types: radix sort
+        order = np.argsort(domain.astype(np.min_scalar_type(len(stage.cdf))), kind="stable")  # small types: radix sort
         before = self._counts_in(stage, start) - (np.cumsum(drawn) - drawn)
         draw = np.empty_like(domain)
         draw[order] = np.arange(len(domain)) + np.repeat(before, drawn)
         return domain, *self.rows(domain, draw)
 
 
-def _end(value: np.int64) -> int | None:
-    return None if value == _OPEN else int(value)
+def _checked_cdf(weights: Weights, sizes: Mapping[str, int]) -> Ints:
+    """`weights` as an integer cdf over the domains of `sizes`."""
+    if isinstance(weights, Mapping):
+        cdf = integer_cdf(matched(weights, tuple(sizes), "weights"))
+    else:
+        given = np.asarray(weights)
+        if given.dtype.kind not in "iu" or given.shape != (len(sizes),):
+            raise ValueError(
+                f"weights must be a mapping from name to weight or the {len(sizes)} integers of an integer_cdf, not"
+                f" {given.dtype} of shape {given.shape}"
+            )
+        cdf = given.astype(np.int64)
+        if cdf[-1] != TOTAL or (np.diff(cdf, prepend=0) < 0).any():
+            raise ValueError(f"an integer cdf must ascend from 0 to 2**32, not {cdf.tolist()[:8]}...{cdf[-1]}")
+    if empty := [n for n, units in zip(sizes, np.diff(cdf, prepend=0), strict=True) if units and not sizes[n]]:
+        raise ValueError(f"domain {empty[0]!r} has weight but no rows: give it rows, or weight 0")
+    return cdf
+
+
+def _domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
+    """A state's first domains, name -> size, and those that joined."""
+    sizes, sources = list(zip(state["names"], state["sizes"], strict=True)), state.get("joined", [])
+    if (first := len(sizes) - len(sources)) < 0:
+        raise ValueError(f"damaged state: {len(sources)} of its {len(sizes)} domains joined")
+    joined = [Domain(name, size, source) for (name, size), source in zip(sizes[first:], sources, strict=True)]
+    return dict(sizes[:first]), joined
 
 
 def _checked_end(start: int, end: int | None) -> int | None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 
 class SharedArray:
-    """An int64 array, zero at first, shared with every process that is started while this one holds it.
+    """An array of integers, zero at first, shared with every process that is started while this one holds it.
 
     Memory is taken page by page when it is first written, so a large shape costs nothing; it has no name anywhere and
     is given back when the last process ends, killed or not. Sent to a starting process it stays one memory; pickled or
@@ -24,24 +24,25 @@ class SharedArray:
 
     Args:
         shape: shape of `array`.
+        dtype: type of its integers.
 
     Attributes:
         array: the integers, a writable view on the shared memory.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int64) -> None:
         file = _anonymous_file()
-        file.truncate(8 * int(np.prod(shape)))
-        self._map(file, shape)
+        file.truncate(np.dtype(dtype).itemsize * int(np.prod(shape)))
+        self._map(file, shape, dtype)
 
-    def _map(self, file: IO[bytes], shape: tuple[int, ...]) -> None:
+    def _map(self, file: IO[bytes], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._file = file  # kept open: its descriptor is what a spawned process is given
-        self.array: npt.NDArray[np.int64] = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64).reshape(shape)
+        self.array: npt.NDArray[Any] = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype).reshape(shape)
 
     def __reduce__(self) -> tuple[Callable[..., "SharedArray"], tuple[Any, ...]]:
         if get_spawning_popen() is None:
             return _copy, (self.array.copy(),)
-        return _attach, (DupFd(self._file.fileno()), self.array.shape)
+        return _attach, (DupFd(self._file.fileno()), self.array.shape, self.array.dtype)
 
 
 def is_starting_process() -> bool:
@@ -55,13 +56,13 @@ def _anonymous_file() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def _copy(content: npt.NDArray[np.int64]) -> SharedArray:
-    twin = SharedArray(content.shape)
+def _copy(content: npt.NDArray[Any]) -> SharedArray:
+    twin = SharedArray(content.shape, content.dtype)
     twin.array[...] = content
     return twin
 
 
-def _attach(descriptor: Any, shape: tuple[int, ...]) -> SharedArray:
+def _attach(descriptor: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -> SharedArray:
     shared = SharedArray.__new__(SharedArray)
-    shared._map(os.fdopen(descriptor.detach(), "r+b"), shape)
+    shared._map(os.fdopen(descriptor.detach(), "r+b"), shape, dtype)
     return shared

@@ -157,6 +157,12 @@ class TokenStore:
         """Hex digest of the index: the documents' number, order, lengths and dtype (not their tokens)."""
         return hashlib.blake2b(self._index.data, digest_size=16).hexdigest()
 
+    def starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First token of each of `documents`, int64[n]; for document D, one past the last token."""
+        sequence = self._table[documents]
+        starts = self._starts[np.minimum(sequence, len(self._starts) - 1)] // self.tokens.itemsize
+        return np.where(sequence == len(self._starts), len(self.tokens), starts)
+
     def _start(self, document: int) -> int:
         """First token of `document`; for document D, one past the last token."""
         sequence = int(self._table[document])

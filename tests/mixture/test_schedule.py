@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+import multiprocessing
 import pickle
 from collections import Counter
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from dynmix.mixture import schedule as module
 from dynmix.mixture.golden import TOTAL
+from dynmix.mixture.roster import MAX_JOINED, Domain
 from dynmix.mixture.schedule import MixtureSchedule, Undecided, integer_cdf
 
 FAR = 10**12
@@ -331,3 +333,192 @@ def test_weights_of_a_stage_can_be_published_again(weights: list[float]) -> None
     again = integer_cdf(np.diff(cdf, prepend=0) / TOTAL)
     assert again.tolist() == cdf.tolist()
     assert ((np.diff(cdf, prepend=0) > 0) == (np.array(weights) / sum(weights) > 0)).all()
+
+
+def late(**sizes: int) -> list[Domain]:
+    return [Domain(name, size, {"of": name}) for name, size in sizes.items()]
+
+
+def grown() -> MixtureSchedule:
+    """Two stages of two domains, a third with one that joined, and a fourth domain that has no stage yet."""
+    made = two_stages()
+    made.extend(late(c=30))
+    made.publish({"a": 0.1, "b": 0.2, "c": 0.7}, start=2000)
+    made.extend(late(d=9))
+    return made
+
+
+@given(data=st.data(), seed=st.integers(0, 2**63 - 1), block=st.integers(1, 300))
+@settings(max_examples=60)
+def test_domains_that_join_are_as_if_they_had_always_been_there_with_weight_0(
+    data: st.DataObject, seed: int, block: int
+) -> None:
+    stages, start, present = [], 0, data.draw(st.integers(1, 4))
+    sizes = {name: data.draw(st.integers(1, 400)) for name in names}
+    for more in [0, *data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))]:
+        joining = names[present : present + more]
+        present += len(joining)
+        values = data.draw(st.lists(st.floats(0.01, 1) | st.just(0.0), min_size=present, max_size=present).filter(any))
+        stages.append((start, joining, dict(zip(names, [v / sum(values) for v in values], strict=False))))
+        start += data.draw(st.integers(1, 700))
+    full = [(at, dict.fromkeys(names, 0.0) | weights) for at, _, weights in stages]
+    reference = MixtureSchedule(full[0][1], sizes, seed=seed, block=block)
+    made = MixtureSchedule(stages[0][2], {name: sizes[name] for name in stages[0][2]}, seed=seed, block=block)
+    for (at, joining, weights), (_, all_weights) in zip(stages[1:], full[1:], strict=True):
+        made.extend([Domain(name, sizes[name], {}) for name in joining])
+        cdf = integer_cdf(list(all_weights.values()))
+        made.publish(weights if data.draw(st.booleans()) else cdf[: len(weights)], start=at)
+        reference.publish(cdf, start=at)
+    made.extend([Domain(name, sizes[name], {}) for name in names[present:]])
+    assert made.names == reference.names
+    assert made.sizes == reference.sizes
+    assert made.stages == reference.stages
+    assert (np.array(made.assign(0, 3000)) == np.array(reference.assign(0, 3000))).all()
+    for position in (0, 1, *(at for at, *_ in stages), 2500, FAR):
+        assert made.counts(position).tolist() == reference.counts(position).tolist()
+        assert made.weights_at(position) == reference.weights_at(position)
+    state, expected = made.state_dict(), reference.state_dict()
+    assert len(state.pop("joined", [])) == len(names) - len(stages[0][2])
+    assert state == expected
+
+
+def test_joining_leaves_every_position_as_it_was() -> None:
+    made = two_stages()
+    before, generation = made.assign(0, 3000), made.generation
+    made.extend(late(c=30))
+    assert made.generation > generation
+    assert all((old == new).all() for old, new in zip(before, made.assign(0, 3000), strict=True))
+    assert made.weights_at(500) == pytest.approx({"a": 0.25, "b": 0.75, "c": 0.0})
+    made.publish({"a": 0.0, "b": 0.0, "c": 1.0}, start=2000)
+    after = made.assign(0, 3000)
+    assert all((old[:2000] == new[:2000]).all() for old, new in zip(before, after, strict=True))
+    assert (after[0][2000:] == 2).all()
+    assert after[2][-1] == 999 // 30
+
+
+def test_the_first_stage_may_begin_with_a_domain_that_joined() -> None:
+    made = MixtureSchedule({"a": 1.0}, {"a": 5})
+    made.hold(64)
+    made.extend(late(b=6))
+    made.begin({"a": 0.5, "b": 0.5})
+    assert made.end == 64
+    assert set(made.assign(0, 64)[0].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        (late(e=5, a=3), "there is a domain 'a' already: give the one that joins another name"),
+        (late(c=3), "there is a domain 'c' already"),
+        ([*late(e=5), *late(e=6)], "there is a domain 'e' already"),
+        (late(e=5, f=0), "domain 'f' would join with 0 rows"),
+        ([Domain(3, 5, {})], "must be strings, not 3"),  # type: ignore[arg-type]
+        (late(**{f"x{i}": 1 for i in range(MAX_JOINED - 1)}), "cannot join the 2 that did: there is room for 1024"),
+        ([Domain("e" * 2**24, 5, {})], "16 MiB .* are used up"),
+    ],
+)
+def test_domains_that_cannot_join_change_nothing(domains: list[Domain], message: str) -> None:
+    made = grown()
+    before, generation = made.state_dict(), made.generation
+    for attempt in (made.extend, made.check_new):
+        with pytest.raises(ValueError, match=message):
+            attempt(domains)
+    assert made.state_dict() == before
+    assert made.generation == generation
+    made.extend(late(e=5))
+    assert made.names == ("a", "b", "c", "d", "e")
+
+
+def test_as_many_may_join_as_there_is_room_for() -> None:
+    made = two_stages()
+    made.extend(late(**{f"x{i}": i + 1 for i in range(MAX_JOINED)}))
+    weights = dict.fromkeys(made.names, 1 / len(made.names))
+    made.publish(weights, start=2000)
+    assert np.bincount(made.assign(2000, 2000 + 50 * len(weights))[0]).min() > 40
+    assert made.counts(10**6).sum() == 10**6
+    twin = two_stages()
+    twin.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert (np.array(twin.assign(1900, 4000)) == np.array(made.assign(1900, 4000))).all()
+
+
+@pytest.mark.parametrize("make", [two_stages, grown])
+def test_a_state_replaces_what_joined_since(make: Any) -> None:
+    text = json.dumps(make().state_dict())
+    others = two_stages(), grown(), MixtureSchedule({"a": 0.5, "b": 0.5}, {"a": 50, "b": 70})
+    others[1].extend(late(e=8, f=9))
+    for other in others:
+        generation = other.generation
+        other.load_state_dict(json.loads(text))
+        assert json.dumps(other.state_dict()) == text
+        assert other.generation > generation
+        assert other.joined == make().joined
+        assert (np.array(other.assign(0, 3000)) == np.array(make().assign(0, 3000))).all()
+        other.extend(late(z=4))  # and goes on from there
+        assert other.names == (*make().names, "z")
+
+
+def test_a_state_without_such_domains_is_what_it_was() -> None:
+    assert list(two_stages().state_dict()) == ["version", "seed", "block", "names", "sizes", "stages"]
+    assert grown().state_dict()["joined"] == [{"of": "c"}, {"of": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state["joined"].append({}), "domain 'b' is new"),
+        (lambda state: state["joined"].extend([{}] * 9), "damaged state: 11 of its 4 domains joined"),
+        (lambda state: state["joined"].pop(), "domain 'c' is gone"),
+        (lambda state: state["names"].__setitem__(3, "a"), "there is a domain 'a' already"),
+        (lambda state: state["sizes"].__setitem__(3, 0), "domain 'd' would join with 0 rows"),
+        (lambda state: state["stages"][0]["cdf"].pop(), "the 4 integers"),
+        (lambda state: state["stages"][2]["base"].__setitem__(2, 1), "damaged state: stage 2"),
+    ],
+)
+def test_a_damaged_state_with_such_domains_is_refused(damage: Any, message: str) -> None:
+    state, made = grown().state_dict(), two_stages()
+    damage(state)
+    with pytest.raises(ValueError, match=message):
+        made.load_state_dict(state)
+    assert made.state_dict() == two_stages().state_dict()
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_has_the_domains_that_joined_and_stays_small(make_copy: Any) -> None:
+    made = grown()
+    twin = make_copy(made)
+    assert twin.state_dict() == made.state_dict()
+    made.extend(late(e=5))
+    assert twin.names == ("a", "b", "c", "d")
+    assert len(pickle.dumps(made)) < 3000
+
+
+def watch(made: MixtureSchedule, ready: Any, out: Any) -> None:
+    """Read without a pause while another process extends and publishes; say what was seen when all is there."""
+    rounds = 0
+    while len(made.names) < 42 or len(made._table) < 41:
+        domain, row, _ = made.assign(0, 900)
+        assert len(made.counts(900)) >= 2 > domain.max()
+        assert (row < np.array([50, 70])[domain]).all()
+        assert all(abs(sum(stage.weights.values()) - 1) < 1e-9 for stage in made.stages)
+        made.assign(900, 6000)
+        ready.set()
+        rounds += 1
+    out.put((rounds, [part.tolist() for part in made.assign(0, 6000)], made.state_dict()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_process_that_reads_meanwhile_sees_whole_things_only(method: str) -> None:
+    made = MixtureSchedule({"a": 0.25, "b": 0.75}, {"a": 50, "b": 70})
+    processes: Any = multiprocessing.get_context(method)
+    ready, out = processes.Event(), processes.Queue()
+    reader = processes.Process(target=watch, args=(made, ready, out), daemon=True)
+    reader.start()
+    assert ready.wait(60)
+    for k in range(40):
+        made.extend(late(**{f"x{k}": k + 1}))
+        made.publish(dict.fromkeys(made.names, 1 / len(made.names)), start=1000 + 100 * k)
+    rounds, order, state = out.get(timeout=60)
+    reader.join(60)
+    assert rounds >= 1
+    assert order == [part.tolist() for part in made.assign(0, 6000)]
+    assert state == made.state_dict()

@@ -32,6 +32,15 @@ def test_a_copy_has_a_memory_of_its_own(make_copy: Any) -> None:
     assert twin.array.tolist() == [[0, 5], [0, 0]]
 
 
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i8"])
+def test_integers_of_other_types(dtype: str) -> None:
+    shared = SharedArray((3,), dtype)
+    shared.array[:] = [1, 0, 200]
+    twin = copy.deepcopy(shared)
+    assert twin.array.dtype == dtype
+    assert twin.array.tolist() == [1, 0, 200]
+
+
 def test_untouched_memory_costs_nothing() -> None:
     before = resident_pages()
     shared = SharedArray((1 << 27,))  # 1 GiB

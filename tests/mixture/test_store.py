@@ -97,6 +97,8 @@ def test_opens_what_megatron_writes_with_many_sequences_a_document(data: st.Data
         joined = [list(chain(*d)) for d in documents]
         assert [store[i].tolist() for i in range(len(store))] == joined
         assert [store[i - len(store)].tolist() for i in range(len(store))] == joined
+        ends = list(accumulate(map(len, joined), initial=0))
+        assert store.starts(np.arange(len(store) + 1)[::-1]).tolist() == ends[::-1]
 
 
 @given(documents=tokens_up_to(70_000), chunk=st.integers(1, 7))

@@ -1,0 +1,87 @@
+"""The stages of a schedule as a table in shared memory: one process writes it, those it started read it.
+
+A stage keeps the domains there were when it was written. Domains that joined since have no part in it, which reads as
+a cumulative weight of 2**32 (never drawn) and no draws. Knows nothing of names, sizes or how positions are assigned.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dynmix.mixture.golden import TOTAL, Ints
+from dynmix.mixture.shared import SharedArray
+
+MAX_STAGES = 4096
+_OPEN = -1  # the end of a stage that has none
+
+
+class StageRow(NamedTuple):
+    """One row of the table; `cdf` and `base` (draws of each domain before it) are int64[n_domains]."""
+
+    number: int
+    start: int
+    end: int | None
+    cdf: Ints
+    base: Ints
+
+    def widened(self, width: int) -> "StageRow":
+        """The same stage with `width` domains, at least as many as it has."""
+        more = width - len(self.cdf)
+        cdf, base = np.pad(self.cdf, (0, more), constant_values=TOTAL), np.pad(self.base, (0, more))
+        return self._replace(cdf=cdf, base=base)
+
+
+class StageTable:
+    """Room for `MAX_STAGES` stages of up to `capacity` domains; pages that nothing was written to take no memory."""
+
+    def __init__(self, capacity: int) -> None:
+        # Row 0: generation, number of stages. Row 1 + s: start, end and number of domains of stage s, its cdf and base.
+        self._shared = SharedArray((1 + MAX_STAGES, 3 + 2 * capacity))
+
+    def __len__(self) -> int:
+        return int(self._shared.array[0, 1])
+
+    def __getitem__(self, number: int) -> StageRow:
+        row = self._shared.array[1 + number]
+        width = int(row[2])
+        return StageRow(number, int(row[0]), _end(row[1]), row[3 : 3 + width], row[3 + width : 3 + 2 * width])
+
+    @property
+    def starts(self) -> Ints:
+        """First position of every stage, int64[n_stages]."""
+        return self._shared.array[1 : 1 + len(self), 0]
+
+    @property
+    def end(self) -> int | None:
+        """Declared end of the last stage; None while it is open."""
+        return _end(self._shared.array[len(self), 1])
+
+    @property
+    def generation(self) -> int:
+        """Grows with every change but that of an end."""
+        return int(self._shared.array[0, 0])
+
+    def hold(self, end: int) -> None:
+        """Declare the end of the last stage."""
+        self._shared.array[len(self), 1] = end
+
+    def outdate(self) -> None:
+        """Say that what was read before may be outdated."""
+        self._shared.array[0, 0] += 1
+
+    def write(self, first: int, stages: Sequence[StageRow]) -> None:
+        """Put `stages` into the table from number `first` on; what follows them is dropped."""
+        table = self._shared.array
+        table[0, 1] = first
+        for stage in stages:
+            head = [stage.start, _OPEN if stage.end is None else stage.end, len(stage.cdf)]
+            table[1 + stage.number, : 3 + 2 * len(stage.cdf)] = np.concatenate([head, stage.cdf, stage.base])
+        # Readers in other processes look at the count only: a row they can see is whole. The generation comes last, so
+        # that what is computed from the old rows is never taken for new.
+        table[0, 1] = first + len(stages)
+        self.outdate()
+
+
+def _end(value: np.int64) -> int | None:
+    return None if value == _OPEN else int(value)

@@ -1,0 +1,202 @@
+"""Domains that are views on others: rows or documents in another grouping and order, with no token copied.
+
+A view knows what it is a view on and which parts of it it holds; why those is its caller's business.
+"""
+
+import hashlib
+import operator
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynmix.mixture.index import Ints, digest, numbered, read_numbers, shared, split
+from dynmix.mixture.sequences import Rows, Sequences, common_length, content_hash, gather
+from dynmix.mixture.shared import SharedArray
+from dynmix.mixture.store import TokenStore
+
+
+class RowView(Rows):
+    """Rows of several sequences as one: item i is item `row[i]` of `parts[part[i]]`, in any order, repeated or not.
+
+    Takes the memory of one unsigned integer a row, as wide as the rows of all parts need; worker processes share it.
+
+    Args:
+        parts: packed stores, other views, or any sequences of dicts with `input_ids`; all of one length.
+        part: int[n], which of `parts`.
+        row: int[n], which row of it.
+
+    Raises:
+        ValueError: no rows, a part or a row that is not there, sequences of different lengths.
+    """
+
+    def __init__(self, parts: Sequence[Sequences], part: npt.ArrayLike, row: npt.ArrayLike) -> None:
+        self._setup(parts, shared(numbered([len(rows) for rows in parts], part, row, "part", "row")))
+
+    @classmethod
+    def open(cls, file: str | os.PathLike[str], parts: Sequence[Sequences], content: str | None = None) -> "RowView":
+        """The view whose numbers (`dynmix.mixture.index`) are in `file`, memory-mapped; pickles by path.
+
+        Raises:
+            ValueError: the file is missing or no index on these parts, or its hash is not `content`.
+        """
+        view = cls.__new__(cls)
+        view._setup(parts, Path(file).absolute())
+        if content is not None and digest(view._numbers) != content:
+            raise ValueError(f"{file} has changed: its hash is {digest(view._numbers)}, and was {content}")
+        if (last := int(view._numbers.max())) >= view._ends[-1]:
+            raise ValueError(f"{file} is an index on other data: it has row {last} of {view._ends[-1]}")
+        return view
+
+    def _setup(self, parts: Sequence[Sequences], home: SharedArray | Path) -> None:
+        self.parts, self._home = tuple(parts), home
+        self._numbers = read_numbers(home) if isinstance(home, Path) else home.array
+        self._ends = np.cumsum([len(rows) for rows in parts])
+        self.sequence_length = common_length({f"part {k}": rows for k, rows in enumerate(parts) if len(rows)})
+
+    def __reduce__(self) -> tuple[Callable[..., "RowView"], tuple[Any, ...]]:
+        return _row_view, (self.parts, self._home)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __repr__(self) -> str:
+        return f"RowView({len(self)} rows of {len(self.parts)} parts)"
+
+    def __getitem__(self, index: Any) -> Any:
+        part, row = self.where(np.array([self.checked(index)]))
+        return self.parts[int(part[0])][int(row[0])]
+
+    def where(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Part, and row of it, of rows of this view; int64[len(rows)] each."""
+        return split(self._numbers[rows], self._ends)
+
+    def gather(self, rows: Ints) -> Ints:
+        """Token ids of many rows at once, int64[len(rows), sequence_length]."""
+        part, row = self.where(rows)
+        ids = np.empty((len(rows), self.sequence_length), np.int64)
+        for number in np.unique(part).tolist():
+            here = np.flatnonzero(part == number)
+            ids[here] = gather(self.parts[number], row[here], self.sequence_length, f"part {number}")
+        return ids
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the index and of what the parts hold."""
+        parts = [
+            content_hash(rows, self.sequence_length, f"part {k}") for k, rows in enumerate(self.parts) if len(rows)
+        ]
+        return _hash([str(self._ends.tolist()), digest(self._numbers), *parts])
+
+
+class DocumentView(Sequence[npt.NDArray[Any]]):
+    """Documents of several stores as one, end to end in the order given: item i is document `document[i]` of a store.
+
+    As a domain it is packed to sequences as a store with these documents would be. Takes the memory of 8 bytes a
+    document for where it ends, and of an unsigned integer as wide as the documents of all stores need; worker
+    processes share both.
+
+    Args:
+        stores: token stores or paths of them.
+        store: int[n], which of `stores`.
+        document: int[n], which document of it.
+
+    Attributes:
+        stores: the stores, opened.
+
+    Raises:
+        ValueError: no documents, a store or a document that is not there.
+    """
+
+    def __init__(
+        self, stores: Sequence[TokenStore | str | os.PathLike[str]], store: npt.ArrayLike, document: npt.ArrayLike
+    ) -> None:
+        opened = [each if isinstance(each, TokenStore) else TokenStore.open(each) for each in stores]
+        numbers = numbered([len(each) for each in opened], store, document, "store", "document")
+        bounds = SharedArray((1 + len(numbers),))
+        which, inside = split(numbers, np.cumsum([len(each) for each in opened]))
+        for number, each in enumerate(opened):
+            here = np.flatnonzero(which == number)
+            bounds.array[1 + here] = each.starts(inside[here] + 1) - each.starts(inside[here])
+        np.cumsum(bounds.array, out=bounds.array)
+        self._setup(opened, shared(numbers), bounds)
+
+    def _setup(self, stores: Sequence[TokenStore], numbers: SharedArray, bounds: SharedArray) -> None:
+        self.stores, self._homes = tuple(stores), (numbers, bounds)
+        self._numbers, self._bounds = numbers.array, bounds.array  # document i is tokens bounds[i]:bounds[i + 1]
+        self._ends = np.cumsum([len(store) for store in stores])
+
+    def __reduce__(self) -> tuple[Callable[..., "DocumentView"], tuple[Any, ...]]:
+        return _document_view, (self.stores, *self._homes)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __repr__(self) -> str:
+        return f"DocumentView({len(self)} documents of {len(self.stores)} stores, tokens={self.num_tokens})"
+
+    def __getitem__(self, index: Any) -> Any:
+        i = operator.index(index)
+        i += len(self) if i < 0 else 0
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {index} of {len(self)} in {self!r}")
+        store, document = split(self._numbers[i : i + 1], self._ends)
+        return self.stores[int(store[0])][int(document[0])]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents together."""
+        return int(self._bounds[-1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the index and of the stores' own, which tell of documents' lengths and not of their tokens."""
+        return _hash([digest(self._numbers), *(store.fingerprint for store in self.stores)])
+
+    def read(self, starts: Ints, length: int) -> Ints:
+        """Tokens [start, start + length) of the documents end to end, for each start; int64[len(starts), length].
+
+        Raises:
+            IndexError: tokens that are not there.
+        """
+        if len(starts) and not 0 <= starts.min() <= starts.max() <= self.num_tokens - length:
+            raise IndexError(f"{length} tokens from {starts.min()} to {starts.max()} on, of {self.num_tokens}")
+        # The pieces of documents that make up the windows, in order. Empty documents make empty pieces.
+        first = np.searchsorted(self._bounds[1:], starts, side="right")
+        pieces = np.searchsorted(self._bounds[1:], starts + length - 1, side="right") - first + 1
+        window = np.repeat(np.arange(len(starts)), pieces)
+        document = np.arange(len(window)) + np.repeat(first - (np.cumsum(pieces) - pieces), pieces)
+        low = np.maximum(self._bounds[document], starts[window])
+        count = np.minimum(self._bounds[document + 1], starts[window] + length) - low
+        store, inside = split(self._numbers[document], self._ends)
+        source = low - self._bounds[document]  # within the document, and below within its store
+        for number in np.unique(store).tolist():
+            here = store == number
+            source[here] += self.stores[number].starts(inside[here])
+        token = np.arange(count.sum()) + np.repeat(source - (np.cumsum(count) - count), count)
+        ids = np.empty(len(token), np.int64)
+        of_store = np.repeat(store, count)
+        for number in np.unique(store).tolist():
+            at = np.flatnonzero(of_store == number)
+            ids[at] = self.stores[number].tokens[token[at]]
+        return ids.reshape(len(starts), length)
+
+
+def _hash(parts: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _row_view(parts: Sequence[Sequences], home: SharedArray | Path) -> RowView:
+    view = RowView.__new__(RowView)
+    view._setup(parts, home)
+    return view
+
+
+def _document_view(stores: Sequence[TokenStore], numbers: SharedArray, bounds: SharedArray) -> DocumentView:
+    view = DocumentView.__new__(DocumentView)
+    view._setup(stores, numbers, bounds)
+    return view

@@ -1,0 +1,373 @@
+import json
+import multiprocessing
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from dynmix.mixture import index
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.roster import MAX_JOINED
+from dynmix.mixture.schedule import integer_cdf
+from dynmix.mixture.store import TokenStore
+from dynmix.mixture.view import RowView
+
+LENGTH = 16
+first = {"a": 0.25, "b": 0.75}
+second = {"a": 0.1, "b": 0.2, "x": 0.7}
+third = {"a": 0.0, "b": 0.0, "x": 0.5, "y/z": 0.5}
+Rows = dict[str, tuple[Any, Any]]
+x: Rows = {"x": (np.array([0, 1, 1, 0, 1]), np.array([3, 2, 0, 1, 7]))}
+y: Rows = {"y/z": ([1, 1, 0], [1, 4, 0])}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, documents in (("a", 20), ("b", 45)):
+        TokenStore.write(tmp_path / name, [rng.integers(0, 5000, n) for n in rng.integers(1, 90, documents)])
+    return tmp_path
+
+
+def make(folder: Path, **options: Any) -> MixtureDataset:
+    options = {"weights": first, "num_samples": 400, "sequence_length": LENGTH, "block": 16, **options}
+    return MixtureDataset({"a": folder / "a", "b": folder / "b"}, **options)
+
+
+def grown(folder: Path, **options: Any) -> MixtureDataset:
+    dataset = make(folder, **options)
+    dataset.extend(x, folder / "index")
+    dataset.publish(second, start=100)
+    dataset.extend(y, folder / "index")
+    dataset.publish(third, start=260)
+    return dataset
+
+
+def whole(folder: Path) -> MixtureDataset:
+    """The same, as if the domains that join had been there from the start: the slow reference."""
+    early = make(folder).sequences
+    views = {name: RowView(tuple(early.values()), *rows) for name, rows in (x | y).items()}
+    zero = {"x": 0.0, "y/z": 0.0}
+    dataset = MixtureDataset(
+        {"a": folder / "a", "b": folder / "b", **views}, first | zero, num_samples=400, sequence_length=16, block=16
+    )
+    dataset.publish(second | {"y/z": 0.0}, start=100)
+    dataset.publish(third, start=260)
+    return dataset
+
+
+def order(batches: Any) -> list[tuple[int, list[int]]]:
+    return [
+        (domain, ids)
+        for batch in batches
+        for domain, ids in zip(batch["domain"].tolist(), batch["input_ids"].tolist(), strict=True)
+    ]
+
+
+def read(dataset: MixtureDataset, start: int = 0, stop: int = 400) -> list[tuple[int, list[int]]]:
+    items = [
+        item for at in range(start, stop, 20) for item in dataset.__getitems__(list(range(at, min(at + 20, stop))))
+    ]
+    return [(item["domain"], item["input_ids"].tolist()) for item in items]
+
+
+def test_domains_that_join_are_read_as_if_they_had_always_been_there(folder: Path) -> None:
+    dataset, expected = grown(folder), read(whole(folder))
+    assert read(dataset) == expected
+    assert {domain for domain, _ in expected[260:]} == {2, 3}
+    assert dataset.domains == dataset.schedule.names == ("a", "b", "x", "y/z")
+    assert dataset.sizes == whole(folder).sizes
+    assert list(dataset.sequences) == ["a", "b"]
+    for name, (part, row) in (x | y).items():
+        for k, (p, r) in enumerate(zip(part, row, strict=True)):
+            ours, theirs = dataset.sequence(name, k), dataset.sequence("ab"[p], r)
+            assert torch.equal(ours["input_ids"], theirs["input_ids"])
+            assert ours["domain"] == dataset.domains.index(name)
+    assert sorted(path.name for path in (folder / "index").iterdir()) == ["x.npy", "y%2Fz.npy"]
+    assert (folder / "index" / "x.npy").stat().st_size == 128 + 5  # one byte a row: a and b have fewer than 256
+
+
+def test_what_comes_before_the_boundary_is_that_of_a_run_nothing_joins(folder: Path) -> None:
+    plain = read(make(folder))
+    dataset = make(folder)
+    assert read(dataset, 0, 40) == plain[:40]
+    dataset.extend(x, folder)
+    assert read(dataset, 40, 100) == plain[40:100]  # with positions beyond assigned already
+    dataset.publish(second, start=100)
+    assert read(dataset, 100)[0:] != plain[100:]
+    assert dataset.schedule.weights_at(99) == pytest.approx(first | {"x": 0.0})
+    assert dataset.schedule.counts(100)[2] == 0 < dataset.schedule.counts(400)[2]
+
+
+def swapped(dataset: MixtureDataset, folder: Path, **options: Any) -> list[tuple[int, list[int]]]:
+    """Order of a stream that a domain joins when everything before the boundary was handed out."""
+    dataset.schedule.hold(96)
+    found: list[tuple[int, list[int]]] = []
+    for batch in DataLoader(dataset, batch_size=8, **options):
+        found += order([batch])
+        if len(found) == 96:
+            dataset.extend(x, folder / "index")
+            assert dataset.schedule.end == 96
+            dataset.publish({"a": 0.0, "b": 0.0, "x": 1.0}, start=96)
+    return found
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_wait_at_the_boundary_see_the_domain_that_joins(method: str, folder: Path) -> None:
+    expected = swapped(make(folder), folder)
+    shutil.rmtree(folder / "index")
+    # The timeout makes a stage that never arrives a failure instead of a hang.
+    options = {"num_workers": 2, "multiprocessing_context": method, "timeout": 60}
+    assert swapped(make(folder), folder, **options) == expected
+    assert all(domain < 2 for domain, _ in expected[:96])
+    assert all(domain == 2 for domain, _ in expected[96:])
+    rows = [make(folder).sequence("ab"[p], r)["input_ids"].tolist() for p, r in zip(*x["x"], strict=True)]
+    assert sorted(ids for _, ids in expected[96:101]) == sorted(rows)  # an epoch of it
+
+
+class Part:
+    """A sampler whose range may be moved between the passes of a loader with persistent workers."""
+
+    def __init__(self) -> None:
+        self.positions = range(0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_persistent_workers_see_what_joins_replaces_and_leaves(method: str, folder: Path) -> None:
+    dataset, sampler = make(folder), Part()
+    loader: Any = DataLoader(
+        dataset,
+        batch_size=10,
+        sampler=sampler,  # type: ignore[arg-type]
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context=method,
+        timeout=60,
+    )
+
+    def read_in_workers(start: int, stop: int) -> list[tuple[int, list[int]]]:
+        sampler.positions = range(start, stop)
+        return order(loader)
+
+    expected, early = read(whole(folder)), make(folder).state_dict()
+    assert read_in_workers(0, 100) == expected[:100]
+    dataset.extend(x, folder / "index")
+    dataset.publish(second, start=100)
+    assert read_in_workers(100, 260) == expected[100:260]
+    dataset.extend(y, folder / "index")
+    dataset.publish(third, start=260)
+    assert read_in_workers(260, 400) == expected[260:]
+    dataset.load_state_dict(early)  # the run is rewound, and goes on with other rows under the same name
+    dataset.extend({"x": ([0, 0], [0, 1])}, folder / "index")
+    dataset.publish({"a": 0.0, "b": 0.0, "x": 1.0}, start=100)
+    rows = [dataset.sequence("a", row)["input_ids"].tolist() for row in (0, 1)]
+    assert sorted(ids for _, ids in read_in_workers(100, 102)) == sorted(rows)
+
+
+def in_a_new_process(folder: Path, text: str, out: Any) -> None:
+    dataset = make(folder, weights="uniform")
+    dataset.load_state_dict(json.loads(text))
+    out.put((read(dataset, 40), json.dumps(dataset.state_dict())))
+
+
+def test_a_state_continues_the_stream_in_a_new_process(folder: Path) -> None:
+    dataset = grown(folder)
+    text = json.dumps(dataset.state_dict())
+    spawn = multiprocessing.get_context("spawn")
+    out = spawn.Queue()
+    process = spawn.Process(target=in_a_new_process, args=(folder, text, out))
+    process.start()
+    assert out.get(timeout=60) == (read(dataset, 40), text)
+    process.join(60)
+
+
+# Before a boundary with its stage published but not saved, long after both that domains join at; and at a boundary.
+@pytest.mark.parametrize(("workers", "killed_at"), [(0, [56, 216]), (2, [64])])
+def test_a_run_that_is_killed_goes_on_bit_for_bit(workers: int, killed_at: list[int], folder: Path) -> None:
+    other = folder / "whole"
+    other.mkdir()
+    for file in [*folder.glob("*.bin"), *folder.glob("*.idx")]:
+        shutil.copy(file, other)
+    script = Path(__file__).with_name("joining_run.py")
+    for where, die_at in ((other, -1), *((folder, at) for at in killed_at), (folder, -1)):
+        done = subprocess.run([sys.executable, script, where, str(die_at), str(workers)], timeout=120)
+        assert done.returncode == (0 if die_at == -1 else -signal.SIGKILL)
+    assert (folder / "order.jsonl").read_text() == (other / "order.jsonl").read_text()
+    lines = [json.loads(line)[0] for line in (other / "order.jsonl").read_text().splitlines()]
+    assert {domain for line in lines[:8] for domain in line} == {0, 1}
+    assert {domain for line in lines[8:24] for domain in line} == {0, 1, 2}
+    assert {domain for line in lines[24:] for domain in line} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_together_are_the_stream(world: int, folder: Path) -> None:
+    expected, found = read(whole(folder)), {}
+    for rank in range(world):  # every rank extends, here with the files of the first there already
+        dataset = grown(folder)
+        sampler: Any = DistributedSampler(dataset, world, rank, shuffle=False, drop_last=True)
+        found |= dict(zip(sampler, order(DataLoader(dataset, batch_size=10, sampler=sampler)), strict=True))
+    assert [found[position] for position in range(len(found))] == expected[: len(found)]
+    assert len(found) >= 399
+
+
+def extend_at_once(folder: Path, start: Any, out: Any) -> None:
+    dataset = make(folder)
+    start.wait(60)
+    dataset.extend(x | y, folder / "index")
+    dataset.publish(third, start=1)
+    out.put(read(dataset, 0, 40))
+
+
+def test_ranks_that_extend_at_once_do_no_harm(folder: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    start, out = fork.Barrier(4), fork.Queue()
+    ranks = [fork.Process(target=extend_at_once, args=(folder, start, out)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    found = [out.get(timeout=60) for _ in ranks]
+    for rank in ranks:
+        rank.join(60)
+    assert all(each == found[0] for each in found)
+    assert sorted(path.name for path in (folder / "index").iterdir()) == ["x.npy", "y%2Fz.npy"]
+
+
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        ({"n": ([0], [0]), "x": ([0], [0])}, "there is a domain 'x' already"),
+        ({"n": ([0], [0]), "a": ([0], [0])}, "there is a domain 'a' already"),
+        ({"n": ([0], [0]), "m": ([], [])}, "domain 'm': domain number and row must be vectors of one length, at least"),
+        ({"n": ([0], [0]), "m": ([0, 2], [0, 0])}, r"domain 'm': domain number\[1\] is 2: there are 0 to 1"),
+        ({"n": ([0, 1], [0, 10**6])}, r"domain 'n': row\[1\] is 1000000, of domain number 1, which has \d+ of them"),
+        ({f"n{i}": ([0], [0]) for i in range(MAX_JOINED)}, "cannot join the 1 that did: there is room for 1024"),
+        ({"n" * 300: ([0], [0])}, "shorten it"),
+        ({"n": ([0], [0]), 7: ([0], [0])}, "domain names must be strings, not 7"),
+    ],
+)
+def test_domains_that_cannot_join_change_nothing(domains: Any, message: str, folder: Path) -> None:
+    dataset = make(folder)
+    dataset.extend(x, folder / "index")
+    before, generation = dataset.state_dict(), dataset.schedule.generation
+    files = {path: path.read_bytes() for path in (folder / "index").iterdir()}
+    with pytest.raises(ValueError, match=message):
+        dataset.extend(domains, folder / "index")
+    assert dataset.state_dict() == before
+    assert dataset.schedule.generation == generation
+    assert {path: path.read_bytes() for path in (folder / "index").iterdir()} == files
+
+
+def test_an_index_that_cannot_be_written_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any) -> None:
+        raise OSError("no space")
+
+    dataset = make(folder)
+    before = dataset.state_dict()
+    monkeypatch.setattr(index.os, "replace", crash)
+    with pytest.raises(OSError, match="no space"):
+        dataset.extend(x | y, folder / "index")
+    assert dataset.state_dict() == before
+    assert not list((folder / "index").iterdir())
+
+
+def test_a_state_finds_its_index_files_or_says_which_are_missing(folder: Path) -> None:
+    dataset = grown(folder)
+    state, expected = json.loads(json.dumps(dataset.state_dict())), read(dataset)
+    moved = folder / "moved"
+    shutil.move(folder / "index", moved)
+    twin = make(folder)
+    before = twin.state_dict()
+    with pytest.raises(ValueError, match=r"domain 'x'.*index/x.npy: no such file; put the file back, or .* `views`"):
+        twin.load_state_dict(state)
+    assert twin.state_dict() == before
+    twin.load_state_dict(state, views=moved)
+    assert read(twin) == expected
+    make(folder).load_state_dict(twin.state_dict())  # which knows the new place
+    (moved / "x.npy").rename(moved / "kept")
+    shutil.copy(moved / "y%2Fz.npy", moved / "x.npy")
+    with pytest.raises(ValueError, match=r"domain 'x'.*moved/x.npy has changed"):
+        make(folder).load_state_dict(state, views=moved)
+    content = bytearray((moved / "kept").read_bytes())
+    content[-1] ^= 1
+    (moved / "x.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"domain 'x'.*moved/x.npy has changed"):
+        make(folder).load_state_dict(state, views=moved)
+
+
+def test_a_file_that_changes_before_a_worker_opens_it_is_refused(folder: Path) -> None:
+    dataset = grown(folder)
+    (folder / "index" / "x.npy").unlink()
+    assert read(dataset, 100, 140) == read(whole(folder), 100, 140)  # mapped already
+    loader = DataLoader(dataset, batch_size=10, sampler=range(100, 140), num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(ValueError, match=r"domain 'x'.*x.npy: no such file"):
+        list(loader)
+
+
+def test_a_rewound_run_forgets_what_joined_since(folder: Path) -> None:
+    dataset = make(folder)
+    states = [dataset.state_dict()]
+    dataset.extend(x, folder)
+    dataset.publish(second, start=100)
+    states.append(dataset.state_dict())
+    dataset = grown(folder)
+    expected = [read(make(folder)), None, read(dataset)]
+    dataset.load_state_dict(states[1])
+    assert dataset.domains == ("a", "b", "x")
+    dataset.extend(y, folder / "index")
+    dataset.publish(third, start=260)
+    assert read(dataset) == expected[2]
+    dataset.load_state_dict(states[0])
+    assert dataset.domains == ("a", "b")
+    assert dataset.state_dict() == states[0]
+    assert read(dataset) == expected[0]
+
+
+def test_a_state_of_other_data_is_refused_though_domains_joined(folder: Path) -> None:
+    state = grown(folder).state_dict()
+    other = make(folder, seed=3)
+    with pytest.raises(ValueError, match="seed was 0 and is 3"):
+        other.load_state_dict(state)
+    TokenStore.write(folder / "a", [np.arange(2000)])
+    with pytest.raises(ValueError, match="domain 'a' had"):
+        make(folder).load_state_dict(state)
+
+
+def test_a_state_without_domains_that_joined_has_nothing_new(folder: Path) -> None:
+    state = make(folder).state_dict()
+    assert list(state) == ["schedule", "sequence_length", "fingerprint"]
+    assert list(state["schedule"]) == ["version", "seed", "block", "names", "sizes", "stages"]
+    assert list(grown(folder).state_dict()["fingerprint"]) == ["a", "b"]
+
+
+def test_a_cdf_computed_elsewhere_has_the_new_length(folder: Path) -> None:
+    dataset = make(folder)
+    dataset.extend(x, folder)
+    with pytest.raises(ValueError, match="the 3 integers"):
+        dataset.publish(integer_cdf([0.25, 0.75]), start=100)
+    with pytest.raises(ValueError, match=r"missing \['x'\]"):
+        dataset.publish(first, start=100)
+    dataset.publish(integer_cdf([0.1, 0.2, 0.7]), start=100)
+    assert dataset.schedule.weights_at(100) == pytest.approx(second)
+
+
+def test_a_copy_reads_on_by_itself_and_is_small(folder: Path) -> None:
+    dataset = grown(folder)
+    content = pickle.dumps(dataset)
+    assert len(content) < 100_000
+    twin = pickle.loads(content)
+    dataset.load_state_dict(make(folder).state_dict())
+    assert read(twin) == read(whole(folder))
