@@ -57,7 +57,7 @@ class MixtureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the arguments, take up the state of a checkpoint, and let the controller begin."""
-        self._trainer, self._finished = _trainer_on_the_stack(self), False
+        self._trainer, self._finished = trainer_on_the_stack(self), False
         batch_size = _samples_per_step(args)
         self._check(args, state, batch_size)
         self.controller.write_to(self.output or Path(args.output_dir or ".") / "dynmix")
@@ -69,7 +69,7 @@ class MixtureCallback(TrainerCallback):
                 )
             self.controller.load_state_dict(_saved(state)[STATE])
         self.controller.plan(batch_size=batch_size, max_steps=state.max_steps)
-        self._log(self.controller.begin(_model(kwargs), state.global_step), control)
+        self._log(self.controller.begin(model_of(kwargs), state.global_step), control)
         _saved(state)[STATE] = self.controller.state_dict()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -77,19 +77,23 @@ class MixtureCallback(TrainerCallback):
 
         The last step also closes the journal: when training has ended the trackers have closed their files.
         """
-        if logs := self.controller.step_ended(_model(kwargs), state.global_step):
+        if logs := self.controller.step_ended(model_of(kwargs), state.global_step):
             self._log(logs, control)
         _saved(state)[STATE] = self.controller.state_dict()
         if state.global_step >= state.max_steps or control.should_training_stop:
-            self._log(self.controller.finish(_model(kwargs), state.global_step), control)
+            self._log(self.controller.finish(model_of(kwargs), state.global_step), control)
             self._finished = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the controller that a checkpoint was saved."""
+        self.controller.saved(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the journal with the final task losses, if the run was stopped before its last step."""
         if not self._finished:
-            self.controller.finish(_model(kwargs), state.global_step)
+            self.controller.finish(model_of(kwargs), state.global_step)
         self._trainer = None
 
     def _log(self, logs: dict[str, float] | None, control: TrainerControl) -> None:
@@ -132,13 +136,14 @@ def _samples_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * (1 if shared else args.world_size)
 
 
-def _model(kwargs: Mapping[str, Any]) -> nn.Module:
+def model_of(kwargs: Mapping[str, Any]) -> nn.Module:
+    """Return the model that an event carries."""
     model = kwargs["model"]
     assert isinstance(model, nn.Module)
     return model
 
 
-def _trainer_on_the_stack(callback: TrainerCallback) -> Trainer | None:
+def trainer_on_the_stack(callback: TrainerCallback) -> Trainer | None:
     """Return the Trainer that fires the event: events do not carry it, and only `Trainer.log` reaches the trackers."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -146,5 +151,5 @@ def _trainer_on_the_stack(callback: TrainerCallback) -> Trainer | None:
         if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
-    logger.warning("MixtureCallback runs outside a Trainer: its figures go to the journal and to no tracker")
+    logger.warning("%s runs outside a Trainer: its figures go to no tracker", type(callback).__name__)
     return None

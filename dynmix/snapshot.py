@@ -1,4 +1,4 @@
-"""Snapshots of the model at stage boundaries: a folder a stage, weights in safetensors, the newest few kept.
+"""Snapshots of the model: a folder each, weights in safetensors; at stage boundaries the newest few are kept.
 
 Knows models and files; nothing of mixtures. A snapshot is whole or absent: it is written beside and renamed.
 """
@@ -15,10 +15,24 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 
 from dynmix.influence.capture import unwrap
+from dynmix.ranks import is_rank_0
 
 
 def save_snapshot(model: torch.nn.Module, folder: Path, stage: int, facts: dict[str, Any], keep: int) -> Path:
     """Write the model to `folder/stage-NNNN` and drop all but the `keep` newest; return the path.
+
+    Every rank calls it; see `write_snapshot`.
+    """
+    path = folder / f"stage-{stage:04d}"
+    write_snapshot(model, path, facts)
+    if is_rank_0():
+        for old in sorted(folder.glob("stage-[0-9]*"))[:-keep]:
+            shutil.rmtree(old)
+    return path
+
+
+def write_snapshot(model: torch.nn.Module, path: Path, facts: dict[str, Any]) -> None:
+    """Write the model to the folder `path`, replacing one that is there.
 
     A transformers model is saved as `from_pretrained` reads it, any other module as `model.safetensors` of its state
     dict. `facts` go to `snapshot.json`. Every rank calls it (sharded parameters are gathered); rank 0 writes.
@@ -27,10 +41,9 @@ def save_snapshot(model: torch.nn.Module, folder: Path, stage: int, facts: dict[
     state: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    path = folder / f"stage-{stage:04d}"
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return path
-    beside = folder / f".{path.name}.writing"
+    if not is_rank_0():
+        return
+    beside = path.with_name(f".{path.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     if isinstance(model, PreTrainedModel):
@@ -41,6 +54,3 @@ def save_snapshot(model: torch.nn.Module, folder: Path, stage: int, facts: dict[
     (beside / "snapshot.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(path, ignore_errors=True)
     os.replace(beside, path)
-    for old in sorted(folder.glob("stage-[0-9]*"))[:-keep]:
-        shutil.rmtree(old)
-    return path

@@ -1,0 +1,108 @@
+"""The adapter that records where tasks peak, for any run of transformers' `Trainer`; it needs no mixture.
+
+Knows the Trainer's events; what a peak is and which snapshots stay is `dynmix.peaks`'.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dynmix.callbacks.trainer import model_of, trainer_on_the_stack
+from dynmix.peaks import PeakSnapshots, check_tasks, set_aside
+from dynmix.scores import Metric
+from dynmix.tasks import Task
+
+
+class PeakCallback(TrainerCallback):
+    """Evaluates tasks during a run and keeps, for each, the snapshot of the model where it peaks.
+
+    Logs `dynmix/task_loss/<task>` in nats per token and `dynmix/task_accuracy/<task>`. The run itself stays the same
+    bit for bit. Resumed from a Trainer's checkpoint, it goes on from what was recorded up to there.
+
+    Args:
+        tasks: by name.
+        every: optimizer steps from one evaluation to the next; the last step is evaluated as well.
+        folder: of `peaks.json` and the snapshots; None: `<args.output_dir>/peaks`.
+        metric, min_delta, keep: as in `dynmix.peaks.PeakSnapshots`.
+        batch_tokens: tokens of a forward pass of an evaluation, as in `dynmix.tasks.Task.evaluate`.
+
+    Raises:
+        ValueError: impossible arguments, at once; a task that does not fit the model, when training begins.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        every: int,
+        folder: str | Path | None = None,
+        metric: Metric | Mapping[str, Metric] = "loss",
+        min_delta: float = 0.0,
+        keep: int = 0,
+        batch_tokens: int = 8192,
+    ):
+        if every < 1:
+            raise ValueError(f"every={every}: at least every step, 1")
+        if keep < 0:
+            raise ValueError(f"keep={keep}: at least 0 snapshots")
+        check_tasks(tasks, metric, min_delta)
+        self.tasks, self.every, self.folder, self.batch_tokens = dict(tasks), every, folder, batch_tokens
+        self.metric, self.min_delta, self.keep = metric, min_delta, keep
+        self.snapshots: PeakSnapshots | None = None
+        self._trainer: Trainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the tasks fit the model, and go on from what was recorded, or start afresh."""
+        self._trainer = trainer_on_the_stack(self)
+        for task in self.tasks.values():
+            task.check(model_of(kwargs))
+        folder = self.folder or Path(args.output_dir or ".") / "peaks"
+        if not state.global_step:
+            set_aside(folder)
+        self.snapshots = PeakSnapshots(folder, metric=self.metric, min_delta=self.min_delta, keep=self.keep)
+        if state.global_step:
+            self.snapshots.rewind(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluate, record and log, if it is time or the last step."""
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        if not last and state.global_step % self.every:
+            return
+        logs = self._record(args, state, kwargs)
+        if self._trainer is not None:
+            # Trainer.log clears should_log, and with it the line of the training loss that is due at this step.
+            should_log = control.should_log
+            self._trainer.log(logs)
+            control.should_log = should_log
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete the snapshots that neither this run needs nor one that goes on from the new checkpoint."""
+        assert self.snapshots is not None
+        self.snapshots.prune(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate and record the end of a run that was stopped after its last step had ended, as by an evaluation."""
+        assert self.snapshots is not None
+        # With load_best_model_at_end the model is by now another one.
+        if self.snapshots.last_step != state.global_step and not args.load_best_model_at_end:
+            self._record(args, state, kwargs)
+        self._trainer = None
+
+    def _record(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> dict[str, float]:
+        assert self.snapshots is not None
+        model, step = model_of(kwargs), state.global_step
+        scores = {name: task.evaluate(model, batch_tokens=self.batch_tokens) for name, task in self.tasks.items()}
+        values = {name: score.metric(self.snapshots.metric_of(name)) for name, score in scores.items()}
+        self.snapshots.record(model, step, values)
+        if args.save_strategy == "no":
+            self.snapshots.prune(step)  # without checkpoints nobody can go on from an earlier step
+        accuracy = {name: score.accuracy for name, score in scores.items() if score.accuracy is not None}
+        return {f"dynmix/task_loss/{name}": score.loss for name, score in scores.items()} | {
+            f"dynmix/task_accuracy/{name}": value for name, value in accuracy.items()
+        }

@@ -1,0 +1,400 @@
+"""Which checkpoint was best at each task: recorded while a run goes on, or found in a folder of checkpoints.
+
+Knows models, files and the curve of a figure over steps; not who trains, nor what becomes of the checkpoints. A peak is
+the best value of a task over all steps and the earliest of equals, because that is where the skill was acquired.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dynmix.ranks import from_rank_0, is_rank_0
+from dynmix.scores import Metric
+from dynmix.snapshot import write_snapshot
+from dynmix.tasks import Task
+
+logger = logging.getLogger("dynmix")
+
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+Curve = list[tuple[int, float]]
+"""(step, value) with rising steps; values may be NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a model's weights, the optimizer step they are of, and what a task's metric was there."""
+
+    path: Path
+    step: int
+    value: float | None = None
+
+
+def improvements(curve: Iterable[tuple[int, float]], metric: Metric, min_delta: float = 0.0) -> Iterator[int]:
+    """Yield the steps at which the metric was better than ever before by more than `min_delta`; the last is the peak.
+
+    Loss and bits per byte are better when lower. NaN and infinity are never best.
+    """
+    best = None
+    for step, value in curve:
+        gain = math.inf if best is None else value - best if metric == "accuracy" else best - value
+        if math.isfinite(value) and gain > min_delta:
+            best = value
+            yield step
+
+
+def metric_of(metric: Metric | Mapping[str, Metric], task: str) -> Metric:
+    """Return the metric of a task; raise ValueError if there is none."""
+    found = metric if isinstance(metric, str) else metric.get(task)
+    if found not in METRICS:
+        raise ValueError(f"metric of task {task!r} is {found!r}: one of {', '.join(map(repr, METRICS))}")
+    return found
+
+
+def check_tasks(tasks: Mapping[str, Task], metric: Metric | Mapping[str, Metric], min_delta: float) -> None:
+    """Raise ValueError for no tasks, a metric that a task does not have, or a `min_delta` that is no number from 0."""
+    if not tasks:
+        raise ValueError("tasks is empty: give at least one, by name")
+    for name, task in tasks.items():
+        if metric_of(metric, name) == "accuracy" and not task.has_choices:
+            raise ValueError(f"metric='accuracy': no example of task {name!r} has choices")
+    if not 0 <= min_delta < math.inf:
+        raise ValueError(f"min_delta={min_delta}: at least 0")
+
+
+def set_aside(folder: str | os.PathLike[str]) -> None:
+    """Move what an earlier run left in a `PeakSnapshots` folder to `previous-N` in it; every rank calls this."""
+    left = [path for pattern in ("peaks.json", "step-*") for path in Path(folder).glob(pattern)]
+    if left and is_rank_0():
+        number = 1
+        while (aside := Path(folder) / f"previous-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+        logger.info("an earlier run's files in %s were moved to %s", folder, aside)
+    from_rank_0(None)  # nobody goes on before it is done
+
+
+class PeakSnapshots:
+    """The tasks' curves over a run, and snapshots of the model where each task peaks, in a folder.
+
+    The folder has `step-NNNNNNN/` as `dynmix.snapshot` writes them, and `peaks.json` with the curves. What is in it is
+    a function of the curves and of the steps at which `prune` was called: a run that is killed and goes on ends with
+    the same folder as one that was not.
+
+    Args:
+        folder: where they are kept; what an earlier process of the run recorded there is taken up.
+        metric: what a task's values are, for all tasks or by name; says whether lower or higher is better.
+        min_delta: a later step is a peak only if it is better than the one before it by more than this.
+        keep: the newest so many snapshots are kept, whether they are still peaks or not.
+
+    Raises:
+        ValueError: impossible arguments, others than those that `folder` was recorded with, or a damaged `peaks.json`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        metric: Metric | Mapping[str, Metric] = "loss",
+        min_delta: float = 0.0,
+        keep: int = 0,
+    ):
+        if not 0 <= min_delta < math.inf or keep < 0:
+            raise ValueError(f"min_delta={min_delta}, keep={keep}: at least 0")
+        if unknown := {metric} - {*METRICS} if isinstance(metric, str) else {*metric.values()} - {*METRICS}:
+            raise ValueError(f"metric={unknown.pop()!r}: one of {', '.join(map(repr, METRICS))}")
+        self.folder, self.min_delta, self.keep = Path(folder), float(min_delta), keep
+        self.metric_of, self._file = partial(metric_of, metric), self.folder / "peaks.json"
+        self.curves: dict[str, Curve] = {}
+        self._lost: set[int] = set()  # steps that were peaks and have no snapshot (any more)
+        self._load()
+
+    @property
+    def selected(self) -> dict[str, Checkpoint]:
+        """The snapshot in which each task peaks; tasks that had no finite value yet are left out."""
+        peaks = ((task, self._improvements(task)) for task in self.curves)
+        return {
+            task: Checkpoint(self._path(steps[-1]), steps[-1], dict(self.curves[task])[steps[-1]])
+            for task, steps in peaks
+            if steps
+        }
+
+    def record(self, model: nn.Module, step: int, values: Mapping[str, float]) -> list[str]:
+        """Write down the tasks' values at a step, and save the model if any of them is the best so far; return which.
+
+        Every rank calls it (sharded parameters are gathered); the values of rank 0 count, and it writes. A snapshot
+        that cannot be written is logged as an error, and its step is no peak.
+
+        Raises:
+            ValueError: `step` is not after the last one recorded, a task has no metric.
+        """
+        values = from_rank_0({task: float(value) for task, value in values.items()})
+        for task in values:
+            self.metric_of(task)
+        if (last := self.last_step) is not None and step <= last:
+            raise ValueError(f"step {step} comes after step {last} is recorded: call rewind({step - 1}) to go on there")
+        for task, value in values.items():
+            if not math.isfinite(value):
+                logger.warning("step %d: the value of task %r is %s, which is no peak", step, task, value)
+            self.curves.setdefault(task, []).append((step, value))
+        best = [task for task in values if step in self._improvements(task)]
+        if best and not from_rank_0(self._saved(model, step, {task: values[task] for task in best})):
+            self._lost.add(step)
+            best = []
+        self._write()
+        return best
+
+    def prune(self, durable_step: int) -> None:
+        """Delete the snapshots that no task needs any more.
+
+        A run may be killed and go on from its last durable step, the step of its newest training checkpoint. So what
+        stays is what the curves need up to now, and what they needed at that step.
+        """
+        if is_rank_0():
+            needed = self._needed(None) | self._needed(durable_step)
+            self._delete(path for step, path in self._snapshots() if step not in needed)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step`, from which the run goes on; delete those snapshots.
+
+        Where the snapshot of a task's peak is gone, because the run goes back further than the last durable step, its
+        peak is the best recorded step whose snapshot still exists, and a warning says so. Every rank calls it.
+        """
+        if is_rank_0():
+            self.curves = {task: [p for p in curve if p[0] <= step] for task, curve in self.curves.items()}
+            self.curves = {task: curve for task, curve in self.curves.items() if curve}
+            self._lost = {lost for lost in self._lost if lost <= step}
+            there = {there for there, _ in self._snapshots() if there <= step}
+            before = self.selected
+            while gone := {peak.step for peak in self.selected.values()} - there:
+                self._lost |= gone
+            for task, peak in before.items():
+                if (now := self.selected.get(task)) != peak:
+                    logger.warning(
+                        "%s: the snapshot of task %r at its peak, step %d, is gone; its peak is now %s",
+                        self.folder, task, peak.step, f"step {now.step}" if now else "still to come",
+                    )  # fmt: skip
+            self._write()
+            self.prune(step)
+        self.curves, self._lost = from_rank_0((self.curves, self._lost))
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step that was recorded."""
+        return max((curve[-1][0] for curve in self.curves.values()), default=None)
+
+    def _improvements(self, task: str, until: int | None = None) -> list[int]:
+        """Steps at which this task was best so far and a snapshot was made; the last is its peak."""
+        points: Iterable[tuple[int, float]] = (p for p in self.curves[task] if p[0] not in self._lost)
+        if until is not None:
+            points = takewhile(lambda point: point[0] <= until, points)
+        return list(improvements(points, self.metric_of(task), self.min_delta))
+
+    def _needed(self, until: int | None) -> set[int]:
+        """Steps whose snapshots the curves need as they were at step `until`."""
+        found = [self._improvements(task, until) for task in self.curves]
+        newest = sorted({step for steps in found for step in steps})
+        return {steps[-1] for steps in found if steps} | set(newest[len(newest) - self.keep :] if self.keep else ())
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
+
+    def _snapshots(self) -> list[tuple[int, Path]]:
+        return [(int(path.name[5:]), path) for path in self.folder.glob("step-*") if path.name[5:].isdecimal()]
+
+    def _saved(self, model: nn.Module, step: int, peaks: dict[str, float]) -> bool:
+        try:
+            write_snapshot(model, self._path(step), {"step": step, "peaks": peaks})
+        except (OSError, SafetensorError) as failure:  # a full disk must not end a run of weeks
+            logger.error("%s was not saved and is no peak of %s: %s", self._path(step), list(peaks), failure)
+            return False
+        return True
+
+    def _delete(self, paths: Iterable[Path]) -> None:
+        """Delete snapshots such that a kill leaves none that is half there under its name."""
+        for path in paths:
+            path.rename(path.with_name(f".{path.name}.deleted"))
+        for path in self.folder.glob(".step-*"):  # what a kill left half written is among them
+            shutil.rmtree(path)
+
+    def _write(self) -> None:
+        if not is_rank_0():
+            return
+        selected = self.selected
+        tasks = {
+            task: {
+                "metric": self.metric_of(task),
+                "peak": None if (peak := selected.get(task)) is None else {"step": peak.step, "value": peak.value},
+                "curve": [[step, value if math.isfinite(value) else None] for step, value in curve],
+            }
+            for task, curve in self.curves.items()
+        }
+        write_json(self._file, {"min_delta": self.min_delta, "lost": sorted(self._lost), "tasks": tasks})
+
+    def _load(self) -> None:
+        if not self._file.exists():
+            return
+        try:
+            found = json.loads(self._file.read_text())
+            metrics = {task: entry["metric"] for task, entry in found["tasks"].items()}
+            self.curves = {
+                task: [(int(step), math.nan if value is None else float(value)) for step, value in entry["curve"]]
+                for task, entry in found["tasks"].items()
+            }
+            self._lost, min_delta = {int(step) for step in found["lost"]}, float(found["min_delta"])
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"{self._file}: damaged, {type(problem).__name__}: {problem}; remove it") from problem
+        own = {task: self.metric_of(task) for task in metrics}
+        if own != metrics or min_delta != self.min_delta:
+            raise ValueError(
+                f"{self._file} was recorded with metric={metrics} and min_delta={min_delta}, not with metric={own} and "
+                f"min_delta={self.min_delta}: pass the same, or another folder"
+            )
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
+    """Return the checkpoints in a folder by rising step: sub-folders whose names end in a number, with whole weights.
+
+    Those are the Trainer's `checkpoint-<step>`, `step-<step>`, and any others with `config.json` and safetensors; the
+    step of one with a `snapshot.json`, as `stage-<stage>`, is what that says. A folder that is none or is broken, as a
+    kill leaves them, is passed over with a warning.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    found = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.name.startswith(".") or not path.is_dir() or not (number := re.search(r"\d+$", path.name)):
+            continue
+        try:
+            facts = json.loads(file.read_text()) if (file := path / "snapshot.json").exists() else {}
+            _check_whole(path)
+            found.append(Checkpoint(path, int(facts.get("step", number[0]))))
+        except (OSError, ValueError, AttributeError, SafetensorError) as problem:
+            logger.warning("%s is passed over: no whole checkpoint: %s", path, problem)
+    if not found:
+        raise ValueError(f"{folder}: no checkpoint in it, as a folder with config.json and safetensors, like step-500")
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def evenly_spaced(checkpoints: Sequence[Checkpoint], n: int) -> list[Checkpoint]:
+    """Return the last checkpoint of each of `n` equal parts of the list: with `n=1` the last; all if there are fewer.
+
+    Checkpoints chosen by step alone are what AutoMixer compares its selection with.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: at least 1 checkpoint")
+    n = min(n, len(checkpoints))
+    return [checkpoints[(i + 1) * len(checkpoints) // n - 1] for i in range(n)]
+
+
+def select_checkpoints(
+    folder: str | os.PathLike[str],
+    tasks: Mapping[str, Task],
+    *,
+    metric: Metric | Mapping[str, Metric] = "loss",
+    min_delta: float = 0.0,
+) -> dict[str, Checkpoint]:
+    """Return the checkpoint in `folder` in which each task peaks, by evaluating all of them, one in memory at a time.
+
+    Scores are kept in `folder/evaluations.json`, by the checkpoint's files and the task's content, so that a selection
+    that was killed goes on and a second one costs nothing. A GPU is used if there is one.
+
+    Args:
+        folder: as in `list_checkpoints`.
+        tasks: by name.
+        metric: what a task peaks by, for all tasks or by name.
+        min_delta: as in `PeakSnapshots`.
+
+    Raises:
+        ValueError: no checkpoint can be evaluated, a task has no finite value in any of them or does not fit a model.
+    """
+    check_tasks(tasks, metric, min_delta)
+    cache = Path(folder) / "evaluations.json"
+    scores: dict[str, dict[str, float | None]] = json.loads(cache.read_text()) if cache.exists() else {}
+    evaluated = []
+    for checkpoint in list_checkpoints(folder):
+        keys = {name: f"{_identity(checkpoint.path)}/{task.fingerprint}" for name, task in tasks.items()}
+        for key, figures in _evaluated(checkpoint.path, {k: tasks[n] for n, k in keys.items() if k not in scores}):
+            scores[key] = figures
+            write_json(cache, scores)
+        if all(key in scores for key in keys.values()):
+            evaluated.append((checkpoint, keys))
+    selected = {}
+    for name in tasks:
+        rule = metric_of(metric, name)
+        curve = [(i, value) for i, (_, keys) in enumerate(evaluated) if (value := scores[keys[name]][rule]) is not None]
+        if not (best := list(improvements(curve, rule, min_delta))):
+            raise ValueError(
+                f"{folder}: task {name!r} has a finite {rule} in none of the {len(evaluated)} checkpoints that load"
+            )
+        checkpoint, keys = evaluated[best[-1]]
+        selected[name] = Checkpoint(checkpoint.path, checkpoint.step, scores[keys[name]][rule])
+    return selected
+
+
+def _check_whole(path: Path) -> None:
+    """Raise an error unless there are a config and safetensors files that are whole, all that the index names."""
+    if not (path / "config.json").is_file():
+        raise ValueError("it has no config.json")
+    files = sorted(path.glob("*.safetensors"))
+    if (index := path / "model.safetensors.index.json").exists():
+        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+    if not files:
+        raise ValueError("it has no safetensors; weights in other formats are not read, as loading them can run code")
+    for file in files:
+        with safe_open(file, framework="pt"):  # maps the file and compares its size with its header
+            pass
+
+
+def _identity(path: Path) -> str:
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{path.name}:{hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()}"
+
+
+def _evaluated(path: Path, tasks: Mapping[str, Task]) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Yield each task's key and figures, None for what is not finite; nothing for a model that does not load."""
+    if not tasks:
+        return
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        model: nn.Module = loaded[0]
+        if lacking := loaded[1]["missing_keys"]:  # which transformers makes up at random
+            raise ValueError(f"the weights lack {sorted(lacking)[:3]}")
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
+        logger.warning("%s is passed over: it does not load: %s", path, problem)
+        return
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for key, task in tasks.items():
+        found = asdict(task.evaluate(model))
+        yield key, {name: found[name] if math.isfinite(found[name] or 0.0) else None for name in METRICS}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file beside and rename it: whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    with open(beside, "w") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

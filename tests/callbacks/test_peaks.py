@@ -1,0 +1,141 @@
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from dynmix.callbacks import PeakCallback
+from dynmix.peaks import PeakSnapshots
+from dynmix.tasks import Record, Task
+
+EVERY = 3
+
+
+@pytest.fixture
+def tasks(training):
+    """Two domains' held-out sequences as texts, and one with choices."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(training.VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0")
+
+    def text(row):
+        return " ".join(f"w{i}" for i in row["input_ids"])
+
+    made = {
+        name: Task(name, [Record("here", "", text(row)) for row in training.sequences(i, 6, salt=1)], tokenizer)
+        for i, name in ((0, "web"), (2, "noise"))
+    }
+    rows = [text(row).split() for row in training.sequences(1, 6, salt=1)]
+    records = [Record("here", " ".join(r[:-1]), f" {r[-1]}", (f" {r[-1]}", f" {r[-2]}")) for r in rows]
+    return {name: Task(name, task.records, tokenizer, max_length=16) for name, task in made.items()} | {
+        "code": Task("code", records, tokenizer, max_length=16)
+    }
+
+
+METRIC = {"web": "loss", "noise": "bits_per_byte", "code": "accuracy"}
+
+
+class Stop(TrainerCallback):
+    """Ends a run as a kill does: between two steps, with nothing said to anybody."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def left(folder):
+    """Everything that is in the folder, tensors and files."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            found[str(path.relative_to(folder))] = {name: t.tolist() for name, t in load_file(path).items()}
+        elif path.suffix == ".json":
+            found[str(path.relative_to(folder))] = json.loads(path.read_text())
+    return found
+
+
+def test_evaluating_leaves_the_trajectory_bit_identical(training, tmp_path, tasks):
+    watched = training.run(tmp_path / "a", callback=False, extra=(PeakCallback(tasks, every=2),))
+    alone = training.run(tmp_path / "b", callback=False)
+    assert training.facts(watched) == training.facts(alone)
+    assert [e["loss"] for e in watched.state.log_history if "loss" in e] == [
+        e["loss"] for e in alone.state.log_history if "loss" in e
+    ]
+
+
+def test_peaks_are_of_the_model_as_it_was(training, tmp_path, tasks):
+    callback = PeakCallback(tasks, every=EVERY, metric=METRIC)
+    trainer = training.run(tmp_path, callback=False, extra=(callback,))
+    history = trainer.state.log_history
+    steps = [*range(EVERY, training.STEPS, EVERY), training.STEPS]
+    logged = [entry for entry in history if "dynmix/task_loss/web" in entry]
+    assert [entry["step"] for entry in logged] == steps
+    assert "dynmix/task_accuracy/web" not in logged[0]
+    peaks = PeakSnapshots(tmp_path / "peaks", metric=METRIC)
+    assert [step for step, _ in peaks.curves["web"]] == steps
+    assert [value for _, value in peaks.curves["web"]] == [entry["dynmix/task_loss/web"] for entry in logged]
+    assert [value for _, value in peaks.curves["code"]] == [entry["dynmix/task_accuracy/code"] for entry in logged]
+    assert len({peak.step for peak in peaks.selected.values()}) > 1
+    for name, peak in peaks.selected.items():
+        score = tasks[name].evaluate(type(trainer.model).from_pretrained(peak.path))
+        assert score.metric(METRIC[name]) == pytest.approx(peak.value, rel=1e-6)
+    # Without checkpoints nothing but the peaks is kept.
+    assert {p.name for p in (tmp_path / "peaks").glob("step-*")} == {p.path.name for p in peaks.selected.values()}
+
+
+@pytest.mark.parametrize("killed", [7, 11, 18])
+def test_killed_and_resumed_it_ends_with_the_same_peaks(training, tmp_path, tasks, killed):
+    settings = {"callback": False, "save_strategy": "steps", "save_steps": 4}
+
+    def made():
+        return PeakCallback(tasks, every=EVERY, metric=METRIC, keep=1)
+
+    whole = training.run(tmp_path / "whole", extra=(made(),), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(tmp_path / "killed", extra=(made(), Stop(killed)), **settings)
+    resumed = training.run(tmp_path / "killed", extra=(made(),), resume=True, **settings)
+    assert resumed.losses == whole.losses[-len(resumed.losses) :]
+    assert left(tmp_path / "killed/peaks") == left(tmp_path / "whole/peaks")
+    assert len(list((tmp_path / "whole/peaks").glob("step-*"))) <= 2 * (len(tasks) + 1)
+
+
+def test_a_fresh_run_moves_an_earlier_ones_peaks_aside(training, tmp_path, tasks):
+    for metric in ("loss", "bits_per_byte"):
+        training.run(tmp_path, callback=False, steps=2, extra=(PeakCallback(tasks, every=1, metric=metric),))
+    assert set(PeakSnapshots(tmp_path / "peaks/previous-1").selected) == set(tasks)
+    assert set(PeakSnapshots(tmp_path / "peaks", metric="bits_per_byte").selected) == set(tasks)
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
+def test_the_end_of_a_stopped_run_is_recorded(training, tmp_path, tasks, event):
+    """Also where it is stopped once its last step has ended, as an evaluation does."""
+
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 7
+
+    stopping = type("Stopping", (TrainerCallback,), {event: stop})()
+    callback = PeakCallback(tasks, every=5, folder=tmp_path / "elsewhere")
+    training.run(tmp_path, callback=False, extra=(stopping, callback))
+    assert [step for step, _ in callback.snapshots.curves["web"]] == [5, 7]
+    assert (tmp_path / "elsewhere/peaks.json").exists()
+
+
+def test_what_cannot_work_is_refused_before_training(training, tmp_path, tasks):
+    for arguments, message in (
+        ({"every": 0}, "every=0"),
+        ({"every": 1, "metric": "accuracy"}, "no example of task 'web' has choices"),
+        ({"every": 1, "metric": {"web": "loss"}}, "metric of task 'noise' is None"),
+        ({"every": 1, "min_delta": math.inf}, "min_delta=inf"),
+        ({"every": 1, "tasks": {}}, "tasks is empty"),
+        ({"every": 1, "keep": -1}, "keep=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PeakCallback(**{"tasks": tasks} | arguments)
+    long = Task("long", tasks["web"].records, tasks["web"]._tokenizer, max_length=17)
+    with pytest.raises(ValueError, match="make the task with max_length=16"):
+        training.run(tmp_path, callback=False, extra=(PeakCallback({"long": long}, every=1),))
