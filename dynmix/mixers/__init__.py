@@ -10,6 +10,7 @@ from dynmix.mixers.tikmix_d import TiKMiXD
 
 if TYPE_CHECKING:
     from dynmix.mixers.ado import ADO
+    from dynmix.mixers.automixer import AutoMixer
     from dynmix.mixers.doge import DoGE
     from dynmix.mixers.doremi import DoReMi
     from dynmix.mixers.odm import ODM
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADO",
     "ODM",
+    "AutoMixer",
     "DoGE",
     "DoReMi",
     "Fixed",

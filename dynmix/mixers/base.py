@@ -22,12 +22,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dynmix.mixers.problem import Array
 from dynmix.mixers.simplex import cap, normalized
 from dynmix.observation import Influence, Observation
+from dynmix.scores import SamplePlan
 
-NEEDS = frozenset({"loss", "reference_loss", "gradient", "influence", "guards", "measure"})
+Rows = NDArray[np.integer]
+
+NEEDS = frozenset({"loss", "reference_loss", "gradient", "influence", "guards", "measure", "samples"})
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Proposal:
             guard's name (row-scaled: what the objective would gain if that row's floor were lower by one time its
             largest influence), or `"upper:<domain>"`, `"lower:<domain>"`, `"max_change:<domain>"` for a bound on a
             weight.
+        groups: new domains that enter with the next stage: name -> (numbers of domains, rows of them), int[n_sequences]
+            each, as the dataset had them when the run began. `weights` then need not name the domains that get none.
     """
 
     weights: dict[str, float]
@@ -67,6 +73,7 @@ class Proposal:
     predicted_gain: dict[str, float] = field(default_factory=dict)
     predicted_gain_standard_error: dict[str, float] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, tuple[Rows, Rows]] = field(default_factory=dict)
 
 
 class Mixer(ABC):
@@ -84,13 +91,22 @@ class Mixer(ABC):
             `"guards"`: influence (or gradient) has the guards' rows too, named in `influence.guards`;
             `"measure"`: `propose` gets one more keyword argument, `measure`: a callable from weights (domain -> weight)
             to the influence of an actually drawn sample of that mixture, float64[n_rows] in the order of
-            `influence.tasks`; write `def propose(self, influence, prior, upper=None, *, measure=None)`.
+            `influence.tasks`; write `def propose(self, influence, prior, upper=None, *, measure=None)`;
+            `"samples"`: the tasks are evaluated and the checkpoints where they peak are kept, as `sample_plan` says,
+            and at the boundaries of `wants_samples`, `propose` gets the influence of every sequence of the dataset as
+            one more keyword argument, `samples`: a `dynmix.scores.SampleScores`; at the others None.
             What is not named is not measured.
+        sample_plan: how the corpus is scored, with `"samples"` in `needs`.
 
     `Proposal`, `Run` and `within` are in `dynmix.mixers`, `Influence` and `Observation` in `dynmix.observation`.
     """
 
     needs: Set[str] = frozenset()
+    sample_plan: SamplePlan = SamplePlan()
+
+    def wants_samples(self, boundary: int, prior: Mapping[str, float]) -> bool:
+        """Whether the corpus is to be scored at this boundary, 1 at the end of the first stage; by default at each."""
+        return True
 
     def start(self, run: Run) -> Mapping[str, float] | None:
         """Prepare for a run; return the weights of its first stage, or None to leave them as the dataset's are.

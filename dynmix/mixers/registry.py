@@ -36,6 +36,7 @@ BUILT_IN = {
     "ado": "dynmix.mixers.ado:ADO",
     "tikmix-d": "dynmix.mixers.tikmix_d:TiKMiXD",
     "tikmix-m": "dynmix.mixers.tikmix_m:TiKMiXM",
+    "automixer": "dynmix.mixers.automixer:AutoMixer",
 }
 
 

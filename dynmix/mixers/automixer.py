@@ -1,0 +1,119 @@
+"""AutoMixer: checkpoints as data mixers. The corpus is regrouped by the tasks that its sequences help, and reweighted.
+
+During the first stages the tasks are evaluated and the checkpoints in which they peak are kept. At the boundary, each
+task's checkpoint scores every sequence of the corpus by its influence on that task; groups of sequences, one a task,
+take the raw domains' place, with weights by influence density. This module decides from scores; who measures them and
+how is not known here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dynmix.mixers.base import Mixer, Proposal, within
+from dynmix.mixers.regroup import Blend, Group, blending, group_weights, regroup
+from dynmix.observation import Influence
+from dynmix.scores import Metric, SamplePlan, SampleScores
+
+PREFIX = "group:"
+"""Of the domains that enter the run, so that they are told from domains and tasks of the same name."""
+
+
+class AutoMixer(Mixer):
+    """Regroups the corpus at a stage boundary by sample influence from the tasks' peak checkpoints.
+
+        MixtureCallback(dataset, tasks=tasks, mixer=AutoMixer(), stage_steps=2000)
+
+    The domains before the boundary are the dataset's, with its weights; after it they are `group:<task>`, and
+    `group:rest` of what helps no task, whose weight is 0 unless the others cannot hold the run within `max_epochs`.
+    The groups are views: no token is copied.
+
+    Args:
+        after: stages after which the corpus is scored and regrouped. Where a run goes on from there with groups in
+            place, or nothing helps any task, the weights stay.
+        keep, blend, budget: share of a group that is kept, weight of early and late checkpoints, and most tokens of a
+            group, as in `dynmix.mixers.regroup.regroup`.
+        max_epochs: how often a group may be seen in the rest of the run; the excess goes to the other groups.
+        every, metric, min_delta, checkpoints: how the tasks are evaluated and which checkpoints score, as in
+            `dynmix.scores.SamplePlan`.
+
+    Raises:
+        ValueError: arguments out of range.
+    """
+
+    needs = frozenset({"samples"})
+
+    def __init__(
+        self,
+        *,
+        after: int = 1,
+        keep: float = 0.5,
+        blend: Blend = "step",
+        budget: int | Mapping[str, int] | None = None,
+        max_epochs: float | None = 4.0,
+        every: int | None = None,
+        metric: Metric | Mapping[str, Metric] = "loss",
+        min_delta: float = 0.0,
+        checkpoints: Literal["peak", "last"] | int = "peak",
+    ):
+        if after < 1:
+            raise ValueError(f"after={after}: at least 1 stage")
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep}: a share of a group's tokens, above 0 and at most 1")
+        if max_epochs is not None and not max_epochs > 0:
+            raise ValueError(f"max_epochs={max_epochs}: above 0, or None")
+        blending([], blend)
+        self.after, self.keep, self.blend, self.budget, self.max_epochs = after, keep, blend, budget, max_epochs
+        self.sample_plan = SamplePlan(every, metric, min_delta, checkpoints)
+
+    def wants_samples(self, boundary: int, prior: Mapping[str, float]) -> bool:
+        """Once, after `after` stages; again at later boundaries only where that came to nothing."""
+        return boundary >= self.after and not any(name.startswith(PREFIX) for name in prior)
+
+    def propose(
+        self,
+        influence: Influence | None,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float] | None = None,
+        *,
+        samples: SampleScores | None = None,
+    ) -> Proposal:
+        """Return the groups and their weights, or the prior where there are no scores. See `Mixer.propose`.
+
+        Raises:
+            ValueError: as `regroup` and `group_weights` do: no finite score, or groups too small for what is left of
+                the run.
+        """
+        if samples is None:
+            return Proposal(within(prior, upper), message="the mixture stays: the corpus was not scored here")
+        groups = regroup(samples, keep=self.keep, blend=self.blend, budget=self.budget)
+        bound = None if samples.tokens_left is None else self.max_epochs
+        weights = group_weights(groups, max_epochs=bound, tokens=samples.tokens_left)
+        if weights is None:
+            return Proposal(within(prior, upper), solver="prior", message="no group has positive joint influence")
+        entering = {}
+        for group in groups:
+            members = group.members[samples.row[group.members].argsort(kind="stable")]
+            members = members[samples.domain[members].argsort(kind="stable")]  # in the order of the stores
+            entering[PREFIX + group.name] = samples.domain[members], samples.row[members]
+        return Proposal(
+            {PREFIX + name: weight for name, weight in weights.items()},
+            message=_words(groups, weights, samples),
+            groups=entering,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the configuration, JSON-able."""
+        return {name: value for name, value in super().describe().items() if name != "sample_plan"} | vars(
+            self.sample_plan
+        )
+
+
+def _words(groups: list[Group], weights: Mapping[str, float], samples: SampleScores) -> str:
+    by = {column.task: column.checkpoint for column in samples.columns}
+    parts = [
+        f"{group.name} {weights[group.name]:.3f} ({len(group.members):,} sequences"
+        + (f" by {by[group.name]}" if group.name in by else "")
+        + ")"
+        for group in groups
+    ]
+    return f"{len(samples.row):,} sequences regrouped: " + ", ".join(parts)
