@@ -1,0 +1,64 @@
+"""`dynmix score`: the influence of every sample of a corpus on every task."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynmix.commands import fail
+
+
+def score(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Option(help="Folder of checkpoints (a Trainer's output_dir, or one with peaks.json), or one checkpoint."),
+    ],
+    data: Annotated[list[Path], typer.Option(help="Folder of token stores, each a domain, or one store.")],
+    tasks: Annotated[list[Path], typer.Option(help="Folder of tasks' .jsonl(.gz) files, or one file.")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="The checkpoints' tokenizer: folder or name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores; what is there is continued.")],
+    select: Annotated[
+        str,
+        typer.Option(
+            help="Checkpoints that score: peak (each task by the one where it is best), last, all, or so many."
+        ),
+    ] = "peak",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="What a peak is by: loss, bits_per_byte, accuracy. Default: what peaks.json says, or loss."),
+    ] = None,
+    unit: Annotated[str, typer.Option(help="What a sample is: sequence (packed row) or document.")] = "sequence",
+    sequence_length: Annotated[
+        int,
+        typer.Option("--sequence-length", "--max-length", help="Tokens of a row, and that a model reads at once."),
+    ] = 1024,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Regular expression on layers' names. Default: the vocabulary's and the last block."),
+    ] = None,
+    task_limit: Annotated[int, typer.Option(help="Examples of a task that its gradient is made of, at most.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward and backward pass.")] = 8192,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
+    ray: Annotated[int, typer.Option(help="Actors on a Ray cluster that score; 0: this process.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Begin anew: remove the scores that are in --out.")] = False,
+) -> None:
+    """Score every sample of a corpus: how much it helps each task, by influence, at the checkpoints chosen."""
+    from dynmix.scoring import discard, read_scores, score_corpus
+    from dynmix.scoring.inputs import find_sources, find_stores, find_tasks, some_examples
+
+    try:
+        stores = find_stores(data)
+        known = find_tasks(tasks, tokenizer, sequence_length)
+        examples = {name: some_examples(task, task_limit) for name, task in known.items()}
+        sources = find_sources(checkpoints, known, select, metric)
+        if overwrite:
+            discard(out)
+        score_corpus(
+            stores, examples, sources, out, unit=unit, sequence_length=sequence_length, layers=layers,  # type: ignore[arg-type]
+            batch_tokens=batch_tokens, device=device, actors=ray,
+        )  # fmt: skip
+        scores = read_scores(out)
+    except (ValueError, OSError, ImportError) as problem:
+        fail(problem)
+    columns = ", ".join(f"{column.task}/{column.checkpoint}" for column in scores.columns)
+    typer.echo(f"{out}: {len(scores.row):,} samples, scores {columns}")

@@ -1,0 +1,159 @@
+"""What a scoring is made of, by path: token stores, tasks' files and checkpoints.
+
+Knows the command's options, which its errors name; scores nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import AutoTokenizer
+
+from dynmix.mixture.store import TokenStore
+from dynmix.peaks import (
+    METRICS,
+    Checkpoint,
+    PeakSnapshots,
+    evenly_spaced,
+    list_checkpoints,
+    select_checkpoints,
+)
+from dynmix.scores import Metric
+from dynmix.scoring.job import Examples
+from dynmix.scoring.sources import Source, all_sources, peak_sources
+from dynmix.tasks import Task
+
+T = TypeVar("T")
+
+
+def find_stores(paths: Sequence[Path]) -> dict[str, TokenStore]:
+    """Token stores by name, in the order given and within a folder by name.
+
+    Args:
+        paths: stores, with or without suffix, and folders of them.
+
+    Raises:
+        ValueError: a path that is neither, a folder without stores, two stores of one name, a damaged one.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.glob("*.idx")) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"--data {path}: no token store (.idx) in this folder; `dynmix prepare` makes them")
+        files += found
+    return _by_name("--data", files, (".idx", ".bin"), TokenStore.open)
+
+
+def find_tasks(paths: Sequence[Path], tokenizer: str, max_length: int) -> dict[str, Task]:
+    """Tasks by name, as `Task.from_jsonl` reads them.
+
+    Args:
+        paths: `.jsonl` and `.jsonl.gz` files, and folders of them.
+        tokenizer: folder or name of a transformers tokenizer.
+        max_length: tokens of a sequence at most.
+
+    Raises:
+        ValueError: a path that is neither, a folder without such files, two of one name, a bad record or tokenizer.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) if path.is_dir() else [path]
+        if not found or not all(file.is_file() for file in found):
+            raise ValueError(f"--tasks {path}: no such file, or no .jsonl or .jsonl.gz file in this folder")
+        files += found
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"--tokenizer {tokenizer}: no folder or name of a tokenizer: {problem}") from problem
+    return _by_name(
+        "--tasks", files, (".jsonl.gz", ".jsonl"), lambda file: Task.from_jsonl(file, loaded, max_length=max_length)
+    )
+
+
+def some_examples(task: Examples, limit: int) -> Examples:
+    """At most `limit` examples, evenly spread. Raises ValueError for a limit below 1."""
+    if limit < 1:
+        raise ValueError(f"--task-limit {limit}: at least 1 example")
+    count = min(limit, len(task))
+    return [task[i * len(task) // count] for i in range(count)]
+
+
+def find_sources(
+    paths: Sequence[Path], tasks: Mapping[str, Task], select: str = "peak", metric: str | None = None
+) -> list[Source]:
+    """Which checkpoint scores for which tasks.
+
+    Args:
+        paths: folders of checkpoints, as `list_checkpoints` takes them, and single checkpoints named as there.
+        tasks: by name; "peak" evaluates the checkpoints on them, unless a `peaks.json` says where they peak.
+        select: "peak", each task by the checkpoint where it is best; every task by the "last" checkpoint, by "all", or
+            by a number of them, evenly spaced.
+        metric: of the peaks; None: what `peaks.json` says, or else the loss.
+
+    Raises:
+        ValueError: no checkpoint, or an argument that does not fit; the message says which.
+    """
+    if metric is not None and metric not in METRICS:
+        raise ValueError(f"--metric {metric}: one of {', '.join(METRICS)}")
+    if select not in ("peak", "last", "all") and not (select.isdecimal() and int(select)):
+        raise ValueError(f"--select {select}: peak, last, all, or a number of checkpoints from 1")
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"--checkpoints {path}: no such folder")
+    if select == "peak" and len(paths) == 1 and not _is_checkpoint(paths[0]):
+        if (paths[0] / "peaks.json").exists():
+            return peak_sources(_recorded(paths[0], tasks, metric))
+        return peak_sources(select_checkpoints(paths[0], tasks, metric=metric or "loss"))
+    found = sorted((each for path in paths for each in _checkpoints(path)), key=lambda each: each.step)
+    if select == "peak" and len(found) > 1:
+        raise ValueError("--select peak takes one folder of checkpoints: give it alone, or --select all")
+    number = {"peak": 1, "last": 1, "all": len(found)}.get(select) or int(select)
+    if number > len(found):
+        raise ValueError(f"--select {select}: there are {len(found)} checkpoints; give a number up to that, or all")
+    return all_sources(evenly_spaced(found, number), tasks)
+
+
+def _recorded(folder: Path, tasks: Mapping[str, Task], metric: Metric | None) -> dict[str, Checkpoint]:
+    """Where each task peaks according to `peaks.json`."""
+    file = folder / "peaks.json"
+    try:
+        entries = json.loads(file.read_text())
+        metrics: dict[str, Metric] = {task: metric or entry["metric"] for task, entry in entries["tasks"].items()}
+        peaks = PeakSnapshots(folder, metric=metrics, min_delta=entries["min_delta"]).selected
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as problem:
+        raise ValueError(f"{file}: damaged ({problem!r}); give another folder, or --select all") from problem
+    if missing := [task for task in tasks if task not in peaks]:
+        raise ValueError(
+            f"--tasks: {file} has no peak of {missing[0]!r}, it has {list(peaks)}; leave it out, or give --select all"
+        )
+    if gone := [peak.path for task, peak in peaks.items() if task in tasks and not _is_checkpoint(peak.path)]:
+        raise ValueError(f"--checkpoints {folder}: {file.name} names {gone[0]}, which is no checkpoint (any more)")
+    return {task: peaks[task] for task in tasks}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _checkpoints(path: Path) -> list[Checkpoint]:
+    if not _is_checkpoint(path):
+        return list_checkpoints(path)
+    path = path.absolute()
+    own = [each for each in list_checkpoints(path.parent) if each.path == path]
+    if not own:
+        raise ValueError(f"--checkpoints {path}: no whole checkpoint whose name ends in its step, like step-500")
+    return own
+
+
+def _by_name(option: str, files: Sequence[Path], suffixes: tuple[str, ...], read: Callable[[Path], T]) -> dict[str, T]:
+    """What is read from each file, by its name without suffix."""
+    places: dict[str, Path] = {}
+    for file in files:
+        name = next((file.name.removesuffix(end) for end in suffixes if file.name.endswith(end)), file.name)
+        if name in places:
+            raise ValueError(f"{option}: {places[name]} and {file} have the same name {name!r}: rename one")
+        places[name] = file
+    return {name: read(file) for name, file in places.items()}

@@ -1,0 +1,305 @@
+"""What is to be scored, by what and how, and the scoring of one shard: the same in one process and in many.
+
+Everything that a score depends on is here, so wherever and whenever a shard is scored, it gets the same scores. Knows
+models, tasks and the corpus; no files of scores, no progress and no cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from dynmix.batches import Batch, collate
+from dynmix.influence.capture import next_token_labels, unwrap
+from dynmix.influence.curvature import Curvature
+from dynmix.influence.datainf import DataInf
+from dynmix.influence.sample import SampleScorer
+from dynmix.mixture.sequences import Ints
+from dynmix.scoring.corpus import Corpus, Tokens, by_length, windows
+from dynmix.scoring.cost import flops_per_token
+from dynmix.scoring.sources import Source, check_sources
+
+Load = Callable[[Path], nn.Module]
+
+Examples = Sequence[Mapping[str, Any]]
+"""A task: dicts with `input_ids` [tokens] and, if not all are scored, `labels`; a `dynmix.tasks.Task` is one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a scoring depends on.
+
+    Attributes:
+        corpus: the samples.
+        tasks: batches of each task's examples, by name.
+        sources: checkpoints, and which tasks each scores for.
+        curvature: how gradients are preconditioned.
+        curvature_sequences: how many sequences of the corpus the curvature is fitted on.
+        layers: regular expression on names of layers; None: `dynmix.influence.sample.last_layers`.
+        batch_tokens: tokens of a forward and backward pass, padding included.
+        shard_samples: samples that are scored, and written, together.
+
+    Raises:
+        ValueError: numbers below 1, sources and tasks that do not fit.
+    """
+
+    corpus: Corpus
+    tasks: dict[str, list[Batch]]
+    sources: tuple[Source, ...]
+    curvature: Curvature
+    curvature_sequences: int
+    layers: str | None
+    batch_tokens: int
+    shard_samples: int
+
+    def __post_init__(self) -> None:
+        for name in ("curvature_sequences", "batch_tokens", "shard_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        try:
+            re.compile(self.layers or "")
+        except re.error as problem:
+            raise ValueError(f"layers={self.layers!r} is no regular expression: {problem}") from problem
+        check_sources(self.sources, self.tasks)
+
+    def config(self) -> dict[str, Any]:
+        """The job as JSON-able values, with fingerprints of data, tasks and checkpoints."""
+        corpus = self.corpus
+        facts = zip(corpus.names, corpus.sizes.tolist(), corpus.tokens.tolist(), corpus.fingerprints, strict=True)
+        return {
+            "unit": corpus.unit,
+            "sequence_length": corpus.sequence_length,
+            "layers": self.layers,
+            "curvature": repr(self.curvature),
+            "curvature_sequences": self.curvature_sequences,
+            "batch_tokens": self.batch_tokens,
+            "shard_samples": self.shard_samples,
+            "domains": [
+                {"name": name, "samples": samples, "tokens": tokens, "fingerprint": fingerprint}
+                for name, samples, tokens, fingerprint in facts
+            ],
+            "tasks": [
+                {
+                    "name": name,
+                    "sequences": sum(len(batch["input_ids"]) for batch in batches),
+                    "fingerprint": _batches_hash(batches),
+                }
+                for name, batches in self.tasks.items()
+            ],
+            "checkpoints": [
+                {
+                    "name": source.name,
+                    "step": source.step,
+                    "tasks": list(source.tasks),
+                    "path": str(source.path),
+                    "fingerprint": source.fingerprint,
+                }
+                for source in self.sources
+            ],
+        }
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """First sample of a shard, and one past its last."""
+        start = shard * self.shard_samples
+        return start, min(start + self.shard_samples, len(self.corpus))
+
+    def tokens(self, shard: int) -> int:
+        """About how many tokens a shard has: of documents, by their domains' means."""
+        domains, counts = np.unique(self.corpus.where(*self.bounds(shard))[0], return_counts=True)
+        return round(float((counts * self.corpus.tokens[domains] / self.corpus.sizes[domains]).sum()))
+
+
+class ShardScorer:
+    """One checkpoint of a job, loaded and prepared: it scores shards.
+
+    Args:
+        job: the job.
+        source: one of its sources.
+        load: gives the model of a path, put where it is to run; None: `load_model`.
+        device: where the model is put; None: a GPU if there is one, or with `load` where that put it.
+
+    Attributes:
+        model: the model.
+        scorer: of single batches.
+
+    Raises:
+        ValueError: the model cannot read the tasks or the corpus, a layer that it does not have, or nothing to fit the
+            curvature on.
+    """
+
+    def __init__(self, job: Job, source: Source, load: Load | None = None, device: str | None = None) -> None:
+        self._job, self._source = job, source
+        if device is None and load is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = (load or load_model)(source.path)
+        self.model = model if device is None else model.to(device)
+        fitted_on = job.corpus.spread(job.curvature_sequences)
+        if not fitted_on:
+            raise ValueError("the corpus has no sequence with a token to score: give documents of at least 2 tokens")
+        curvature_batches = [_batch([fitted_on[i] for i in rows]) for rows in _rows(fitted_on, job.batch_tokens)]
+        tasks = {name: job.tasks[name] for name in source.tasks}
+        for name, batches in tasks.items():
+            for batch in batches:
+                self._check(batch, f"task {name!r}")
+        for batch in curvature_batches:
+            self._check(batch, "the corpus")
+        self._probe = [curvature_batches[0], curvature_batches[-1]]
+        self.scorer = SampleScorer(model, tasks, curvature_batches, curvature=job.curvature, layers=job.layers)
+
+    @property
+    def flops_per_token(self) -> float:
+        """At least so many, as `dynmix.scoring.cost` counts."""
+        length = self._job.corpus.sequence_length
+        return flops_per_token(self.model, self.scorer.layers, len(self.scorer.tasks), length)
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, measured now on two batches from all over the corpus, the first to warm up."""
+        for batch in self._probe:
+            start = time.perf_counter()
+            self.scorer(batch)
+            seconds = time.perf_counter() - start
+        return batch["input_ids"].numel() / seconds
+
+    def score(self, shard: int, tick: Callable[[int], object] = lambda tokens: None) -> pa.Table:
+        """Columns id, domain, tokens, score/<task>/<checkpoint>..., loss/<checkpoint>; a row a sample.
+
+        A document of several windows has their means, weighted by scored tokens: the influence and the loss of its mean
+        loss per token, each window on its own. NaN where there is no token to score.
+
+        Args:
+            shard: its number.
+            tick: called after each batch with the number of its tokens.
+        """
+        corpus, (start, stop) = self._job.corpus, self._job.bounds(shard)
+        samples = corpus.read(start, stop)
+        found, owners = windows(samples, corpus.sequence_length)
+        sums = np.zeros((len(samples), len(self.scorer.tasks)))
+        nats, scored = np.zeros(len(samples)), np.zeros(len(samples))
+        for rows in _rows(found, self._job.batch_tokens):
+            batch = _batch([found[i] for i in rows])
+            self._check(batch, "the corpus")
+            measured, of = self.scorer(batch), owners[rows]
+            np.add.at(sums, of, measured.scores * measured.tokens[:, None])
+            np.add.at(nats, of, measured.loss * measured.tokens)
+            np.add.at(scored, of, measured.tokens)
+            tick(sum(len(found[i]) for i in rows))
+        domain, row = corpus.where(start, stop)
+        with np.errstate(invalid="ignore"):
+            scores, losses = (sums / scored[:, None]).astype(np.float32), (nats / scored).astype(np.float32)
+        name = self._source.name
+        return pa.table(
+            {
+                "id": row,
+                "domain": pa.DictionaryArray.from_arrays(domain.astype(np.int32), list(corpus.names)),
+                "tokens": np.array([len(sample) for sample in samples], np.int64),
+                **{f"score/{task}/{name}": scores[:, i] for i, task in enumerate(self.scorer.tasks)},
+                f"loss/{name}": losses,
+            }
+        )
+
+    def _check(self, batch: Batch, what: str) -> None:
+        """Raise ValueError if the model cannot read the batch; on a GPU it would not say why."""
+        config, ids = getattr(unwrap(self.model), "config", None), batch["input_ids"]
+        limit, vocabulary = (getattr(config, key, None) for key in ("max_position_embeddings", "vocab_size"))
+        if limit and ids.shape[1] > limit:
+            raise ValueError(
+                f"{what} has a sequence of {ids.shape[1]} tokens, checkpoint {self._source.name!r} takes {limit} at"
+                " most (max_position_embeddings): give a smaller sequence_length, and make tasks with that max_length"
+            )
+        if vocabulary and (largest := int(ids.max())) >= vocabulary:
+            raise ValueError(
+                f"{what} has token {largest}, the vocabulary of checkpoint {self._source.name!r} has {vocabulary}: "
+                "tokenise with the model's own tokenizer"
+            )
+
+
+def task_batches(name: str, examples: Examples, batch_tokens: int) -> list[Batch]:
+    """A task's examples, the longest first, in padded batches.
+
+    Raises:
+        ValueError: no examples, one that is no dict with 1-D `input_ids`, or none with a token to score.
+    """
+    items = [examples[i] for i in range(len(examples))]
+    for number, item in enumerate(items):
+        if not isinstance(item, Mapping) or np.ndim(item.get("input_ids", 0)) != 1:
+            raise ValueError(f"tasks[{name!r}]: example {number} is no dict with input_ids [tokens]")
+    lengths = np.array([len(item["input_ids"]) for item in items], np.int64)
+    if not lengths.any():
+        raise ValueError(f"tasks[{name!r}] is empty: give at least one example, a dict with input_ids [tokens]")
+    kept = np.flatnonzero(lengths)
+    batches = [collate([items[kept[i]] for i in rows]) for rows in by_length(lengths[kept], batch_tokens)]
+    if not any((next_token_labels(batch) != -100).any() for batch in batches):
+        raise ValueError(f"tasks[{name!r}] has no token to score: every label is -100 or first of its sequence")
+    return batches
+
+
+def load_model(path: Path) -> nn.Module:
+    """The causal LM in a folder, from safetensors; weights that pickle holds are not read, as that can run code.
+
+    Raises:
+        ValueError: it does not load, or weights are missing, which transformers makes up at random.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"checkpoint {path} does not load: {problem}") from problem
+    model: nn.Module = loaded[0]
+    if lacking := sorted(loaded[1]["missing_keys"]):
+        raise ValueError(f"checkpoint {path}: its weights lack {lacking[:3]}")
+    return model
+
+
+def make_job(
+    corpus: Corpus,
+    tasks: Mapping[str, Examples],
+    sources: Sequence[Source],
+    *,
+    layers: str | None,
+    curvature: Curvature | None,
+    curvature_sequences: int,
+    batch_tokens: int,
+    shard_samples: int,
+) -> Job:
+    """The job of these tasks' examples; DataInf's curvature if none is given. Raises ValueError, as `Job` does."""
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens}: at least 1")
+    return Job(
+        corpus,
+        {name: task_batches(name, examples, batch_tokens) for name, examples in tasks.items()},
+        tuple(sources),
+        DataInf() if curvature is None else curvature,
+        curvature_sequences,
+        layers,
+        batch_tokens,
+        shard_samples,
+    )
+
+
+def _rows(sequences: Sequence[Tokens], batch_tokens: int) -> Iterator[Ints]:
+    return by_length(np.array([len(sequence) for sequence in sequences], np.int64), batch_tokens)
+
+
+def _batch(sequences: Sequence[Tokens]) -> Batch:
+    return collate([{"input_ids": torch.from_numpy(sequence.astype(np.int64))} for sequence in sequences])
+
+
+def _batches_hash(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        for key in ("input_ids", "labels", "attention_mask"):
+            if key in batch:
+                digest.update(f"{key} {tuple(batch[key].shape)}\n".encode())
+                digest.update(batch[key].numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

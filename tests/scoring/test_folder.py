@@ -1,0 +1,91 @@
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dynmix.scoring.folder import ScoreFolder, read_losses, read_scores
+
+CONFIG = {
+    "shard_samples": 3,
+    "domains": [{"name": "a", "samples": 2}, {"name": "b", "samples": 2}],
+    "checkpoints": [{"name": "x", "step": 1, "tasks": ["t", "u.v"]}, {"name": "y.0", "step": 2, "tasks": ["t"]}],
+}
+
+
+def part(checkpoint, tasks, shard):
+    ids, names, seed = [([0, 1, 0], ["a", "a", "b"], 0), ([1], ["b"], 1)][shard]
+    scores = np.random.default_rng([seed, len(tasks)]).random((len(tasks) + 1, len(ids))).astype(np.float32)
+    columns = [*(f"score/{task}/{checkpoint}" for task in tasks), f"loss/{checkpoint}"]
+    base = {"id": ids, "domain": pa.array(names).dictionary_encode(), "tokens": np.full(len(ids), 7)}
+    return pa.table(base | dict(zip(columns, scores, strict=True)))
+
+
+def write_all(folder, *shards):
+    for shard in shards:
+        for checkpoint in CONFIG["checkpoints"]:
+            folder.write(checkpoint["name"], shard, part(checkpoint["name"], checkpoint["tasks"], shard))
+
+
+def test_what_is_written_is_read_in_order(tmp_path):
+    folder = ScoreFolder.begin(tmp_path, CONFIG)
+    write_all(folder, 1, 0)
+    folder.tidy()
+    found, losses = read_scores(tmp_path), read_losses(tmp_path)
+    parts = {c["name"]: [part(c["name"], c["tasks"], shard) for shard in (0, 1)] for c in CONFIG["checkpoints"]}
+    for column, values in zip(found.columns, found.scores.T, strict=True):
+        name = f"score/{column.task}/{column.checkpoint}"
+        assert (
+            values.tolist()
+            == pa.concat_tables(table.select([name]) for table in parts[column.checkpoint])[name].to_pylist()
+        )
+    assert losses.scores[:, 1].tolist() == pa.concat_tables(parts["y.0"])["loss/y.0"].to_pylist()
+    assert found.domain.tolist() == [0, 0, 1, 1]
+    assert found.row.tolist() == [0, 1, 0, 1]
+
+
+def test_two_that_join_the_same_parts_do_so_once(tmp_path, monkeypatch):
+    folder, other = ScoreFolder.begin(tmp_path, CONFIG), ScoreFolder(tmp_path)
+    read = ScoreFolder._read
+
+    def late(self, file, columns=None):
+        monkeypatch.setattr(ScoreFolder, "_read", read)
+        other.join([0])
+        return read(self, file, columns)
+
+    folder.write("x", 0, part("x", ["t", "u.v"], 0))
+    monkeypatch.setattr(ScoreFolder, "_read", late)
+    folder.write("y.0", 0, part("y.0", ["t"], 0))
+    assert folder.missing == [1]
+
+
+def test_who_is_late_does_not_mind_that_all_is_done_and_tidied_up(tmp_path, monkeypatch):
+    folder, other = ScoreFolder.begin(tmp_path, CONFIG), ScoreFolder(tmp_path)
+    replace = os.replace
+
+    def late(draft, file):
+        monkeypatch.setattr(os, "replace", replace)
+        write_all(other, 0, 1)
+        other.tidy()
+        replace(draft, file)
+
+    monkeypatch.setattr(os, "replace", late)
+    write_all(folder, 0, 1)
+    folder.tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "scores-00000.parquet", "scores-00001.parquet", "scoring.json"
+    ]  # fmt: skip
+
+
+def test_a_folder_that_vanishes_is_an_error(tmp_path, monkeypatch):
+    folder = ScoreFolder.begin(tmp_path, CONFIG)
+    monkeypatch.setattr(os, "replace", lambda draft, file: os.stat(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError):
+        folder.write("x", 0, part("x", ["t", "u.v"], 0))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"domains": 3}', "[]"])
+def test_a_damaged_configuration_is_found_out(tmp_path, content):
+    (tmp_path / "scoring.json").write_text(content)
+    with pytest.raises(ValueError, match=r"scoring.json is damaged .*another folder"):
+        ScoreFolder(tmp_path)
