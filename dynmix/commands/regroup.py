@@ -1,0 +1,49 @@
+"""The `regroup` command: scores in, groups out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynmix.commands import fail
+
+
+def regroup(
+    scores: Annotated[Path, typer.Argument(help="Folder that `dynmix score` wrote.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of the token stores that were scored.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="Folder for the groups.")],
+    keep: Annotated[float, typer.Option(help="Share of a group's tokens that is kept, the most influential.")] = 0.5,
+    blend: Annotated[str, typer.Option(help="Weight of checkpoints: step, early or equal.")] = "step",
+    budget: Annotated[int | None, typer.Option(help="Most tokens of a group.")] = None,
+    max_epochs: Annotated[float | None, typer.Option(help="How often a group may be seen; needs --tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens that will be trained on.")] = None,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="By the samples' loss instead, the lowest first: a baseline.")
+    ] = False,
+) -> None:
+    """Regroup a scored corpus by the tasks that its samples help, with weights by influence density."""
+    from dynmix.groups import write_groups
+    from dynmix.mixers.regroup import group_weights
+    from dynmix.mixers.regroup import regroup as grouped
+    from dynmix.scoring import perplexity_scores, read_scores
+    from dynmix.scoring.folder import ScoreFolder
+
+    try:
+        if (max_epochs is None) != (tokens is None):
+            raise ValueError("--max-epochs and --tokens: give both, or neither")
+        facts = ScoreFolder(scores).config
+        found = perplexity_scores(scores) if perplexity else read_scores(scores)
+        groups = grouped(found, keep=keep, blend=blend, budget=budget)  # type: ignore[arg-type]
+        weights = group_weights(groups, max_epochs=max_epochs, tokens=tokens)
+        if weights is None:
+            whole = sum(group.tokens for group in groups)
+            weights = {group.name: group.tokens / whole for group in groups}
+        stores = {name: data / name for name in found.domains}
+        length, unit = int(facts["sequence_length"]), facts["unit"]
+        write_groups(output, groups, weights, found, stores, unit=unit, sequence_length=length)
+    except (ValueError, OSError) as problem:
+        fail(problem)
+    for group in groups:
+        typer.echo(
+            f"{group.name}: weight {weights[group.name]:.4f}, {len(group.members):,} samples, {group.tokens:,} tokens"
+        )
