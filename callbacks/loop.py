@@ -89,7 +89,13 @@ class MixtureHook:
         return self.controller.finish(self.model, self.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, JSON-able; keep it in your own checkpoint."""
+        """Return the state, JSON-able; keep it in your own checkpoint.
+
+        It is taken as saved: of the snapshots that a mixer has kept for an earlier state, those go that this one and
+        the run so far have no use for.
+        """
+        if self._begun:
+            self.controller.saved(self.steps)
         return {"steps": self.steps, "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -5,17 +5,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynmix.controller import MixtureController
+    from dynmix.groups import open_groups
     from dynmix.influence.curvature import EKFAC, Identity
+    from dynmix.influence.datainf import DataInf
     from dynmix.influence.group import group_influence
+    from dynmix.influence.sample import sample_influence
     from dynmix.mixers import Mixer, Proposal, Static, TiKMiXD
+    from dynmix.mixers.automixer import AutoMixer
     from dynmix.mixers.tikmix_m import TiKMiXM
     from dynmix.mixture.dataset import MixtureDataset
     from dynmix.mixture.schedule import MixtureSchedule
     from dynmix.mixture.store import TokenStore
+    from dynmix.mixture.view import DocumentView, RowView
     from dynmix.observation import Influence
+    from dynmix.tasks import Task
 
 __all__ = [
     "EKFAC",
+    "AutoMixer",
+    "DataInf",
+    "DocumentView",
     "Identity",
     "Influence",
     "Mixer",
@@ -23,14 +32,21 @@ __all__ = [
     "MixtureDataset",
     "MixtureSchedule",
     "Proposal",
+    "RowView",
     "Static",
+    "Task",
     "TiKMiXD",
     "TiKMiXM",
     "TokenStore",
     "group_influence",
+    "open_groups",
+    "sample_influence",
 ]
 
 _HOME = {
+    "AutoMixer": "dynmix.mixers.automixer",
+    "DataInf": "dynmix.influence.datainf",
+    "DocumentView": "dynmix.mixture.view",
     "EKFAC": "dynmix.influence.curvature",
     "Identity": "dynmix.influence.curvature",
     "Influence": "dynmix.observation",
@@ -39,11 +55,15 @@ _HOME = {
     "MixtureDataset": "dynmix.mixture.dataset",
     "MixtureSchedule": "dynmix.mixture.schedule",
     "Proposal": "dynmix.mixers",
+    "RowView": "dynmix.mixture.view",
     "Static": "dynmix.mixers",
+    "Task": "dynmix.tasks",
     "TiKMiXD": "dynmix.mixers",
     "TiKMiXM": "dynmix.mixers.tikmix_m",
     "TokenStore": "dynmix.mixture.store",
     "group_influence": "dynmix.influence.group",
+    "open_groups": "dynmix.groups",
+    "sample_influence": "dynmix.influence.sample",
 }
 
 

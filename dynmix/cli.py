@@ -10,7 +10,13 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from dynmix.commands import fail
+from dynmix.commands.regroup import regroup
+from dynmix.commands.score import score
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(score)
+app.command()(regroup)
 
 
 @app.callback()
@@ -37,7 +43,7 @@ def prepare(
     try:
         stores = prepare(inputs, output, tokenizer, text_field=text_field, append_eos=append_eos, overwrite=overwrite)
     except (ValueError, OSError) as problem:
-        _fail(problem)
+        fail(problem)
     for name, store in stores.items():
         typer.echo(f"{name}: {len(store):,} documents, {len(store.tokens):,} tokens in {store.path}.bin")
 
@@ -56,7 +62,7 @@ def demo(
     try:
         run_demo(output, seed, mixer=mixer)
     except ValueError as problem:
-        _fail(problem)
+        fail(problem)
 
 
 @app.command()
@@ -89,10 +95,5 @@ def report(
             source, output or source.parent / "report.html", baseline=None if baseline is None else journal(baseline)
         )
     except (ValueError, OSError) as problem:
-        _fail(problem)
+        fail(problem)
     typer.echo(str(page))
-
-
-def _fail(problem: Exception) -> None:
-    typer.secho(f"error: {problem}", fg="red", err=True)
-    raise typer.Exit(1) from problem

@@ -6,7 +6,6 @@ done one optimizer step before the boundary, because loaders fetch a batch ahead
 stage gets does not depend on when the work is done, since a stage starts at a declared position.
 """
 
-import json
 import logging
 import os
 import time
@@ -23,13 +22,14 @@ from dynmix.decider import Decider
 from dynmix.drawn import DrawnMixtures
 from dynmix.influence.capture import LayerFilter
 from dynmix.influence.curvature import EKFAC, Curvature
-from dynmix.journal import Journal
 from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.observation import Influence
+from dynmix.ranks import from_rank_0, on_every_rank
 from dynmix.record import Losses, log_keys, losses_of, make_row
-from dynmix.snapshot import save_snapshot
+from dynmix.run_folder import RunFolder
+from dynmix.sampling import Sampler
 
 logger = logging.getLogger("dynmix")
 
@@ -49,7 +49,8 @@ class MixtureController:
             one such row, the mean over the domains of their own text (rows that the coming stage does not train on);
             None: none. Measured for the mixers that use them; the losses of named ones are journaled for all.
         reference: the reference model of mixers that need `reference_loss`: a causal LM, or the path of one.
-        curvature: the curvature of the influence; fitted anew at each boundary; None: `EKFAC()`.
+        curvature: the curvature of the influence; fitted anew at each boundary; None: `EKFAC()`, and `DataInf()` where
+            the whole corpus is scored.
         probe_sequences: sequences of each domain that the influence is measured on, at each boundary.
         curvature_sequences: sequences that the curvature is fitted on, split over the domains as the weights are.
         task_sequences: sequences of each task that are used at most, evenly spread over it; None: all. (Tasks given as
@@ -62,7 +63,8 @@ class MixtureController:
         keep: newest snapshots that are kept; 0 saves none.
         loss_every: the tasks' losses are measured for the journal at every so many boundaries, where they do not come
             with an influence; raise it for short stages, as mixers that learn from the training loss like them.
-        layers: which linear layers are measured, as `group_influence` takes it; None: all.
+        layers: which linear layers are measured, as `group_influence` takes it; None: all, and where the whole corpus
+            is scored, `dynmix.influence.sample.last_layers`.
 
     Raises:
         ValueError: what the arguments say is impossible, with the argument's name, before anything is trained.
@@ -111,10 +113,22 @@ class MixtureController:
             micro_batch=micro_batch,
             layers=layers,
         )
+        self.sampler: Sampler | None = None
+        if "samples" in self.decider.needs:
+            self.sampler = Sampler(
+                dataset,
+                tasks,
+                self.measurement.sets,
+                self.mixer.sample_plan,
+                stage_steps=stage_steps,
+                layers=layers,
+                curvature=curvature,
+                curvature_sequences=curvature_sequences,
+                micro_batch=micro_batch,
+            )
         self.dataset, self.stage_steps, self.keep, self.loss_every = dataset, stage_steps, keep, loss_every
         self.budget = EpochBudget(dataset, max_epochs)
-        self.output: Path | None = None
-        self.journal: Journal | None = None
+        self.folder: RunFolder | None = None
         if output is not None:
             self.write_to(output)
         self.batch_size = 0  # samples an optimizer step, over all ranks; known when the run is planned
@@ -124,8 +138,7 @@ class MixtureController:
 
     def write_to(self, output: str | Path) -> None:
         """Set the folder of journal, config and snapshots."""
-        self.output = Path(output)
-        self.journal = Journal(self.output / "journal.jsonl")
+        self.folder = RunFolder(Path(output))
 
     @property
     def mixer(self) -> Mixer:
@@ -153,6 +166,10 @@ class MixtureController:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1 sample an optimizer step")
         self._check_same_batch(batch_size)
+        if self.sampler is not None and self.folder is None:
+            raise ValueError(
+                f"{self.decider.name} keeps checkpoints, scores and groups in files: pass output=, a folder"
+            )
         self.batch_size = batch_size
         self.total = len(self.dataset) if max_steps is None else min(len(self.dataset), max_steps * batch_size)
         if len(schedule.stages) > 1 and not self.resumed:
@@ -189,17 +206,23 @@ class MixtureController:
         self.watch(model)
         influence, drawn = self.measurement.rehearse(model) if self.decider.needs & MEASURED else (None, None)
         upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
-        self.decider.rehearse(influence, self.dataset.schedule.weights_at(0), upper, drawn)
+        samples = self.sampler.rehearse(model) if self.sampler is not None and not self.resumed else None
+        self.decider.rehearse(influence, self.dataset.schedule.weights_at(0), upper, drawn, samples)
         if self.resumed:
+            if self.sampler is not None and self.folder is not None:
+                self.sampler.begin(self.folder.path, step)
             if self._boundary() < min(step * self.batch_size, self.total):
                 raise ValueError(
                     f"the state is older than step {step}: the stage of sample {self._boundary()} is not in it; resume "
                     "model and mixture from the same checkpoint"
                 )
             return self._decide(model, step) if self._is_due(step) else None
-        if self.output is not None and _is_rank_0():
-            _set_aside(self.output)
-            self._write_config(model)
+        if self.folder is not None:
+            self.folder.set_aside()
+            self.folder.write_config(self._describe(model))
+            if self.sampler is not None:
+                from_rank_0(None)  # what an earlier run left is out of the way
+                self.sampler.begin(self.folder.path, step)
         seconds: dict[str, float] = {}
         with _timed(seconds, "measure"):
             loss = self.measurement.losses(model)
@@ -209,7 +232,15 @@ class MixtureController:
         """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
         self.dataset.pulse()
         self.decider.observe(step, self.batch_size)
-        return self._decide(model, step) if self._is_due(step) else None
+        logs = self.sampler.step_ended(model, step) if self.sampler is not None else {}
+        if self._is_due(step):
+            logs |= self._decide(model, step)
+        return logs or None
+
+    def saved(self, step: int) -> None:
+        """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
+        if self.sampler is not None:
+            self.sampler.saved(step)
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure the task losses once more and close the journal; return what a tracker should log."""
@@ -260,14 +291,15 @@ class MixtureController:
                 raise ValueError(
                     f"this state is damaged: its stages start at {starts[:5]}..., which are no stages of it"
                 )
-            self.dataset.load_state_dict(state["dataset"])
+            groups = self.folder.groups if self.folder is not None and self.folder.groups.is_dir() else None
+            self.dataset.load_state_dict(state["dataset"], views=groups)
             self.decider.load_state_dict(state["mixer"])
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
         self.batch_size = batch_size
         self.resumed = True
-        if self.journal is not None and _is_rank_0():
-            self.journal.truncate(len(self.dataset.schedule.stages))
+        if self.folder is not None:
+            self.folder.rewind(len(self.dataset.schedule.stages))
 
     # -- a boundary --------------------------------------------------------------------------------------------------
 
@@ -287,7 +319,7 @@ class MixtureController:
         following = start + self.stage_steps * self.batch_size
         prior = schedule.weights_at(start - 1)
         seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
-        influence, gradient, loss, error = None, None, None, None
+        influence, gradient, samples, loss, error = None, None, None, None, None
         probes: Probes | None = None
         drawn: DrawnMixtures | None = None
         upper = self.budget.upper(start, min(following, self.total) - start)
@@ -302,13 +334,23 @@ class MixtureController:
                     gradient = self.measurement.gradient(model, probes)
                     influence = influence or gradient
                     _check_finite(gradient)
+                if self.sampler is not None and self.mixer.wants_samples(len(schedule.stages), prior):
+                    samples = self.sampler.scores(model, step, (self.total - start) * self.dataset.sequence_length)
                 if influence is not None:
                     loss = losses_of(influence)
                 elif len(schedule.stages) % self.loss_every == 0:
                     loss = self.measurement.losses(model)
             with _timed(seconds, "propose"):
                 proposal, cdf = self.decider.decide(
-                    influence, gradient, prior, upper, drawn, step=step, steps=self.stage_steps
+                    influence,
+                    gradient,
+                    prior,
+                    upper,
+                    drawn,
+                    samples,
+                    step=step,
+                    steps=self.stage_steps,
+                    bound=lambda sizes: self.budget.entering(sizes, min(following, self.total) - start),
                 )
         except Exception as failure:  # a run of weeks must not end because one measurement did
             error = _words(failure)
@@ -316,16 +358,27 @@ class MixtureController:
             cdf = self.decider.published(proposal, upper)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        # Rank 0 decides: float sums may differ between machines, a mixture must not.
+        cdf, proposal = from_rank_0((cdf, proposal))
+        if proposal.groups:
+            try:
+                on_every_rank(lambda: self._let_in(proposal))
+            except Exception as failure:
+                error, prior = _words(failure), schedule.weights_at(start - 1)
+                proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
+                cdf = self.decider.published(proposal, upper)
         if error:
             logger.warning("stage %d keeps the weights of the one before: %s", len(schedule.stages), error)
 
-        cdf, proposal = _from_rank_0((cdf, proposal))
         self.dataset.publish(cdf, start, following if following < self.total else None)
         logger.info("stage %d starts at sample %d: %s", len(schedule.stages) - 1, start, schedule.stages[-1].weights)
         if probes is not None:
             self.measurement.warn_of_repeated(probes, start, min(following, self.total))
-        with _timed(seconds, "snapshot"):
-            self._save_snapshot(model, step)
+        if self.folder is not None and self.keep:
+            stage = len(schedule.stages) - 1
+            facts = {"stage": stage, "step": step, "samples": step * self.batch_size}
+            with _timed(seconds, "snapshot"):
+                self.folder.save_snapshot(model, stage, facts, self.keep)
         return self._write_down(
             "stage",
             step,
@@ -338,6 +391,11 @@ class MixtureController:
             seconds=seconds,
         )
 
+    def _let_in(self, proposal: Proposal) -> None:
+        if self.folder is None:
+            raise ValueError("domains that enter a run are kept in files: pass output=, a folder")
+        self.dataset.extend(proposal.groups, self.folder.groups)
+
     def _check_same_batch(self, batch_size: int) -> None:
         if self.batch_size not in (0, batch_size):
             raise ValueError(
@@ -347,10 +405,8 @@ class MixtureController:
 
     # -- writing down -------------------------------------------------------------------------------------------
 
-    def _write_config(self, model: nn.Module) -> None:
-        assert self.output is not None
-        self.output.mkdir(parents=True, exist_ok=True)
-        facts = {
+    def _describe(self, model: nn.Module) -> dict[str, Any]:
+        return {
             "mixer": self.mixer.describe(),
             **self.measurement.describe(),
             "stage_steps": self.stage_steps,
@@ -360,17 +416,6 @@ class MixtureController:
             "model": type(model).__name__,
             "dataset": self.dataset.state_dict(),
         }
-        (self.output / "config.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
-
-    def _save_snapshot(self, model: nn.Module, step: int) -> None:
-        if self.output is None or not self.keep:
-            return
-        stage = len(self.dataset.schedule.stages) - 1
-        facts = {"stage": stage, "step": step, "samples": step * self.batch_size}
-        try:
-            save_snapshot(model, self.output / "snapshots", stage, facts, self.keep)
-        except OSError as failure:
-            logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
 
     def _write_down(
         self, kind: Literal["stage", "final"], step: int, position: int, loss: Losses | None, **found: Any
@@ -379,11 +424,8 @@ class MixtureController:
         rows = list(self.measurement.sets) if measured is None else list(measured.tasks)
         guards = [name for name in rows if name in self.measurement.guards]
         row = make_row(kind, self.dataset, rows, guards, mixer, step=step, position=position, loss=loss, **found)
-        if self.journal is not None and _is_rank_0():
-            try:
-                self.journal.append(row)
-            except OSError as failure:
-                logger.error("a row of %s was not written, training goes on: %s", self.journal.path, failure)
+        if self.folder is not None:
+            self.folder.append(row)
         return log_keys(row)
 
 
@@ -403,30 +445,3 @@ def _words(failure: Exception) -> str:
 def _check_finite(influence: Influence) -> None:
     if bad := influence.not_finite:
         raise ArithmeticError(f"the influence on {', '.join(bad)} is not finite")
-
-
-def _set_aside(output: Path) -> None:
-    """Move what an earlier run left in `output` to a folder of its own, so that a fresh run does not mix with it."""
-    left = [path for name in ("journal.jsonl", "config.json", "snapshots") if (path := output / name).exists()]
-    if not left:
-        return
-    number = 1
-    while (folder := output / f"previous-{number}").exists():
-        number += 1
-    folder.mkdir()
-    for path in left:
-        path.rename(folder / path.name)
-    logger.info("an earlier run's files in %s were moved to %s", output, folder)
-
-
-def _is_rank_0() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _from_rank_0(decision: Any) -> Any:
-    """Return rank 0's decision on every rank: float sums may differ between machines, a mixture must not."""
-    if not torch.distributed.is_initialized():
-        return decision
-    box = [decision]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

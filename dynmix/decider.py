@@ -7,19 +7,21 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from dynmix.drawn import DrawnMixtures
-from dynmix.mixers.base import NEEDS, Mixer, Proposal, Run
+from dynmix.mixers.base import NEEDS, Mixer, Proposal, Run, within
 from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.schedule import integer_cdf
 from dynmix.observation import Influence, Observation
+from dynmix.scores import SampleScores
 from dynmix.training_loss import TrainingLoss
 
 logger = logging.getLogger("dynmix")
@@ -71,6 +73,7 @@ class Decider:
         prior: Mapping[str, float],
         upper: Mapping[str, float],
         drawn: DrawnMixtures | None,
+        samples: SampleScores | None = None,
     ) -> None:
         """Let a copy go through a checkpoint and decide; raises whatever that does."""
         understudy = copy.deepcopy(self.mixer)
@@ -83,7 +86,7 @@ class Decider:
         understudy.load_state_dict(state)
         if influence is None or influence.finite:
             gradient = influence if "gradient" in self.needs else None
-            self._decide(understudy, influence, gradient, prior, upper, drawn, step=0, steps=1)
+            self._decide(understudy, influence, gradient, prior, upper, drawn, samples, step=0, steps=1)
 
     def observe(self, step: int, batch_size: int) -> None:
         """Show the losses of the step that ended. What fails the first time is a mistake in the set-up, and raises."""
@@ -111,22 +114,36 @@ class Decider:
         prior: Mapping[str, float],
         upper: Mapping[str, float],
         drawn: DrawnMixtures | None,
+        samples: SampleScores | None = None,
         *,
         step: int,
         steps: int,
+        bound: Callable[[Mapping[str, int]], Mapping[str, float]] | None = None,
     ) -> tuple[Proposal, np.ndarray]:
         """Return the proposal for the next stage, and the integers that it is published as.
 
+        Weights of domains that enter are moved inside `bound`: their mixer could not know it.
+
         Args:
-            influence, gradient, drawn: what was measured, if it was.
+            influence, gradient, drawn, samples: what was measured, if it was.
             prior, upper: as in `Mixer.propose`.
             step: optimizer steps done.
             steps: of them, since the stage began.
+            bound: gives the largest weights of domains that would enter, by their numbers of sequences.
 
         Raises:
             ValueError: an answer that is no mixture of the domains inside the bounds; or whatever the mixer raises.
         """
-        return self._decide(self.mixer, influence, gradient, prior, upper, drawn, step=step, steps=steps)
+        proposal, cdf = self._decide(
+            self.mixer, influence, gradient, prior, upper, drawn, samples, step=step, steps=steps
+        )
+        if proposal.groups:
+            given = dict.fromkeys(proposal.groups, 0.0) | proposal.weights
+            sizes = {name: len(rows) for name, (_, rows) in proposal.groups.items()}
+            limits = None if bound is None else bound(sizes)
+            proposal = replace(proposal, weights=within(given, limits))
+            cdf = self.published(proposal, upper)
+        return proposal, cdf
 
     def _decide(
         self,
@@ -136,6 +153,7 @@ class Decider:
         prior: Mapping[str, float],
         upper: Mapping[str, float],
         drawn: DrawnMixtures | None,
+        samples: SampleScores | None,
         *,
         step: int,
         steps: int,
@@ -143,15 +161,23 @@ class Decider:
         if gradient is not None:
             mixer.observe(Observation(step, gradient=gradient, steps=steps))
         more: dict[str, Any] = {"measure": drawn} if "measure" in self.needs else {}
+        if "samples" in self.needs:
+            more["samples"] = samples
         proposal = mixer.propose(influence if "influence" in self.needs else None, prior, upper, **more)
         if not isinstance(proposal, Proposal):
             raise ValueError(f"{self.name}.propose returned {type(proposal).__name__}, not a Proposal")
         return proposal, self.published(proposal, upper)
 
     def published(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
-        """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains."""
-        weights = normalized(proposal.weights, self.dataset.domains)
-        for name, weight in zip(self.dataset.domains, weights.tolist(), strict=True):
+        """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains.
+
+        Domains that enter with it come behind the others.
+        """
+        domains, given = (*self.dataset.domains, *proposal.groups), proposal.weights
+        if proposal.groups:
+            given = dict.fromkeys(domains, 0.0) | given
+        weights = normalized(given, domains)
+        for name, weight in zip(domains, weights.tolist(), strict=True):
             if weight > upper.get(name, 1.0) + 1e-6:
                 raise ValueError(
                     f"{self.name} gave {name!r} a weight of {weight:.4g}, above its bound {upper[name]:.4g}"

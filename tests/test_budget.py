@@ -26,3 +26,18 @@ def test_a_run_that_cannot_stay_within_it_is_refused():
         EpochBudget(dataset(), 1.9).check(400, 100)
     with pytest.raises(ValueError, match=r"first stage alone exceeds max_epochs of \['a'\]"):
         EpochBudget(dataset(), {"a": 0.2}).check(400, 100)
+
+
+def test_domains_that_enter_are_bounded_by_a_number_for_all(tmp_path):
+    data = MixtureDataset(
+        {name: [{"input_ids": [1, 2]}] * 10 for name in ("a", "b")}, "uniform", num_samples=100, block=10
+    )
+    for_all, by_name = EpochBudget(data, 2.0), EpochBudget(data, {"a": 2.0})
+    assert for_all.entering({"late": 5}, samples=40) == {"late": 0.25}
+    assert by_name.entering({"late": 5}, samples=40) == {}
+    data.schedule.hold(20)
+    data.extend({"late": ([0, 1], [3, 4])}, tmp_path)
+    data.publish({"a": 0.0, "b": 0.0, "late": 1.0}, 20, 30)
+    assert for_all.left(20)["late"] == 4
+    assert for_all.upper(30, 10)["late"] == 0
+    assert set(by_name.upper(20, 10)) == {"a"}

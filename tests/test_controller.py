@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-import dynmix.controller
+import dynmix.run_folder
 import dynmix.measurement
 from dynmix import Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
@@ -309,7 +309,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dynmix.controller, "save_snapshot", full)
+    monkeypatch.setattr(dynmix.run_folder, "save_snapshot", full)
     monkeypatch.setattr(Journal, "append", full)
     assert loop.step_ended(Bigram(), 4)
     assert len(loop.dataset.schedule.stages) == 2

@@ -130,3 +130,21 @@ def test_an_answer_that_is_no_mixture_is_refused(answer, message):
 
     with pytest.raises(ValueError, match=message):
         Decider(Wrong(), dataset(), None).decide(None, None, PRIOR, {"a": 0.7}, None, step=1, steps=1)
+
+
+def test_domains_that_enter_come_behind_the_others_within_their_bounds():
+    class Entering(Mixer):
+        needs = frozenset({"samples"})
+
+        def propose(self, influence, prior, upper=None, *, samples=None):
+            groups = {name: (np.zeros(3, int), np.arange(3)) for name in ("new", "rest")}
+            return Proposal({"new": 0.8, "rest": 0.2}, groups=groups)
+
+    decider = Decider(Entering(), dataset(), None)
+    _, cdf = decider.decide(None, None, PRIOR, {}, None, step=1, steps=1)
+    assert np.diff(cdf, prepend=0).tolist()[: len(PRIOR)] == [0] * len(PRIOR)
+    assert len(cdf) == len(PRIOR) + 2
+    bounded, _ = decider.decide(
+        None, None, PRIOR, {}, None, step=1, steps=1, bound=lambda sizes: {name: 0.2 * n for name, n in sizes.items()}
+    )
+    assert bounded.weights == pytest.approx({"new": 0.6, "rest": 0.4})

@@ -27,6 +27,9 @@ FORBIDDEN = {
     "dynmix/observation.py": {"torch", "transformers", "dynmix"},
     "dynmix/controller.py": {"transformers", "accelerate", "dynmix.callbacks"},
     "dynmix/decider.py": {"transformers", "accelerate", "dynmix.callbacks", "dynmix.controller", "dynmix.influence"},
+    "dynmix/scores.py": {"torch", "transformers", "dynmix"},
+    "dynmix/scoring": {"dynmix.mixers", "dynmix.controller", "dynmix.callbacks"},
+    "dynmix/sampling.py": {"dynmix.mixers", "dynmix.controller", "dynmix.callbacks"},
     "dynmix/drawn.py": {"torch", "transformers", "dynmix.mixture", "dynmix.influence", "dynmix.mixers"},
 }
 
@@ -73,7 +76,7 @@ def test_public_names():
 
     for name in dynmix.__all__:
         assert getattr(dynmix, name) is not None
-    assert set(dynmix.callbacks.__all__) == {"MixtureCallback", "MixtureHook"}
+    assert set(dynmix.callbacks.__all__) == {"MixtureCallback", "MixtureHook", "PeakCallback"}
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         dynmix.Nothing  # noqa: B018
 

@@ -1,0 +1,218 @@
+"""What mixers that regroup the corpus need measured: the checkpoints in which tasks peak, and their scores of all data.
+
+Between boundaries it evaluates the tasks and keeps snapshots; at a boundary it has each of them score every sequence
+of the dataset. Knows the dataset, the tasks and the model that trains; nothing of what is decided from the scores.
+"""
+
+import copy
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from dynmix.batches import Batch, collate, scored_sequence
+from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
+from dynmix.influence.curvature import Curvature
+from dynmix.influence.losses import task_losses
+from dynmix.influence.sample import sample_influence
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.peaks import Checkpoint, PeakSnapshots, evenly_spaced, metric_of
+from dynmix.ranks import is_rank_0, on_every_rank
+from dynmix.scores import Column, SamplePlan, SampleScores
+from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
+from dynmix.scoring.folder import OtherConfiguration, discard
+from dynmix.scoring.job import load_model
+from dynmix.snapshot import write_snapshot
+from dynmix.tasks import Task
+
+logger = logging.getLogger("dynmix")
+
+
+class Sampler:
+    """Evaluates the tasks, keeps the checkpoints that will score, and has them score the dataset.
+
+    Args:
+        dataset: what is trained on; its first domains are what is scored.
+        sources: the tasks as the user gave them: those that are `Task`s can be evaluated by more than their loss.
+        sets: the tasks' batches: what a sequence's influence is on.
+        plan: when to evaluate, and which checkpoints score.
+        stage_steps: optimizer steps a stage.
+        layers: regular expression on the names of the layers that are measured; None: `last_layers`.
+        curvature: None: `DataInf()`.
+        curvature_sequences: sequences of the dataset that it is fitted on.
+        micro_batch: sequences a forward pass.
+
+    Raises:
+        ValueError: a metric that a task does not have, layers that are no regular expression.
+    """
+
+    def __init__(
+        self,
+        dataset: MixtureDataset,
+        sources: Mapping[str, Any],
+        sets: Mapping[str, list[Batch]],
+        plan: SamplePlan,
+        *,
+        stage_steps: int,
+        layers: LayerFilter,
+        curvature: Curvature | None,
+        curvature_sequences: int,
+        micro_batch: int,
+    ):
+        if callable(layers):
+            raise ValueError("layers: give a regular expression, which can be compared when a killed scoring goes on")
+        self.layers: str | None = layers
+        self.dataset, self.plan, self.curvature = dataset, plan, curvature
+        self.curvature_sequences, self.batch_tokens = curvature_sequences, micro_batch * dataset.sequence_length
+        self.every = plan.every or max(1, stage_steps // 4)
+        self.tasks = {name: source for name, source in sources.items() if isinstance(source, Task)}
+        self.sets = {name: sets[name] for name in sources}
+        for name in sources:
+            metric = metric_of(plan.metric, name)
+            if metric != "loss" and name not in self.tasks:
+                raise ValueError(f"metric={metric!r} of task {name!r}: only a dynmix.Task has more than a loss")
+            if metric == "accuracy" and not self.tasks[name].has_choices:
+                raise ValueError(f"metric='accuracy': no example of task {name!r} has choices")
+        self.folder: Path  # known when the run begins, as are the peaks
+        self.peaks: PeakSnapshots
+
+    def begin(self, folder: Path, step: int) -> None:
+        """Take up what was recorded up to `step` in the run's folder, and forget what a killed run recorded after it.
+
+        `peaks/` with the tasks' curves and snapshots, and `scores/`, are kept there.
+        """
+        self.folder = folder
+        self.peaks = PeakSnapshots(folder / "peaks", metric=self.plan.metric, min_delta=self.plan.min_delta)
+        self.peaks.rewind(step)
+        if is_rank_0():
+            for path, later in self._snapshots():
+                if later > step:
+                    shutil.rmtree(path)
+
+    def rehearse(self, model: nn.Module) -> SampleScores:
+        """Score one sequence of each domain with the model as it is; raises whatever fails."""
+        names = tuple(self.dataset.domains)
+        batches = [collate([self.dataset.sequence(name, 0)]) for name in names]
+        tasks = {name: [scored_sequence(some, f"tasks[{name!r}]")] for name, some in self.sets.items()}
+        found = sample_influence(model, batches, tasks, self.curvature, layers=self.layers)
+        return SampleScores(
+            names, np.arange(len(names)), np.zeros(len(names), np.int64),
+            np.full(len(names), self.dataset.sequence_length), tuple(Column(task, "now", 1) for task in tasks),
+            found.scores,
+        )  # fmt: skip
+
+    def step_ended(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Evaluate the tasks if it is time; return what a tracker should log."""
+        return self._evaluate(model, step) if step % self.every == 0 else {}
+
+    def saved(self, step: int) -> None:
+        """Tell that the run can go on from `step`: snapshots that were kept for an earlier one may go."""
+        self.peaks.prune(step)
+
+    def scores(self, model: nn.Module, step: int, tokens_left: int) -> SampleScores:
+        """Have the checkpoints score every sequence of the dataset's first domains, for the tasks.
+
+        Every rank calls it and scores a part. What a killed run has scored is not scored again.
+
+        Raises:
+            ValueError: no task has a finite value yet, or as `score_corpus` does; on every rank if it does on one.
+        """
+        if (last := self.peaks.last_step) is None or last < step:
+            self._evaluate(model, step)
+        sources = self._sources()
+        out = self.folder / "scores" / f"step-{step:07d}"
+        logger.info("scoring the corpus by %s", ", ".join(f"{s.name} for {'/'.join(s.tasks)}" for s in sources))
+        on_every_rank(lambda: self._score(model, sources, out))
+        return replace(read_scores(out), tokens_left=tokens_left)
+
+    def _score(self, model: nn.Module, sources: list[Source], out: Path) -> None:
+        distributed = torch.distributed.is_initialized()
+        part = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        tasks = {name: _examples(batches) for name, batches in self.sets.items()}
+        device = next(model.parameters()).device
+
+        def score() -> None:
+            with random_state_kept():  # loading a model draws from it
+                score_corpus(
+                    self.dataset.sequences,
+                    {name: tasks[name] for source in sources for name in source.tasks},
+                    sources,
+                    out,
+                    layers=self.layers,
+                    curvature=self.curvature,
+                    curvature_sequences=self.curvature_sequences,
+                    batch_tokens=self.batch_tokens,
+                    load=lambda path: load_like(model, path).to(device),
+                    part=part,
+                    progress=part[0] == 0,
+                    tick=self.dataset.pulse,
+                )
+
+        try:
+            score()
+        except OtherConfiguration as problem:  # the run went back, and took another way here
+            logger.warning("scores of another way here are dropped: %s", problem)
+            on_every_rank(lambda: None)  # all have seen them, before they are gone
+            on_every_rank(lambda: discard(out) if is_rank_0() else None)
+            score()
+
+    def _evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        logs, values = {}, {}
+        losses, _ = task_losses(model, {name: self.sets[name] for name in self.sets if name not in self.tasks})
+        for name in self.sets:
+            metric = metric_of(self.plan.metric, name)
+            if name in self.tasks:
+                score = self.tasks[name].evaluate(model)
+                losses[name], values[name] = score.loss, score.metric(metric)
+                if score.accuracy is not None:
+                    logs[f"dynmix/task_accuracy/{name}"] = score.accuracy
+            else:
+                values[name] = losses[name]
+            logs[f"dynmix/task_loss/{name}"] = losses[name]
+        self.peaks.record(model, step, values)
+        if self.plan.checkpoints != "peak":
+            write_snapshot(model, self.folder / "checkpoints" / f"step-{step:07d}", {"step": step})
+        return logs
+
+    def _sources(self) -> list[Source]:
+        if self.plan.checkpoints == "peak":
+            found = peak_sources(self.peaks.selected)
+        else:
+            n = 1 if self.plan.checkpoints == "last" else self.plan.checkpoints
+            kept = [Checkpoint(path, step) for path, step in self._snapshots()]
+            found = all_sources(evenly_spaced(kept, n), self.sets)
+        if not found:
+            raise ValueError("no task has a finite value at any evaluation: there is no checkpoint to score with")
+        return found
+
+    def _snapshots(self) -> list[tuple[Path, int]]:
+        return [(path, int(path.name[5:])) for path in sorted((self.folder / "checkpoints").glob("step-*"))]
+
+
+def load_like(model: nn.Module, path: Path) -> nn.Module:
+    """The model of a snapshot: a transformers model by its configuration, any other as a copy of `model`."""
+    model = unwrap(model)
+    if isinstance(model, PreTrainedModel):
+        return load_model(path)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(load_file(path / "model.safetensors"))
+    return twin
+
+
+def _examples(batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+    """The sequences of batches, without their padding."""
+    found = []
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            example = {key: x[row] for key, x in batch.items() if key in ("input_ids", "labels", "attention_mask")}
+            mask = example.pop("attention_mask", None)
+            found.append(example if mask is None else {key: x[mask != 0] for key, x in example.items()})
+    return found

@@ -1,0 +1,212 @@
+"""AutoMixer as the whole integration: a Trainer run that regroups its own corpus at a boundary, killed and resumed."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+import dynmix.sampling
+from dynmix import AutoMixer
+from dynmix.callbacks import MixtureHook
+from dynmix.journal import Journal
+from dynmix.peaks import PeakSnapshots
+
+MIXER = {"name": "automixer", "every": 2, "keep": 0.8}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+class Interrupted(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def whole(training, tmp_path_factory):
+    """An uninterrupted run: its folder and its facts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, training.facts(training.run(folder, mixer=MIXER, **SAVING))
+
+
+def groups_of(folder):
+    return Journal(folder / "dynmix/journal.jsonl").rows()[1]
+
+
+def test_groups_take_the_domains_place_at_the_boundary(whole, training):
+    folder, facts = whole
+    rows = Journal(folder / "dynmix/journal.jsonl").rows()
+    assert [row["error"] for row in rows] == [None] * 5
+    assert rows[0]["domains"] == ["web", "code", "noise"]
+    names = rows[1]["domains"]
+    assert names[:3] == ["web", "code", "noise"]
+    assert set(names[3:]) <= {"group:web", "group:code", "group:rest"}
+    weights = rows[1]["weights"]
+    assert all(weights[name] == 0 for name in names[:3])
+    assert sum(weights.values()) == pytest.approx(1)
+    assert [row["weights"] for row in rows[2:4]] == [weights] * 2
+    assert "sequences regrouped" in rows[1]["message"]
+    # What reaches the model from the boundary on are rows of the groups, and of no others.
+    seen = {tuple(pair) for pair in facts["order"][training.BATCH * training.STAGE_STEPS :]}
+    members = set()
+    for name in names[3:]:
+        if weights[name]:
+            file = folder / f"dynmix/groups/{name.replace(':', '%3A')}.npy"
+            numbers = np.lib.format.open_memmap(file, mode="r")
+            members |= {divmod(int(number), training.ROWS) for number in numbers}
+    assert seen <= members
+    assert len(members) < 3 * training.ROWS
+
+
+def test_the_first_stage_is_that_of_a_run_without_it(whole, training, tmp_path):
+    _, facts = whole
+    plain = training.facts(training.run(tmp_path, mixer="static"))
+    n = training.STAGE_STEPS
+    assert facts["losses"][:n] == plain["losses"][:n]
+    assert facts["order"][: n * training.BATCH] == plain["order"][: n * training.BATCH]
+    assert facts["losses"][n + 1 :] != plain["losses"][n + 1 :]
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_an_interrupted_run_goes_on_bit_for_bit(whole, training, tmp_path, step):
+    with pytest.raises(KeyboardInterrupt):
+        training.run(tmp_path, mixer=MIXER, extra=(Interrupted(step),), **SAVING)
+    resumed = training.facts(training.run(tmp_path, mixer=MIXER, resume=True, **SAVING))
+    assert_continued(resumed, whole, step // 4 * 4, training, tmp_path)
+
+
+def test_a_run_that_is_killed_while_it_scores_goes_on_there(whole, training, tmp_path, monkeypatch):
+    saving = SAVING | {"save_steps": 3}  # the boundary's work is done after step 4
+    real = dynmix.sampling.score_corpus
+
+    def killed(*args, **options):
+        real(*args, **options)
+        raise KeyboardInterrupt  # all is scored, nothing decided
+
+    monkeypatch.setattr(dynmix.sampling, "score_corpus", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(tmp_path, mixer=MIXER, **saving)
+    monkeypatch.setattr(dynmix.sampling, "score_corpus", real)
+    scored = sorted((tmp_path / "dynmix/scores").rglob("*.parquet"))
+    before = [path.stat().st_mtime_ns for path in scored]
+    resumed = training.facts(training.run(tmp_path, mixer=MIXER, resume=True, **saving))
+    assert scored
+    assert [path.stat().st_mtime_ns for path in scored] == before
+    assert_continued(resumed, whole, 3, training, tmp_path)
+
+
+def assert_continued(resumed, whole, saved, training, folder):
+    facts = whole[1]
+    assert resumed["stages"] == facts["stages"]
+    assert resumed["order"] == facts["order"][saved * training.BATCH :]
+    assert resumed["losses"] == facts["losses"][saved:]
+    assert resumed["parameters"] == facts["parameters"]
+    ours, theirs = (PeakSnapshots(path / "dynmix/peaks").curves for path in (folder, whole[0]))
+    assert ours == theirs
+
+
+def test_workers_and_processes_do_not_change_it_and_a_kill_neither(whole, launch, training, tmp_path):
+    facts = whole[1]
+    workers = training.facts(training.run(tmp_path / "workers", mixer=MIXER, dataloader_num_workers=2, **SAVING))
+    assert workers == facts
+    assert launch(tmp_path / "killed", kill_at=9, mixer=MIXER, **SAVING) == -9
+    launch(tmp_path / "killed", resume=True, mixer=MIXER, **SAVING)
+    killed = json.loads((tmp_path / "killed/facts-0.json").read_text())
+    assert killed["stages"] == [list(stage) for stage in facts["stages"]]
+    assert killed["parameters"] == facts["parameters"]
+    half = {"per_device_train_batch_size": training.BATCH // 2}
+    launch(tmp_path / "two", processes=2, mixer=MIXER, **half, **SAVING)
+    two = [json.loads((tmp_path / f"two/facts-{rank}.json").read_text()) for rank in (0, 1)]
+    assert two[0]["stages"] == two[1]["stages"]
+    assert list(two[0]["stages"][1][2]) == list(facts["stages"][1][2])
+
+
+def test_a_scoring_that_fails_keeps_the_weights_and_is_tried_again(training, tmp_path, monkeypatch, caplog):
+    real, calls = dynmix.sampling.score_corpus, []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("disk full")
+        real(*args, **options)
+
+    monkeypatch.setattr(dynmix.sampling, "score_corpus", failing)
+    with caplog.at_level(logging.WARNING):
+        training.run(tmp_path, mixer=MIXER)
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert rows[1]["error"] == "OSError: disk full"
+    assert rows[1]["weights"] == pytest.approx({"web": 0.3, "code": 0.2, "noise": 0.5})
+    assert rows[2]["error"] is None
+    assert len(calls) == 2
+    assert "disk full" in caplog.text
+
+
+def test_groups_too_small_for_the_run_are_said_and_change_nothing(training, tmp_path):
+    training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.05, max_epochs=0.5))
+    row = groups_of(tmp_path)
+    assert "raise keep or max_epochs" in row["error"]
+    assert row["weights"] == pytest.approx({"web": 0.3, "code": 0.2, "noise": 0.5})
+
+
+@pytest.mark.parametrize("checkpoints", ["last", 2])
+def test_checkpoints_by_step_alone(training, tmp_path, checkpoints):
+    training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8, checkpoints=checkpoints))
+    row = groups_of(tmp_path)
+    assert row["error"] is None
+    config = json.loads((tmp_path / "dynmix/scores/step-0000004/scoring.json").read_text())
+    assert [c["step"] for c in config["checkpoints"]] == ([4] if checkpoints == "last" else [2, 4])
+    assert all(c["tasks"] == ["web", "code"] for c in config["checkpoints"])
+
+
+def test_in_a_loop_of_your_own(training, tmp_path):
+    def steps(hook, model, data, until):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for batch in DataLoader(data, batch_size=training.BATCH, sampler=range(hook.position, len(data))):
+            model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            hook.step()
+            if hook.steps == until:
+                break
+
+    def parts(folder):
+        model, data = training.model(dropout=0.0), training.dataset()
+        hook = MixtureHook(model, data, training.tasks(), AutoMixer(every=2, keep=0.8), 5, output=folder,
+                           batch_size=training.BATCH)  # fmt: skip
+        return hook, model, data
+
+    hook, model, data = parts(tmp_path / "whole")
+    steps(hook, model, data, None)
+    assert any(name.startswith("group:") for name in data.domains)
+    again, twin, _ = parts(tmp_path / "parts")
+    steps(again, twin, again.dataset, 8)
+    state = json.loads(json.dumps(again.state_dict()))
+    resumed, _, late = parts(tmp_path / "parts")
+    resumed.model = twin
+    resumed.load_state_dict(state)
+    steps(resumed, twin, late, None)
+    assert late.schedule.stages == data.schedule.stages
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ValueError, match="pass output="):
+        MixtureHook(model, training.dataset(), training.tasks(), AutoMixer(), 5, batch_size=training.BATCH)
+
+
+def test_refusals(training, tmp_path):
+    for arguments, message in (
+        ({"after": 0}, "after=0"),
+        ({"keep": 0}, "keep=0"),
+        ({"blend": "late"}, "blend='late'"),
+        ({"every": 0}, "every=0"),
+        ({"checkpoints": "first"}, "checkpoints='first'"),
+        ({"max_epochs": 0}, "max_epochs=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AutoMixer(**arguments)
+    with pytest.raises(ValueError, match="only a dynmix.Task has more than a loss"):
+        training.run(tmp_path, mixer=AutoMixer(metric="accuracy"))

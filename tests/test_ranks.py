@@ -1,0 +1,49 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
+
+
+def test_alone_everything_is_done_here():
+    done = []
+    assert is_rank_0()
+    assert from_rank_0({"a": 1}) == {"a": 1}
+    on_every_rank(lambda: done.append(1))
+    assert done == [1]
+    with pytest.raises(OSError, match="disk full"):
+        on_every_rank(lambda: (_ for _ in ()).throw(OSError("disk full")))
+
+
+def test_two_ranks_agree_and_fail_together(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        textwrap.dedent("""
+        import torch.distributed as dist
+        from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
+
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        assert is_rank_0() == (rank == 0)
+        assert from_rank_0(rank + 5) == 5
+        on_every_rank(lambda: None)
+
+        def fail():
+            if rank == 1:
+                raise OSError("disk full")
+
+        try:
+            on_every_rank(fail)
+        except Exception as failure:
+            print(f"<{rank} {type(failure).__name__}: {failure}>", flush=True)
+        dist.destroy_process_group()
+        """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "<0 RuntimeError: another rank failed: OSError: disk full>" in done.stdout
+    assert "<1 OSError: disk full>" in done.stdout
