@@ -1,14 +1,18 @@
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from dynmix import MixtureDataset, TiKMiXD, TokenStore
-from dynmix.callbacks import MixtureHook
+from dynmix.callbacks import MixtureCallback, MixtureHook
+from dynmix.cli import app
 from dynmix.journal import Journal
 from dynmix.mixers.registry import BUILT_IN
 
@@ -34,7 +38,7 @@ def scene(tmp_path, monkeypatch):
 
 
 def test_the_two_ways_to_plug_it_in_take_at_most_ten_lines():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 5
     assert all(len(example.splitlines()) <= 10 for example in EXAMPLES[:2])
 
 
@@ -67,6 +71,43 @@ def test_mixer_example_as_printed(scene):
         hook.step()
     first, second, _ = (stage.weights["web"] for stage in dataset.schedule.stages)
     assert second in (pytest.approx(0.5 * first), pytest.approx(0.5 * first + 0.5))
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Of words w0 to w63, and two tasks in its words."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w63"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w62")
+    fast.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "tasks").mkdir()
+    for low, name in ((0, "sums"), (20, "names")):
+        lines = [json.dumps({"context": f"w{low + i}", "gold": f" w{low + i + 1} w{low + 3}"}) for i in range(20)]
+        (tmp_path / f"tasks/{name}.jsonl").write_text("\n".join(lines))
+    return fast
+
+
+def test_checkpoints_as_mixers_as_printed(scene, tokenizer, tmp_path):
+    domains = {"web": "stores/web", "code": "stores/code"}
+    scene["dataset"] = MixtureDataset(domains, num_samples=1600, sequence_length=128)
+    scene |= {"tokenizer": tokenizer, "MixtureCallback": MixtureCallback, "MixtureDataset": MixtureDataset}
+    exec(EXAMPLES[3], scene)
+    args = TrainingArguments(
+        "run", max_steps=120, per_device_train_batch_size=8, train_sampling_strategy="sequential", save_steps=60,
+        report_to=[],
+    )  # fmt: skip
+    Trainer(scene["model"], args, train_dataset=scene["dataset"], callbacks=[scene["callback"]]).train()
+    stages = scene["dataset"].schedule.stages
+    assert {name for name, weight in stages[1].weights.items() if weight} == {"group:sums", "group:names"}
+
+    commands = README.partition("dynmix score --checkpoints")
+    for line in (f"score --checkpoints{commands[2].splitlines()[0]}", "regroup scores --data stores --out groups"):
+        assert f"dynmix {line}" in README
+        done = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    exec(EXAMPLES[4], scene)
+    assert set(scene["dataset"].domains) >= {"sums", "names"}
+    assert len(scene["dataset"][0]["input_ids"]) == 128
 
 
 def test_every_mixer_is_in_the_table():

@@ -1,0 +1,192 @@
+"""What scoring a corpus by sample influence costs, and whether it finds the data that belongs to a task.
+
+    python benchmarks/sample_influence.py cost
+    python benchmarks/sample_influence.py precision runs/precision
+
+`cost`: a Llama of hidden size 384 with 8 layers over a vocabulary of 4,096, six tasks, sequences of 256 tokens. F is a
+forward pass with its loss, F + B a training step's forward and backward pass without its optimizer, over the same
+sequences and measured in turn in this process; beside each ratio stands the one of the FLOPs that cannot be saved. The
+reference way takes every sequence's gradient by autograd and multiplies it with the tasks' preconditioned ones.
+
+`precision` needs the test corpus (`$DYNMIX_SHARED`, default ../shared): it trains a small Llama on all 14 domains with
+a checkpoint every 10th of the way (resumed where it was stopped), lets the checkpoint where each of six tasks peaks
+score a sample of the sequences, and prints what is in the top decile of the two tasks that have a domain of their own,
+and which domains are in the top half by joint influence, beside what is there by chance and at most.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynmix.influence.capture import Capture, next_token_loss
+from dynmix.influence.sample import SampleScorer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+SHARED = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[2] / "shared"))
+TASKS = ("gsm8k", "humaneval", "arc_easy", "piqa", "hellaswag", "blimp")
+PAIRED = {"gsm8k": "math_word", "humaneval": "code_python"}
+LINEAR = r"^(?!.*embed)"
+
+
+def llama(hidden: int, layers: int, length: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3 // 32 * 32,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 32,
+            max_position_embeddings=length,
+        )
+    )
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+@app.command()
+def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
+    """Time over a forward pass, and over forward and backward; beside the ratio of the FLOPs."""
+    model = llama(384, 8, length)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(0, 4096, (batch, length), generator=generator)}
+
+    data, tasks = [draw(), draw()], {name: [draw()] for name in TASKS}
+    scorers = {
+        "default layers": SampleScorer(model, tasks, [draw()]),
+        "all linear layers": SampleScorer(model, tasks, [draw()], layers=LINEAR),
+    }
+
+    def forward() -> None:
+        with torch.no_grad():
+            for one in data:
+                next_token_loss(model, one)
+
+    def step() -> None:
+        for one in data:
+            model(**one, labels=one["input_ids"]).loss.backward()
+            model.zero_grad()
+
+    def reference(scorer: SampleScorer) -> np.ndarray[Any, Any]:
+        """Scores by a gradient a sequence."""
+        parameters = [module.weight for name, module in Capture(model).layers.items() if name in scorer.layers]
+        towards = [scorer._towards[name] for name in Capture(model).layers if name in scorer.layers]
+        found = []
+        for one in data:
+            for row in one["input_ids"]:
+                loss, tokens = next_token_loss(model, {"input_ids": row[None]})
+                gradients = torch.autograd.grad(loss.sum() / tokens.sum(), parameters)  # type: ignore[arg-type]
+                found.append(sum(R.flatten(1) @ g.flatten() for R, g in zip(towards, gradients, strict=True)))
+        return torch.stack(found).numpy()  # type: ignore[arg-type]
+
+    everything = sum(m.weight.numel() for m in Capture(model).layers.values())  # type: ignore[misc, operator]
+    table = Table("six tasks, one checkpoint", "over", "time", "floor", "reference way / ours", "correlation")
+    forward()
+    step()
+    for name, scorer in scorers.items():
+        chosen = sum(m.weight.numel() for n, m in Capture(model).layers.items() if n in scorer.layers)  # type: ignore[misc, operator]
+        base, over = (forward, "F") if name == "default layers" else (step, "F + B")
+        # Two FLOPs a weight and token forward, as many for each of what the backward pass does: the gradient of the
+        # input and that of the weight. The products with six tasks come once a sequence.
+        work = everything + 2 * chosen + len(TASKS) * chosen / length
+        floor = work / (everything if over == "F" else 3 * everything)
+        ours, theirs, bases = [], [], []
+        scores = np.concatenate([scorer(one).scores for one in data])
+        expected = reference(scorer)
+        for _ in range(rounds):
+            bases.append(seconds(base))
+            ours.append(seconds(lambda: [scorer(one) for one in data]))  # noqa: B023
+            theirs.append(seconds(lambda: reference(scorer)))  # noqa: B023
+        ratio = statistics.median(a / b for a, b in zip(ours, bases, strict=True))
+        slower = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+        same = np.corrcoef(scores.ravel(), expected.ravel())[0, 1]
+        table.add_row(name, over, f"{ratio:.2f}", f"{floor:.2f}", f"{slower:.2f}", f"{same:.6f}")
+    Console().print(table)
+
+
+@app.command()
+def precision(
+    folder: Annotated[Path, typer.Argument(help="For stores, checkpoints and scores; what is there is used.")],
+    steps: int = 2400,
+    share: Annotated[int, typer.Option(help="Every so many of the sequences are scored.")] = 16,
+    layers: str | None = None,
+) -> None:
+    """The share of the paired domain in a task's top decile; noise and near-duplicates by joint influence."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from dynmix import MixtureDataset, RowView, Task
+    from dynmix.mixers.regroup import blended
+    from dynmix.mixture.dataset import PackedSequences
+    from dynmix.mixture.prepare import prepare
+    from dynmix.peaks import select_checkpoints
+    from dynmix.scoring import peak_sources, read_scores, score_corpus
+
+    length, batch = 128, 16
+    tokenizer = str(SHARED / "corpus/tokenizers/bpe4096")
+    if not (folder / "stores/prepared").exists():
+        prepare([SHARED / "corpus/domains"], folder / "stores", tokenizer, overwrite=True)
+        (folder / "stores/prepared").touch()
+    paths = {path.stem: path for path in sorted((folder / "stores").glob("*.idx"))}
+    dataset = MixtureDataset(paths, num_samples=steps * batch, sequence_length=length, block=batch)
+    arguments = TrainingArguments(
+        str(folder / "run"), max_steps=steps, per_device_train_batch_size=batch, learning_rate=3e-3,
+        lr_scheduler_type="cosine", warmup_steps=100, save_steps=steps // 10, logging_steps=100, report_to=[],
+        train_sampling_strategy="sequential", weight_decay=0.1,
+    )  # fmt: skip
+    last: str | None = get_last_checkpoint(str(folder / "run")) if (folder / "run").is_dir() else None  # type: ignore[no-untyped-call]
+    if last is None or int(last.rsplit("-", 1)[1]) < steps:
+        Trainer(llama(128, 4, 512), arguments, train_dataset=dataset).train(resume_from_checkpoint=last)
+    tasks = {t: Task.from_jsonl(SHARED / f"corpus/tasks/{t}.jsonl", tokenizer, max_length=256, limit=64) for t in TASKS}
+    chosen = select_checkpoints(folder / "run", tasks)
+    sample = {}
+    for name, path in paths.items():
+        packed = PackedSequences(_store(path), length)
+        rows = np.arange(0, len(packed), share)
+        sample[name] = RowView([packed], np.zeros(len(rows), int), rows)
+    out = folder / f"scores-{share}-{'default' if layers is None else layers.encode().hex()}"
+    score_corpus(sample, tasks, peak_sources(chosen), out, layers=layers)
+    scores = read_scores(out)
+    by_task, joint = blended(scores, "step")
+    domain = np.array(scores.domains)[scores.domain]
+    decile = len(domain) // 10
+    table = Table("task", "peak", "its domain", "in the top decile", "by chance", "at most")
+    for task, own in PAIRED.items():
+        top = domain[np.argsort(-by_task[:, scores.tasks.index(task)], kind="stable")[:decile]]
+        most = min(1.0, (domain == own).sum() / decile)
+        table.add_row(
+            task, chosen[task].path.name, own, f"{(top == own).mean():.1%}", f"{(domain == own).mean():.1%}",
+            f"{most:.1%}",
+        )  # fmt: skip
+    half = joint > np.median(joint)
+    ranks = Table("domain", "in the top half by joint influence")
+    for name in sorted(scores.domains, key=lambda name: -half[domain == name].mean()):
+        ranks.add_row(name, f"{half[domain == name].mean():.1%}")
+    Console().print(table, ranks)
+
+
+def _store(path: Path) -> Any:
+    from dynmix import TokenStore
+
+    return TokenStore.open(path)
+
+
+if __name__ == "__main__":
+    app()
