@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-import dynmix.run_folder
 import dynmix.measurement
+import dynmix.run_folder
 from dynmix import Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
 from dynmix.mixers import Mixer, Proposal
