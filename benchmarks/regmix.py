@@ -58,7 +58,7 @@ def main() -> None:
     if "--quick" not in sys.argv:
         laws |= {
             "PowerLaw": PowerLaw(),
-            "GP log": GP("log"),
+            "GP": GP(),
             "LightGBM": LightGBM(),
             "BiMix": BiMix(),
             "DML": DML(),

@@ -4,6 +4,10 @@ law = AutoLaw().fit(W, L)                       # W float[n_runs, n_domains], L 
 mean, std = law.predict(W_new, return_std=True)
 print(law.report_)
 best = best_mixture(law)
+
+experts = Experts.open("experts")               # token probabilities of one proxy a domain, made by Experts.write
+best = solve(experts)                           # by their ensemble alone, without runs
+law = AutoLaw(laws_with_experts(experts)).fit(W, L)
 """
 
 from importlib import import_module
@@ -13,28 +17,41 @@ if TYPE_CHECKING:
     from dynmix.laws.auto import AutoLaw
     from dynmix.laws.base import Law
     from dynmix.laws.bimix import BiMix
+    from dynmix.laws.criteria import criterion_weights
+    from dynmix.laws.experts import Experts
     from dynmix.laws.exponential import DML
     from dynmix.laws.gp import GP, PowerLawGP
     from dynmix.laws.icm import MultiTaskGP
     from dynmix.laws.linear import Linear, Ridge
+    from dynmix.laws.mde import MDE, MDEFeatures, Solution, WithExperts, laws_with_experts, solve
     from dynmix.laws.optimise import BestMixture, best_mixture
     from dynmix.laws.power import PowerLaw
+    from dynmix.laws.sampling import sample_mixtures
     from dynmix.laws.trees import LightGBM
 
 __all__ = [
     "DML",
     "GP",
+    "MDE",
     "AutoLaw",
     "BestMixture",
     "BiMix",
+    "Experts",
     "Law",
     "LightGBM",
     "Linear",
+    "MDEFeatures",
     "MultiTaskGP",
     "PowerLaw",
     "PowerLawGP",
     "Ridge",
+    "Solution",
+    "WithExperts",
     "best_mixture",
+    "criterion_weights",
+    "laws_with_experts",
+    "sample_mixtures",
+    "solve",
 ]
 
 _HOME = {
@@ -42,15 +59,24 @@ _HOME = {
     "BestMixture": "optimise",
     "BiMix": "bimix",
     "DML": "exponential",
+    "Experts": "experts",
     "GP": "gp",
     "Law": "base",
     "LightGBM": "trees",
     "Linear": "linear",
+    "MDE": "mde",
+    "MDEFeatures": "mde",
     "MultiTaskGP": "icm",
     "PowerLaw": "power",
     "PowerLawGP": "gp",
     "Ridge": "linear",
+    "Solution": "mde",
+    "WithExperts": "mde",
     "best_mixture": "optimise",
+    "criterion_weights": "criteria",
+    "laws_with_experts": "mde",
+    "sample_mixtures": "sampling",
+    "solve": "mde",
 }
 
 

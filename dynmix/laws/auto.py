@@ -51,8 +51,7 @@ def default_laws(n_runs: int, n_targets: int) -> dict[str, Law]:
         "DML": DML(),
         "BiMix": BiMix(),
         "ridge": Ridge(),
-        "GP sqrt": GP("sqrt"),
-        "GP log": GP("log"),
+        "GP": GP(),
         "LightGBM": LightGBM(),
     }
     if n_targets > 1 and n_runs * n_targets <= 1000:
@@ -75,6 +74,8 @@ class AutoLaw(Law):
         scores_: name -> `Score` of every candidate.
         why_: the choice in one sentence.
         report_: a table of the scores, and the choice.
+        left_out_: float64[n_runs, n_targets], what the chosen laws predict for each run without it; NaN for a target
+            with too few runs.
         correlation_: float64[n_targets, n_targets], of what the chosen law misses on left-out runs.
     """
 
@@ -110,6 +111,8 @@ class AutoLaw(Law):
             misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
             misses[:, judged], std[:, judged] = L[:, judged] - mean, own
         self.laws_ = {name: clone(laws[name]).fit(W, L) for name in chosen}
+        self.left_out_ = L - misses
+        self.seen_ = np.all([law.seen_ for law in self.laws_.values()], axis=0)
         self._scale_uncertainty(L, misses, std)
         self.report_ = self._table(chosen)
 
@@ -161,12 +164,13 @@ class AutoLaw(Law):
         return mean, np.where(np.isfinite(std), std, self._fallback) * self._factor
 
     def _table(self, chosen: list[str]) -> str:
-        head = f"{'law':<18}{'error':>9}{'MAE':>10}{'Spearman':>10}{'of average':>12}{'seconds':>9}"
+        width = max([18, *(len(name) + 2 for name in self.scores_)])
+        head = f"{'law':<{width}}{'error':>9}{'MAE':>10}{'Spearman':>10}{'of average':>12}{'seconds':>9}"
         lines = [head]
         for name, s in sorted(self.scores_.items(), key=lambda item: (bool(item[1].failure), item[1].error)):
             mark = "*" if name in chosen else " "
             row = f"{s.error:>9.4f}{s.mae:>10.5f}{s.spearman:>10.4f}{s.spearman_average:>12.4f}{s.seconds:>9.1f}"
-            lines.append(f"{mark}{name:<17}" + (f"  {s.failure}" if s.failure else row))
+            lines.append(f"{mark}{name:<{width - 1}}" + (f"  {s.failure}" if s.failure else row))
         return "\n".join([*lines, f"chosen: {self.why_}"])
 
 
@@ -239,14 +243,14 @@ def _score(L: Array, mean: Array, seconds: float) -> Score:
         error=float(np.mean(np.sqrt(np.nanmean(miss**2, axis=0)) / spread(L))),
         mae=float(np.nanmean(np.abs(miss))),
         spearman=float(
-            np.mean([_spearman(y[np.isfinite(y)], m[np.isfinite(y)]) for y, m in zip(L.T, mean.T, strict=True)])
+            np.mean([spearman(y[np.isfinite(y)], m[np.isfinite(y)]) for y, m in zip(L.T, mean.T, strict=True)])
         ),
-        spearman_average=_spearman(L[complete].mean(axis=1), mean[complete].mean(axis=1)),
+        spearman_average=spearman(L[complete].mean(axis=1), mean[complete].mean(axis=1)),
         seconds=seconds,
     )
 
 
-def _spearman(a: Array, b: Array) -> float:
+def spearman(a: Array, b: Array) -> float:
     """Rank correlation; 0 where one of them is constant, NaN of fewer than 3."""
     from scipy.stats import rankdata
 

@@ -4,7 +4,8 @@ A law of your own subclasses `Law` and writes `_fit(W, L)` and `_predict(W)`: th
 dimensional, with NaN in L where a run was not evaluated. Knows nothing of what a domain or a target is.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,6 +16,9 @@ from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 Array = NDArray[np.float64]
+
+# Mixtures float64[n, n_domains] -> what else a law is told of them, float64[n, n_features]: `MDEFeatures`, say.
+Features = Callable[[Array], Array]
 
 # Tables of weights are rounded, to three decimals for example; a sum further from 1 than this is a mistake.
 SUM_TOLERANCE = 0.01
@@ -95,10 +99,24 @@ def by_missing(L: Array) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         yield np.flatnonzero(patterns[:, k]), np.flatnonzero(which.ravel() == k)
 
 
+def joined(X: Array, W: Array, extra: Features | None) -> Array:
+    """Return X float64[n, n_columns] with the extra features of the mixtures W beside it."""
+    return X if extra is None else np.hstack([X, extra(W)])
+
+
 def spread(L: Array) -> Array:
     """Return each target's standard deviation over its runs, float64[n_targets]; above 0 even if all are equal."""
     scale = np.maximum(np.nanmax(np.abs(L), axis=0), 1e-12)
     return np.asarray(np.maximum(np.nanstd(L, axis=0), 1e-6 * scale), dtype=np.float64)
+
+
+def of_unit_length(extra: Features | None, W: Array) -> Features | None:
+    """Return the features in units in which two of the runs W are usually about 1 apart."""
+    if extra is None:
+        return None
+    scale = spread(extra(W))
+    scale *= np.sqrt(2 * len(scale))
+    return lambda V: extra(V) / scale
 
 
 @dataclass(frozen=True)
@@ -119,12 +137,13 @@ class Observed:
         return np.clip(L, self.low - beyond, self.high + beyond)
 
 
-class Law(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+class Law(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn has no types
     """A loss as a function of the mixture, for many targets at once; scikit-learn's interface of a regressor.
 
     Attributes:
         n_features_in_: n_domains of the runs it was fitted to.
         n_targets_: n_targets of them.
+        seen_: bool[n_domains], the domains that a run had: the law knows nothing of the others.
     """
 
     min_runs = 2
@@ -144,6 +163,7 @@ class Law(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn 
         self._single = L.ndim == 1
         W, L = check_runs(W, L, self.min_runs)
         self.n_features_in_, self.n_targets_ = W.shape[1], L.shape[1]
+        self.seen_: NDArray[np.bool_] = W.max(axis=0) > 0
         # The matrices are small: BLAS threads that wait for each other made a fit of 512 runs seven times slower.
         with threadpool_limits(1, user_api="blas"):
             self._fit(W, L)
@@ -169,8 +189,10 @@ class Law(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn 
             mean, std = mean[:, 0], std if std is None else std[:, 0]
         return (mean, std) if return_std else mean
 
+    @abstractmethod
     def _fit(self, W: Array, L: Array) -> None:
-        raise NotImplementedError
+        """Fit to mixtures float64[n_runs, n_domains] and losses float64[n_runs, n_targets], NaN where unknown."""
 
+    @abstractmethod
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        raise NotImplementedError
+        """Return losses float64[n, n_targets], and their standard deviation where the law has one and it is wanted."""

@@ -6,19 +6,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmix.laws.base import Array, Law, by_missing, spread
+from dynmix.laws.base import Array, Features, Law, by_missing, joined, of_unit_length, spread
 from dynmix.laws.power import PowerLaw
 
-Features = Literal["sqrt", "log"]
+Shape = Literal["root", "sqrt", "log"]
+
+ITERATIONS = 30  # of L-BFGS on a kernel; more change little, and a kernel with a length a domain is slow
 
 
-def features(W: Array, kind: Features) -> Array:
-    """Return sqrt(w) or log(w + 1e-3), scaled so that a usual distance is about 1, float64[n, n_domains]."""
+def features(W: Array, kind: Shape) -> Array:
+    """Return w^0.3, sqrt(w), or log(w + 1e-3) scaled to similar distances, float64[n, n_domains]."""
+    if kind == "root":
+        return np.asarray(W**0.3, dtype=np.float64)
     if kind == "sqrt":
         return np.sqrt(W)
     if kind == "log":
         return np.asarray(np.log(W + 1e-3) / (np.log(1e3) * np.sqrt(W.shape[1] / 4)), dtype=np.float64)
-    raise ValueError(f"features={kind!r}: 'sqrt' or 'log' is needed")
+    raise ValueError(f"features={kind!r}: 'root', 'sqrt' or 'log' is needed")
 
 
 def process(X: Array, Y: Array, kernel: Any, kernel_runs: int) -> Any:
@@ -29,10 +33,17 @@ def process(X: Array, Y: Array, kernel: Any, kernel_runs: int) -> Any:
     with warnings.catch_warnings():  # a part that the data does not show ends at its bound, which is an answer
         warnings.simplefilter("ignore", ConvergenceWarning)
         some = _some(len(X), kernel_runs)
-        model = GaussianProcessRegressor(kernel).fit(X[some], Y[some])
+        model = GaussianProcessRegressor(kernel, optimizer=_optimise).fit(X[some], Y[some])
         if len(some) < len(X):
             model = GaussianProcessRegressor(model.kernel_, optimizer=None).fit(X, Y)
     return model
+
+
+def _optimise(objective: Any, start: Array, bounds: Array) -> tuple[Array, float]:
+    from scipy.optimize import minimize
+
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS})
+    return found.x, float(found.fun)
 
 
 def _some(n: int, most: int) -> NDArray[np.intp]:
@@ -40,38 +51,43 @@ def _some(n: int, most: int) -> NDArray[np.intp]:
 
 
 class GP(Law):
-    """A Gaussian process a target: linear in the features, plus a smooth departure, plus noise.
+    """A Gaussian process a target: a smooth function with a length scale a domain, plus noise.
+
+    Most domains matter little to a target, and the length scales say which: with one for all, 25 runs of 17 domains
+    rank mixtures at 0.88 where these reach 0.95 (RegMix's training runs, by others of them).
 
     Args:
-        features: "sqrt" or "log" of the weights: a domain's first per cents matter most.
+        features: "root" (w^0.3), "sqrt" or "log" of the weights: a domain's first per cents matter most.
         kernel_runs: the kernel is chosen on at most that many runs, all of them inform the prediction.
+        extra: what the law is told besides the weights.
     """
 
     min_runs = 3
 
-    def __init__(self, features: Features = "sqrt", kernel_runs: int = 160):
+    def __init__(self, features: Shape = "root", kernel_runs: int = 64, extra: Features | None = None):
         self.features = features
         self.kernel_runs = kernel_runs
+        self.extra = extra
 
     def _fit(self, W: Array, L: Array) -> None:
-        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
+        from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern, WhiteKernel
 
-        X = features(W, self.features)
+        self._extra = of_unit_length(self.extra, W)
+        X = joined(features(W, self.features), W, self._extra)
         self._middle, self._scale = np.nanmean(L, axis=0), spread(L)
         Z = (L - self._middle) / self._scale
         self._centre = X.mean(axis=0)
         self.models_ = []
         for z in Z.T:
-            kernel = (
-                ConstantKernel(1.0, (1e-4, 1e3)) * DotProduct(1e-3, "fixed")
-                + ConstantKernel(1.0, (1e-4, 1e3)) * RBF(1.0, (0.1, 30))
-                + WhiteKernel(1e-2, (1e-5, 2))
-            )
+            smooth = Matern(np.full(X.shape[1], 2.0), (0.3, 100), nu=2.5)
+            kernel = ConstantKernel(1.0, (1e-2, 1e3)) * smooth + WhiteKernel(1e-2, (1e-3, 2))
+            if self.extra is not None:  # features that are losses themselves: the trend is linear in them
+                kernel += ConstantKernel(1.0, (1e-4, 1e3)) * DotProduct(1e-3, "fixed")
             rows = np.flatnonzero(np.isfinite(z))
             self.models_.append(process(X[rows] - self._centre, z[rows], kernel, self.kernel_runs))
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        X = features(W, self.features) - self._centre
+        X = joined(features(W, self.features), W, self._extra) - self._centre
         if not with_std:
             return self._middle + self._scale * np.stack([model.predict(X) for model in self.models_], axis=1), None
         mean, std = np.stack([model.predict(X, return_std=True) for model in self.models_], axis=2)

@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmix.laws.base import Array, Law, spread
+from dynmix.laws.base import Array, Features, Law, joined, of_unit_length, spread
+from dynmix.laws.gp import features
 
 JITTER = 1e-8
 
@@ -11,21 +12,23 @@ JITTER = 1e-8
 class MultiTaskGP(Law):
     """Targets that share what they learn: covariance B[i, i'] k(w, w') + noise_i, as in MDE (arXiv 2502.15950, B.6).
 
-    B = A A^T + diag(d) of low rank, k linear plus squared-exponential in sqrt(w); all of them, and each target's noise,
+    B = A A^T + diag(d) of low rank, k linear plus squared-exponential in w^0.3; all of them, and each target's noise,
     are what makes the known cells likeliest. Missing cells cost nothing: what other targets show of a run counts.
 
     Args:
         rank: of A.
         kernel_cells: hyperparameters are chosen on whole runs of at most that many cells (run, target).
         max_cells: more known cells than that are refused: memory and time are their square and cube.
+        extra: what the law is told besides the weights.
     """
 
     min_runs = 2
 
-    def __init__(self, rank: int = 2, kernel_cells: int = 400, max_cells: int = 4000):
+    def __init__(self, rank: int = 2, kernel_cells: int = 400, max_cells: int = 4000, extra: Features | None = None):
         self.rank = rank
         self.kernel_cells = kernel_cells
         self.max_cells = max_cells
+        self.extra = extra
 
     def _fit(self, W: Array, L: Array) -> None:
         from scipy.linalg import cho_factor, cho_solve
@@ -38,7 +41,8 @@ class MultiTaskGP(Law):
                 "know as much; or raise max_cells"
             )
         self._middle, self._scale = np.nanmean(L, axis=0), spread(L)
-        Z, X = (L - self._middle) / self._scale, np.sqrt(W)
+        self._extra = of_unit_length(self.extra, W)
+        Z, X = (L - self._middle) / self._scale, joined(features(W, "root"), W, self._extra)
         self._centre = X.mean(axis=0)
         runs = max(3, self.kernel_cells // t)
         some = np.arange(len(X)) if len(X) <= runs else np.linspace(0, len(X) - 1, runs).round().astype(np.intp)
@@ -62,7 +66,7 @@ class MultiTaskGP(Law):
         t = self.n_targets_
         A, d, noise, kernel = _unpack(self.hyperparameters_, t, self.rank)
         B = A @ A.T + np.diag(np.exp(d))
-        X, cells = np.sqrt(W) - self._centre, self._cells
+        X, cells = joined(features(W, "root"), W, self._extra) - self._centre, self._cells
         k = _kernel(X, cells.X, kernel)[0][:, cells.run]  # [n, n_cells]
         own = np.exp(kernel[0]) * (X**2).sum(axis=1) + 1
         mean, std = np.empty((len(W), t)), np.empty((len(W), t))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dynmix.laws.base import Array, Law, by_missing
+from dynmix.laws.base import Array, Features, Law, by_missing, joined
 
 
 class Ridge(Law):
@@ -15,13 +15,16 @@ class Ridge(Law):
     Args:
         penalties: to choose from; a penalty counts as that many runs of a mixture that is one standard deviation of an
             average domain away from the mean. None: 25 from 1e-6 to 1e3.
+        extra: what the law is told besides the weights.
     """
 
-    def __init__(self, penalties: Sequence[float] | None = None):
+    def __init__(self, penalties: Sequence[float] | None = None, extra: Features | None = None):
         self.penalties = penalties
+        self.extra = extra
 
     def _fit(self, W: Array, L: Array) -> None:
         grid = np.logspace(-6, 3, 25) if self.penalties is None else np.asarray(self.penalties, dtype=np.float64)
+        W = joined(W, W, self.extra)
         k, t = W.shape[1], L.shape[1]
         self.coefficients_, self.penalty_ = np.empty((t, k)), np.empty(t)
         self._centre, self._level, self._variance = np.empty((t, k)), np.empty(t), np.empty(t)
@@ -54,7 +57,7 @@ class Ridge(Law):
             self._centre[columns], self._level[columns] = centre, level
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        away = W[None] - self._centre[:, None]
+        away = joined(W, W, self.extra)[None] - self._centre[:, None]
         mean = (self._level[:, None] + (away @ self.coefficients_[:, :, None])[:, :, 0]).T
         if not with_std:
             return mean, None
@@ -65,8 +68,8 @@ class Ridge(Law):
 class Linear(Ridge):
     """L_i(w) = b_i + sum_j x_ij w_j by least squares, of least norm where the runs leave x open."""
 
-    def __init__(self) -> None:
-        super().__init__(penalties=(0.0,))
+    def __init__(self, extra: Features | None = None) -> None:
+        super().__init__(penalties=(0.0,), extra=extra)
 
     def _fit(self, W: Array, L: Array) -> None:
         self.penalties = (0.0,)

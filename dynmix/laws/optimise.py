@@ -1,16 +1,17 @@
 """The best mixture by a fitted law: a criterion minimised over the simplex within bounds. Knows no corpus.
 
-Criteria are weighted averages of the targets: MDE (arXiv 2502.15950) has the validation domains', the end tasks' and
-that of both.
+Criteria are weighted averages of the targets; `dynmix.laws.criteria` makes them from names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dynmix.laws.base import Array, Law, check_mixtures
+from dynmix.laws.bounds import Bounds
+from dynmix.laws.criteria import normalised
 
 SMOOTHING = 0.01  # MDE's: 0.99 w + 0.01 uniform
 SHRINKING = 0.7  # of the search's steps, a round
@@ -59,8 +60,8 @@ def best_mixture(
     Args:
         law: fitted.
         criterion: weight of each target, float[n_targets], at least 0; they are made to sum to 1. None: all equal.
-        lower, upper: bounds of each weight, a number or float[n_domains]. A domain that no run had (its weights are
-            all 0) should get the upper bound 0: the law knows nothing of it.
+        lower, upper: bounds of each weight, a number or float[n_domains]. A domain that no run had is held at 0, and
+            `message` says so: the law knows nothing of it.
         tokens: that each domain has, float[n_domains]; with `total_tokens` of the run and `max_epochs` they bound each
             weight by max_epochs * tokens / total_tokens.
         total_tokens: of the run.
@@ -76,8 +77,8 @@ def best_mixture(
         ValueError: bounds that leave no mixture, weights of the wrong number, or `caution` with a law without std.
     """
     k, t = law.n_features_in_, law.n_targets_
-    v = _share(np.ones(t) if criterion is None else criterion, t)
-    low, high, message = _bounds(k, lower, upper, tokens, total_tokens, max_epochs)
+    v = normalised(criterion, t)
+    bounds = Bounds.of(k, lower, upper, tokens=tokens, total_tokens=total_tokens, max_epochs=max_epochs, seen=law.seen_)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing={smoothing}: a share between 0 and 1 is needed")
     rng = np.random.default_rng(random_state)
@@ -88,12 +89,12 @@ def best_mixture(
 
     seen = check_mixtures(compare, k) if compare is not None else np.empty((0, k))
     scattered = rng.dirichlet(np.full(k, 0.5), size=64 * starts)
-    candidates = np.array([_inside(w, low, high) for w in (np.full(k, 1 / k), *seen, *scattered)])
+    candidates = np.array([bounds.nearest(w) for w in (np.full(k, 1 / k), *seen, *scattered)])
     order = np.argsort(value(candidates), kind="stable")[:starts]
-    found = [_descend(value, w, low, high, rng) for w in candidates[order]]
+    found = [_descend(value, w, bounds, rng) for w in candidates[order]]
     w = found[int(np.argmin(value(np.array(found))))]
     if smoothing:
-        w = _inside((1 - smoothing) * w + smoothing / k, low, high)
+        w = bounds.nearest((1 - smoothing) * w + smoothing / k)
     mean = _columns(law.predict(w[None]))[0]
     std, each = _deviation(law, w[None], v)
     return BestMixture(
@@ -103,11 +104,11 @@ def best_mixture(
         targets=mean,
         targets_std=each[0],
         best_run=float((_columns(law.predict(seen)) @ v).min()) if len(seen) else float("nan"),
-        message=message,
+        message=bounds.message,
     )
 
 
-def _descend(value: Callable[[Array], Array], w: Array, low: Array, high: Array, rng: np.random.Generator) -> Array:
+def _descend(value: Callable[[Array], Array], w: Array, bounds: Bounds, rng: np.random.Generator) -> Array:
     """Return a local minimum: SLSQP by difference quotients, then a random search, which step functions need too."""
     from scipy.optimize import minimize
 
@@ -129,34 +130,20 @@ def _descend(value: Callable[[Array], Array], w: Array, low: Array, high: Array,
         w,
         jac=slope,
         method="SLSQP",
-        bounds=list(zip(low, high, strict=True)),
+        bounds=list(zip(bounds.low, bounds.high, strict=True)),
         constraints=[{"type": "eq", "fun": lambda x: x.sum() - 1, "jac": lambda x: np.ones(k)}],
         options={"maxiter": 100, "ftol": 1e-9},
     )
     if np.isfinite(found.x).all():
-        moved = _inside(np.maximum(found.x, 0), low, high)
+        moved = bounds.nearest(np.maximum(found.x, 0))
         w = moved if value(moved[None])[0] < value(w[None])[0] else w
     size = 0.1
     for _ in range(12):
-        near = np.array(
-            [_inside((1 - size) * w + size * d, low, high) for d in rng.dirichlet(np.full(k, 0.2), size=24)]
-        )
+        near = np.array([bounds.nearest((1 - size) * w + size * d) for d in rng.dirichlet(np.full(k, 0.2), size=24)])
         values = value(np.vstack([w, near]))
         w = np.vstack([w, near])[int(np.argmin(values))]
         size *= SHRINKING
     return w
-
-
-def _inside(w: Array, low: Array, high: Array) -> Array:
-    """Return the nearest mixture within the bounds (Euclidean): clip(w + shift), the shift found by bisection."""
-    if (w >= low).all() and (w <= high).all() and abs(w.sum() - 1) < 1e-12:
-        return w
-    left, right = float((low - w).min()), float((high - w).max())
-    for _ in range(60):
-        shift = 0.5 * (left + right)
-        left, right = (shift, right) if np.clip(w + shift, low, high).sum() < 1 else (left, shift)
-    x = np.clip(w + right, low, high)
-    return np.asarray(x / x.sum(), dtype=np.float64)
 
 
 def _deviation(law: Law, W: Array, v: Array) -> tuple[Array, Array]:
@@ -176,43 +163,3 @@ def _deviation(law: Law, W: Array, v: Array) -> tuple[Array, Array]:
 
 def _columns(values: Array) -> Array:
     return values[:, None] if values.ndim == 1 else values
-
-
-def _share(criterion: ArrayLike, t: int) -> Array:
-    v = np.asarray(criterion, dtype=np.float64)
-    if v.shape != (t,) or not (np.isfinite(v).all() and (v >= 0).all() and v.sum() > 0):
-        raise ValueError(f"criterion={v.tolist()}: {t} weights of at least 0 are needed, one a target, not all 0")
-    return np.asarray(v / v.sum(), dtype=np.float64)
-
-
-def _bounds(
-    k: int,
-    lower: ArrayLike,
-    upper: ArrayLike,
-    tokens: ArrayLike | None,
-    total_tokens: float | None,
-    max_epochs: float | None,
-) -> tuple[Array, Array, str]:
-    try:
-        low = np.broadcast_to(np.asarray(lower, dtype=np.float64), (k,))
-        high = np.broadcast_to(np.asarray(upper, dtype=np.float64), (k,))
-    except ValueError:
-        raise ValueError(f"lower and upper are a number or {k} of them, one a domain") from None
-    message = ""
-    if max_epochs is not None:
-        if tokens is None or total_tokens is None:
-            raise ValueError("max_epochs needs tokens (of each domain) and total_tokens (of the run)")
-        have: Sequence[float] | Array = np.asarray(tokens, dtype=np.float64)
-        if np.shape(have) != (k,):
-            raise ValueError(f"tokens has shape {np.shape(have)}: {k} numbers are needed, one a domain")
-        held = np.minimum(high, max_epochs * np.asarray(have) / total_tokens)
-        message = f"max_epochs={max_epochs:g} bounds {int((held < high).sum())} of {k} domains"
-        high = held
-    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low >= 0).all() and (low <= high).all()):
-        raise ValueError(f"bounds must be finite with 0 <= lower <= upper: lower {low.tolist()}, upper {high.tolist()}")
-    if low.sum() > 1 + 1e-9 or high.sum() < 1 - 1e-9:
-        raise ValueError(
-            f"no mixture fits: the lower bounds sum to {low.sum():.4g}, the upper ones to {high.sum():.4g}"
-            + (f" ({message}: fewer total_tokens or more epochs)" if message else "")
-        )
-    return low, high, message

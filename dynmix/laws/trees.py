@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dynmix.laws.base import Array, Law
+from dynmix.laws.base import Array, Features, Law, joined
 
 
 class LightGBM(Law):
@@ -15,15 +15,18 @@ class LightGBM(Law):
     Args:
         trees: boosting rounds.
         learning_rate: of each.
+        extra: what the law is told besides the weights.
     """
 
-    def __init__(self, trees: int = 300, learning_rate: float = 0.05):
+    def __init__(self, trees: int = 300, learning_rate: float = 0.05, extra: Features | None = None):
         self.trees = trees
         self.learning_rate = learning_rate
+        self.extra = extra
 
     def _fit(self, W: Array, L: Array) -> None:
         from lightgbm import LGBMRegressor
 
+        W = joined(W, W, self.extra)
         self.models_ = []
         for y in L.T:
             rows = np.flatnonzero(np.isfinite(y))
@@ -45,4 +48,5 @@ class LightGBM(Law):
             self.models_.append(model.fit(W[rows], y[rows]))
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
+        W = joined(W, W, self.extra)
         return np.stack([np.asarray(model.predict(W), dtype=np.float64) for model in self.models_], axis=1), None

@@ -27,6 +27,9 @@ class Failing(Law):
     def _fit(self, W, L):
         raise ValueError("it never works")
 
+    def _predict(self, W, with_std):
+        raise AssertionError("it was never fitted")
+
 
 @pytest.mark.parametrize(("law", "wanted"), [(curved, "power law"), (straight, "ridge")])
 def test_chooses_the_law_that_made_the_runs(law, wanted):
@@ -50,6 +53,15 @@ def test_an_average_is_the_mean_of_its_laws():
     W = mixtures(25)
     auto = AutoLaw(FEW).fit(W, curved(W))
     np.testing.assert_allclose(auto.predict(W), np.mean([law.predict(W) for law in auto.laws_.values()], axis=0))
+
+
+def test_left_out_predictions_are_of_laws_that_did_not_see_the_run():
+    W = mixtures(20)
+    L = curved(W)
+    auto, fold = AutoLaw({"ridge": Ridge()}).fit(W, L), folds(W, 5, 0)
+    for k in range(5):
+        others = Ridge().fit(W[fold != k], L[fold != k])
+        np.testing.assert_allclose(auto.left_out_[fold == k], others.predict(W[fold == k]))
 
 
 def test_runs_of_one_mixture_share_a_fold():

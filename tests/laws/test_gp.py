@@ -11,7 +11,7 @@ def runs(n, seed=0):
     return W, smooth + 0.01 * rng.standard_normal((n, 2))
 
 
-@pytest.mark.parametrize("features", ["sqrt", "log"])
+@pytest.mark.parametrize("features", ["root", "sqrt", "log"])
 def test_learns_a_smooth_law_and_how_sure_it_is(features):
     W, L = runs(60)
     new, losses = runs(300, seed=1)

@@ -1,11 +1,8 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dynmix.laws import LightGBM, PowerLaw, Ridge, best_mixture
 from dynmix.laws.base import Law
-from dynmix.laws.optimise import _inside
 
 CENTRE = np.array([0.5, 0.3, 0.15, 0.05])
 
@@ -89,13 +86,12 @@ def test_refusals(bowl, options, said):
         best_mixture(bowl, **options)
 
 
-@settings(max_examples=50)
-@given(st.integers(0, 2**31))
-def test_inside_is_feasible(seed):
-    rng = np.random.default_rng(seed)
-    low = 0.15 * rng.random(5)
-    high = np.minimum(low + 0.3 + 0.5 * rng.random(5), 1)
-    w = _inside(rng.dirichlet(np.full(5, 0.3)), low, high)
-    assert w.sum() == pytest.approx(1)
-    assert (w >= low - 1e-9).all()
-    assert (w <= high + 1e-9).all()
+def test_a_domain_that_no_run_had_gets_no_weight():
+    W = np.random.default_rng(0).dirichlet(np.ones(4), size=9)
+    W[:, 3] = 0
+    law = Bowl().fit(W / W.sum(axis=1, keepdims=True), np.zeros((9, 2)))
+    found = best_mixture(law, [0, 1], smoothing=0.01)  # target 1 wants the last domain alone
+    assert found.weights[3] == 0
+    assert "no run had the domains of columns [3]" in found.message
+    with pytest.raises(ValueError, match=r"columns \[3\]"):
+        best_mixture(law, lower=[0, 0, 0, 0.1])

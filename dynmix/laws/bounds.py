@@ -1,0 +1,88 @@
+"""Bounds of a mixture's weights, and what is linear within them. Knows arrays only."""
+
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dynmix.laws.base import Array
+
+
+class Bounds(NamedTuple):
+    """Of each weight, float64[n_domains] both; `message` says what the upper ones come from, else ""."""
+
+    low: Array
+    high: Array
+    message: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        n_domains: int,
+        lower: ArrayLike = 0.0,
+        upper: ArrayLike = 1.0,
+        *,
+        tokens: ArrayLike | None = None,
+        total_tokens: float | None = None,
+        max_epochs: float | None = None,
+        seen: NDArray[np.bool_] | None = None,
+    ) -> Self:
+        """Return the bounds that the arguments make together; a domain that is not `seen` stays at 0.
+
+        Raises:
+            ValueError: they leave no mixture, or are no numbers of the right count.
+        """
+        try:
+            low = np.broadcast_to(np.asarray(lower, dtype=np.float64), (n_domains,))
+            high = np.broadcast_to(np.asarray(upper, dtype=np.float64), (n_domains,))
+        except ValueError:
+            raise ValueError(f"lower and upper are a number or {n_domains} of them, one a domain") from None
+        messages = []
+        if max_epochs is not None:
+            if tokens is None or total_tokens is None:
+                raise ValueError("max_epochs needs tokens (of each domain) and total_tokens (of the run)")
+            have = np.asarray(tokens, dtype=np.float64)
+            if have.shape != (n_domains,):
+                raise ValueError(f"tokens has shape {have.shape}: {n_domains} numbers are needed, one a domain")
+            held = np.minimum(high, max_epochs * have / total_tokens)
+            messages.append(f"max_epochs={max_epochs:g} bounds {int((held < high).sum())} of {n_domains} domains")
+            high = held
+        if seen is not None and not seen.all():
+            unseen = np.flatnonzero(~seen).tolist()
+            if (low[unseen] > 0).any():
+                raise ValueError(f"lower asks for domains that no run had (columns {unseen}): nothing is known of them")
+            messages.append(f"no run had the domains of columns {unseen}: they stay at 0")
+            high = np.where(seen, high, 0.0)
+        message = "; ".join(messages)
+        if not (np.isfinite(low).all() and np.isfinite(high).all() and (low >= 0).all() and (low <= high).all()):
+            raise ValueError(
+                f"bounds must be finite with 0 <= lower <= upper: lower {low.tolist()}, upper {high.tolist()}"
+                + (f" ({message})" if message else "")
+            )
+        if low.sum() > 1 + 1e-9 or high.sum() < 1 - 1e-9:
+            remedy = f" ({message}: fewer total_tokens or more epochs)" if max_epochs is not None else ""
+            raise ValueError(
+                f"no mixture fits: the lower bounds sum to {low.sum():.4g}, the upper ones to {high.sum():.4g}{remedy}"
+            )
+        return cls(low, high, message)
+
+    def nearest(self, w: Array) -> Array:
+        """Return the nearest mixture within the bounds (Euclidean): clip(w + shift), the shift found by bisection."""
+        if (w >= self.low).all() and (w <= self.high).all() and abs(w.sum() - 1) < 1e-12:
+            return w
+        left, right = float((self.low - w).min()), float((self.high - w).max())
+        for _ in range(60):
+            shift = 0.5 * (left + right)
+            below = np.clip(w + shift, self.low, self.high).sum() < 1
+            left, right = (shift, right) if below else (left, shift)
+        x = np.clip(w + right, self.low, self.high)
+        return np.asarray(x / x.sum(), dtype=np.float64)
+
+    def cheapest(self, cost: Array) -> Array:
+        """Return the mixture within the bounds that minimises cost @ w: the cheapest domains, filled up in turn."""
+        w, left = self.low.copy(), 1 - self.low.sum()
+        for j in np.argsort(cost, kind="stable"):
+            more = min(left, self.high[j] - self.low[j])
+            w[j] += more
+            left -= more
+        return w
