@@ -9,9 +9,10 @@ sequences and measured in turn in this process; beside each ratio stands the one
 reference way takes every sequence's gradient by autograd and multiplies it with the tasks' preconditioned ones.
 
 `precision` needs the test corpus (`$DYNMIX_SHARED`, default ../shared): it trains a small Llama on all 14 domains with
-a checkpoint every 10th of the way (resumed where it was stopped), lets the checkpoint where each of six tasks peaks
-score a sample of the sequences, and prints what is in the top decile of the two tasks that have a domain of their own,
-and which domains are in the top half by joint influence, beside what is there by chance and at most.
+a checkpoint every 10th of the way (resumed where it was stopped) and lets the checkpoint where each of six tasks peaks
+score every 12th document. For the two tasks that have a domain of their own it prints what share of the top decile is
+of that domain, beside its share of all and the most that there can be; and the same of as many documents as the domain
+has. And it prints how much of each domain is in the top half by joint influence.
 """
 
 import os
@@ -125,16 +126,18 @@ def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
 def precision(
     folder: Annotated[Path, typer.Argument(help="For stores, checkpoints and scores; what is there is used.")],
     steps: int = 2400,
-    share: Annotated[int, typer.Option(help="Every so many of the sequences are scored.")] = 16,
+    every: Annotated[
+        int, typer.Option(help="So many documents of a domain, one is scored: its first 256 tokens.")
+    ] = 12,
+    curvature: str = "datainf",
     layers: str | None = None,
 ) -> None:
     """The share of the paired domain in a task's top decile; noise and near-duplicates by joint influence."""
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from dynmix import MixtureDataset, RowView, Task
+    from dynmix import EKFAC, DataInf, MixtureDataset, Task, TokenStore
     from dynmix.mixers.regroup import blended
-    from dynmix.mixture.dataset import PackedSequences
     from dynmix.mixture.prepare import prepare
     from dynmix.peaks import select_checkpoints
     from dynmix.scoring import peak_sources, read_scores, score_corpus
@@ -154,38 +157,37 @@ def precision(
     last: str | None = get_last_checkpoint(str(folder / "run")) if (folder / "run").is_dir() else None  # type: ignore[no-untyped-call]
     if last is None or int(last.rsplit("-", 1)[1]) < steps:
         Trainer(llama(128, 4, 512), arguments, train_dataset=dataset).train(resume_from_checkpoint=last)
-    tasks = {t: Task.from_jsonl(SHARED / f"corpus/tasks/{t}.jsonl", tokenizer, max_length=256, limit=64) for t in TASKS}
+    tasks = {
+        t: Task.from_jsonl(SHARED / f"corpus/tasks/{t}.jsonl", tokenizer, max_length=256, limit=200) for t in TASKS
+    }
     chosen = select_checkpoints(folder / "run", tasks)
-    sample = {}
+    some = {}
     for name, path in paths.items():
-        packed = PackedSequences(_store(path), length)
-        rows = np.arange(0, len(packed), share)
-        sample[name] = RowView([packed], np.zeros(len(rows), int), rows)
-    out = folder / f"scores-{share}-{'default' if layers is None else layers.encode().hex()}"
-    score_corpus(sample, tasks, peak_sources(chosen), out, layers=layers)
+        store = TokenStore.open(path)
+        texts = (store[i][:256] for i in range(0, len(store), every))
+        some[name] = TokenStore.write(folder / f"documents-{every}" / name, texts)
+    out = folder / f"scores-{every}-{curvature}-{'last' if layers is None else layers.encode().hex()}"
+    how = {"datainf": DataInf(), "ekfac": EKFAC()}[curvature]
+    score_corpus(
+        some, tasks, peak_sources(chosen), out, unit="document", sequence_length=256, layers=layers, curvature=how,
+        curvature_sequences=256,
+    )  # fmt: skip
     scores = read_scores(out)
     by_task, joint = blended(scores, "step")
     domain = np.array(scores.domains)[scores.domain]
-    decile = len(domain) // 10
-    table = Table("task", "peak", "its domain", "in the top decile", "by chance", "at most")
+    table = Table("task", "peak", "its domain", "of the top", "is of it", "by chance", "at most")
     for task, own in PAIRED.items():
-        top = domain[np.argsort(-by_task[:, scores.tasks.index(task)], kind="stable")[:decile]]
-        most = min(1.0, (domain == own).sum() / decile)
-        table.add_row(
-            task, chosen[task].path.name, own, f"{(top == own).mean():.1%}", f"{(domain == own).mean():.1%}",
-            f"{most:.1%}",
-        )  # fmt: skip
+        order, has = np.argsort(-by_task[:, scores.tasks.index(task)], kind="stable"), int((domain == own).sum())
+        for what, n in (("decile", len(domain) // 10), (f"{has}", has)):
+            share, most = (domain[order[:n]] == own).mean(), min(1.0, has / n)
+            chance = has / len(domain)
+            row = (f"{share:.0%}", f"{chance:.0%}", f"{most:.0%}")
+            table.add_row(task, chosen[task].path.name, own, what, *row)
     half = joint > np.median(joint)
     ranks = Table("domain", "in the top half by joint influence")
     for name in sorted(scores.domains, key=lambda name: -half[domain == name].mean()):
-        ranks.add_row(name, f"{half[domain == name].mean():.1%}")
+        ranks.add_row(name, f"{half[domain == name].mean():.0%}")
     Console().print(table, ranks)
-
-
-def _store(path: Path) -> Any:
-    from dynmix import TokenStore
-
-    return TokenStore.open(path)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def score(
         str | None,
         typer.Option(help="Regular expression on layers' names. Default: the vocabulary's and the last block."),
     ] = None,
+    curvature: Annotated[
+        str, typer.Option(help="datainf, or ekfac: dearer to set up, as dear to score with, and sharper.")
+    ] = "datainf",
     task_limit: Annotated[int, typer.Option(help="Examples of a task that its gradient is made of, at most.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward and backward pass.")] = 8192,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
@@ -43,10 +46,15 @@ def score(
     overwrite: Annotated[bool, typer.Option(help="Begin anew: remove the scores that are in --out.")] = False,
 ) -> None:
     """Score every sample of a corpus: how much it helps each task, by influence, at the checkpoints chosen."""
+    from dynmix.influence.curvature import EKFAC
+    from dynmix.influence.datainf import DataInf
     from dynmix.scoring import discard, read_scores, score_corpus
     from dynmix.scoring.inputs import find_sources, find_stores, find_tasks, some_examples
 
+    curvatures = {"datainf": DataInf(), "ekfac": EKFAC()}
     try:
+        if curvature not in curvatures:
+            raise ValueError(f"--curvature {curvature}: {' or '.join(curvatures)}")
         stores = find_stores(data)
         known = find_tasks(tasks, tokenizer, sequence_length)
         examples = {name: some_examples(task, task_limit) for name, task in known.items()}
@@ -55,7 +63,7 @@ def score(
             discard(out)
         score_corpus(
             stores, examples, sources, out, unit=unit, sequence_length=sequence_length, layers=layers,  # type: ignore[arg-type]
-            batch_tokens=batch_tokens, device=device, actors=ray,
+            curvature=curvatures[curvature], batch_tokens=batch_tokens, device=device, actors=ray,
         )  # fmt: skip
         scores = read_scores(out)
     except (ValueError, OSError, ImportError) as problem:
