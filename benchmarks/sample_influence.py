@@ -167,7 +167,7 @@ def precision(
         texts = (store[i][:256] for i in range(0, len(store), every))
         some[name] = TokenStore.write(folder / f"documents-{every}" / name, texts)
     out = folder / f"scores-{every}-{curvature}-{'last' if layers is None else layers.encode().hex()}"
-    how = {"datainf": DataInf(), "ekfac": EKFAC()}[curvature]
+    how = EKFAC() if curvature == "ekfac" else DataInf()
     score_corpus(
         some, tasks, peak_sources(chosen), out, unit="document", sequence_length=256, layers=layers, curvature=how,
         curvature_sequences=256,

@@ -11,12 +11,16 @@ import typer
 from rich.logging import RichHandler
 
 from dynmix.commands import fail
+from dynmix.commands.fit import fit
+from dynmix.commands.proxies import proxies
 from dynmix.commands.regroup import regroup
 from dynmix.commands.score import score
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(score)
 app.command()(regroup)
+app.command()(proxies)
+app.command()(fit)
 
 
 @app.callback()

@@ -46,12 +46,12 @@ def score(
     overwrite: Annotated[bool, typer.Option(help="Begin anew: remove the scores that are in --out.")] = False,
 ) -> None:
     """Score every sample of a corpus: how much it helps each task, by influence, at the checkpoints chosen."""
-    from dynmix.influence.curvature import EKFAC
+    from dynmix.influence.curvature import EKFAC, Curvature
     from dynmix.influence.datainf import DataInf
     from dynmix.scoring import discard, read_scores, score_corpus
     from dynmix.scoring.inputs import find_sources, find_stores, find_tasks, some_examples
 
-    curvatures = {"datainf": DataInf(), "ekfac": EKFAC()}
+    curvatures: dict[str, Curvature] = {"datainf": DataInf(), "ekfac": EKFAC()}
     try:
         if curvature not in curvatures:
             raise ValueError(f"--curvature {curvature}: {' or '.join(curvatures)}")
