@@ -7,7 +7,8 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -86,7 +87,8 @@ class Decider:
         understudy.load_state_dict(state)
         if influence is None or influence.finite:
             gradient = influence if "gradient" in self.needs else None
-            self._decide(understudy, influence, gradient, prior, upper, drawn, samples, step=0, steps=1)
+            with _quiet(logging.getLogger("dynmix.mixers")):  # so few sequences are a cause for warnings
+                self._decide(understudy, influence, gradient, prior, upper, drawn, samples, step=0, steps=1)
 
     def observe(self, step: int, batch_size: int) -> None:
         """Show the losses of the step that ended. What fails the first time is a mistake in the set-up, and raises."""
@@ -194,3 +196,13 @@ class Decider:
             self.mixer.load_state_dict(state["state"])
         else:
             logger.warning("the checkpoint's mixer is %s: %s starts afresh", state["name"], self.name)
+
+
+@contextmanager
+def _quiet(log: logging.Logger) -> Iterator[None]:
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

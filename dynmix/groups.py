@@ -60,7 +60,7 @@ def write_groups(
             "domain": pa.DictionaryArray.from_arrays(domains, list(scores.domains)),
             "id": scores.row[members].astype(np.int64),
             "tokens": scores.tokens[members].astype(np.int64),
-            "influence": np.concatenate([group.joint for group in groups]),
+            "influence": np.concatenate([np.where(np.isfinite(g.joint), g.joint, np.nan) for g in groups]),
         }
     )
     facts = {
@@ -83,7 +83,7 @@ def write_groups(
 def open_groups(
     folder: str | os.PathLike[str], stores: str | os.PathLike[str] | None = None
 ) -> tuple[dict[str, RowView | DocumentView], dict[str, float]]:
-    """Return the groups as domains of a `MixtureDataset`, and their weights.
+    """Return the groups that have weight as domains of a `MixtureDataset`, and their weights.
 
         domains, weights = open_groups("groups")
         dataset = MixtureDataset(domains, weights, num_samples=100_000, sequence_length=2048)
@@ -115,6 +115,8 @@ def open_groups(
     group = table["group"].combine_chunks()
     found: dict[str, RowView | DocumentView] = {}
     for number, name in enumerate(group.dictionary.to_pylist()):
+        if not facts["weights"][name]:
+            continue
         own = np.flatnonzero(group.indices.to_numpy() == number)
         own = own[np.lexsort((row[own], domain[own]))]  # neighbours on disk stay neighbours
         if facts["unit"] == "document":

@@ -21,6 +21,7 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from dynmix.ranks import from_rank_0, is_rank_0
@@ -309,6 +310,7 @@ def select_checkpoints(
     folder: str | os.PathLike[str],
     tasks: Mapping[str, Task],
     *,
+    checkpoints: Sequence[Checkpoint] | None = None,
     metric: Metric | Mapping[str, Metric] = "loss",
     min_delta: float = 0.0,
 ) -> dict[str, Checkpoint]:
@@ -320,6 +322,7 @@ def select_checkpoints(
     Args:
         folder: as in `list_checkpoints`.
         tasks: by name.
+        checkpoints: those of the folder that count; None: all of them.
         metric: what a task peaks by, for all tasks or by name.
         min_delta: as in `PeakSnapshots`.
 
@@ -330,7 +333,8 @@ def select_checkpoints(
     cache = Path(folder) / "evaluations.json"
     scores: dict[str, dict[str, float | None]] = json.loads(cache.read_text()) if cache.exists() else {}
     evaluated = []
-    for checkpoint in list_checkpoints(folder):
+    candidates = list_checkpoints(folder) if checkpoints is None else sorted(checkpoints, key=lambda each: each.step)
+    for checkpoint in tqdm(candidates, desc="evaluating checkpoints", leave=False, delay=2):
         keys = {name: f"{_identity(checkpoint.path)}/{task.fingerprint}" for name, task in tasks.items()}
         for key, figures in _evaluated(checkpoint.path, {k: tasks[n] for n, k in keys.items() if k not in scores}):
             scores[key] = figures

@@ -38,10 +38,10 @@ def test_groups_come_back_as_views_on_the_stores(corpus, tmp_path, unit):
     weights = group_weights(groups)
     write_groups(tmp_path / "groups", groups, weights, scores, corpus, unit=unit, sequence_length=4)
     views, found = open_groups(tmp_path / "groups")
-    assert found == weights
-    assert list(views) == [group.name for group in groups]
+    assert found == {name: weight for name, weight in weights.items() if weight}
+    assert list(views) == list(found) == ["a", "b"]
     dataset = MixtureDataset(views, found, num_samples=50, sequence_length=4, block=5)
-    for group in groups:
+    for group in groups[:2]:
         if unit == "document":
             content = sorted(token for m in group.members for token in opened[domain[m]][row[m]].tolist())
             assert views[group.name].num_tokens == group.tokens

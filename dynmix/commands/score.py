@@ -17,6 +17,9 @@ def score(
     tasks: Annotated[list[Path], typer.Option(help="Folder of tasks' .jsonl(.gz) files, or one file.")],
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="The checkpoints' tokenizer: folder or name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores; what is there is continued.")],
+    more: Annotated[
+        list[Path] | None, typer.Argument(help="Further checkpoints: what a shell makes of run/checkpoint-*.")
+    ] = None,
     select: Annotated[
         str,
         typer.Option(
@@ -40,6 +43,9 @@ def score(
         str, typer.Option(help="datainf, or ekfac: dearer to set up, as dear to score with, and sharper.")
     ] = "datainf",
     task_limit: Annotated[int, typer.Option(help="Examples of a task that its gradient is made of, at most.")] = 256,
+    shard_samples: Annotated[
+        int | None, typer.Option(help="Samples a file, lost at most by a kill. Default: about 262,144 tokens.")
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward and backward pass.")] = 8192,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     ray: Annotated[int, typer.Option(help="Actors on a Ray cluster that score; 0: this process.")] = 0,
@@ -58,12 +64,13 @@ def score(
         stores = find_stores(data)
         known = find_tasks(tasks, tokenizer, sequence_length)
         examples = {name: some_examples(task, task_limit) for name, task in known.items()}
-        sources = find_sources(checkpoints, known, select, metric)
+        sources = find_sources([*checkpoints, *(more or [])], known, select, metric)
         if overwrite:
             discard(out)
         score_corpus(
             stores, examples, sources, out, unit=unit, sequence_length=sequence_length, layers=layers,  # type: ignore[arg-type]
-            curvature=curvatures[curvature], batch_tokens=batch_tokens, device=device, actors=ray,
+            curvature=curvatures[curvature], batch_tokens=batch_tokens, shard_samples=shard_samples,
+            device=device, actors=ray,
         )  # fmt: skip
         scores = read_scores(out)
     except (ValueError, OSError, ImportError) as problem:

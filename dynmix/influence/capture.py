@@ -156,8 +156,9 @@ class Capture:
 
     Linear layers are `nn.Linear` and GPT-2's `Conv1D`, subclasses included; with `embeddings` also `nn.Embedding`, but
     for subclasses that change what they looked up. Frozen ones are left out unless the whole model is frozen. A tied
-    head is measured as the linear layer that it is used as (its use as an embedding is another layer), and a layer used
-    several times in a forward counts with the sum of its uses. The first batch settles which layers are measured: an
+    head is measured as the linear layer that it is used as, and where the embedding is measured too, its uses as such
+    are uses of the same layer (g the one-hot tokens, a the gradients of what was looked up). A layer used several times
+    in a forward counts with the sum of its uses. The first batch settles which layers are measured: an
     input must keep the sequences apart, as [B, T, in] or [B * T, in]. Others (an expert that sees the tokens routed to
     it, a layer that is never called) are left out and named in a warning. Afterwards `layers` holds the measured ones
     by name and `coverage` their share of the model's parameters.
@@ -187,6 +188,13 @@ class Capture:
         self.layers: dict[str, nn.Module] = {
             name: module for name, module in known.items() if wanted(name) and (frozen or module.weight.requires_grad)
         }
+        heads = {id(m.weight): name for name, m in self.layers.items() if isinstance(m, nn.Linear) and m.bias is None}
+        self._tied = {
+            name: (module, heads[id(module.weight)])
+            for name, module in self.layers.items()
+            if isinstance(module, nn.Embedding) and id(module.weight) in heads
+        }
+        self.layers = {name: module for name, module in self.layers.items() if name not in self._tied}
         if not self.layers:
             raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
 
@@ -223,7 +231,7 @@ class Capture:
 
         def catch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             a: Tensor = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(self.layers[name], nn.Embedding):
+            if name in self._tied or isinstance(self.layers[name], nn.Embedding):
                 a = a[..., None]
             if a.shape[:-1] not in (mask.shape, (mask.numel(),)):
                 lost[name] = f"input of shape {list(a.shape)} for {mask.shape[0]} sequences of {mask.shape[1]} tokens"
@@ -234,21 +242,25 @@ class Capture:
                 output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             elif output._is_view():
                 output = output.clone()  # a change in place rewrites a view's history and would lose the hook below
-            use = uses[name]
+            layer = self._tied[name][1] if name in self._tied else name
+            use = uses[layer]
             index = len(use.inputs)
             use.inputs.append(a.detach())
 
             def arrived(gradient: Tensor) -> None:
+                if name in self._tied:
+                    use.inputs[index], gradient = gradient, _one_hot(self._tied[name][0], a.squeeze(-1)).to(gradient)
                 use.gradients[index] = gradient
                 if len(use.gradients) == len(use.inputs):
-                    deliver(name)
+                    deliver(layer)
 
             output.register_hook(arrived)  # type: ignore[no-untyped-call]
             return output
 
         with torch.enable_grad():
             with ExitStack() as hooks:  # gone before the backward pass, which may run forwards again
-                for name, module in self.layers.items():
+                tied = {name: module for name, (module, _) in self._tied.items()}
+                for name, module in (self.layers | tied).items():
                     handle = module.register_forward_hook(
                         lambda _, args, kwargs, output, name=name: catch(name, args, kwargs, output), with_kwargs=True
                     )
@@ -314,6 +326,12 @@ def token_mask(batch: Batch) -> Tensor:
         return torch.ones_like(ids, dtype=torch.bool)
     first = next(value for value in batch.values() if isinstance(value, Tensor))
     return torch.ones(len(first), 1, dtype=torch.bool, device=first.device)
+
+
+def _one_hot(table: nn.Embedding, ids: Tensor) -> Tensor:
+    """The rows that were looked up, [..., rows]; none where it is the padding, which never trains."""
+    found = F.one_hot(ids, table.num_embeddings)
+    return found if table.padding_idx is None else found.masked_fill((ids == table.padding_idx)[..., None], 0)
 
 
 def _joined(parts: list[Tensor], mask: Tensor) -> Tensor:

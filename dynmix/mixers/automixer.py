@@ -6,13 +6,16 @@ take the raw domains' place, with weights by influence density. This module deci
 how is not known here.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixers.regroup import Blend, Group, blending, group_weights, regroup
 from dynmix.observation import Influence
 from dynmix.scores import Metric, SamplePlan, SampleScores
+
+logger = logging.getLogger("dynmix.mixers")
 
 PREFIX = "group:"
 """Of the domains that enter the run, so that they are told from domains and tasks of the same name."""
@@ -32,7 +35,8 @@ class AutoMixer(Mixer):
             place, or nothing helps any task, the weights stay.
         keep, blend, budget: share of a group that is kept, weight of early and late checkpoints, and most tokens of a
             group, as in `dynmix.mixers.regroup.regroup`.
-        max_epochs: how often a group may be seen in the rest of the run; the excess goes to the other groups.
+        max_epochs: how often a group may be seen in the rest of the run; the excess goes to the other groups, `rest`
+            last. Where all of them are too small, a warning says so and all are seen alike, more often.
         every, metric, min_delta, checkpoints: how the tasks are evaluated and which checkpoints score, as in
             `dynmix.scores.SamplePlan`.
 
@@ -80,14 +84,12 @@ class AutoMixer(Mixer):
         """Return the groups and their weights, or the prior where there are no scores. See `Mixer.propose`.
 
         Raises:
-            ValueError: as `regroup` and `group_weights` do: no finite score, or groups too small for what is left of
-                the run.
+            ValueError: as `regroup` does: no finite score.
         """
         if samples is None:
             return Proposal(within(prior, upper), message="the mixture stays: the corpus was not scored here")
         groups = regroup(samples, keep=self.keep, blend=self.blend, budget=self.budget)
-        bound = None if samples.tokens_left is None else self.max_epochs
-        weights = group_weights(groups, max_epochs=bound, tokens=samples.tokens_left)
+        weights = group_weights(groups, max_epochs=self._bound(groups, samples.tokens_left), tokens=samples.tokens_left)
         if weights is None:
             return Proposal(within(prior, upper), solver="prior", message="no group has positive joint influence")
         entering = {}
@@ -101,6 +103,18 @@ class AutoMixer(Mixer):
             groups=entering,
         )
 
+    def _bound(self, groups: Sequence[Group], tokens: int | None) -> float | None:
+        """Return `max_epochs`, or how often all groups are seen alike where they are too small for the run."""
+        if self.max_epochs is None or tokens is None:
+            return None
+        needed = tokens / sum(group.tokens for group in groups)
+        if needed > self.max_epochs:
+            logger.warning(
+                "the groups are too small for the %d tokens that are left: they are seen %.1f times, not %g at most; "
+                "raise keep, or train for fewer steps", tokens, needed, self.max_epochs,
+            )  # fmt: skip
+        return max(self.max_epochs, needed * (1 + 1e-9))
+
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
         return {name: value for name, value in super().describe().items() if name != "sample_plan"} | vars(
@@ -109,10 +123,12 @@ class AutoMixer(Mixer):
 
 
 def _words(groups: list[Group], weights: Mapping[str, float], samples: SampleScores) -> str:
-    by = {column.task: column.checkpoint for column in samples.columns}
+    by: dict[str, list[str]] = {}
+    for column in samples.columns:
+        by.setdefault(column.task, []).append(column.checkpoint)
     parts = [
         f"{group.name} {weights[group.name]:.3f} ({len(group.members):,} sequences"
-        + (f" by {by[group.name]}" if group.name in by else "")
+        + (f" by {', '.join(by[group.name])}" if group.name in by else "")
         + ")"
         for group in groups
     ]

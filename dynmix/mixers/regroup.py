@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ class Group:
     """Samples that go together.
 
     Attributes:
-        name: the task they help most, or `REST`.
+        name: the task they help most, or `REST`: those that help no task more than the average sample does.
         members: int64[n_members], numbers of the samples, the most influential first.
         joint: float64[n_members], their joint influence; minus infinity where it could not be measured.
         tokens: of the members.
@@ -65,12 +65,12 @@ def regroup(
     that task's columns, and its joint influence that of all columns: I_joint = sum_j alpha_j I_j. It goes to the task
     with the highest score; where no score is above 0, which is the average sample's, it helps no task and goes to
     `rest`, as does a sample with a score that is not finite. Within a task's group samples are sorted by I_joint, and
-    those are kept that come first, as long as they hold at most `keep` of the group's tokens, and `budget`; the others
-    are in no group. `rest` is kept whole.
+    kept from the first on while they hold at most `keep` of the group's tokens, and `budget`: one that would exceed it
+    is passed over, and those that fit after it are taken. The others are in no group. `rest` is kept whole.
 
     Args:
         scores: of the raw corpus.
-        keep: share of a group's tokens, in (0, 1]: the paper's top K %. At least one sample is kept.
+        keep: share of a group's tokens, in (0, 1]: the paper's top K %. Where no sample fits, the first is kept.
         blend: as in `blending`.
         budget: most tokens of a group, one number for all tasks or by task.
 
@@ -93,15 +93,16 @@ def regroup(
     for number, task in enumerate(tasks):
         members = _sorted(np.flatnonzero(helps & (best == number)), joint)
         tokens = scores.tokens[members].astype(np.int64)
-        held = np.cumsum(tokens)
-        whole = int(held[-1]) if len(held) else 0
-        kept = max(1, int(np.searchsorted(held, keep * whole + 1e-6, side="right")))
-        kept = min(kept, int(np.searchsorted(held, limits[task], side="right")))
-        if not len(members[:kept]):
+        whole = int(tokens.sum())
+        kept = members[_filled(tokens, min(keep * whole + 1e-6, limits[task]))]
+        if not len(kept) and len(members) and tokens[0] <= limits[task]:
+            kept = members[:1]
+        if not len(kept):
             why = f"its budget of {limits[task]:.0f} tokens holds none" if len(members) else "it helps by none"
             logger.warning("task %r gets no group: %s of the samples", task, why)
             continue
-        groups.append(_group(task, members[:kept], scores, joint, cut=whole - int(held[kept - 1])))
+        group = _group(task, kept, scores, joint)
+        groups.append(replace(group, cut=whole - group.tokens))
     rest = _sorted(np.flatnonzero(~helps), joint)
     return [*groups, _group(REST, rest, scores, joint)] if len(rest) else groups
 
@@ -210,8 +211,19 @@ def _sorted(members: NDArray[np.int64], joint: Array) -> NDArray[np.int64]:
     return members[np.argsort(-joint[members], kind="stable")]
 
 
-def _group(name: str, members: NDArray[np.int64], scores: SampleScores, joint: Array, cut: int = 0) -> Group:
-    return Group(name, members, joint[members], int(scores.tokens[members].sum(dtype=np.int64)), cut)
+def _filled(tokens: NDArray[np.int64], limit: float) -> NDArray[np.intp]:
+    """Which samples are taken when each, in turn, is taken if it still fits."""
+    left, taken = np.arange(len(tokens)), [np.zeros(0, np.intp)]
+    while len(left := left[tokens[left] <= limit]):
+        n = int(np.searchsorted(np.cumsum(tokens[left]), limit, side="right"))
+        taken.append(left[:n])
+        limit -= tokens[left[:n]].sum()
+        left = left[n + 1 :]  # the next one did not fit
+    return np.concatenate(taken)
+
+
+def _group(name: str, members: NDArray[np.int64], scores: SampleScores, joint: Array) -> Group:
+    return Group(name, members, joint[members], int(scores.tokens[members].sum(dtype=np.int64)))
 
 
 def _limits(budget: int | Mapping[str, int] | None, tasks: Sequence[str]) -> dict[str, float]:

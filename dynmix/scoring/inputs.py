@@ -68,9 +68,12 @@ def find_tasks(paths: Sequence[Path], tokenizer: str, max_length: int) -> dict[s
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as problem:
         raise ValueError(f"--tokenizer {tokenizer}: no folder or name of a tokenizer: {problem}") from problem
-    return _by_name(
+    tasks = _by_name(
         "--tasks", files, (".jsonl.gz", ".jsonl"), lambda file: Task.from_jsonl(file, loaded, max_length=max_length)
     )
+    if "rest" in tasks:
+        raise ValueError("--tasks: 'rest' is the group of what helps no task; rename the file")
+    return tasks
 
 
 def some_examples(task: Examples, limit: int) -> Examples:
@@ -87,7 +90,8 @@ def find_sources(
     """Which checkpoint scores for which tasks.
 
     Args:
-        paths: folders of checkpoints, as `list_checkpoints` takes them, and single checkpoints named as there.
+        paths: folders of checkpoints, as `list_checkpoints` takes them, and single checkpoints named as there. A folder
+            that is both, as a Trainer's that saved its model at the end, is a folder of checkpoints.
         tasks: by name; "peak" evaluates the checkpoints on them, unless a `peaks.json` says where they peak.
         select: "peak", each task by the checkpoint where it is best; every task by the "last" checkpoint, by "all", or
             by a number of them, evenly spaced.
@@ -103,13 +107,14 @@ def find_sources(
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"--checkpoints {path}: no such folder")
-    if select == "peak" and len(paths) == 1 and not _is_checkpoint(paths[0]):
-        if (paths[0] / "peaks.json").exists():
-            return peak_sources(_recorded(paths[0], tasks, metric))
-        return peak_sources(select_checkpoints(paths[0], tasks, metric=metric or "loss"))
+    if select == "peak" and len(paths) == 1 and (paths[0] / "peaks.json").exists():
+        return peak_sources(_recorded(paths[0], tasks, metric))
     found = sorted((each for path in paths for each in _checkpoints(path)), key=lambda each: each.step)
     if select == "peak" and len(found) > 1:
-        raise ValueError("--select peak takes one folder of checkpoints: give it alone, or --select all")
+        folders = sorted({each.path.parent for each in found})
+        if len(folders) > 1:
+            raise ValueError(f"--select peak takes the checkpoints of one folder, not of {folders[0]} and {folders[1]}")
+        return peak_sources(select_checkpoints(folders[0], tasks, checkpoints=found, metric=metric or "loss"))
     number = {"peak": 1, "last": 1, "all": len(found)}.get(select) or int(select)
     if number > len(found):
         raise ValueError(f"--select {select}: there are {len(found)} checkpoints; give a number up to that, or all")
@@ -139,7 +144,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _checkpoints(path: Path) -> list[Checkpoint]:
-    if not _is_checkpoint(path):
+    numbered = (each for each in path.iterdir() if each.name[-1].isdecimal() and not each.name.startswith("."))
+    if not _is_checkpoint(path) or any(_is_checkpoint(each) for each in numbered):
         return list_checkpoints(path)
     path = path.absolute()
     own = [each for each in list_checkpoints(path.parent) if each.path == path]

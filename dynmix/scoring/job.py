@@ -32,6 +32,8 @@ from dynmix.scoring.sources import Source, check_sources
 
 Load = Callable[[Path], nn.Module]
 
+_SHARD_TOKENS = 1 << 18  # minutes of work on a CPU
+
 Examples = Sequence[Mapping[str, Any]]
 """A task: dicts with `input_ids` [tokens] and, if not all are scored, `labels`; a `dynmix.tasks.Task` is one."""
 
@@ -270,11 +272,13 @@ def make_job(
     curvature: Curvature | None,
     curvature_sequences: int,
     batch_tokens: int,
-    shard_samples: int,
+    shard_samples: int | None,
 ) -> Job:
     """The job of these tasks' examples; DataInf's curvature if none is given. Raises ValueError, as `Job` does."""
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least 1")
+    if shard_samples is None:
+        shard_samples = max(1, _SHARD_TOKENS * len(corpus) // max(1, int(corpus.tokens.sum())))
     return Job(
         corpus,
         {name: task_batches(name, examples, batch_tokens) for name, examples in tasks.items()},

@@ -38,7 +38,7 @@ def score_corpus(
     curvature: Curvature | None = None,
     curvature_sequences: int = 128,
     batch_tokens: int = 8192,
-    shard_samples: int = 4096,
+    shard_samples: int | None = None,
     load: Load | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -66,7 +66,8 @@ def score_corpus(
         curvature: `DataInf()` if not given.
         curvature_sequences: so many sequences, evenly spread over the tokens of the corpus, fit the curvature.
         batch_tokens: tokens of a forward and backward pass, padding included.
-        shard_samples: samples a file; a process that is killed loses at most a shard's work.
+        shard_samples: samples a file; a process that is killed loses at most a shard's work. None: as many as have
+            about 262,144 tokens.
         load: gives the model of a path, put where it is to run; None: a transformers model from safetensors.
         device: None: a GPU if there is one (with `load`: where that put it).
         threads: of torch on the CPU; None: as they are. Another number may change the last bits.
@@ -100,6 +101,7 @@ def score_corpus(
     shards = {source: [s for s in mine if not folder.done(source.name, s)] for source in job.sources}
     tokens = sum(sum(map(job.tokens, todo)) for todo in shards.values())
     with threads_set(threads), TokenBar(tokens, progress) as bar:
+        bar.begin(sum(1 for todo in shards.values() if todo))
 
         def seen(source: Source, tokens: int) -> None:
             bar.add(source.name, tokens)
@@ -142,15 +144,22 @@ class TokenBar(Progress):
         self._tokens, self._visible, self._announced = tokens, visible, False
         self._bar = self.add_task("preparing", total=tokens, rate="")
 
+    def begin(self, checkpoints: int) -> None:
+        """Say how much there is to do; what it costs is known when a model is loaded."""
+        if checkpoints:
+            self._say(f"{self._tokens:,} tokens to score, over {checkpoints} checkpoints")
+
     def announce(self, flops_per_token: float, speed: float) -> None:
         """Say what all of it will cost; the first time only."""
         if not self._announced:
             self._announced = True
-            line = describe(self._tokens, flops_per_token, speed)
-            if self._visible:
-                self.console.print(line, highlight=False)
-            else:
-                logger.info(line)
+            self._say(describe(self._tokens, flops_per_token, speed))
+
+    def _say(self, line: str) -> None:
+        if self._visible:
+            self.console.print(line, highlight=False)
+        else:
+            logger.info(line)
 
     def add(self, name: str, tokens: int) -> None:
         """So many more tokens are done, by the checkpoint of this name."""

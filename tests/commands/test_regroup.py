@@ -45,7 +45,8 @@ def test_groups_are_written_with_their_weights(scored, tmp_path):
     domains, weights = open_groups(tmp_path)
     assert sum(weights.values()) == pytest.approx(1)
     table = pq.read_table(tmp_path / "groups.parquet").to_pylist()
-    assert {row["group"] for row in table} == set(domains)
+    assert set(domains) == {"t", "u"}
+    assert {row["group"] for row in table} == {"t", "u", "rest"}
     assert len({(row["domain"], row["id"]) for row in table}) == len(table) <= len(read_scores(scored / "scores").row)
     for name in domains:
         own = [row["influence"] for row in table if row["group"] == name]
@@ -87,3 +88,15 @@ def test_folders_that_are_not_there(scored, tmp_path):
     assert "is no folder of scores" in CliRunner().invoke(app, words).output
     words = [str(scored / "scores"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(app, words).exit_code == 1
+
+
+def test_other_stores_than_those_that_were_scored_are_refused(scored, tmp_path):
+    a, b = (TokenStore.open(scored / "stores" / name) for name in ("a", "b"))
+    TokenStore.write(tmp_path / "stores/a", list(b))
+    TokenStore.write(tmp_path / "stores/b", list(a))
+    words = [str(scored / "scores"), "--data", str(tmp_path / "stores"), "--out", str(tmp_path / "out")]
+    assert "is not the store 'a' that was scored" in " ".join(CliRunner().invoke(app, words).output.split())
+    one = [str(scored / "scores"), "--data", str(a.path), "--out", str(tmp_path / "out")]
+    assert "no store 'b'" in CliRunner().invoke(app, one).output
+    both = [*one, "--data", str(b.path)]
+    assert CliRunner().invoke(app, both).exit_code == 0

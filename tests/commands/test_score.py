@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,29 @@ def test_names_that_collide_are_refused(world, tmp_path):
 def test_the_module_is_light():
     heavy = "import sys, dynmix.commands.score; print(*({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == ""
+
+
+def test_a_folder_that_has_a_model_beside_its_checkpoints_is_a_folder_of_checkpoints(world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    save_model(run, seed=99)  # as trainer.save_model() does
+    done = call(world, checkpoints=run, select="all", out=tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    assert {column.step for column in read_scores(tmp_path / "all").columns} == {5, 10, 20}
+
+
+def test_checkpoints_as_a_shell_lists_them(world, tmp_path):
+    both = [world / "run/checkpoint-5", world / "run/checkpoint-20"]
+    done = call(world, both[1], checkpoints=both[0], out=tmp_path / "peak")
+    assert done.exit_code == 0, done.output
+    steps = {column.step for column in read_scores(tmp_path / "peak").columns}
+    assert steps <= {5, 20}
+    elsewhere = tmp_path / "checkpoint-7"
+    save_model(elsewhere, seed=7)
+    apart = call(world, elsewhere, checkpoints=both[0], out=tmp_path / "apart")
+    assert "takes the checkpoints of one folder" in " ".join(apart.output.split())
+
+
+def test_a_task_must_not_have_the_name_of_the_rest(world, tmp_path):
+    shutil.copy(world / "tasks/copy.jsonl", tmp_path / "rest.jsonl")
+    assert "rename the file" in " ".join(call(world, tasks=tmp_path, out=tmp_path / "out").output.split())
