@@ -361,10 +361,14 @@ class MixtureController:
         # Rank 0 decides: float sums may differ between machines, a mixture must not.
         cdf, proposal = from_rank_0((cdf, proposal))
         if proposal.groups:
+            refused = None
             try:
                 on_every_rank(lambda: self._let_in(proposal))
             except Exception as failure:
-                error, prior = _words(failure), schedule.weights_at(start - 1)
+                refused = _words(failure)
+            prior = schedule.weights_at(start - 1)  # names those that entered
+            if refused:
+                error = refused
                 proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
                 cdf = self.decider.published(proposal, upper)
         if error:

@@ -2,18 +2,22 @@
 
 import json
 import logging
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 import dynmix.sampling
-from dynmix import AutoMixer
+from dynmix import AutoMixer, MixtureDataset
 from dynmix.callbacks import MixtureHook
 from dynmix.journal import Journal
 from dynmix.peaks import PeakSnapshots
+from dynmix.report import write_report
+from dynmix.tables import stage_table
 
 MIXER = {"name": "automixer", "every": 2, "keep": 0.8}
 SAVING = {"save_strategy": "steps", "save_steps": 4}
@@ -62,6 +66,19 @@ def test_groups_take_the_domains_place_at_the_boundary(whole, training):
             members |= {divmod(int(number), training.ROWS) for number in numbers}
     assert seen <= members
     assert len(members) < 3 * training.ROWS
+
+
+def test_journal_tables_and_report_have_the_groups(whole, tmp_path):
+    folder, _ = whole
+    rows = Journal(folder / "dynmix/journal.jsonl").rows()
+    assert list(rows[1]["weights_before"]) == list(rows[1]["weights"]) == rows[1]["domains"]
+    assert "group:web" in rows[1]["domains"]
+    for row in rows:
+        text = StringIO()
+        Console(file=text, width=120).print(stage_table(row))
+        assert ("group:web" in text.getvalue()) == (row["stage"] > 0)
+    page = write_report(folder / "dynmix/journal.jsonl", tmp_path / "report.html")
+    assert "group:web" in page.read_text()
 
 
 def test_the_first_stage_is_that_of_a_run_without_it(whole, training, tmp_path):
@@ -214,3 +231,14 @@ def test_refusals(training, tmp_path):
             AutoMixer(**arguments)
     with pytest.raises(ValueError, match="only a dynmix.Task has more than a loss"):
         training.run(tmp_path, mixer=AutoMixer(metric="accuracy"))
+
+
+def test_groups_that_cannot_be_kept_change_nothing(training, tmp_path, monkeypatch):
+    def full(self, domains, folder):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(MixtureDataset, "extend", full)
+    training.run(tmp_path, mixer=MIXER)
+    row = groups_of(tmp_path)
+    assert row["error"] == "OSError: disk full"
+    assert row["weights"] == pytest.approx({"web": 0.3, "code": 0.2, "noise": 0.5})
