@@ -122,7 +122,7 @@ class MixtureDataset(Dataset[Item]):
         if operator.index(num_samples) < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
         self.num_samples = operator.index(num_samples)
-        self._first = tuple(_as_sequences(name, data, sequence_length) for name, data in domains.items())
+        self._first = tuple(as_sequences(name, data, sequence_length) for name, data in domains.items())
         self._views: dict[str, RowView] = {}  # of the domains that joined, by the hash of their index
         names = {f"domain {name!r}": sequences for name, sequences in zip(domains, self._first, strict=True)}
         self.sequence_length = common_length(names, sequence_length)
@@ -393,7 +393,8 @@ class _Ahead(NamedTuple):
         return self.start + len(self.domain)
 
 
-def _as_sequences(name: str, data: Any, sequence_length: int | None) -> Sequences:
+def as_sequences(name: str, data: Any, sequence_length: int | None) -> Sequences:
+    """A domain as rows, whatever it was given as; raises ValueError where it has none, in words for the domain."""
     if isinstance(data, str | os.PathLike):
         data = TokenStore.open(data)
     tokens = "none"

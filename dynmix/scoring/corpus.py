@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmix.mixture.dataset import PackedSequences
+from dynmix.mixture.dataset import as_sequences
 from dynmix.mixture.index import split
 from dynmix.mixture.sequences import Ints, Sequences, common_length, content_hash, gather
 from dynmix.mixture.store import TokenStore
@@ -59,7 +59,9 @@ class Corpus:
         self._parts: list[Any] = []
         for name, data in domains.items():
             opened = TokenStore.open(data) if isinstance(data, str | os.PathLike) else data
-            self._parts.append(_documents(name, opened) if unit == "document" else _rows(name, opened, sequence_length))
+            self._parts.append(
+                _documents(name, opened) if unit == "document" else as_sequences(name, opened, sequence_length)
+            )
         if unit == "sequence":
             named = {f"domain {name!r}": rows for name, rows in zip(self.names, self._parts, strict=True)}
             sequence_length = common_length(named, sequence_length)
@@ -158,22 +160,6 @@ def _documents(name: str, data: Any) -> TokenStore:
     if not isinstance(data, TokenStore):
         raise ValueError(f"domain {name!r} is a {type(data).__name__}: with unit='document' give token stores or paths")
     return data
-
-
-def _rows(name: str, data: Any, sequence_length: int | None) -> Sequences:
-    if isinstance(data, TokenStore | DocumentView):
-        if sequence_length is None:
-            raise ValueError(f"sequence_length is missing: domain {name!r} is a token store, to be cut into sequences")
-        data = PackedSequences(data, sequence_length)
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise ValueError(
-            f"domain {name!r} is a {type(data).__name__}: give a TokenStore, its path, a view, or a sequence of dicts"
-            " with input_ids"
-        )
-    if not len(data):
-        raise ValueError(f"domain {name!r} has not one whole sequence: give it more text, or leave it out")
-    rows: Sequences = data
-    return rows
 
 
 def _store_hash(store: TokenStore) -> str:
