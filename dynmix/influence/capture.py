@@ -8,139 +8,61 @@ DDP, FSDP2 and ZeRO never fire. This module knows torch and the models; it knows
 
 from __future__ import annotations
 
-import inspect
 import logging
-import random
-import re
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from dynmix.influence.batch import (
+    Batch,
+    Batches,
+    Loss,
+    checked,
+    next_token_labels,
+    next_token_logits,
+    next_token_loss,
+    token_mask,
+)
+from dynmix.influence.experts import Replaced, by_sequence, experts_forward
+from dynmix.influence.isolation import isolated, random_state_kept, unwrap
+from dynmix.influence.kinds import norm_gradients, odd_router, one_hot
+from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers, unmeasurable
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Capture",
+    "Consume",
+    "LayerFilter",
+    "Layers",
+    "Loss",
+    "isolated",
+    "measurable_layers",
+    "next_token_labels",
+    "next_token_logits",
+    "next_token_loss",
+    "random_state_kept",
+    "token_mask",
+    "unwrap",
+]
 
 logger = logging.getLogger(__name__)
-
-Batch = Mapping[str, Any]
-"""What the model takes: `input_ids` [B, T], and `labels`, `attention_mask` [B, T] if there are any; on any device."""
-
-Batches = Iterable[Batch]
-"""A list or a DataLoader: something that can be read more than once and gives the same sequences each time."""
-
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-"""(model, batch) -> (loss of each sequence, summed over its tokens in nats [B]; scored tokens of each [B])."""
 
 Consume = Callable[[str, Tensor, Tensor, Tensor], None]
 """(layer, inputs a [B, T, in (+1)], output gradients g [B, T, out], mask of real tokens, bool [B, T]).
 
-Of an embedding a is int64[B, T], the rows that it looked up.
+Of an embedding a is int64[B, T], the rows that it looked up. Of an expert T is the most tokens that any sequence routed
+to it, with zeros behind those of the others. Layers with the same input get the same object as a.
 """
 
-LayerFilter = str | Callable[[str], bool] | None
-"""Which layers to measure, by name: a regular expression to be found in it, a predicate, or None for all."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-@contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
-    """Everything inside happens to a model in eval mode without trainable parameters, and leaves no trace.
-
-    On exit, also after an exception, these are as they were: train/eval flag of every submodule, `requires_grad` and
-    `.grad` of every parameter, every buffer, the random states of python, numpy and torch (CPU, CUDA, MPS). Inside,
-    dropout and gradient checkpointing are off (both follow eval mode) and compiled modules run eagerly, because a
-    compiled graph does not see the hooks of this module.
-    """
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [dict(module._buffers) for module in modules]
-    contents = [(b, b.clone()) for own in buffers for b in own.values() if b is not None]
-    try:
-        for module in modules:
-            module.training = False  # not .eval(): adapters override it to merge weights
-        for parameter, _, _ in parameters:
-            parameter.requires_grad_(False)
-        with random_state_kept(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, flag, own in zip(modules, training, buffers, strict=True):
-            module.training = flag
-            module._buffers.clear()
-            module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, content in contents:
-                if not torch.equal(buffer, content):  # copying bumps the version that autograd checks
-                    buffer.copy_(content)
-        for parameter, flag, grad in parameters:
-            parameter.requires_grad_(flag)
-            if parameter.grad is not grad:
-                parameter.grad = grad
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """On exit the random states of python, numpy and torch (CPU, CUDA, MPS) are as they were."""
-    python, legacy_numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy_numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
-
-
-def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B, T, V] in float32 at least. Keys that the model's forward does not name ("domain") are left out."""
-    accepted = inspect.signature(unwrap(model).forward).parameters
-    inputs = {key: value for key, value in batch.items() if key in accepted and key != "labels"}
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    output = model(**inputs)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def next_token_labels(batch: Batch) -> Tensor:
-    """Label of each position that has one, already shifted, [B, T-1]; -100 is ignored.
-
-    Without `labels` every token is the label of the position before it, except where `attention_mask` is 0.
-    """
-    labels: Tensor | None = batch.get("labels")
-    if labels is None:
-        if "input_ids" not in batch:
-            raise ValueError(f"a batch needs `input_ids` or `labels` for the next-token loss, got keys {sorted(batch)}")
-        labels = batch["input_ids"]
-        if (mask := batch.get("attention_mask")) is not None:
-            labels = labels.masked_fill(mask == 0, -100)
-    return labels[:, 1:]
-
-
-def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy of a causal LM: per sequence its sum over the scored tokens in nats [B], and their number [B]."""
-    logits, labels = next_token_logits(model, batch)[:, :-1], next_token_labels(batch)
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    return losses.view(labels.shape).sum(1), (labels != -100).sum(1)
+_named: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # in a warning, once a model
 
 
 @dataclass
@@ -148,24 +70,30 @@ class _Uses:
     """One layer within one batch: its inputs in the order of the calls, and the gradients that have arrived."""
 
     inputs: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)  # of an expert, which of the batch's tokens the rows are
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Capture:
     """Runs batches through a model and hands over each linear layer's inputs and output gradients.
 
-    Linear layers are `nn.Linear` and GPT-2's `Conv1D`, subclasses included; with `embeddings` also `nn.Embedding`, but
-    for subclasses that change what they looked up. Frozen ones are left out unless the whole model is frozen. A tied
-    head is measured as the linear layer that it is used as, and where the embedding is measured too, its uses as such
-    are uses of the same layer (g the one-hot tokens, a the gradients of what was looked up). A layer used several times
-    in a forward counts with the sum of its uses. The first batch settles which layers are measured: an
-    input must keep the sequences apart, as [B, T, in] or [B * T, in]. Others (an expert that sees the tokens routed to
-    it, a layer that is never called) are left out and named in a warning. Afterwards `layers` holds the measured ones
-    by name and `coverage` their share of the model's parameters.
+    Measured is what `layers.measurable_layers` lists; with `embeddings` also their tables, and with
+    `layers=Layers(...)` what that says. Frozen layers are left out unless the whole model is frozen. A tied head is
+    measured as the linear layer that it is used as, and where the embedding is measured too, its uses as such are uses
+    of the same layer (g the one-hot tokens, a the gradients of what was looked up). A layer used several times in a
+    forward counts with the sum of its uses. The first batch settles which layers are measured: an input must keep the
+    sequences apart, as [B, T, in] or [B * T, in], unless it is an expert's. Others (tokens gathered by code that is not
+    transformers', a layer that is never called) are left out. They and modules with matrices of no known kind are named
+    in a warning, once a model. Afterwards `layers` holds the measured ones by name and `coverage` their share of the
+    model's parameters.
+
+    `head` is the name of the layer that predicts tokens, where the model says so. While `run` delivers, `sharing` says
+    of each layer of the batch which ones have its input, itself included.
 
     Create it before `isolated(model)`, which hides what is frozen, and run it inside.
 
-    Raises ValueError if no layer is left, or if a measured layer loses its sequences in a later batch.
+    Raises ValueError if no layer is left, if a measured layer loses its sequences in a later batch, or if a layer's
+    input is changed in place after it.
     """
 
     def __init__(
@@ -181,20 +109,24 @@ class Capture:
         self.loss = loss
         self.tick = tick or (lambda: None)
         self.coverage = 0.0
+        self.sharing: dict[str, tuple[str, ...]] = {}
         self._settled = False
-        wanted = layers if callable(layers) else re.compile(layers or "").search
-        known = measurable_layers(self.model, embeddings=embeddings)
+        wanted = layers if isinstance(layers, Layers) else Layers(layers, embeddings=embeddings)
+        known = measurable_layers(self.model, embeddings=embeddings or wanted.embeddings, norms=wanted.norms)
         frozen = not any(p.requires_grad for p in self.model.parameters())
-        self.layers: dict[str, nn.Module] = {
-            name: module for name, module in known.items() if wanted(name) and (frozen or module.weight.requires_grad)
+        self.layers: dict[str, Layer] = {
+            name: layer for name, layer in known.items() if wanted(name) and (frozen or layer.weight.requires_grad)
         }
-        heads = {id(m.weight): name for name, m in self.layers.items() if isinstance(m, nn.Linear) and m.bias is None}
+        self._unknown = [name for name in unmeasurable(self.model) if wanted(name)]
+        output = getattr(self.model, "get_output_embeddings", lambda: None)()
+        self.head = next((name for name, layer in self.layers.items() if layer.module is output), None)
+        heads = {id(k.weight): name for name, k in self.layers.items() if k.kind == "linear" and k.bias is None}
         self._tied = {
-            name: (module, heads[id(module.weight)])
-            for name, module in self.layers.items()
-            if isinstance(module, nn.Embedding) and id(module.weight) in heads
+            name: (layer.module, heads[id(layer.weight)])
+            for name, layer in self.layers.items()
+            if isinstance(layer.module, nn.Embedding) and id(layer.weight) in heads
         }
-        self.layers = {name: module for name, module in self.layers.items() if name not in self._tied}
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in self._tied}
         if not self.layers:
             raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
 
@@ -208,67 +140,121 @@ class Capture:
         Returns loss and number of scored tokens of each sequence, float64[B] on the CPU.
         """
         device = next(self.model.parameters()).device
-        batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in _checked(batch).items()}
+        batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in checked(batch).items()}
         mask = token_mask(batch)
         uses: dict[str, _Uses] = {name: _Uses() for name in self.layers}
         lost: dict[str, str] = {}
+        versions: dict[str, int] = {}
+        sources: dict[str, Tensor] = {}  # inputs as the model has them, kept while a second layer may get one
+        ready: dict[tuple[str, ...], tuple[Tensor, set[str]]] = {}  # shared inputs, and who still needs them
 
         @torch.no_grad()
         def deliver(name: str) -> None:
-            use = uses.pop(name)
+            use, layer = uses.pop(name), self.layers[name]
             order = sorted(use.gradients)
-            module = self.layers[name]
-            a = _joined([use.inputs[i] for i in order], mask)
-            g = _joined([use.gradients[i] for i in order], mask)
-            if isinstance(module, nn.Embedding):
+            inputs, gradients = [use.inputs[i] for i in order], [use.gradients[i] for i in order]
+            real = mask.to(gradients[0].device)
+            if layer.kind == "expert":
+                real = real.flatten()[use.tokens[0], None]
+                inputs, gradients, [real] = (
+                    [by_sequence(x, use.tokens[0], *mask.shape) for x in some] for some in (inputs, gradients, [real])
+                )
+                real = real.squeeze(-1)
+            if len(order) == 1 and use.inputs[0]._version != versions.get(name, use.inputs[0]._version):
+                raise ValueError(f"layer {name!r}: its input is changed in place after it; leave it out with `layers=`")
+            group = self.sharing[name]
+            if group in ready:
+                a, waiting = ready.pop(group)
+                waiting = waiting - {name}
+            else:
+                a, waiting = _joined(inputs, real), set(group) - {name}
+                if layer.bias is not None and layer.kind != "norm":
+                    a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+            if waiting:
+                ready[group] = a, waiting
+            g = _joined(gradients, real)
+            if isinstance(layer.module, nn.Embedding):
                 a = a.squeeze(-1)
-                if module.padding_idx is not None:  # a row that never trains
-                    g = g.masked_fill((a == module.padding_idx)[..., None], 0)
-            elif getattr(module, "bias", None) is not None:
-                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+                if layer.module.padding_idx is not None:  # a row that never trains
+                    g = g.masked_fill((a == layer.module.padding_idx)[..., None], 0)
             with torch.autocast(a.device.type, enabled=False):
-                consume(name, a, g, mask.to(a.device).repeat(1, len(order)))
+                consume(name, a, g, real.repeat(1, len(order)))
 
-        def catch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            a: Tensor = args[0] if args else next(iter(kwargs.values()))
-            if name in self._tied or isinstance(self.layers[name], nn.Embedding):
-                a = a[..., None]
-            if a.shape[:-1] not in (mask.shape, (mask.numel(),)):
-                lost[name] = f"input of shape {list(a.shape)} for {mask.shape[0]} sequences of {mask.shape[1]} tokens"
-                return output
+        def follow(name: str, a: Tensor, output: Tensor, tokens: Tensor | None = None) -> Tensor:
+            """Note the layer's input, and have its output's gradient come in."""
             if not output.requires_grad:
                 # Nothing before this layer is measured. A zero that requires a gradient starts the graph here, so the
                 # backward pass stops here; the output itself as a leaf would forbid the model to change it in place.
                 output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             elif output._is_view():
                 output = output.clone()  # a change in place rewrites a view's history and would lose the hook below
-            layer = self._tied[name][1] if name in self._tied else name
-            use = uses[layer]
+            tied = self._tied.get(name)
+            owner = tied[1] if tied else name
+            use = uses[owner]
             index = len(use.inputs)
             use.inputs.append(a.detach())
+            if tokens is not None:
+                use.tokens.append(tokens)
 
             def arrived(gradient: Tensor) -> None:
-                if name in self._tied:
-                    use.inputs[index], gradient = gradient, _one_hot(self._tied[name][0], a.squeeze(-1)).to(gradient)
+                if tied:
+                    use.inputs[index], gradient = gradient, one_hot(tied[0], a.squeeze(-1)).to(gradient)
+                elif self.layers[name].kind == "norm":
+                    use.inputs[index], gradient = norm_gradients(self.layers[name], a.detach(), gradient, mask)
                 use.gradients[index] = gradient
                 if len(use.gradients) == len(use.inputs):
-                    deliver(layer)
+                    deliver(owner)
 
             output.register_hook(arrived)  # type: ignore[no-untyped-call]
             return output
 
+        def catch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            a: Tensor = args[0] if args else next(iter(kwargs.values()))
+            layer = self.layers.get(name)
+            kind = "embedding" if layer is None else layer.kind
+            if kind == "router" and layer is not None:
+                if reason := odd_router(layer, a, output, mask):
+                    lost[name] = reason
+                else:
+                    follow(name, a, output if isinstance(output, Tensor) else output[0])
+                return None  # the output's other parts were made from it: it cannot be replaced
+            if kind == "embedding" and len(a) == 1 < len(mask) and a.shape[1:] == mask.shape[1:]:
+                # Positions, the same in every sequence, looked up once for all of them.
+                a, output = a.expand(mask.shape), output.expand(*mask.shape, -1)
+            x = a[..., None] if kind == "embedding" else a
+            shapes = [tuple(mask.shape), (mask.numel(),)]
+            if x.shape[:-1] not in shapes and not (kind == "norm" and x.shape[:2] == mask.shape):
+                lost[name] = f"input of shape {list(x.shape)} for {mask.shape[0]} sequences of {mask.shape[1]} tokens"
+                return output
+            sources[name] = a
+            versions[name] = a._version
+            return follow(name, x, output)
+
+        def watch(module: str, stack: str, expert: int, a: Tensor, output: Tensor, tokens: Tensor) -> Tensor:
+            name = f"{module}.{stack}.{expert}"
+            return follow(name, a, output, tokens) if name in uses else output
+
         with torch.enable_grad():
             with ExitStack() as hooks:  # gone before the backward pass, which may run forwards again
                 tied = {name: module for name, (module, _) in self._tied.items()}
-                for name, module in (self.layers | tied).items():
+                modules = {name: layer.module for name, layer in self.layers.items() if layer.kind != "expert"}
+                for name, module in (modules | tied).items():
                     handle = module.register_forward_hook(
                         lambda _, args, kwargs, output, name=name: catch(name, args, kwargs, output), with_kwargs=True
                     )
                     hooks.callback(handle.remove)
+                experts = {
+                    name.rsplit(".", 2)[0]: layer.module
+                    for name, layer in self.layers.items()
+                    if layer.kind == "expert"
+                }
+                for name, module in experts.items():
+                    hooks.enter_context(Replaced(module, experts_forward(module, partial(watch, name))))
                 losses, tokens = self.loss(self.model, batch)
             self._settle(lost, called={name for name, use in uses.items() if use.inputs})
-            for name in lost:
-                uses.pop(name, None)
+            uses = {name: use for name, use in uses.items() if name in self.layers}
+            self.sharing = self._shared(uses, sources)
+            sources.clear()
             losses.sum().backward()  # type: ignore[no-untyped-call]
         for name in [name for name, use in uses.items() if use.gradients]:
             deliver(name)  # some of its uses had no part in the loss
@@ -276,15 +262,18 @@ class Capture:
         return losses.detach().cpu().double(), tokens.cpu().double()
 
     def zeros(self, layer: str, n: int) -> Tensor:
-        """n matrices of the layer's gradient: [n, out, in (+1)], of an embedding [n, rows, width]; float32 at least."""
-        module = self.layers[layer]
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        rows, columns = weight.shape
-        if not isinstance(module, nn.Embedding):
-            rows, columns = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-            columns += getattr(module, "bias", None) is not None
+        """n matrices of the layer's gradient, [n, out, in (+1)]; float32 at least."""
+        weight = self.layers[layer].weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.zeros(n, rows, columns, dtype=dtype, device=weight.device)
+        return torch.zeros(n, *self.layers[layer].shape, dtype=dtype, device=weight.device)
+
+    def _shared(self, uses: dict[str, _Uses], sources: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        groups: dict[Any, list[str]] = {}
+        for name, use in uses.items():
+            linear = self.layers[name].kind == "linear" and len(use.inputs) == 1 and name in sources
+            key = (id(sources[name]), self.layers[name].bias is None) if linear else name
+            groups.setdefault(key, []).append(name)
+        return {name: tuple(group) for group in groups.values() for name in group}
 
     def _settle(self, lost: dict[str, str], called: set[str]) -> None:
         if self._settled:
@@ -292,64 +281,34 @@ class Capture:
                 name, reason = next(iter(lost.items()))
                 raise ValueError(f"layer {name!r} cannot be measured: {reason}; leave it out with `layers=`")
             return
-        silent = {name: "never called" for name in self.layers if name not in called and name not in lost}
+        # An expert that no token came to may see some in the next batch.
+        kept = {name for name in self.layers if name in called or self.layers[name].kind == "expert"}
+        silent = {name: "never called" for name in self.layers if name not in kept and name not in lost}
         left_out = lost | silent
-        self.layers = {name: module for name, module in self.layers.items() if name not in left_out}
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in left_out}
         if not self.layers:
             raise ValueError(f"no linear layer can be measured: {left_out}")
         self._settled = True
         everything = {id(p): p.numel() for p in self.model.parameters()}
-        measured = {id(p): p.numel() for module in self.layers.values() for p in module.parameters(recurse=False)}
-        self.coverage = sum(measured.values()) / sum(everything.values())
-        logger.info("measuring %d linear layers, %.1f%% of the parameters", len(self.layers), 100 * self.coverage)
-        if left_out:
-            reasons = Counter(left_out.values())
-            logger.warning("%d linear layers are not measured: %s (%s)", len(left_out), _some(left_out), dict(reasons))
-
-
-def measurable_layers(model: nn.Module, *, embeddings: bool = False) -> dict[str, nn.Module]:
-    """The linear layers of a model by name, in its order; with `embeddings`, the tables of embeddings too."""
-    return {
-        name.replace("_orig_mod.", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        or (embeddings and isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward)
-    }
-
-
-def token_mask(batch: Batch) -> Tensor:
-    """Which tokens are real, bool [B, T]: `attention_mask`, else all of `input_ids`, else one token a sequence."""
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
-        return torch.as_tensor(mask != 0)
-    if (ids := batch.get("input_ids")) is not None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    first = next(value for value in batch.values() if isinstance(value, Tensor))
-    return torch.ones(len(first), 1, dtype=torch.bool, device=first.device)
-
-
-def _one_hot(table: nn.Embedding, ids: Tensor) -> Tensor:
-    """The rows that were looked up, [..., rows]; none where it is the padding, which never trains."""
-    found = F.one_hot(ids, table.num_embeddings)
-    return found if table.padding_idx is None else found.masked_fill((ids == table.padding_idx)[..., None], 0)
+        measured = sum(rows * columns for rows, columns in (layer.shape for layer in self.layers.values()))
+        self.coverage = measured / sum(everything.values())
+        logger.info("measuring %d layers, %.1f%% of the parameters", len(self.layers), 100 * self.coverage)
+        told = _named.setdefault(self.model, set())
+        if new := {name: reason for name, reason in left_out.items() if name not in told}:
+            logger.warning(
+                "%d linear layers are not measured: %s (%s)", len(new), _some(new), dict(Counter(new.values()))
+            )
+        if unknown := [name for name in self._unknown if name not in told]:
+            logger.warning("%d modules have matrices of no known kind, not measured: %s", len(unknown), _some(unknown))
+        told.update(left_out, self._unknown)
 
 
 def _joined(parts: list[Tensor], mask: Tensor) -> Tensor:
-    joined = torch.cat([part.reshape(*mask.shape, part.shape[-1]) for part in parts], dim=1)
+    shaped = [part.reshape(*mask.shape, part.shape[-1]) for part in parts]
+    joined = shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=1)
     if not joined.is_floating_point():
         return joined
     return joined.to(torch.promote_types(joined.dtype, torch.float32))
-
-
-def _checked(batch: Batch) -> Batch:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"a batch is a dict with `input_ids` of shape [B, T], got {type(batch).__name__}")
-    ids = batch.get("input_ids")
-    if isinstance(ids, Tensor) and ids.ndim != 2:
-        raise ValueError(f"`input_ids` must have shape [B, T], got {list(ids.shape)}: collate the samples into batches")
-    if not any(isinstance(value, Tensor) for value in batch.values()):
-        raise TypeError(f"a batch must hold tensors, got keys {sorted(batch)} without any")
-    return batch
 
 
 def _some(names: Iterable[str]) -> str:

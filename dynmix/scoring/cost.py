@@ -11,6 +11,7 @@ from datetime import timedelta
 from torch import nn
 
 from dynmix.influence.capture import measurable_layers, unwrap
+from dynmix.influence.layers import Layer
 
 
 def flops_per_token(model: nn.Module, layers: Collection[str], tasks: int, sequence_length: int) -> float:
@@ -44,7 +45,6 @@ def describe(tokens: int, flops_per_token: float, speed: float) -> str:
     )
 
 
-def _weights(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert not isinstance(weight, nn.Module)
-    return weight.numel()
+def _weights(layer: Layer) -> int:
+    rows, columns = layer.shape
+    return rows * (columns - (layer.bias is not None))

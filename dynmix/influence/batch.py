@@ -1,0 +1,84 @@
+"""What a batch is, and the next-token loss of its sequences.
+
+Knows what causal language models take and give; nothing of layers, gradients or curvature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from dynmix.influence.isolation import unwrap
+
+Batch = Mapping[str, Any]
+"""What the model takes: `input_ids` [B, T], and `labels`, `attention_mask` [B, T] if there are any; on any device."""
+
+Batches = Iterable[Batch]
+"""A list or a DataLoader: something that can be read more than once and gives the same sequences each time."""
+
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+"""(model, batch) -> (loss of each sequence, summed over its tokens in nats [B]; scored tokens of each [B])."""
+
+
+def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, T, V] in float32 at least. Keys that the model's forward does not name ("domain") are left out."""
+    accepted = set(inspect.signature(unwrap(model).forward).parameters)
+    if accepted <= {"args", "kwargs"}:  # a wrapper that hands on what it gets, as PEFT's
+        accepted = {"input_ids", "attention_mask", "position_ids"}
+    inputs = {key: value for key, value in batch.items() if key in accepted and key != "labels"}
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    output = model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def next_token_labels(batch: Batch) -> Tensor:
+    """Label of each position that has one, already shifted, [B, T-1]; -100 is ignored.
+
+    Without `labels` every token is the label of the position before it, except where `attention_mask` is 0.
+    """
+    labels: Tensor | None = batch.get("labels")
+    if labels is None:
+        if "input_ids" not in batch:
+            raise ValueError(f"a batch needs `input_ids` or `labels` for the next-token loss, got keys {sorted(batch)}")
+        labels = batch["input_ids"]
+        if (mask := batch.get("attention_mask")) is not None:
+            labels = labels.masked_fill(mask == 0, -100)
+    return labels[:, 1:]
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of a causal LM: per sequence its sum over the scored tokens in nats [B], and their number [B]."""
+    logits, labels = next_token_logits(model, batch), F.pad(next_token_labels(batch), (0, 1), value=-100)
+    # The last position has no label: to score it as ignored spares a copy of all the others' logits.
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(labels.shape).sum(1), (labels != -100).sum(1)
+
+
+def token_mask(batch: Batch) -> Tensor:
+    """Which tokens are real, bool [B, T]: `attention_mask`, else all of `input_ids`, else one token a sequence."""
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return torch.as_tensor(mask != 0)
+    if (ids := batch.get("input_ids")) is not None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    first = next(value for value in batch.values() if isinstance(value, Tensor))
+    return torch.ones(len(first), 1, dtype=torch.bool, device=first.device)
+
+
+def checked(batch: Batch) -> Batch:
+    """The batch, or a TypeError or ValueError that says what a batch is."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch is a dict with `input_ids` of shape [B, T], got {type(batch).__name__}")
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim != 2:
+        raise ValueError(f"`input_ids` must have shape [B, T], got {list(ids.shape)}: collate the samples into batches")
+    if not any(isinstance(value, Tensor) for value in batch.values()):
+        raise TypeError(f"a batch must hold tensors, got keys {sorted(batch)} without any")
+    return batch

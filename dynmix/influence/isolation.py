@@ -1,0 +1,79 @@
+"""A model as if nobody had touched it: everything that a measurement changes in it is put back.
+
+Knows torch and its wrappers; nothing of layers, batches or curvature.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Everything inside happens to a model in eval mode without trainable parameters, and leaves no trace.
+
+    On exit, also after an exception, these are as they were: train/eval flag of every submodule, `requires_grad` and
+    `.grad` of every parameter, every buffer, the random states of python, numpy and torch (CPU, CUDA, MPS). Inside,
+    dropout and gradient checkpointing are off (both follow eval mode) and compiled modules run eagerly, because a
+    compiled graph does not see the hooks of this module.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [dict(module._buffers) for module in modules]
+    contents = [(b, b.clone()) for own in buffers for b in own.values() if b is not None]
+    try:
+        for module in modules:
+            module.training = False  # not .eval(): adapters override it to merge weights
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+        with random_state_kept(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag, own in zip(modules, training, buffers, strict=True):
+            module.training = flag
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, content in contents:
+                if not torch.equal(buffer, content):  # copying bumps the version that autograd checks
+                    buffer.copy_(content)
+        for parameter, flag, grad in parameters:
+            parameter.requires_grad_(flag)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """On exit the random states of python, numpy and torch (CPU, CUDA, MPS) are as they were."""
+    python, legacy_numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy_numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)

@@ -1,0 +1,49 @@
+"""How layers that are no plain linear ones are seen as such: tied embeddings, norms and routers.
+
+Knows modules and their inputs and gradients; no hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from dynmix.influence.layers import Layer
+
+
+def one_hot(table: nn.Module, ids: Tensor) -> Tensor:
+    """The rows that were looked up, [..., rows]; none where it is the padding, which never trains."""
+    assert isinstance(table, nn.Embedding)
+    found = F.one_hot(ids, table.num_embeddings)
+    return found if table.padding_idx is None else found.masked_fill((ids == table.padding_idx)[..., None], 0)
+
+
+def norm_gradients(layer: Layer, x: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm as a linear layer of one input that is 1: its gradients by weight and bias, token by token."""
+    scaled = []
+    for value in (1.0, 0.0):  # the output is affine in the weight, whatever else the norm does
+        twin = copy.copy(layer.module)
+        twin._parameters = {
+            name: None if p is None else nn.Parameter(x.new_full(p.shape, value if p is layer.weight else 0.0))
+            for name, p in layer.module._parameters.items()
+        }
+        scaled.append(twin.forward(x))
+    products = [gradient * (scaled[0] - scaled[1])] + ([gradient] if layer.bias is not None else [])
+    # Norms of single heads have the heads between the tokens and the width.
+    rows = torch.cat([part.reshape(mask.numel(), -1, x.shape[-1]).sum(1) for part in products], dim=-1)
+    return rows.new_ones(mask.numel(), 1), rows
+
+
+def odd_router(layer: Layer, x: Tensor, output: Any, mask: Tensor) -> str | None:
+    """Why it cannot be measured: the first thing that it returns must be the product with its weight."""
+    logits = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(logits, Tensor) or logits.shape != (mask.numel(), len(layer.weight)) or not logits.requires_grad:
+        return "its first output is no [tokens, experts] on the way to the loss"
+    with torch.no_grad():
+        expected = F.linear(x.reshape(mask.numel(), -1), layer.weight, layer.bias)
+        # A gradient of probabilities would be taken for one of logits.
+        return None if torch.allclose(logits, expected, rtol=1e-2, atol=1e-3) else "its first output is no linear map"

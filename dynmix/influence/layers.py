@@ -1,0 +1,162 @@
+"""Which matrices of a model can be measured, and how a module's parameters lie in them.
+
+Everything that is measured is treated as a matrix [out, in] whose gradient is a sum over tokens of g a^T. This module
+knows modules and parameters; it runs nothing, and knows no hook, no batch and no curvature.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Kind = Literal["linear", "router", "expert", "embedding", "norm"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers to measure; without arguments all linear ones, those of experts and the head included.
+
+    Args:
+        include: regular expression or predicate on names; None: all.
+        exclude: regular expression; what it finds is left out.
+        embeddings: the tables of embeddings too. A table that is tied to the head is one matrix with it.
+        norms: the weights and biases of RMSNorm, LayerNorm and their kin too.
+    """
+
+    include: str | Callable[[str], bool] | None = None
+    exclude: str | None = None
+    embeddings: bool = False
+    norms: bool = False
+
+    def __call__(self, name: str) -> bool:
+        """Whether a layer of this name is wanted."""
+        if self.exclude is not None and re.search(self.exclude, name):
+            return False
+        if callable(self.include):
+            return self.include(name)
+        return self.include is None or re.search(self.include, name) is not None
+
+
+LayerFilter = str | Callable[[str], bool] | Layers | None
+"""Which layers to measure: a regular expression to be found in the name, a predicate on it, `Layers`, or None for all
+linear ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One matrix [out, in] of a model, the bias as its last column.
+
+    Of an embedding it is the table [rows, width]. Of a norm with n weights it is a column [n, 1], with biases
+    [2 * n, 1], the weights first.
+    """
+
+    module: nn.Module
+    kind: Kind
+    weight: nn.Parameter
+    bias: nn.Parameter | None = None
+    transposed: bool = False  # the parameter is [in, out]
+    expert: int | None = None  # the parameters have an expert in front
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix."""
+        if self.kind == "norm":
+            return len(self.weight) * (2 if self.bias is not None else 1), 1
+        rows, columns = self.weight.shape[-2:]
+        if self.transposed:
+            rows, columns = columns, rows
+        return rows, columns + (self.bias is not None)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Weight, and bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def matrix(self, of: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """The layer's matrix of whatever `of` gives for each parameter, in the parameter's shape."""
+        parts = [of(p) if self.expert is None else of(p)[self.expert] for p in self.parameters]
+        if self.kind == "norm":
+            return torch.cat(parts)[:, None]
+        weight = parts[0].mT if self.transposed else parts[0]
+        return weight if self.bias is None else torch.cat([weight, parts[1][:, None]], dim=1)
+
+    def split(self, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """The inverse: each parameter with its part of a matrix, in the parameter's shape (of an expert, its slice)."""
+        if self.kind == "norm":
+            return list(zip(self.parameters, torch.tensor_split(matrix[:, 0], len(self.parameters)), strict=True))
+        weight, *bias = (matrix,) if self.bias is None else (matrix[:, :-1], matrix[:, -1])
+        return list(zip(self.parameters, [weight.mT if self.transposed else weight, *bias], strict=True))
+
+
+def measurable_layers(model: nn.Module, *, embeddings: bool = False, norms: bool = False) -> dict[str, Layer]:
+    """The linear layers of a model by name, in its order, and what else is asked for.
+
+    Linear layers are `nn.Linear` and GPT-2's `Conv1D`, subclasses included, and of the mixtures of experts that
+    transformers keeps as stacked parameters the routers, and each matrix of each expert ("experts.gate_up_proj.3").
+    """
+    return {
+        name: layer
+        for path, module in model.named_modules()
+        for name, layer in _layers_of(path.replace("_orig_mod.", ""), module)
+        if layer.kind in ("linear", "router", "expert")
+        or (layer.kind == "embedding" and embeddings)
+        or (layer.kind == "norm" and norms)
+    }
+
+
+def unmeasurable(model: nn.Module) -> list[str]:
+    """Modules with trainable matrices that are of no kind known here, by name."""
+    found = []
+    for path, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.ndim > 1 and p.requires_grad]
+        if own and not any(True for _ in _layers_of(path, module)):
+            found.append(path.replace("_orig_mod.", ""))
+    return found
+
+
+def is_stacked_experts(module: nn.Module) -> bool:
+    """Whether it holds experts as transformers' experts interface describes them, with all of them on this device."""
+    stacks = [getattr(module, name, None) for name in ("down_proj", "gate_up_proj" if _has_gate(module) else "up_proj")]
+    return (
+        all(isinstance(stack, nn.Parameter) and stack.ndim == 3 for stack in stacks)
+        and hasattr(module, "is_transposed")
+        and hasattr(module, "_apply_gate")
+        and not getattr(module, "_is_expert_parallel", False)
+    )
+
+
+def _has_gate(module: nn.Module) -> bool:
+    return bool(getattr(module, "has_gate", False))
+
+
+def _layers_of(name: str, module: nn.Module) -> Iterator[tuple[str, Layer]]:
+    weight: nn.Parameter | None = getattr(module, "weight", None)
+    bias: nn.Parameter | None = getattr(module, "bias", None)
+    if isinstance(module, nn.Linear | Conv1D):
+        yield name, Layer(module, "linear", cast(nn.Parameter, weight), bias, transposed=isinstance(module, Conv1D))
+    elif isinstance(module, nn.Embedding):
+        if type(module).forward is nn.Embedding.forward:  # others change what they looked up
+            yield name, Layer(module, "embedding", cast(nn.Parameter, weight))
+    elif is_stacked_experts(module):
+        for stack in ("gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"):
+            weights: nn.Parameter = getattr(module, stack)
+            biases: nn.Parameter | None = getattr(module, f"{stack}_bias", None)
+            for expert in range(len(weights)):
+                transposed = bool(module.is_transposed)
+                yield f"{name}.{stack}.{expert}", Layer(module, "expert", weights, biases, transposed, expert)
+    elif type(module).__name__.endswith("Router") and isinstance(weight, nn.Parameter) and weight.ndim == 2:
+        yield name, Layer(module, "router", weight, bias)
+    elif (
+        "Norm" in type(module).__name__
+        and isinstance(weight, nn.Parameter)
+        and weight.ndim == 1
+        and {id(p) for p in module.parameters()} <= {id(weight), id(bias)}
+        and not list(module.buffers())
+    ):
+        yield name, Layer(module, "norm", weight, bias)
