@@ -6,31 +6,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynmix.controller import MixtureController
     from dynmix.groups import open_groups
-    from dynmix.influence.curvature import EKFAC, Identity
-    from dynmix.influence.datainf import DataInf
+    from dynmix.influence.curvature import EKFAC, KFAC, AdamDiagonal, DataInf, GaussNewton, Identity
     from dynmix.influence.group import group_influence
+    from dynmix.influence.layers import Layers
     from dynmix.influence.sample import sample_influence
     from dynmix.mixers import Mixer, Proposal, Static, TiKMiXD
     from dynmix.mixers.automixer import AutoMixer
     from dynmix.mixers.tikmix_m import TiKMiXM
     from dynmix.mixture.dataset import MixtureDataset
+    from dynmix.mixture.flat import FlatTokens
     from dynmix.mixture.schedule import MixtureSchedule
     from dynmix.mixture.store import TokenStore
+    from dynmix.mixture.stream import MixtureStream
     from dynmix.mixture.view import DocumentView, RowView
     from dynmix.observation import Influence
     from dynmix.tasks import Task
 
 __all__ = [
     "EKFAC",
+    "KFAC",
+    "AdamDiagonal",
     "AutoMixer",
     "DataInf",
     "DocumentView",
+    "FlatTokens",
+    "GaussNewton",
     "Identity",
     "Influence",
+    "Layers",
     "Mixer",
     "MixtureController",
     "MixtureDataset",
     "MixtureSchedule",
+    "MixtureStream",
     "Proposal",
     "RowView",
     "Static",
@@ -44,16 +52,22 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdamDiagonal": "dynmix.influence.curvature",
     "AutoMixer": "dynmix.mixers.automixer",
-    "DataInf": "dynmix.influence.datainf",
+    "DataInf": "dynmix.influence.curvature",
     "DocumentView": "dynmix.mixture.view",
     "EKFAC": "dynmix.influence.curvature",
+    "FlatTokens": "dynmix.mixture.flat",
+    "GaussNewton": "dynmix.influence.curvature",
     "Identity": "dynmix.influence.curvature",
     "Influence": "dynmix.observation",
+    "KFAC": "dynmix.influence.curvature",
+    "Layers": "dynmix.influence.layers",
     "Mixer": "dynmix.mixers",
     "MixtureController": "dynmix.controller",
     "MixtureDataset": "dynmix.mixture.dataset",
     "MixtureSchedule": "dynmix.mixture.schedule",
+    "MixtureStream": "dynmix.mixture.stream",
     "Proposal": "dynmix.mixers",
     "RowView": "dynmix.mixture.view",
     "Static": "dynmix.mixers",

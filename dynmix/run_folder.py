@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from dynmix.influence.carried import Carried
 from dynmix.journal import Journal, Row
 from dynmix.ranks import is_rank_0
 from dynmix.snapshot import save_snapshot
 
 logger = logging.getLogger("dynmix")
 
-_FILES = ("journal.jsonl", "config.json", "snapshots", "peaks", "checkpoints", "scores", "groups")
+_FILES = ("journal.jsonl", "config.json", "snapshots", "factors", "peaks", "checkpoints", "scores", "groups")
 
 
 class RunFolder:
@@ -27,10 +28,11 @@ class RunFolder:
     Attributes:
         path: the folder.
         groups: where the index files of domains that enter the run are kept.
+        factors: where the curvature's factors are kept, if they are carried from stage to stage.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.groups = path, path / "groups"
+        self.path, self.groups, self.factors = path, path / "groups", path / "factors"
         self._journal = Journal(path / "journal.jsonl")
 
     def set_aside(self) -> None:
@@ -61,9 +63,26 @@ class RunFolder:
                 logger.error("a row of %s was not written, training goes on: %s", self._journal.path, failure)
 
     def rewind(self, stages: int) -> None:
-        """Drop the journal's rows from stage number `stages` on: they will be written again."""
+        """Drop the journal's rows from stage number `stages` on, and their factors: they will be written again."""
         if is_rank_0():
             self._journal.truncate(stages)
+            for file in self.factors.glob("stage-*.safetensors"):
+                if int(file.stem[6:]) >= stages:
+                    file.unlink()
+
+    def save_factors(self, carried: Carried, stage: int, keep: int) -> str | None:
+        """Save the curvature's factors as those of a stage, and keep the newest few; return the file's name, if any."""
+        if carried.fitted is None:
+            return None
+        name = f"stage-{stage:04d}.safetensors"
+        if is_rank_0():
+            try:
+                carried.save(self.factors / name)
+            except OSError as failure:
+                logger.error("the factors of stage %d were not saved, training goes on: %s", stage, failure)
+            for old in sorted(self.factors.glob("stage-*.safetensors"))[: -max(2, keep)]:
+                old.unlink()
+        return name
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:
         """Save the model as that of a stage, and keep the newest few; every rank calls it."""

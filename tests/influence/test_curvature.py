@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence import curvature
+from dynmix.influence import factors
 from dynmix.influence.capture import Batches, Capture, isolated, next_token_labels, next_token_loss
-from dynmix.influence.curvature import EKFAC, FittedEKFAC, Identity, sampled_labels
+from dynmix.influence.curvature import EKFAC, Identity
+from dynmix.influence.factors import FittedFactors
+from dynmix.influence.labels import sampled_labels
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
 
 
-def fitted(model: nn.Module, batches: Batches, curvature: EKFAC | None = None, **settings: Any) -> FittedEKFAC:
+def fitted(model: nn.Module, batches: Batches, curvature: EKFAC | None = None, **settings: Any) -> FittedFactors:
     with isolated(model):
         return (curvature or EKFAC()).fit(Capture(model, **settings), batches)
 
@@ -63,7 +65,7 @@ def test_trace_is_that_of_the_fisher(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(curvature, "_WIDE", 1)
+    monkeypatch.setattr(factors, "WIDE", 1)
     model, batches = tiny_lm(kind, dtype=torch.float64), token_batches(9, ragged=True)
     with caplog.at_level(logging.INFO):
         ekfac = fitted(model, batches, EKFAC(largest_basis=largest_basis))
@@ -71,7 +73,7 @@ def test_trace_is_that_of_the_fisher(
     assert set(gradients) == set(ekfac.factors)
     for layer, g in gradients.items():
         torch.testing.assert_close(ekfac.factors[layer].Lambda.sum(), g.square().sum((1, 2)).mean())
-    assert (ekfac.factors["lm_head"].S is None) == (largest_basis == 40)
+    assert (ekfac.factors["lm_head"].QS is None) == (largest_basis == 40)
     assert ("identity basis" in caplog.text) == (largest_basis == 40)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynmix.influence.gradients import gradients_of, sequence_gradients
+from dynmix.influence.gradients import gradients_of
 
 B, T, OUT, IN = 5, 3, 2, 4
 
@@ -31,11 +31,3 @@ def test_are_those_of_the_sequences_one_by_one(kind, n):
     total = torch.ones_like(towards)
     own.add_weighted(weights, total)
     torch.testing.assert_close(total, 1 + torch.einsum("nb,boi->noi", weights, G))
-
-
-def test_sequence_gradients_keep_to_their_limit() -> None:
-    a, g = torch.randn(5, 3, 4), torch.randn(5, 3, 2)
-    for limit, sizes in ((1, [1] * 5), (16, [2, 2, 1]), (10**9, [5])):
-        parts = list(sequence_gradients(a, g, limit))
-        assert [len(part) for _, part in parts] == sizes
-        torch.testing.assert_close(torch.cat([part for _, part in parts]), torch.einsum("bto,bti->boi", g, a))

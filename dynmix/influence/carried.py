@@ -1,0 +1,116 @@
+"""Factors that are carried from one measurement of a run to the next, and their files.
+
+Knows factored curvatures and safetensors; nothing of stages, and not when it is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dynmix.influence.batch import Batches
+from dynmix.influence.capture import Capture
+from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.factors import Factors, FittedFactors
+from dynmix.influence.sums import Sums
+
+_FORMAT = "dynmix-factors-1"
+
+
+class Carried:
+    """A factored curvature with a memory: fitted anew at every `refresh_every`-th time, averaged by `ema`.
+
+    Factors that are not finite are used, so that the scores say so, and forgotten.
+    """
+
+    def __init__(self, curvature: FactoredCurvature) -> None:
+        self.curvature = curvature
+        self.fitted: FittedFactors | None = None
+        self.used = 0  # times since it was fitted
+
+    def __repr__(self) -> str:
+        return repr(self.curvature)
+
+    @property
+    def passes(self) -> int:
+        """How often the next measurement reads the curvature's batches."""
+        return 0 if self._fresh else self.curvature.passes
+
+    @property
+    def _fresh(self) -> bool:
+        return self.fitted is not None and self.used < self.curvature.refresh_every
+
+    def fit(self, capture: Capture, batches: Batches) -> FittedFactors:
+        """The factors for this time."""
+        return self.fit_and_sum(capture, batches, Sums([]))
+
+    def fit_and_sum(self, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+        """As `fit`; `sums` gets the gradients of those batches that are read."""
+        if self.fitted is not None:
+            self.fitted = self.fitted.to(next(capture.model.parameters()).device)
+            if self._fresh:
+                self.used += 1
+                return self.fitted
+        fitted = self.curvature.fit_after(self.fitted, capture, batches, sums)
+        if fitted.finite:
+            self.fitted, self.used = fitted, 1
+        return fitted
+
+    def save(self, path: Path) -> None:
+        """Write the factors, if there are any, to a file beside `path` and rename it."""
+        if self.fitted is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_factors(self.fitted, path, used=self.used)
+
+    def load(self, path: Path) -> None:
+        """Go on from a file. Raises ValueError if it is missing or no such file."""
+        self.fitted, self.used = load_factors(path)
+        self.fitted = replace(self.fitted, damping=self.curvature.damping)
+
+
+def save_factors(fitted: FittedFactors, path: Path, used: int = 0) -> None:
+    """Write factors to a safetensors file, whole or not at all. What layers share is written once."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, dict[str, str]] = {}
+    written: dict[int, str] = {}
+    for layer, f in fitted.factors.items():
+        names[layer] = {}
+        for part, tensor in vars(f).items():
+            if tensor is None:
+                continue
+            name = written.setdefault(id(tensor), f"{layer}/{part}")
+            tensors[name] = tensor.contiguous()
+            names[layer][part] = name
+    facts = {
+        "damping": fitted.damping,
+        "tokens_per_sequence": fitted.tokens_per_sequence,
+        "used": used,
+        "layers": names,
+    }
+    beside = path.with_name(f".{path.name}.writing")
+    save_file(tensors, beside, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
+    os.replace(beside, path)
+
+
+def load_factors(path: Path) -> tuple[FittedFactors, int]:
+    """The factors of such a file, and how often they had been used. Raises ValueError if it is missing or another."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} holds no factors of a curvature")
+            facts = json.loads(metadata["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as problem:
+        raise ValueError(f"{path}: the curvature's factors cannot be read: {problem}") from problem
+    factors = {
+        layer: Factors(**{part: tensors[name] for part, name in parts.items()})
+        for layer, parts in facts["layers"].items()
+    }
+    return FittedFactors(factors, facts["damping"], facts["tokens_per_sequence"]), facts["used"]

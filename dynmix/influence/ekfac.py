@@ -1,0 +1,60 @@
+"""EK-FAC: Kronecker-factored eigenbases, with the exact second moments in them as eigenvalues.
+
+Knows layers and gradients; it knows no domains, no tasks and no scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmix.influence.batch import Batch, Batches
+from dynmix.influence.capture import Capture, Consume
+from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.factors import FittedFactors, Moments, Rotation, finite_sequences
+from dynmix.influence.sums import Sums
+
+
+@dataclass(frozen=True)
+class EKFAC(FactoredCurvature):
+    """Eigenvalue-corrected Kronecker-factored curvature (George et al. 2018; Grosse et al. 2023, arXiv 2308.03296).
+
+    Lambda is the mean over sequences of (QS^T G QA)^2, where G is the gradient of a sequence's summed loss. Two passes
+    over the batches: covariances, whose eigenvectors are the bases, then eigenvalues.
+
+    Args: as in `FactoredCurvature`: damping, labels, seed, largest_basis, factor_tokens, ema, refresh_every.
+    """
+
+    @property
+    def passes(self) -> int:
+        """How often the batches are read."""
+        return 2
+
+    def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+        moments = Moments(capture, self.largest_basis)
+        total, length = self._read(capture, batches, lambda batch: moments.add)
+        factors = self._bases(moments, previous)
+        rotation = Rotation(capture)
+
+        def eigenvalues(batch: Batch) -> Consume:
+            waiting = sums.waits_for(batch)
+
+            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+                a, g, finite = finite_sequences(a, g)
+                f = factors[layer]
+                gradient = torch.zeros_like(f.Lambda) if waiting else None
+                rotation(layer, a, g, f).add_squares(f.Lambda, gradient)
+                if gradient is not None:
+                    sums.add(layer, batch, gradient if bool(finite.all()) else gradient.fill_(torch.nan))
+
+            return consume
+
+        self._read(capture, batches, eigenvalues, sums)
+        for layer, stack in sums.gradients.items():
+            sums.gradients[layer] = factors[layer].restored(stack)
+        for layer, f in factors.items():
+            f.Lambda /= total - moments.broken(layer)
+        self._report(factors, moments, total)
+        return FittedFactors(factors, self.damping, length)

@@ -1,0 +1,163 @@
+"""What EK-FAC and K-FAC share as choices: their settings, and how they are fitted, carried on and averaged.
+
+Knows factors and batches; the eigenvalues are the subclasses' own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynmix.influence.batch import Batch, Batches, next_token_loss
+from dynmix.influence.capture import Capture, Consume
+from dynmix.influence.factors import Factors, FittedFactors, Moments, eigenbasis
+from dynmix.influence.labels import with_sampled_labels
+from dynmix.influence.sums import Sums, within_budget
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FactoredCurvature(ABC):
+    """A Kronecker-factored curvature and its settings.
+
+    Args:
+        damping: added to every eigenvalue of a layer, as a multiple of that layer's mean eigenvalue.
+        labels: "empirical" uses the data's labels, "sampled" draws them from the model (the true Fisher; needs one
+            forward more a batch, and the next-token loss).
+        seed: of the sampled labels.
+        largest_basis: a side of a layer with more dimensions than this, and more than four times as many as the other
+            side or a head's vocabulary, keeps the identity as its basis: to find its eigenvectors and to rotate into
+            them would cost many times the layer itself. The eigenvalues are exact second moments in that basis, so the
+            trace stays that of the Fisher. Tokens of an embedding, and norms, always keep it.
+        factor_tokens: the factors' own budget: so many tokens at most of the batches that are given, evenly spread over
+            them; None: all.
+        ema: weight of the factors before, where there are any (from stage to stage of a run): 0 forgets them. Bases are
+            those of the averaged covariances, and the earlier eigenvalues are seen from them.
+        refresh_every: a run fits anew at every so many boundaries, and uses the factors as they are in between.
+
+    Factors are float32 at least, float64 for a float64 model. Sequences with a loss or gradient that is not finite are
+    left out, with a warning.
+    """
+
+    damping: float = 0.1
+    labels: Literal["empirical", "sampled"] = "empirical"
+    seed: int = 0
+    largest_basis: int = 1024
+    factor_tokens: int | None = None
+    ema: float = 0.0
+    refresh_every: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ValueError(f"damping must be finite and >= 0, got {self.damping}")
+        if self.labels not in ("empirical", "sampled"):
+            raise ValueError(f'labels must be "empirical" or "sampled", got {self.labels!r}')
+        if self.factor_tokens is not None and self.factor_tokens < 1:
+            raise ValueError(f"factor_tokens must be at least 1, or None for all, got {self.factor_tokens}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}")
+
+    def fit(self, capture: Capture, batches: Batches) -> FittedFactors:
+        """Factors of these batches alone."""
+        return self.fit_after(None, capture, batches, Sums([]))
+
+    def fit_and_sum(self, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+        """As `fit`; and the gradients of those batches read that `sums` is waiting for are added to it."""
+        return self.fit_after(None, capture, batches, sums)
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """How often the batches are read."""
+
+    @torch.no_grad()
+    def fit_after(
+        self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums
+    ) -> FittedFactors:
+        """As `fit_and_sum`, averaged with the factors before."""
+        if self.labels == "sampled" and capture.loss is not next_token_loss:
+            raise ValueError('labels="sampled" draws next tokens: it needs the default loss')
+        batches = within_budget(batches, self.factor_tokens)
+        if self.labels == "sampled":
+            sums = Sums([])  # these gradients are not the data's
+        fitted = self._fit(previous, capture, batches, sums)
+        _add_idle_experts(capture, fitted.factors)
+        if previous is None or not self.ema:
+            return fitted
+        factors = dict(fitted.factors)
+        for layer, f in factors.items():
+            if layer in previous.factors:
+                before = previous.factors[layer].seen_from(f)
+                factors[layer] = replace(f, Lambda=before.lerp(f.Lambda, 1 - self.ema))
+        length = self.ema * previous.tokens_per_sequence + (1 - self.ema) * fitted.tokens_per_sequence
+        return FittedFactors(factors, self.damping, length)
+
+    @abstractmethod
+    def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+        """Factors with averaged covariances and bases, and the batches' own eigenvalues in them."""
+
+    def _read(
+        self, capture: Capture, batches: Batches, consumer: Callable[[Batch], Consume], sums: Sums | None = None
+    ) -> tuple[int, float]:
+        """One pass; return the number of sequences, and the scored tokens of a finite one."""
+        total, scored, finite = 0, 0.0, 0
+        # Labels are drawn anew in each pass, and are the same ones.
+        own = with_sampled_labels(capture, batches, self.seed) if self.labels == "sampled" else batches
+        for batch in own:
+            losses, counts = capture.run(batch, consumer(batch))
+            if sums is not None and sums.waits_for(batch):
+                sums.met(batch, losses, counts)
+            total, finite = total + len(losses), finite + int(losses.isfinite().sum())
+            scored += counts[losses.isfinite()].sum().item()
+        return total, scored / finite if finite else math.nan
+
+    def _bases(self, moments: Moments, previous: FittedFactors | None) -> dict[str, Factors]:
+        """Averaged covariances, and their eigenvectors; eigenvalues of the curvature are yet to come."""
+        before = {} if previous is None or not self.ema else previous.factors
+        averaged: dict[tuple[int, int], Tensor] = {}
+        bases: dict[int, Tensor | None] = {}
+
+        def side(layer: str, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            key = id(new), id(old)  # once for layers that share it
+            if key not in averaged:
+                averaged[key] = new if old is None or old.shape != new.shape else old.lerp(new, 1 - self.ema)
+            matrix = averaged[key]
+            if id(matrix) not in bases:
+                bases[id(matrix)] = eigenbasis(layer, matrix) if matrix.ndim == 2 else None
+            return matrix, bases[id(matrix)]
+
+        factors = {}
+        sides = moments.sides()
+        for layer, (A, S) in sides.items():
+            old = before.get(layer)
+            A, QA = side(layer, A, None if old is None else old.A)
+            S, QS = side(layer, S, None if old is None else old.S)
+            factors[layer] = Factors(A, S, A.new_zeros(S.shape[0], A.shape[0]), QA, QS)
+        return factors
+
+    def _report(self, factors: dict[str, Factors], moments: Moments, total: int) -> None:
+        if broken := max((moments.broken(layer) for layer in factors), default=0):
+            logger.warning("curvature: %d of %d sequences are not finite and were left out", broken, total)
+        wide = [layer for layer, f in factors.items() if f.QA is None or f.QS is None]
+        if wide:
+            logger.info("curvature: identity basis on the wide side of %s", ", ".join(wide))
+
+
+def _add_idle_experts(capture: Capture, factors: dict[str, Factors]) -> None:
+    """Experts that saw no token have no curvature, and gradients of theirs elsewhere count as nothing."""
+    idle = [name for name, layer in capture.layers.items() if layer.kind == "expert" and name not in factors]
+    for name in idle:
+        zeros = capture.zeros(name, 1)[0]
+        factors[name] = Factors(A=zeros.new_zeros(zeros.shape[1]), S=zeros.new_zeros(zeros.shape[0]), Lambda=zeros)
+    if idle:
+        logger.warning("curvature: %d experts saw no token of its batches and are left out", len(idle))

@@ -1,0 +1,262 @@
+"""Kronecker factors of layers: covariances of inputs and output gradients, their eigenbases, and the operator of both.
+
+What K-FAC and EK-FAC have in common, in the conventions of Grosse et al. 2023 (arXiv 2308.03296). Knows layers and
+gradients; nothing of which curvature they become.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmix.influence.base import LayerByLayer
+from dynmix.influence.capture import Capture
+from dynmix.influence.gradients import EmbeddingGradients, LinearGradients, SequenceGradients
+
+logger = logging.getLogger(__name__)
+
+WIDE = 4  # times the other side: rotating into the basis of such a side costs as many times the layer's own product
+
+
+@dataclass
+class Factors:
+    """Of one layer. A belongs to its inputs, S to its outputs.
+
+    A [in, in] and S [out, out] are means over tokens of a a^T and g g^T; QA and QS their eigenvectors, in columns. A
+    side that keeps the identity as its basis (Q is None) has second moments instead, [in] or [out]. Lambda [out, in]
+    are the eigenvalues of the curvature of a whole sequence's summed loss, in these bases. Of an embedding S are the
+    frequencies of the tokens, and A the covariance of the gradients of what is looked up.
+    """
+
+    A: Tensor
+    S: Tensor
+    Lambda: Tensor
+    QA: Tensor | None = None
+    QS: Tensor | None = None
+
+    def rotated(self, matrix: Tensor) -> Tensor:
+        """Matrices [..., out, in] in the eigenbases."""
+        x = matrix if self.QS is None else self.QS.mT @ matrix
+        return x if self.QA is None else x @ self.QA
+
+    def restored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `rotated`."""
+        x = matrix if self.QA is None else matrix @ self.QA.mT
+        return x if self.QS is None else self.QS @ x
+
+    def seen_from(self, other: Factors) -> Tensor:
+        """The diagonal, in the bases of `other`, of the matrix that has these eigenvalues in these bases."""
+        x = self.Lambda if (u := _squared_cosines(other.QS, self.QS)) is None else u @ self.Lambda
+        return x if (u := _squared_cosines(other.QA, self.QA)) is None else x @ u.mT
+
+
+@dataclass(frozen=True)
+class FittedFactors(LayerByLayer):
+    """Factors by layer, and what turns them into the curvature of the mean loss per token.
+
+    H = Q diag(Lambda + damping * mean(Lambda)) Q^T / tokens_per_sequence: Lambda is the second moment of gradients
+    of whole sequences, that is the curvature of a loss `tokens_per_sequence` times the mean loss per token.
+    """
+
+    factors: dict[str, Factors]
+    damping: float
+    tokens_per_sequence: float
+
+    def precondition(self, layer: str, matrix: Tensor) -> Tensor:
+        """H^-1 applied to gradients [..., out, in]. Directions without curvature or damping give 0 (pseudo-inverse)."""
+        if layer not in self.factors:
+            raise ValueError(f"layer {layer!r} had no gradient in the curvature batches: leave it out with `layers=`")
+        f = self.factors[layer]
+        eigenvalues = (f.Lambda + self.damping * f.Lambda.mean()) / self.tokens_per_sequence
+        # Below the smallest normal number the reciprocal overflows. NaN compares false and stays NaN.
+        inverse = torch.where(eigenvalues < torch.finfo(eigenvalues.dtype).tiny, 0.0, 1 / eigenvalues)
+        return f.restored(f.rotated(matrix) * inverse)
+
+    def to(self, device: torch.device) -> FittedFactors:
+        """The same there; what layers share stays shared."""
+        moved: dict[int, Tensor] = {}
+
+        def there(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.device == device:
+                return tensor
+            return moved.setdefault(id(tensor), tensor.to(device))
+
+        factors = {layer: Factors(**{k: there(x) for k, x in vars(f).items()}) for layer, f in self.factors.items()}  # type: ignore[arg-type]
+        return FittedFactors(factors, self.damping, self.tokens_per_sequence)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every eigenvalue is a finite number."""
+        return math.isfinite(self.tokens_per_sequence) and all(
+            bool(f.Lambda.isfinite().all()) for f in self.factors.values()
+        )
+
+
+class Moments:
+    """Accumulates the covariances of every layer, in at least float32; a consumer of `Capture.run`.
+
+    Layers with the same input share one covariance. Sequences that are not finite are left out.
+    """
+
+    def __init__(self, capture: Capture, largest_basis: int) -> None:
+        self._capture, self._largest = capture, largest_basis
+        self._inputs: dict[tuple[str, ...], _Moment] = {}
+        self._outputs: dict[str, _Moment] = {}
+        self._met: dict[tuple[str, ...], weakref.ref[Tensor]] = {}
+        self._broken: dict[str, Tensor] = {}
+
+    def add(self, layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+        """Take in one layer of one batch."""
+        group = self._capture.sharing[layer]
+        known = len(group) > 1 and (met := self._met.get(group)) is not None and met() is a
+        self._met[group] = weakref.ref(a)
+        a, g, finite = finite_sequences(a, g)
+        real = mask & finite[:, None]
+        if layer not in self._outputs:
+            self._outputs[layer] = self._moment(layer, a, g, outputs=True)
+            self._broken[layer] = torch.zeros((), dtype=torch.long, device=g.device)
+        if _is_embedding(a):
+            self._outputs[layer].count(a, real)
+        else:
+            self._outputs[layer].add(_only(real, g), real)
+        self._broken[layer] += len(finite) - finite.sum()
+        if group not in self._inputs:
+            self._inputs[group] = self._moment(layer, a, g, outputs=False)
+        if not known:
+            self._inputs[group].add(_only(real, g if _is_embedding(a) else a), real)
+
+    def broken(self, layer: str) -> int:
+        """How many sequences were left out of this layer."""
+        return int(self._broken[layer])
+
+    def sides(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> (A, S). Those of layers that always shared their input are the same object."""
+        inputs: dict[tuple[tuple[str, ...], ...], Tensor] = {}
+        found = {}
+        for layer, outputs in self._outputs.items():
+            groups = tuple(group for group in self._inputs if layer in group)
+            if groups not in inputs:
+                inputs[groups] = _mean([self._inputs[group] for group in groups])
+            found[layer] = inputs[groups], _mean([outputs])
+        return found
+
+    def _moment(self, layer: str, a: Tensor, g: Tensor, *, outputs: bool) -> _Moment:
+        rows, columns = self._capture.layers[layer].shape
+        n, other = (rows, columns) if outputs else (columns, rows)
+        if _is_embedding(a):
+            return _Moment(g.new_zeros(n) if outputs else g.new_zeros(n, n))
+        largest = self._largest if layer == self._capture.head else max(self._largest, WIDE * other)
+        diagonal = n > largest or (outputs and self._capture.layers[layer].kind == "norm")
+        return _Moment(g.new_zeros(n) if diagonal else g.new_zeros(n, n))
+
+
+class _Moment:
+    """A covariance [n, n], or second moments [n], summed; or how often each of n tokens occurs."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+        self.tokens = torch.zeros((), dtype=torch.long, device=total.device)
+
+    def add(self, x: Tensor, real: Tensor) -> None:
+        self.tokens += real.sum()
+        if self.total.ndim == 1:
+            self.total += torch.linalg.vector_norm(x, dim=(0, 1)).square()
+        else:
+            add_gram(self.total, x.flatten(0, 1))
+
+    def count(self, ids: Tensor, real: Tensor) -> None:
+        self.tokens += real.sum()
+        self.total.index_add_(0, ids[real], self.total.new_ones(int(real.sum())))
+
+
+def _mean(moments: list[_Moment]) -> Tensor:
+    """The mean over all of their tokens, of a covariance with its lower half made whole."""
+    total = torch.stack([moment.total for moment in moments]).sum(0) if len(moments) > 1 else moments[0].total
+    tokens = torch.stack([moment.tokens for moment in moments]).sum()
+    total = total / tokens
+    return total if total.ndim == 1 else total.tril() + total.tril(-1).mT
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """total += x^T x, of which the blocks above the diagonal are left out, as they are known from those below."""
+    n = len(total)
+    step = -(-n // (4 if n >= 512 else 2 if n >= 128 else 1))
+    for start in range(0, n, step):
+        total[start:, start : start + step].addmm_(x[:, start:].mT, x[:, start : start + step])
+
+
+def finite_sequences(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero out sequences with an entry that is not finite; also which ones are left, bool [B]."""
+    total = g.sum((1, 2))
+    if a.is_floating_point():
+        total = total + a.sum((1, 2))
+    finite = total.isfinite()
+    if bool(finite.all()):
+        return a, g, finite
+    broken = ~finite[:, None, None]
+    return (a.masked_fill(broken, 0) if a.is_floating_point() else a), g.masked_fill(broken, 0), finite
+
+
+class Rotation:
+    """Sequences' gradients in the eigenbases, by the cheapest way for the shape.
+
+    Each side is turned where it costs less: of T tokens before they are summed into a gradient [out, in], or of the
+    gradient. For the inputs that is T in^2 (once for all layers that share them) against out in^2; for the outputs
+    T out^2 against in out^2. (Turning both the same way would compare T (in^2 + out^2) with in out (in + out).)
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, layer: str, a: Tensor, g: Tensor, f: Factors) -> SequenceGradients:
+        """The gradients of a batch's sequences in the bases of `f`."""
+        if _is_embedding(a):
+            return EmbeddingGradients(a, g if f.QA is None else g @ f.QA)
+        length, (rows, columns) = a.shape[1], f.Lambda.shape
+        left, right = f.QS, f.QA
+        if left is not None and length <= columns:
+            g, left = g @ left, None
+        if right is not None and length <= rows * len(self._capture.sharing[layer]):
+            a, right = self._inputs(a, right), None
+        return LinearGradients(a, g, left, right)
+
+    def _inputs(self, a: Tensor, QA: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not a or self._last[1] is not QA:
+            self._last = a, QA, a @ QA
+        return self._last[2]
+
+
+def eigenbasis(layer: str, matrix: Tensor) -> Tensor:
+    """Eigenvectors in columns; NaN throughout if the matrix is not finite or no solver succeeds."""
+    nothing = torch.full_like(matrix, math.nan)
+    if not matrix.isfinite().all():
+        return nothing  # no sequence was finite: said once, for all layers
+    for candidate in (matrix, matrix.cpu().double()):
+        try:
+            Q: Tensor = torch.linalg.eigh(candidate).eigenvectors
+        except RuntimeError:  # no convergence, or the device has no solver
+            continue
+        if Q.isfinite().all():
+            return Q.to(matrix).contiguous()  # as it comes back from a file, whose products are to be the same bits
+    logger.warning("curvature: no eigenbasis for layer %r, every score will be NaN", layer)
+    return nothing
+
+
+def _only(real: Tensor, x: Tensor) -> Tensor:
+    return x if bool(real.all()) else x.masked_fill(~real[..., None], 0)
+
+
+def _is_embedding(a: Tensor) -> bool:
+    return not a.is_floating_point()
+
+
+def _squared_cosines(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    if new is None:
+        return None if old is None else old.square()
+    return (new.mT if old is None else new.mT @ old).square()

@@ -1,0 +1,72 @@
+"""K-FAC: Kronecker-factored curvature, its scale repaired layer by layer.
+
+Knows layers and gradients; it knows no domains, no tasks and no scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmix.influence.batch import Batch, Batches
+from dynmix.influence.capture import Capture, Consume
+from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.factors import FittedFactors, Moments, finite_sequences
+from dynmix.influence.gradients import gradients_of
+from dynmix.influence.sums import Sums
+
+
+@dataclass(frozen=True)
+class KFAC(FactoredCurvature):
+    """Kronecker-factored curvature (Martens & Grosse 2015, arXiv 1503.05671) with the Fisher's own trace in each layer.
+
+    Lambda = r s a^T, where s and a are the eigenvalues of S and A and r = E|G|^2 / (tr S tr A): factors that are means
+    over tokens make the curvature of a token, which is about as many times too small for the gradient G of a whole
+    sequence as that has tokens, by how much exactly depends on the layer. One pass over the batches.
+
+    Args: as in `FactoredCurvature`: damping, labels, seed, largest_basis, factor_tokens, ema, refresh_every.
+    """
+
+    @property
+    def passes(self) -> int:
+        """How often the batches are read."""
+        return 1
+
+    def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+        moments = Moments(capture, self.largest_basis)
+        second: dict[str, Tensor] = {}  # moments of the sequences' gradients, summed, [out, in]
+
+        def covariances(batch: Batch) -> Consume:
+            waiting = sums.waits_for(batch)
+
+            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+                moments.add(layer, a, g, mask)
+                a, g, finite = finite_sequences(a, g)
+                to = second.setdefault(layer, capture.zeros(layer, 1)[0])
+                gradient = torch.zeros_like(to) if waiting else None
+                gradients_of(a, g).add_squares(to, gradient)
+                if gradient is not None:
+                    sums.add(layer, batch, gradient if bool(finite.all()) else gradient.fill_(torch.nan))
+
+            return consume
+
+        total, length = self._read(capture, batches, covariances, sums)
+        factors = self._bases(moments, previous)
+        for layer, f in factors.items():
+            own = second.pop(layer) / (total - moments.broken(layer))
+            if capture.layers[layer].kind == "norm":  # its gradient is no product of two sides, and this is all of it
+                f.Lambda.copy_(own)
+                continue
+            s, a = (_eigenvalues(x, Q) for x, Q in ((f.S, f.QS), (f.A, f.QA)))
+            product = torch.outer(s, a)
+            trace = product.sum()
+            # Without any gradient there is nothing to scale: no curvature.
+            f.Lambda.copy_(torch.where(trace == 0, 0.0, product * (own.sum() / trace)))
+        self._report(factors, moments, total)
+        return FittedFactors(factors, self.damping, length)
+
+
+def _eigenvalues(matrix: Tensor, Q: Tensor | None) -> Tensor:
+    return matrix if Q is None else torch.einsum("ij,ik,kj->j", Q, matrix, Q).clamp_min(0)

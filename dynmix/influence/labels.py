@@ -1,0 +1,32 @@
+"""Labels drawn from the model itself, for curvatures that are to be the true Fisher and not the data's.
+
+Knows models and batches; nothing of what is done with the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dynmix.influence.batch import Batch, Batches, next_token_labels, next_token_logits
+from dynmix.influence.capture import Capture
+
+
+@torch.no_grad()
+def sampled_labels(capture: Capture, batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch with every scored label replaced by a draw from the model's own prediction."""
+    batch = {key: v.to(generator.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    logits, labels = next_token_logits(capture.model, batch)[:, :-1], next_token_labels(batch)
+    draws = torch.multinomial(logits.flatten(0, 1).softmax(-1).nan_to_num(1.0), 1, generator=generator)
+    drawn = torch.where(labels == -100, labels, draws.view(labels.shape))
+    first = torch.full_like(drawn[:, :1], -100)  # nothing predicts the first token
+    return {**batch, "labels": torch.cat([first, drawn], dim=1)}
+
+
+def with_sampled_labels(capture: Capture, batches: Batches, seed: int) -> Iterator[Batch]:
+    """The batches with labels drawn from the model, the same ones every time."""
+    generator = torch.Generator(next(capture.model.parameters()).device).manual_seed(seed)
+    for batch in batches:
+        yield sampled_labels(capture, batch, generator)
