@@ -17,12 +17,14 @@ from tqdm import tqdm
 from dynmix.batches import Batch, as_batches, collate, scored_sequence
 from dynmix.drawn import DrawnMixtures
 from dynmix.influence.capture import LayerFilter, random_state_kept
+from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import Curvature, Identity
+from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.group import group_influence, scored_groups
 from dynmix.influence.losses import task_losses
-from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.probe import probe_rows, repeated
 from dynmix.mixture.schedule import Ints
+from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
 
 logger = logging.getLogger("dynmix")
@@ -56,7 +58,7 @@ class Measurement:
 
     def __init__(
         self,
-        dataset: MixtureDataset,
+        dataset: Mixture,
         tasks: Mapping[str, Any],
         curvature: Curvature,
         needs: frozenset[str],
@@ -82,7 +84,14 @@ class Measurement:
             raise ValueError("tasks is empty: give at least one validation set, as {name: batches}")
         if isinstance(guards, str) and guards != "domains":
             raise ValueError(f"guards={guards!r}: {{name: batches}}, 'domains' or None")
-        self.dataset, self.curvature, self.layers, self.micro_batch = dataset, curvature, layers, micro_batch
+        self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch
+        self.curvature: Curvature = curvature
+        self.carried: Carried | None = None  # what a curvature keeps from stage to stage
+        if isinstance(curvature, FactoredCurvature):
+            if curvature.ema or curvature.refresh_every > 1:
+                self.curvature = self.carried = Carried(curvature)
+            if curvature.factor_tokens is not None:
+                curvature_sequences = max(1, curvature.factor_tokens // dataset.sequence_length)
         self.needs, self.sample_sequences = needs, sample_sequences
         self.probe_sequences, self.curvature_sequences = probe_sequences, curvature_sequences
         given: Mapping[str, Any] = guards if isinstance(guards, Mapping) else {}
@@ -136,8 +145,8 @@ class Measurement:
         domains, held_out = {}, {}
         for i, name in enumerate(self.dataset.domains):
             count, more = max(self.probe_sequences, shares[name]), self.held_out_sequences
-            domains[name] = probe_rows(self.dataset.schedule, i, count, start, window)
-            rows = probe_rows(self.dataset.schedule, i, count + more, start, window)
+            domains[name] = self._probe_rows(i, name, count, start, window)
+            rows = self._probe_rows(i, name, count + more, start, window)
             others = rows[~np.isin(rows, domains[name])]
             # The probes come first: a domain too small for both is guarded by some of theirs, if need be twice.
             held_out[name] = np.resize(others if len(others) >= more else rows, more)
@@ -152,8 +161,13 @@ class Measurement:
         """
         shares = self._curvature_shares(prior)
         sets = self._rows(probes.held_out)
-        domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
-        pooled = [batch for name, rows in probes.domains.items() for batch in self._batches(name, rows[: shares[name]])]
+        domains, pooled = {}, []
+        for name, rows in probes.domains.items():
+            own = domains[name] = self._batches(name, rows[: self.probe_sequences])
+            # The same batches where they are whole ones of both: those are read once.
+            count = len(own) if shares[name] >= self.probe_sequences else shares[name] // self.micro_batch
+            read = sum(len(batch["input_ids"]) for batch in own[:count])
+            pooled += own[:count] + self._batches(name, rows[read : shares[name]])
         options: dict[str, Any] = {"layers": self.layers, "curvature_batches": pooled, "strata": self._strata}
         passes = self.curvature.passes * len(pooled)
         with self._progress(passes, domains, sets) as tick:
@@ -170,6 +184,8 @@ class Measurement:
 
     def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
         """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""
+        if isinstance(self.dataset, MixtureStream):
+            return  # it has kept them aside, or said that it could not
         for i, name in enumerate(self.dataset.domains):
             rows = probes.domains[name]
             if n := repeated(self.dataset.schedule, i, rows, start, stop):
@@ -178,6 +194,11 @@ class Measurement:
                     "sequences; shorten the stage or bound the domain with max_epochs",
                     n, len(rows), name, self.dataset.sizes[name],
                 )  # fmt: skip
+
+    def _probe_rows(self, number: int, domain: str, count: int, start: int, window: int) -> Ints:
+        if isinstance(self.dataset, MixtureStream):
+            return np.arange(min(count, self.dataset.probes(domain)))
+        return probe_rows(self.dataset.schedule, number, count, start, window)
 
     def _rows(self, held_out: Mapping[str, Ints]) -> dict[str, list[Batch]]:
         """Return what is a row of the influence: tasks, and guards if the mixer needs them."""

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+import dynmix.measurement
 from dynmix import Identity, MixtureDataset
 from dynmix.measurement import HELD_OUT, Measurement
 
@@ -96,3 +97,21 @@ def test_the_gradient_is_the_influence_without_a_curvature():
     room = measurement({"influence", "gradient", "guards"})
     probes, influence, _ = measured(room)
     np.testing.assert_allclose(room.gradient(Bigram(), probes).scores, influence.scores, rtol=1e-6)
+
+
+def test_probes_that_the_curvature_is_fitted_on_are_the_same_batches(monkeypatch):
+    seen = []
+    real = dynmix.measurement.group_influence
+
+    def measure(model, domains, *args, curvature_batches=None, **kwargs):
+        seen.append((domains, curvature_batches))
+        return real(model, domains, *args, curvature_batches=curvature_batches, **kwargs)
+
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+    room = measurement({"influence"}, curvature_sequences=28)
+    prior = {"a": 0.25, "b": 0.75}
+    room.influence(Bigram(), room.probes(100, 50, prior), prior)
+    domains, pooled = seen[-1]
+    own = {id(batch) for batches in domains.values() for batch in batches}
+    assert [len(batch["input_ids"]) for batch in pooled] == [4, 3, 4, 4, 2, 4, 4, 3]
+    assert [id(batch) in own for batch in pooled] == [True, False, True, True, True, False, False, False]

@@ -6,8 +6,7 @@ knows no mixture, no weights and no trainer.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,12 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.capture import Batch, Batches, Capture, LayerFilter, Loss, isolated, next_token_loss
-from dynmix.influence.curvature import EKFAC, Curvature
-from dynmix.influence.gradients import sequence_gradients
+from dynmix.influence.base import Curvature, SummingCurvature
+from dynmix.influence.capture import (
+    Batch,
+    Batches,
+    Capture,
+    LayerFilter,
+    Loss,
+    isolated,
+    next_token_loss,
+)
+from dynmix.influence.ekfac import EKFAC
+from dynmix.influence.probes import spread_rows
+from dynmix.influence.sets import ProbeSet
+from dynmix.influence.sets import ratio_of_sums as ratio_of_sums  # part of this module's names
+from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
 
-logger = logging.getLogger(__name__)
+_ERROR_SEQUENCES = 8
 
 
 def group_influence(
@@ -32,6 +43,7 @@ def group_influence(
     layers: LayerFilter = None,
     curvature_batches: Batches | None = None,
     strata: Mapping[str, int] | None = None,
+    error_sequences: int | None = _ERROR_SEQUENCES,
     loss: Loss = next_token_loss,
     tick: Callable[[], object] | None = None,
 ) -> Influence:
@@ -51,13 +63,18 @@ def group_influence(
     Args:
         model: a causal LM of transformers, or any module whose forward returns logits [B, T, V]; also inside DDP, FSDP2
             or torch.compile. In a sharded run every process must be given the same batches.
-        domains: batches of probe sequences by name, read once, and twice more by the default curvature.
-        tasks: batches by name, read twice. Both need more than one pass: lists or DataLoaders, no generators.
-        curvature: `EKFAC()` if not given, or `DataInf()`, `Identity()`.
-        layers: regular expression or predicate on names of linear layers; None measures all of them.
+        domains: batches of probe sequences by name. All sets are read more than once, so that they must be lists or
+            DataLoaders, no generators. Batches of lists that the curvature is fitted on are not read again here.
+        tasks: batches by name.
+        curvature: `EKFAC()` if not given, or any other of `dynmix.influence.curvature`.
+        layers: regular expression or predicate on names of linear layers, or `Layers`; None measures all linear ones.
         curvature_batches: what the curvature is fitted on; by default all domains' sequences, each counted once.
         strata: task -> sequences in a row that are of one kind, for a task that is an average over kinds with as many
             sequences of each: its standard error then leaves out what the kinds differ by.
+        error_sequences: so many sequences of each set, evenly spread over it (of a domain, in whole batches), say how
+            much its sequences vary, for the standard errors. A task's are read once more for that, a domain's only
+            where not so many were left to be read after the curvature. None: all. (An error from n sequences is itself
+            known to 1 / sqrt(2 n).)
         loss: what is differentiated, if not the next-token cross entropy.
         tick: called after each batch, for a progress bar.
 
@@ -69,17 +86,12 @@ def group_influence(
 
     Loss or gradients that are not finite raise nothing: the scores they reach are NaN, and a warning names the set.
     """
-    return scored_groups(
-        model,
-        domains,
-        tasks,
-        curvature,
-        layers=layers,
-        curvature_batches=curvature_batches,
-        strata=strata,
-        loss=loss,
-        tick=tick,
-    ).influence
+    _check(domains, tasks, curvature_batches, error_sequences)
+    capture = Capture(model, layers=layers, loss=loss, tick=tick)
+    measured = _Measured(capture, domains, tasks, strata or {}, error_sequences)
+    with isolated(model):
+        measured.run(EKFAC() if curvature is None else curvature, curvature_batches, keep_scores=False)
+    return measured.influence()
 
 
 @dataclass(frozen=True)
@@ -106,148 +118,99 @@ def scored_groups(
     layers: LayerFilter = None,
     curvature_batches: Batches | None = None,
     strata: Mapping[str, int] | None = None,
+    error_sequences: int | None = _ERROR_SEQUENCES,
     loss: Loss = next_token_loss,
     tick: Callable[[], object] | None = None,
 ) -> ScoredGroups:
-    """`group_influence` with the scores of each domain sequence, which come at no further cost."""
-    for kind, sets in (("domains", domains), ("tasks", tasks)):
-        if not sets:
-            raise ValueError(f"{kind} is empty: give at least one, by name")
-        for name, batches in sets.items():
-            _check_batches(f"{kind}[{name!r}]", batches)
-    if curvature_batches is not None:
-        _check_batches("curvature_batches", curvature_batches)
+    """`group_influence` with the scores of every domain sequence, all of which are read after the curvature."""
+    _check(domains, tasks, curvature_batches, error_sequences)
     capture = Capture(model, layers=layers, loss=loss, tick=tick)
+    measured = _Measured(capture, domains, tasks, strata or {}, error_sequences)
     with isolated(model):
-        fit_on = _Pool(domains) if curvature_batches is None else curvature_batches
-        inverse = (EKFAC() if curvature is None else curvature).fit(capture, fit_on)
-        task = _sweep(capture, "task", tasks, contrasts=True)
-        inverse.precondition_all(task.gradients)
-        domain = _sweep(capture, "domain", domains, task.gradients)
-        task.gradients.clear()
-        inverse.precondition_all(domain.gradients)
-        again = _sweep(capture, "task", tasks, domain.gradients, keep_gradients=False)
-
-    kinds = [(strata or {}).get(name) for name in tasks]
-    means, domain_variance = (np.stack(part, axis=1) for part in zip(*_ratios(domain), strict=True))
-    _, task_variance = (np.stack(part) for part in zip(*_ratios(again, kinds), strict=True))
-    losses = [ratio_of_sums(x[:, None], n, k) for x, n, k in zip(task.losses, task.tokens, kinds, strict=True)]
-    influence = Influence(
-        scores=means[: len(tasks)],
-        tasks=list(tasks),
-        domains=list(domains),
-        standard_error=np.sqrt(_variance(domain_variance, task_variance, task.tokens)),
-        task_loss=np.concatenate([value for value, _ in losses]),
-        task_loss_standard_error=np.sqrt(np.concatenate([variance for _, variance in losses])),
-    )
-    scores = {name: products[:, : len(tasks)] for name, products in zip(domains, domain.products, strict=True)}
-    return ScoredGroups(influence, scores, dict(zip(domains, domain.tokens, strict=True)))
+        measured.run(EKFAC() if curvature is None else curvature, curvature_batches, keep_scores=True)
+    scores = {domain.name: domain.products[:, : len(tasks)] for domain in measured.domains}
+    return ScoredGroups(measured.influence(), scores, {domain.name: domain.tokens for domain in measured.domains})
 
 
-@dataclass
-class _Swept:
-    """Per layer the sets' gradients of the mean loss per token [n_sets, out, in]; the lists have an array a set.
+class _Measured:
+    """One measurement, step by step."""
 
-    With contrasts, [2 * n_sets, out, in]: then the same sums with the signs of the sequences' gradients alternating and
-    the mean taken out, which is one draw of the noise in the gradients before.
-    """
+    def __init__(
+        self,
+        capture: Capture,
+        domains: Mapping[str, Batches],
+        tasks: Mapping[str, Batches],
+        strata: Mapping[str, int],
+        error_sequences: int | None,
+    ) -> None:
+        self.capture, self.error_sequences = capture, error_sequences
+        self.tasks = [ProbeSet("task", name, batches, strata.get(name)) for name, batches in tasks.items()]
+        self.domains = [ProbeSet("domain", name, batches) for name, batches in domains.items()]
+        self.scores = np.zeros((len(tasks), len(domains)))
 
-    gradients: dict[str, Tensor]
-    losses: list[Array]  # [n_sequences], nats
-    tokens: list[Array]  # [n_sequences], scored
-    products: list[Array]  # [n_sequences, n_towards]
+    def run(self, curvature: Curvature, fit_on: Batches | None, *, keep_scores: bool) -> None:
+        """Fit the curvature; tasks' gradients, preconditioned; domains' gradients; both sides' standard errors."""
+        capture, n_tasks = self.capture, len(self.tasks)
+        lists = [side.batches for side in self.domains]
+        sums = Sums([()] * len(lists) if keep_scores else lists)
+        if fit_on is None:
+            fit_on = _Pool(lists)
+            if all(isinstance(batches, list | tuple) for batches in lists):
+                fit_on = list(fit_on)
+        if isinstance(curvature, SummingCurvature):
+            inverse = curvature.fit_and_sum(capture, fit_on, sums)
+        else:
+            inverse = curvature.fit(capture, fit_on)
 
+        towards: dict[str, Tensor] = {}
+        for index, task in enumerate(self.tasks):
+            task.sum_up(capture, towards, slice(2 * index, 2 * index + 2), 2 * n_tasks)
+        # Gradients first, contrasts after them.
+        order = [*range(0, 2 * n_tasks, 2), *range(1, 2 * n_tasks, 2)]
+        for layer, stack in towards.items():  # a layer at a time, so that none is there twice but one
+            towards[layer] = stack[order]
+        inverse.precondition_all(towards)
 
-def _sweep(
-    capture: Capture,
-    kind: str,
-    sets: Mapping[str, Batches],
-    towards: Mapping[str, Tensor] | None = None,
-    *,
-    keep_gradients: bool = True,
-    contrasts: bool = False,
-) -> _Swept:
-    """One pass over the batches of every set; each sequence's gradient meets `towards` [n, out, in] in passing."""
-    swept = _Swept({}, [], [], [])
-    width = len(next(iter(towards.values()))) if towards else 0
-    for index, (name, batches) in enumerate(sets.items()):
-        losses: list[Array] = []
-        tokens: list[Array] = []
-        products: list[Array] = []
-        for batch in batches:
-            product: list[Tensor] = []
-            done = sum(map(len, losses))
+        gradients = sums.gradients
+        for index, domain in enumerate(self.domains):
+            met = {k: (loss, sums.tokens[index][k]) for k, loss in sums.losses[index].items()}
+            some = None if keep_scores else self.error_sequences
+            domain.sum_up(capture, gradients, slice(index, index + 1), len(self.domains), towards, met, some)
+        self.scores = _products(towards, gradients, n_tasks)
+        for domain in self.domains:
+            wanted = spread_rows(len(domain.tokens), self.error_sequences)
+            if len(domain.products) < len(wanted):
+                domain.products_of(capture, wanted, towards)
+        towards.clear()
+        inverse.precondition_all(gradients)
+        for task in self.tasks:
+            task.products_of(capture, spread_rows(len(task.tokens), self.error_sequences, task.stratum), gradients)
 
-            def consume(
-                layer: str,
-                a: Tensor,
-                g: Tensor,
-                mask: Tensor,
-                index: int = index,
-                product: list[Tensor] = product,
-                done: int = done,
-            ) -> None:
-                if keep_gradients and layer not in swept.gradients:
-                    swept.gradients[layer] = a.new_zeros(len(sets) * (1 + contrasts), g.shape[-1], a.shape[-1])
-                other = None if towards is None else towards.get(layer)
-                parts = []
-                for part, gradients in sequence_gradients(a, g):
-                    if keep_gradients:
-                        swept.gradients[layer][index] += gradients.sum(0)
-                    if contrasts:
-                        signs = torch.as_tensor(_signs(done + part.start, len(gradients))).to(gradients)
-                        swept.gradients[layer][len(sets) + index] += torch.tensordot(signs, gradients, 1)
-                    if other is not None:
-                        parts.append(gradients.flatten(1) @ other.flatten(1).mT)
-                if parts:
-                    product.append(torch.cat(parts))
-
-            loss, count = capture.run(batch, consume)
-            losses.append(loss.numpy())
-            tokens.append(count.numpy())
-            # Layers may be on different devices, and some devices have no float64.
-            products.append(sum((p.cpu().double().numpy() for p in product), np.zeros((len(loss), width))))
-        if not losses:
-            raise ValueError(f"{kind} {name!r} has no batches in this pass: it must give the same ones every time")
-        swept.losses.append(np.concatenate(losses))
-        swept.tokens.append(np.concatenate(tokens))
-        swept.products.append(np.concatenate(products))
-        scored = swept.tokens[-1].sum()
-        if scored == 0:
-            raise ValueError(f"{kind} {name!r} has no scored token: every label is -100 or masked")
-        finite = bool(np.isfinite(swept.losses[-1]).all())
-        signed = float(_signs(0, len(swept.tokens[-1])) @ swept.tokens[-1])
-        for gradient in swept.gradients.values():
-            gradient[index] /= scored
-            if contrasts:
-                gradient[len(sets) + index] -= gradient[index] * signed
-                gradient[len(sets) + index] /= scored
-            finite = finite and bool(gradient[index].isfinite().all())
-        if keep_gradients and not finite:
-            logger.warning("%s %r: a loss or gradient is not finite, its influence is NaN", kind, name)
-    return swept
+    def influence(self) -> Influence:
+        """Scores, errors and losses as arrays."""
+        over_domain = np.stack([domain.variance() for domain in self.domains], axis=1)
+        over_task = np.stack([task.variance() for task in self.tasks])
+        error = np.sqrt(_variance(over_domain, over_task, [task.tokens for task in self.tasks]))
+        losses = [ratio_of_sums(task.losses[:, None], task.tokens, task.stratum) for task in self.tasks]
+        return Influence(
+            scores=self.scores,
+            tasks=[task.name for task in self.tasks],
+            domains=[domain.name for domain in self.domains],
+            standard_error=np.where(np.isnan(self.scores), np.nan, error),
+            task_loss=np.concatenate([value for value, _ in losses]),
+            task_loss_standard_error=np.sqrt(np.concatenate([variance for _, variance in losses])),
+        )
 
 
-def ratio_of_sums(values: Array, tokens: Array, stratum: int | None = None) -> tuple[Array, Array]:
-    """Sum of values [n, k] a token, and its variance over the sequences (delta method for a ratio of means).
-
-    With `stratum`, each so many sequences in a row are a sample of their own, and the variance is that within them.
-    """
-    total, n = tokens.sum(), int(np.count_nonzero(tokens))
-    ratio = values.sum(axis=0) / total
-    residuals = values - ratio * tokens[:, None]
-    if stratum is not None:
-        n = stratum
-        of_kinds = residuals.reshape(-1, stratum, values.shape[1])
-        residuals = (of_kinds - of_kinds.mean(axis=1, keepdims=True)).reshape(values.shape)
-    if n < 2:
-        return ratio, np.where(np.isnan(ratio), np.nan, np.inf)
-    return ratio, n / (n - 1) * (residuals**2).sum(axis=0) / total**2
-
-
-def _ratios(swept: _Swept, strata: Sequence[int | None] | None = None) -> list[tuple[Array, Array]]:
-    kinds = strata or [None] * len(swept.tokens)
-    return [ratio_of_sums(v, tokens, k) for v, tokens, k in zip(swept.products, swept.tokens, kinds, strict=True)]
+def _products(towards: Mapping[str, Tensor], gradients: Mapping[str, Tensor], n_tasks: int) -> Array:
+    """<towards_i, gradients_j> summed over the layers, float64[n_tasks, n_domains]."""
+    total: Array = np.zeros((n_tasks, len(next(iter(gradients.values())))))
+    for layer, gradient in gradients.items():
+        if layer in towards:
+            # Row by row of the matrices, and the rows in float64: a single sum in float32 is that of a million terms.
+            rows = torch.einsum("toi,doi->otd", towards[layer][:n_tasks], gradient)
+            total += rows.cpu().double().sum(0).numpy()
+    return total
 
 
 def _variance(over_domain: Array, over_task: Array, task_tokens: list[Array]) -> Array:
@@ -263,19 +226,31 @@ def _variance(over_domain: Array, over_task: Array, task_tokens: list[Array]) ->
     return over_domain + over_task - np.minimum(both, np.minimum(over_domain, over_task))
 
 
-def _signs(start: int, count: int) -> Array:
-    """+1 for sequences with an even number, -1 for odd ones."""
-    return np.where(np.arange(start, start + count) % 2 == 0, 1.0, -1.0)
-
-
 class _Pool:
     """Batches of all sets one after the other, as often as asked."""
 
-    def __init__(self, sets: Mapping[str, Batches]) -> None:
+    def __init__(self, sets: list[Batches]) -> None:
         self._sets = sets
 
     def __iter__(self) -> Iterator[Batch]:
-        return chain.from_iterable(self._sets.values())
+        return chain.from_iterable(self._sets)
+
+
+def _check(
+    domains: Mapping[str, Batches],
+    tasks: Mapping[str, Batches],
+    curvature_batches: Batches | None,
+    error_sequences: int | None,
+) -> None:
+    for kind, sets in (("domains", domains), ("tasks", tasks)):
+        if not sets:
+            raise ValueError(f"{kind} is empty: give at least one, by name")
+        for name, batches in sets.items():
+            _check_batches(f"{kind}[{name!r}]", batches)
+    if curvature_batches is not None:
+        _check_batches("curvature_batches", curvature_batches)
+    if error_sequences is not None and error_sequences < 2:
+        raise ValueError(f"error_sequences={error_sequences}: at least 2, or None for all")
 
 
 def _check_batches(what: str, batches: Batches) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from dynmix.influence.base import Curvature
 from dynmix.influence.capture import (
     Batch,
     Batches,
@@ -24,7 +25,6 @@ from dynmix.influence.capture import (
     next_token_loss,
     unwrap,
 )
-from dynmix.influence.curvature import Curvature
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.gradients import gradients_of
 from dynmix.observation import Array

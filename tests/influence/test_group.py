@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dynmix.influence.capture import Capture, next_token_loss
-from dynmix.influence.curvature import EKFAC, Identity, LayerByLayer
+from dynmix.influence.capture import Capture, Layers, next_token_loss
+from dynmix.influence.curvature import EKFAC, KFAC, DataInf, Identity, LayerByLayer
 from dynmix.influence.group import group_influence, ratio_of_sums
+from dynmix.influence.probes import picked, spread_rows
+from tests.influence.test_layers import build
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
@@ -278,6 +280,7 @@ def test_bad_arguments_are_refused_by_name(tiny_lm: Models, token_batches: Batch
         ({"tasks": {"t": (b for b in good)}}, TypeError, r"tasks\['t'\] can be read only once"),
         ({"tasks": {"t": good[0]}}, TypeError, r"tasks\['t'\] must be a list or DataLoader.*dict"),
         ({"curvature_batches": iter(good)}, TypeError, "curvature_batches can be read only once"),
+        ({"error_sequences": 1}, ValueError, "error_sequences=1: at least 2"),
         ({"layers": "nothing"}, ValueError, "layers='nothing'"),
         (
             {"tasks": {"t": [{**good[0], "labels": torch.full_like(good[0]["input_ids"], -100)}]}},
@@ -313,3 +316,123 @@ def test_the_error_of_a_mean_over_kinds_leaves_out_what_the_kinds_differ_by():
     np.testing.assert_allclose(mean, np.mean([m for m, _ in alone], axis=0))
     np.testing.assert_allclose(variance, np.sum([v for _, v in alone], axis=0) / 9)
     assert variance < ratio_of_sums(np.concatenate(kinds), tokens)[1] / 10
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(), KFAC()])
+def test_batches_that_the_curvature_has_read_are_not_read_again(
+    tiny_lm: Models, token_batches: Batcher, curvature: Any
+) -> None:
+    """The scores and errors are those of a measurement in which no batch is the curvature's own."""
+    model = tiny_lm("llama", dtype=torch.float64)
+    domains = {"a": token_batches(12, seed=1, ragged=True), "b": token_batches(8, seed=2)}
+    domains["c"] = [domains["a"][1], domains["b"][0]]  # of two domains at once
+    tasks = {"t": token_batches(6, seed=3), "u": token_batches(20, seed=4)}
+    fit_on = [domains["a"][1], domains["b"][0], domains["b"][1], token_batches(4, seed=5)[0]]
+    copies = [dict(batch) for batch in fit_on]
+    runs: list[list[int]] = []
+
+    def measured(batches: Any) -> Any:
+        runs.append([])
+        return group_influence(
+            model,
+            domains,
+            tasks,
+            curvature,
+            curvature_batches=batches,
+            error_sequences=None,
+            tick=lambda: runs[-1].append(1),
+        )
+
+    shared, apart = measured(fit_on), measured(copies)
+    np.testing.assert_allclose(shared.scores, apart.scores, rtol=1e-7)
+    np.testing.assert_allclose(shared.standard_error, apart.standard_error, rtol=1e-7)
+    # Errors from all sequences read the domains that were met again; a few sequences do not.
+    few = [
+        group_influence(model, domains, tasks, curvature, curvature_batches=b, error_sequences=4)
+        for b in (fit_on, copies)
+    ]
+    np.testing.assert_allclose(few[0].scores, few[1].scores, rtol=1e-7)
+    np.testing.assert_allclose(few[0].scores, shared.scores, rtol=1e-7)
+    runs.clear()
+    for batches in (fit_on, copies):
+        runs.append([])
+        group_influence(
+            model,
+            {"a": domains["a"]},
+            tasks,
+            curvature,
+            curvature_batches=batches,
+            error_sequences=4,
+            tick=lambda: runs[-1].append(1),
+        )
+    assert len(runs[1]) - len(runs[0]) == 1
+
+
+def test_errors_from_some_of_the_sequences_are_right_on_average(tiny_lm: Models, token_batches: Batcher) -> None:
+    model = tiny_lm("llama", dtype=torch.float64)
+    settings: dict[str, Any] = {"layers": "1.self_attn.v_proj", "curvature": Identity()}
+    squares = []
+    for seed in range(8):
+        sets = {"d": token_batches(32, seed=seed, ragged=True)}, {"t": token_batches(24, seed=100 + seed, ragged=True)}
+        some, every = (group_influence(model, *sets, **settings, error_sequences=n) for n in (8, None))
+        np.testing.assert_allclose(some.scores, every.scores)
+        squares.append([some.standard_error[0, 0] ** 2, every.standard_error[0, 0] ** 2])
+    ratio = np.mean(squares, axis=0)
+    assert ratio[0] / ratio[1] == pytest.approx(1.0, rel=0.25)
+
+
+def test_errors_within_strata_take_as_many_of_each(tiny_lm: Models, token_batches: Batcher) -> None:
+    assert spread_rows(12, 6, stratum=4) == [0, 2, 4, 6, 8, 10]
+    assert spread_rows(12, 2, stratum=4) == [0, 2, 4, 6, 8, 10]  # two at least
+    assert spread_rows(10, 4) == [0, 2, 5, 7]
+    assert spread_rows(3, 4) == spread_rows(3, None) == [0, 1, 2]
+    model = tiny_lm("llama", dtype=torch.float64)
+    domains, task = {"d": token_batches(8)}, token_batches(16, seed=1)
+    one = group_influence(model, domains, {"t": task}, Identity(), strata={"t": 4})
+    two = group_influence(model, domains, {"t": task}, Identity(), strata={"t": 4}, error_sequences=None)
+    np.testing.assert_allclose(one.standard_error, two.standard_error, rtol=0.9)
+    assert one.standard_error[0, 0] > 0
+
+
+def test_picked_sequences_come_in_batches_of_the_same_size(token_batches: Batcher) -> None:
+    batches = token_batches(10, size=4, ragged=True)
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    rows = torch.cat([batch["input_ids"] for batch in batches])
+    found = list(picked(batches, sizes, [0, 3, 4, 6, 8]))
+    assert [len(batch["input_ids"]) for batch in found] == [4, 1]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), rows[[0, 3, 4, 6, 8]])
+    assert list(picked(batches, sizes, list(range(10)))) == batches
+    mixed = [{**batch, "note": "kept"} for batch in batches]
+    apart = list(picked(mixed, sizes, [0, 4]))
+    assert [(batch["note"], len(batch["input_ids"])) for batch in apart] == [("kept", 1), ("kept", 1)]
+    longer = [batches[0], *token_batches(4, length=12)]
+    assert [tuple(batch["input_ids"].shape) for batch in picked(longer, [4, 4], [0, 5])] == [(1, 10), (1, 12)]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3"])
+def test_everything_in_a_model_is_measured_on_request(token_batches: Batcher, kind: str) -> None:
+    """With all kinds of layers the product of gradients is that of all parameters."""
+    model = build(kind).eval()
+    domains, tasks = {"d": token_batches(5, seed=1)}, {"t": token_batches(4, seed=2, ragged=True)}
+    layers = Layers(embeddings=True, norms=True)
+    found = group_influence(model, domains, tasks, Identity(), layers=layers)
+    sides = []
+    for batches in (domains["d"], tasks["t"]):
+        parts = [next_token_loss(model, batch) for batch in batches]
+        loss = sum(nats.sum() for nats, _ in parts) / sum(tokens.sum() for _, tokens in parts)
+        grads = torch.autograd.grad(loss, list(model.parameters()))  # type: ignore[arg-type]
+        sides.append(torch.cat([g.flatten() for g in grads]))
+    assert found.scores[0, 0] == pytest.approx(float(sides[0] @ sides[1]), rel=1e-5)
+    for curvature in (EKFAC(), KFAC(), DataInf()):
+        assert group_influence(model, domains, tasks, curvature, layers=layers).finite
+
+
+def test_experts_that_the_curvature_has_not_seen_count_as_nothing(
+    token_batches: Batcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, sets = build("mixtral"), ({"d": token_batches(4, seed=1)}, {"t": token_batches(4, seed=2)})
+    short = [{"input_ids": torch.tensor([[3, 3, 3]])}]
+    with caplog.at_level(logging.WARNING):
+        found = group_influence(model, *sets, EKFAC(), curvature_batches=short)
+    assert found.finite
+    assert "experts saw no token of its batches and are left out" in caplog.text

@@ -1,0 +1,192 @@
+"""One domain or task in a measurement: what is read of its sequences, and what that says about their spread.
+
+Knows batches and arrays; nothing of what the other side is, nor of the curvature.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynmix.influence.capture import Batches, Capture, token_mask
+from dynmix.influence.gradients import gradients_of
+from dynmix.influence.probes import picked
+from dynmix.observation import Array
+
+logger = logging.getLogger(__name__)
+
+
+class ProbeSet:
+    """The sequences of one domain or task, and what is known of them.
+
+    Attributes:
+        losses, tokens: float64[n_sequences], nats and scored tokens.
+        products: float64[n, n_towards] of some of the sequences, with `product_tokens` float64[n].
+    """
+
+    def __init__(self, kind: str, name: str, batches: Batches, stratum: int | None = None) -> None:
+        self.kind, self.name, self.batches, self.stratum = kind, name, batches, stratum
+        self.losses = self.tokens = self.product_tokens = np.zeros(0)
+        self.products = np.zeros((0, 0))
+        self.sizes: list[int] = []
+
+    def sum_up(
+        self,
+        capture: Capture,
+        gradients: dict[str, Tensor],
+        rows: slice,
+        n_rows: int,
+        towards: Mapping[str, Tensor] | None = None,
+        met: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+        varied: int | None = None,
+    ) -> None:
+        """Add the gradient of the mean loss per token to `gradients`, layer -> [n_rows, out, in], at the first row.
+
+        In a second row, if there is one, goes the same sum with the signs of the sequences alternating and the mean
+        taken out: one draw of the noise in the first. Sequences' gradients meet `towards` [n, out, in] in passing,
+        those of batches enough for `varied` sequences, None: all. Of the batches in `met` losses and tokens are given,
+        and their gradients have been added.
+        """
+        met = met or {}
+        chosen = None if varied is None else _spread_batches(self.batches, met, varied)
+        losses, tokens, found = [], [], []
+        done = 0
+        for number, batch in enumerate(self.batches):
+            if number in met:
+                loss, count = met[number]
+            else:
+                meeting = towards if chosen is None or number in chosen else None
+                product = _Products(meeting)
+
+                def consume(
+                    layer: str,
+                    a: Tensor,
+                    g: Tensor,
+                    mask: Tensor,
+                    meeting: Mapping[str, Tensor] | None = meeting,
+                    product: _Products = product,
+                    done: int = done,
+                ) -> None:
+                    if layer not in gradients:
+                        gradients[layer] = capture.zeros(layer, n_rows)
+                    to, own = gradients[layer][rows], gradients_of(a, g)
+                    other = None if meeting is None else meeting.get(layer)
+                    if len(to) == 1 and other is None:
+                        own.add_sum(to[0])
+                    else:
+                        weights = torch.as_tensor(np.stack([np.ones(len(g)), _signs(done, len(g))][: len(to)])).to(g)
+                        product.add(own.add_weighted(weights, to, other))
+
+                loss, count = capture.run(batch, consume)
+                if meeting is not None:
+                    found.append((product.total(len(loss)), count.numpy()))
+            losses.append(loss.numpy())
+            tokens.append(count.numpy())
+            done += len(loss)
+        if not losses:
+            raise ValueError(
+                f"{self.kind} {self.name!r} has no batches in this pass: it must give the same ones every time"
+            )
+        self.sizes = [len(some) for some in losses]
+        self.losses, self.tokens = np.concatenate(losses), np.concatenate(tokens)
+        if found:
+            self.products, self.product_tokens = (np.concatenate(part) for part in zip(*found, strict=True))
+        self._normalise(gradients, rows)
+
+    def _normalise(self, gradients: dict[str, Tensor], rows: slice) -> None:
+        scored = self.tokens.sum()
+        if scored == 0:
+            raise ValueError(f"{self.kind} {self.name!r} has no scored token: every label is -100 or masked")
+        signed = float(_signs(0, len(self.tokens)) @ self.tokens)
+        finite = bool(np.isfinite(self.losses).all())
+        for stack in gradients.values():
+            own = stack[rows]
+            own[0] /= scored
+            for contrast in own[1:]:
+                contrast.sub_(own[0] * signed).div_(scored)
+            finite = finite and bool(own[0].isfinite().all())
+        if not finite:
+            logger.warning("%s %r: a loss or gradient is not finite, its influence is NaN", self.kind, self.name)
+
+    def products_of(self, capture: Capture, rows: list[int], towards: Mapping[str, Tensor]) -> None:
+        """Read these of the sequences again, for their products with `towards` alone."""
+        found = []
+        for batch in picked(self.batches, self.sizes, rows):
+            product = _Products(towards)
+
+            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor, product: _Products = product) -> None:
+                if layer in towards:
+                    product.add(gradients_of(a, g).products(towards[layer]))
+
+            loss, count = capture.run(batch, consume)
+            found.append((product.total(len(loss)), count.numpy()))
+        if not found:
+            raise ValueError(
+                f"{self.kind} {self.name!r} has no batches in this pass: it must give the same ones every time"
+            )
+        self.products, self.product_tokens = (np.concatenate(part) for part in zip(*found, strict=True))
+
+    def variance(self) -> Array:
+        """Of the products' sum a token, over all sequences of the set, as those with products say; [n_towards]."""
+        stratum = self.stratum
+        if stratum is not None:
+            stratum = stratum * len(self.products) // len(self.tokens)
+        _, variance = ratio_of_sums(self.products, self.product_tokens, stratum)
+        share = self.product_tokens.sum() / self.tokens.sum()
+        number = np.count_nonzero(self.tokens) / max(1, int(np.count_nonzero(self.product_tokens)))
+        scaled: Array = variance * share**2 * number
+        return scaled
+
+
+def _spread_batches(batches: Batches, but: Mapping[int, object], sequences: int) -> set[int] | None:
+    """Numbers of batches, evenly spread over a list without some of them, that hold so many sequences; None: any."""
+    if not isinstance(batches, list | tuple):
+        return None
+    left = [number for number in range(len(batches)) if number not in but]
+    for count in range(1, len(left) + 1):
+        chosen = {left[i * len(left) // count] for i in range(count)}
+        if sum(len(token_mask(batches[number])) for number in chosen) >= sequences:
+            return chosen
+    return set(left)
+
+
+class _Products:
+    """The products of one batch's sequences, added up over the layers in float64 on the CPU."""
+
+    def __init__(self, towards: Mapping[str, Tensor] | None) -> None:
+        self._width = len(next(iter(towards.values()))) if towards else 0
+        self._parts: list[Tensor] = []
+
+    def add(self, products: Tensor | None) -> None:
+        if products is not None:
+            self._parts.append(products)
+
+    def total(self, n: int) -> Array:
+        # Layers may be on different devices, and some devices have no float64.
+        return sum((part.cpu().double().numpy() for part in self._parts), np.zeros((n, self._width)))
+
+
+def ratio_of_sums(values: Array, tokens: Array, stratum: int | None = None) -> tuple[Array, Array]:
+    """Sum of values [n, k] a token, and its variance over the sequences (delta method for a ratio of means).
+
+    With `stratum`, each so many sequences in a row are a sample of their own, and the variance is that within them.
+    """
+    total, n = tokens.sum(), int(np.count_nonzero(tokens))
+    ratio = values.sum(axis=0) / total
+    residuals = values - ratio * tokens[:, None]
+    if stratum is not None:
+        n = stratum
+        of_kinds = residuals.reshape(-1, stratum, values.shape[1])
+        residuals = (of_kinds - of_kinds.mean(axis=1, keepdims=True)).reshape(values.shape)
+    if n < 2:
+        return ratio, np.where(np.isnan(ratio), np.nan, np.inf)
+    return ratio, n / (n - 1) * (residuals**2).sum(axis=0) / total**2
+
+
+def _signs(start: int, count: int) -> Array:
+    """+1 for sequences with an even number, -1 for odd ones."""
+    return np.where(np.arange(start, start + count) % 2 == 0, 1.0, -1.0)

@@ -1,0 +1,80 @@
+"""Summed gradients of sets of batches, where others may read some of the batches first.
+
+Fitting a curvature reads batches that are often the domains' own. What it sees of them is kept here, so that they need
+not be read again. Knows batches and arrays; no model, no curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynmix.influence.batch import Batch, Batches
+
+
+class Sums:
+    """Gradients of each set's summed loss, from those of its batches that were met.
+
+    A batch is known by being the same object, which only lists and tuples promise; batches of other containers (a
+    DataLoader) are never waited for.
+
+    Attributes:
+        gradients: layer -> [n_sets, out, in].
+        losses, tokens: for each set, number of the batch -> what `Capture.run` returned for it.
+    """
+
+    def __init__(self, sets: Sequence[Batches]) -> None:
+        self.gradients: dict[str, Tensor] = {}
+        self.losses: list[dict[int, Tensor]] = [{} for _ in sets]
+        self.tokens: list[dict[int, Tensor]] = [{} for _ in sets]
+        self._where: dict[int, list[tuple[int, int]]] = {}
+        for index, batches in enumerate(sets):
+            for number, batch in enumerate(batches if isinstance(batches, list | tuple) else ()):
+                self._where.setdefault(id(batch), []).append((index, number))
+
+    def waits_for(self, batch: Batch) -> bool:
+        """Whether it is a batch of a set, and was not met yet."""
+        return any(number not in self.losses[index] for index, number in self._where.get(id(batch), ()))
+
+    def add(self, layer: str, batch: Batch, gradient: Tensor) -> None:
+        """Add the gradient of the batch's summed loss, [out, in], to the sets that hold it."""
+        if layer not in self.gradients:
+            self.gradients[layer] = gradient.new_zeros(len(self.losses), *gradient.shape)
+        for index, _ in self._where[id(batch)]:
+            self.gradients[layer][index] += gradient
+
+    def met(self, batch: Batch, losses: Tensor, tokens: Tensor) -> None:
+        """Every layer's gradient of the batch has been added; from here on it is waited for no more."""
+        for index, number in self._where[id(batch)]:
+            self.losses[index][number], self.tokens[index][number] = losses, tokens
+
+
+def within_budget(batches: Batches, tokens: int | None) -> Batches:
+    """Some of the batches, with so many tokens at most (or one batch): of a list evenly spread, else the first."""
+    if tokens is None:
+        return batches
+    if isinstance(batches, list | tuple):
+        total = sum(_tokens(batch) for batch in batches)
+        if total <= tokens:
+            return batches
+        count = max(1, len(batches) * tokens // total)
+        return [batches[i * len(batches) // count] for i in range(count)]
+    taken: list[Batch] = []
+    for batch in batches:
+        tokens -= _tokens(batch)
+        if taken and tokens < 0:
+            break
+        taken.append(batch)
+    return taken
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(torch.count_nonzero(mask))
+    found = batch.get("input_ids")
+    if found is None:
+        found = next(value for value in batch.values() if isinstance(value, Tensor))[:, :1]
+    return found.numel()
