@@ -12,6 +12,7 @@ int8[S] modes, which are ignored. A store written here has one sequence a docume
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import operator
@@ -19,17 +20,21 @@ import os
 import secrets
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any, NoReturn, SupportsIndex
+from typing import IO, Any, NoReturn, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from dynmix.mixture.documents import Documents, Ints, copy_window, read_windows
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 _CHUNK = 1 << 20
+
+T = TypeVar("T")
 
 UINT16_LIMIT = 65500
 """Megatron's bound: vocabularies below it are stored as uint16, larger ones as int32."""
@@ -39,7 +44,7 @@ class StoreError(ValueError):
     """A token store that cannot be opened, or documents that cannot be written to one."""
 
 
-class TokenStore:
+class TokenStore(Documents):
     """Documents of token ids on disk, read through memory maps; `TokenStore(path)` is the same as `open`.
 
     `store[i]` is document i, a read-only 1-D view; `len(store)` counts documents. Pickles by path.
@@ -63,7 +68,7 @@ class TokenStore:
                 )
             if file.stat().st_size == 0:
                 _reject(file, "is empty")
-        self._index = np.memmap(idx_path, mode="r").view(np.ndarray)
+        self._index = mapped(idx_path, np.dtype("u1"))
         dtype, self._starts, self._table = _parse_index(self._index, idx_path)
         lengths = self._index[_HEADER.size :][: 4 * len(self._starts)].view("<i4")
         end = _check_starts(lengths, self._starts, dtype.itemsize, idx_path)
@@ -73,7 +78,7 @@ class TokenStore:
         if (size := bin_path.stat().st_size) != end:
             kind = "truncated" if size < end else "too long"
             _reject(bin_path, f"is {kind}: {size} bytes, where {idx_path.name} lists {end} ({dtype.name} tokens)")
-        self.tokens = np.memmap(bin_path, dtype=dtype, mode="r").view(np.ndarray)
+        self.tokens = mapped(bin_path, dtype)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TokenStore:
@@ -108,19 +113,43 @@ class TokenStore:
             with open(bin_temp, "x+b") as file:
                 lengths, code = _write_tokens(file, documents, code)
                 _sync(file)
-            if not any(lengths):
-                raise StoreError(f"{stem}: {len(lengths)} documents with no token in any: a store needs at least one")
-            with open(idx_temp, "xb") as file:
-                _write_index(file, np.frombuffer(lengths, np.int32), code)
-                _sync(file)
-            # The old index goes first: between the renames it would describe the new tokens, and could fit by length.
-            idx_path.unlink(missing_ok=True)
-            os.replace(bin_temp, bin_path)
-            os.replace(idx_temp, idx_path)
-            _sync_folder(stem.parent)
+            _publish(stem, bin_temp, idx_temp, np.frombuffer(lengths, np.int32), code, True)
         finally:
             bin_temp.unlink(missing_ok=True)
             idx_temp.unlink(missing_ok=True)
+        return cls(stem)
+
+    @classmethod
+    def adopt(
+        cls,
+        path: str | os.PathLike[str],
+        tokens: str | os.PathLike[str],
+        lengths: NDArray[np.int32],
+        dtype: DTypeLike,
+        *,
+        sync: bool = True,
+    ) -> TokenStore:
+        """Make the file `tokens` the tokens of a store at `path`, replacing one that is there; open it.
+
+        The file is moved, so it is on the same file system. A crash leaves what one of `write` does.
+
+        Args:
+            path: of the store.
+            tokens: file of all documents' tokens, end to end.
+            lengths: int32[documents], tokens of each.
+            dtype: of the tokens.
+            sync: have everything on the disk before it is renamed; False: the caller sees to that, for many at once.
+
+        Raises:
+            StoreError: there are no tokens, no integer store has this dtype, or the file is of another size.
+        """
+        stem, bin_temp = _stem(path), Path(tokens)
+        code, idx_temp = _code(np.dtype(dtype)), bin_temp.with_name(f"{bin_temp.name}.idx")
+        if sync:
+            with open(bin_temp, "r+b") as file:
+                _sync(file)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        _publish(stem, bin_temp, idx_temp, lengths, code, sync)
         return cls(stem)
 
     def __len__(self) -> int:
@@ -132,9 +161,6 @@ class TokenStore:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.path}: document {index} of {len(self)}")
         return self.tokens[self._start(i) : self._start(i + 1)]
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"TokenStore({str(self.path)!r}, documents={len(self)}, tokens={self.num_tokens}, dtype={self.dtype})"
@@ -157,11 +183,19 @@ class TokenStore:
         """Hex digest of the index: the documents' number, order, lengths and dtype (not their tokens)."""
         return hashlib.blake2b(self._index.data, digest_size=16).hexdigest()
 
-    def starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    def starts(self, documents: Ints) -> Ints:
         """First token of each of `documents`, int64[n]; for document D, one past the last token."""
         sequence = self._table[documents]
         starts = self._starts[np.minimum(sequence, len(self._starts) - 1)] // self.tokens.itemsize
         return np.where(sequence == len(self._starts), len(self.tokens), starts)
+
+    def read(self, starts: Ints, length: int) -> Ints:
+        """Tokens [start, start + length) for each start, int64[len(starts), length]. Raises as `Documents.read`."""
+        return read_windows(self.tokens, starts, length, str(self.path))
+
+    def copy(self, start: int, out: Ints) -> None:
+        """Put the tokens from `start` on into `out`, as many as it takes."""
+        copy_window(self.tokens, start, out, str(self.path))
 
     def _start(self, document: int) -> int:
         """First token of `document`; for document D, one past the last token."""
@@ -179,6 +213,30 @@ def _stem(path: str | os.PathLike[str]) -> Path:
 
 def _pair(stem: Path) -> tuple[Path, Path]:
     return Path(f"{stem}.bin"), Path(f"{stem}.idx")
+
+
+def mapped(file: Path, dtype: np.dtype[Any], offset: int = 0) -> NDArray[Any]:
+    """The file's content from byte `offset` on, read-only. A map keeps its file open, see `with_room`."""
+    return with_room(file, lambda: np.memmap(file, dtype=dtype, mode="r", offset=offset).view(np.ndarray))
+
+
+def with_room(file: Path, open_it: Callable[[], T]) -> T:
+    """What `open_it` returns; where too many files are open, room for more is made if there may be more."""
+    try:
+        return open_it()
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    import resource  # not on Windows, which has no such limit
+
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now == most:
+        raise StoreError(
+            f"{file}: {now} files are open, two for each store and one for each flat file; allow more of them with"
+            " `ulimit -n`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return with_room(file, open_it)
 
 
 def _reject(file: Path, what: str) -> NoReturn:
@@ -291,6 +349,23 @@ def _write_index(file: IO[bytes], lengths: NDArray[np.int32], code: int) -> None
     file.write(lengths.astype("<i4", copy=False).tobytes())
     file.write(starts.astype("<i8", copy=False).tobytes())
     file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def _publish(stem: Path, bin_temp: Path, idx_temp: Path, lengths: NDArray[np.int32], code: int, sync: bool) -> None:
+    """Write the index of a file of tokens, and rename both to the store at `stem`."""
+    if not lengths.any():
+        raise StoreError(f"{stem}: {len(lengths)} documents with no token in any: a store needs at least one")
+    bin_path, idx_path = _pair(stem)
+    with open(idx_temp, "xb") as file:
+        _write_index(file, lengths, code)
+        if sync:
+            _sync(file)
+    # The old index goes first: between the renames it would describe the new tokens, and could fit by length.
+    idx_path.unlink(missing_ok=True)
+    os.replace(bin_temp, bin_path)
+    os.replace(idx_temp, idx_path)
+    if sync:
+        _sync_folder(stem.parent)
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -4,18 +4,18 @@ A view knows what it is a view on and which parts of it it holds; why those is i
 """
 
 import hashlib
-import operator
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from dynmix.mixture.documents import Documents, Tokens, check_windows
 from dynmix.mixture.index import Ints, digest, numbered, read_numbers, shared, split
-from dynmix.mixture.sequences import Rows, Sequences, common_length, content_hash, gather
+from dynmix.mixture.sequences import Rows, Sequences, common_length, content_hash, documents, gather, is_padded, labels
 from dynmix.mixture.shared import SharedArray
 from dynmix.mixture.store import TokenStore
 
@@ -77,12 +77,33 @@ class RowView(Rows):
 
     def gather(self, rows: Ints) -> Ints:
         """Token ids of many rows at once, int64[len(rows), sequence_length]."""
+        return self._of_parts(gather, rows)
+
+    @property
+    def padded(self) -> bool:
+        """Whether a part has padding."""
+        return any(is_padded(rows) for rows in self.parts if len(rows))
+
+    def documents(self, rows: Ints) -> Ints:
+        """Number of each token's document within its sequence, int64[len(rows), sequence_length]."""
+        return self._of_parts(documents, rows)
+
+    def labels(self, rows: Ints, ids: Ints) -> Ints:
+        """Labels of rows whose token ids are `ids`, int64[len(rows), sequence_length]."""
         part, row = self.where(rows)
-        ids = np.empty((len(rows), self.sequence_length), np.int64)
+        found = ids.copy()
         for number in np.unique(part).tolist():
             here = np.flatnonzero(part == number)
-            ids[here] = gather(self.parts[number], row[here], self.sequence_length, f"part {number}")
-        return ids
+            found[here] = labels(self.parts[number], row[here], ids[here], f"part {number}")
+        return found
+
+    def _of_parts(self, read: Callable[[Sequences, Ints, int, str], Ints], rows: Ints) -> Ints:
+        part, row = self.where(rows)
+        found = np.empty((len(rows), self.sequence_length), np.int64)
+        for number in np.unique(part).tolist():
+            here = np.flatnonzero(part == number)
+            found[here] = read(self.parts[number], row[here], self.sequence_length, f"part {number}")
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,7 +114,7 @@ class RowView(Rows):
         return _hash([str(self._ends.tolist()), digest(self._numbers), *parts])
 
 
-class DocumentView(Sequence[npt.NDArray[Any]]):
+class DocumentView(Documents):
     """Documents of several stores as one, end to end in the order given: item i is document `document[i]` of a store.
 
     As a domain it is packed to sequences as a store with these documents would be. Takes the memory of 8 bytes a
@@ -101,7 +122,7 @@ class DocumentView(Sequence[npt.NDArray[Any]]):
     processes share both.
 
     Args:
-        stores: token stores or paths of them.
+        stores: token stores, paths of them, or any `Documents`.
         store: int[n], which of `stores`.
         document: int[n], which document of it.
 
@@ -113,9 +134,9 @@ class DocumentView(Sequence[npt.NDArray[Any]]):
     """
 
     def __init__(
-        self, stores: Sequence[TokenStore | str | os.PathLike[str]], store: npt.ArrayLike, document: npt.ArrayLike
+        self, stores: Sequence[Documents | str | os.PathLike[str]], store: npt.ArrayLike, document: npt.ArrayLike
     ) -> None:
-        opened = [each if isinstance(each, TokenStore) else TokenStore.open(each) for each in stores]
+        opened = [TokenStore.open(each) if isinstance(each, str | os.PathLike) else each for each in stores]
         numbers = numbered([len(each) for each in opened], store, document, "store", "document")
         bounds = SharedArray((1 + len(numbers),))
         which, inside = split(numbers, np.cumsum([len(each) for each in opened]))
@@ -125,7 +146,7 @@ class DocumentView(Sequence[npt.NDArray[Any]]):
         np.cumsum(bounds.array, out=bounds.array)
         self._setup(opened, shared(numbers), bounds)
 
-    def _setup(self, stores: Sequence[TokenStore], numbers: SharedArray, bounds: SharedArray) -> None:
+    def _setup(self, stores: Sequence[Documents], numbers: SharedArray, bounds: SharedArray) -> None:
         self.stores, self._homes = tuple(stores), (numbers, bounds)
         self._numbers, self._bounds = numbers.array, bounds.array  # document i is tokens bounds[i]:bounds[i + 1]
         self._ends = np.cumsum([len(store) for store in stores])
@@ -139,11 +160,8 @@ class DocumentView(Sequence[npt.NDArray[Any]]):
     def __repr__(self) -> str:
         return f"DocumentView({len(self)} documents of {len(self.stores)} stores, tokens={self.num_tokens})"
 
-    def __getitem__(self, index: Any) -> Any:
-        i = operator.index(index)
-        i += len(self) if i < 0 else 0
-        if not 0 <= i < len(self):
-            raise IndexError(f"document {index} of {len(self)} in {self!r}")
+    def __getitem__(self, index: SupportsIndex) -> Tokens:
+        i = self.checked(index)
         store, document = split(self._numbers[i : i + 1], self._ends)
         return self.stores[int(store[0])][int(document[0])]
 
@@ -157,14 +175,14 @@ class DocumentView(Sequence[npt.NDArray[Any]]):
         """Hex digest of the index and of the stores' own, which tell of documents' lengths and not of their tokens."""
         return _hash([digest(self._numbers), *(store.fingerprint for store in self.stores)])
 
-    def read(self, starts: Ints, length: int) -> Ints:
-        """Tokens [start, start + length) of the documents end to end, for each start; int64[len(starts), length].
+    def starts(self, documents: Ints) -> Ints:
+        """First token of each of `documents`, int64[n]; for document `len(self)`, one past the last token."""
+        found: Ints = self._bounds[documents]
+        return found
 
-        Raises:
-            IndexError: tokens that are not there.
-        """
-        if len(starts) and not 0 <= starts.min() <= starts.max() <= self.num_tokens - length:
-            raise IndexError(f"{length} tokens from {starts.min()} to {starts.max()} on, of {self.num_tokens}")
+    def read(self, starts: Ints, length: int) -> Ints:
+        """Tokens [start, start + length) for each start, int64[len(starts), length]. Raises as `Documents.read`."""
+        check_windows(starts, length, self.num_tokens)
         # The pieces of documents that make up the windows, in order. Empty documents make empty pieces.
         first = np.searchsorted(self._bounds[1:], starts, side="right")
         pieces = np.searchsorted(self._bounds[1:], starts + length - 1, side="right") - first + 1
@@ -177,12 +195,10 @@ class DocumentView(Sequence[npt.NDArray[Any]]):
         for number in np.unique(store).tolist():
             here = store == number
             source[here] += self.stores[number].starts(inside[here])
-        token = np.arange(count.sum()) + np.repeat(source - (np.cumsum(count) - count), count)
-        ids = np.empty(len(token), np.int64)
-        of_store = np.repeat(store, count)
-        for number in np.unique(store).tolist():
-            at = np.flatnonzero(of_store == number)
-            ids[at] = self.stores[number].tokens[token[at]]
+        ids = np.empty(len(starts) * length, np.int64)
+        at = np.cumsum(count) - count
+        for of, start, begin, size in zip(*(each.tolist() for each in (store, source, at, count)), strict=True):
+            self.stores[of].copy(start, ids[begin : begin + size])
         return ids.reshape(len(starts), length)
 
 
@@ -196,7 +212,7 @@ def _row_view(parts: Sequence[Sequences], home: SharedArray | Path) -> RowView:
     return view
 
 
-def _document_view(stores: Sequence[TokenStore], numbers: SharedArray, bounds: SharedArray) -> DocumentView:
+def _document_view(stores: Sequence[Documents], numbers: SharedArray, bounds: SharedArray) -> DocumentView:
     view = DocumentView.__new__(DocumentView)
     view._setup(stores, numbers, bounds)
     return view

@@ -1,5 +1,6 @@
 import os
 import pickle
+import resource
 import struct
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_round_trip_through_an_independent_reader_keeps_documents(code: int, nam
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_opens_what_megatron_writes_with_many_sequences_a_document(data: st.DataObject) -> None:
     code = data.draw(st.sampled_from(sorted(FORMATS)))
     info = np.iinfo(FORMATS[code][1])
@@ -102,7 +103,7 @@ def test_opens_what_megatron_writes_with_many_sequences_a_document(data: st.Data
 
 
 @given(documents=tokens_up_to(70_000), chunk=st.integers(1, 7))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_dtype_follows_the_largest_token_and_what_was_written_is_widened(
     documents: list[list[int]], chunk: int
 ) -> None:
@@ -277,7 +278,7 @@ def test_no_tokens_and_no_documents_are_refused(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_flipped_bytes_raise_or_leave_the_tokens(data: st.DataObject) -> None:
     documents = [[[1, 2, 3]], [[4]], [[5, 6], [7]], [[8, 9, 10]]]
     with TemporaryDirectory() as folder:
@@ -296,8 +297,67 @@ def test_flipped_bytes_raise_or_leave_the_tokens(data: st.DataObject) -> None:
         assert [t for d in store for t in d.tolist()] == list(range(1, 11))
 
 
+@given(data=st.data())
+@settings(max_examples=25)
+def test_damaged_ranges_raise_or_leave_the_tokens(data: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a")
+        content, index = megatron_write(path, [[[1, 2, 3]], [[]], [[4], [5, 6]], [[7]]], 8)
+        first = data.draw(st.integers(0, len(index) - 1))
+        last = data.draw(st.integers(first + 1, len(index)))
+        put = data.draw(
+            st.sampled_from([b"", bytes(last - first), b"\xff" * (last - first), index[:first][-8:]])
+            | st.binary(max_size=last - first)
+        )
+        Path(f"{path}.idx").write_bytes(index[:first] + put + index[last:])
+        try:
+            store = TokenStore.open(path)
+        except StoreError:
+            return
+        assert store.tokens.tobytes() == content
+        assert [t for d in store for t in d.tolist()] == list(range(1, 8))
+
+
+def test_header_counts_beyond_all_memory_allocate_nothing(tmp_path: Path) -> None:
+    _, index = megatron_write(tmp_path / "a", [[[1, 2, 3]]], 8)
+    for at in (18, 26):
+        for count in (2**31, 2**40, 2**63, 2**64 - 1):
+            (tmp_path / "a.idx").write_bytes(patched(index, at, "<Q", count))
+            with pytest.raises(StoreError, match=r"a\.idx.* is truncated"):
+                TokenStore.open(tmp_path / "a")
+
+
+def test_an_index_of_other_tokens_is_refused_unless_it_fits(tmp_path: Path) -> None:
+    megatron_write(tmp_path / "a", [[[1, 2, 3]], [[4]]], 8)
+    for documents, code, kind in (([[[1, 2]], [[4]]], 8, "too long"), ([[[1, 2, 3]], [[4]]], 4, "truncated")):
+        megatron_write(tmp_path / "b", documents, code)
+        (tmp_path / "a.idx").write_bytes((tmp_path / "b.idx").read_bytes())
+        with pytest.raises(StoreError, match=rf"a\.bin is {kind}"):
+            TokenStore.open(tmp_path / "a")
+    megatron_write(tmp_path / "b", [[[9]], [[9, 9, 9]]], 8)  # as many tokens: nothing in the format tells
+    (tmp_path / "a.idx").write_bytes((tmp_path / "b.idx").read_bytes())
+    assert [d.tolist() for d in TokenStore.open(tmp_path / "a")] == [[1], [2, 3, 4]]
+
+
+@pytest.mark.parametrize("name", ["white space", "naïve.日本", "new\nline", "a.bin.b", "-x", "%41", "'\"$;"])
+def test_paths_may_have_any_name(tmp_path: Path, name: str) -> None:
+    assert TokenStore.write(tmp_path / name, [[1, 2]]).path == tmp_path / name
+    assert TokenStore.open(tmp_path / f"{name}.idx")[0].tolist() == [1, 2]
+
+
+def test_more_stores_than_open_files_are_allowed_at_first(tmp_path: Path) -> None:
+    TokenStore.write(tmp_path / "a", [[1, 2]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        stores = [TokenStore.open(tmp_path / "a") for _ in range(70)]
+        assert all(store[0].tolist() == [1, 2] for store in stores)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @given(chunk=st.integers(1, 4), at=st.integers(0, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_checks_see_the_same_in_chunks_of_any_size(chunk: int, at: int) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "_CHUNK", chunk)
@@ -311,3 +371,19 @@ def test_checks_see_the_same_in_chunks_of_any_size(chunk: int, at: int) -> None:
         if at < 8:
             with pytest.raises(StoreError, match=f"document {at} ends before" if at else "runs from 1"):
                 TokenStore.open(path)
+
+
+def test_a_file_of_tokens_is_adopted_as_a_store(tmp_path):
+    tokens = np.arange(10, dtype=np.uint16)
+    for sync in (True, False):
+        (tmp_path / "raw").write_bytes(tokens.tobytes())
+        store = TokenStore.adopt(tmp_path / "s", tmp_path / "raw", np.array([4, 0, 6], np.int32), np.uint16, sync=sync)
+        assert [document.tolist() for document in store] == [[0, 1, 2, 3], [], [4, 5, 6, 7, 8, 9]]
+        same = TokenStore.write(tmp_path / "same", [tokens[:4], [], tokens[4:]], dtype=np.uint16)
+        assert (tmp_path / "s.idx").read_bytes() == (tmp_path / "same.idx").read_bytes()
+        assert store.fingerprint == same.fingerprint
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["s.bin", "s.idx", "same.bin", "same.idx"]
+    (tmp_path / "raw").write_bytes(tokens.tobytes())
+    with pytest.raises(StoreError, match="no token in any"):
+        TokenStore.adopt(tmp_path / "s", tmp_path / "raw", np.zeros(2, np.int32), np.uint16)
+    assert len(TokenStore.open(tmp_path / "s")) == 3

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dynmix.mixture.dataset import MixtureDataset, PackedSequences
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.index import digest, numbered, write_numbers
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
 
@@ -45,7 +46,7 @@ def some_rows(parts: Sequence[Any], count: int = 200) -> tuple[Any, Any]:
 
 
 @given(contents=st.lists(documents, min_size=1, max_size=3), length=st.integers(1, 30), data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=25)
 def test_a_view_on_documents_is_packed_as_a_store_with_them(
     contents: list[list[list[int]]], length: int, data: st.DataObject
 ) -> None:
