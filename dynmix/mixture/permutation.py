@@ -8,6 +8,7 @@ integers only: what is shuffled, and why, is its caller's business.
 import numpy as np
 import numpy.typing as npt
 
+Ints = npt.NDArray[np.int64]
 UInts = npt.NDArray[np.uint64]
 
 _ROUNDS = 6  # even, so that the two halves end on the side they began on
@@ -30,9 +31,11 @@ def mix(*words: int | npt.NDArray[np.integer]) -> UInts:
     with np.errstate(over="ignore"):  # wrapping is the point
         for word in words:
             state = (state ^ np.asarray(word).astype(np.uint64)) + _STEP
-            state = (state ^ (state >> np.uint64(30))) * _MULTIPLY_1
-            state = (state ^ (state >> np.uint64(27))) * _MULTIPLY_2
-            state = state ^ (state >> np.uint64(31))
+            state ^= state >> np.uint64(30)
+            state *= _MULTIPLY_1
+            state ^= state >> np.uint64(27)
+            state *= _MULTIPLY_2
+            state ^= state >> np.uint64(31)
     return np.asarray(state)
 
 
@@ -49,25 +52,63 @@ def permute(index: npt.NDArray[np.integer], length: int | UInts, key: int | UInt
     Returns:
         uint64 array of the shape of `index`.
     """
-    left_index = np.asarray(index).astype(np.uint64)
-    length = np.asarray(length).astype(np.uint64)
-    key = np.asarray(key).astype(np.uint64)
+    numbers, lengths, keys = (np.asarray(given).astype(np.uint64) for given in (index, length, key))
+    return _walked(numbers, lengths, *_sides(lengths), keys)
+
+
+def permute_runs(first: Ints, count: Ints, length: UInts, key: UInts) -> UInts:
+    """Images of the indices from `first` to `first + count - 1` under each of many bijections, end to end.
+
+    The same as `permute`, but what depends on the bijection alone is computed once for all its indices.
+
+    Args:
+        first: int64[n], first index of each run.
+        count: int64[n], number of its indices.
+        length: uint64[n], of the bijections.
+        key: uint64[n], of the bijections.
+
+    Returns:
+        uint64[count.sum()].
+    """
+    ends = np.cumsum(count)
+    index = np.repeat(first - ends + count, count)
+    index += np.arange(len(index))
+    side, other = (np.repeat(each, count) for each in _sides(length))
+    return _walked(index.view(np.uint64), np.repeat(length, count), side, other, np.repeat(key, count))
+
+
+def _sides(length: UInts) -> tuple[UInts, UInts]:
     side = np.ceil(np.sqrt(length)).astype(np.uint64)  # correctly rounded, hence the same on every machine
-    other = (length + side - np.uint64(1)) // side
-    left = left_index // other
-    right = left_index - left * other
-    with np.errstate(over="ignore"):
-        round_key = key
-        for _ in range(_ROUNDS):
-            round_key = round_key + _STEP
-            noise = right * _MULTIPLY_1 + round_key
-            noise = (noise ^ (noise >> _LOW_32)) * _MULTIPLY_2
-            left = left + ((noise >> _LOW_32) * side >> _LOW_32)
-            left = np.minimum(left, left - side)  # mod side: below `side` the difference wraps to a huge number
-            left, right, side, other = right, left, other, side
-    image = np.asarray(left * other + right)
+    return np.asarray(side), np.asarray((length + side - np.uint64(1)) // side)
+
+
+def _walked(index: UInts, length: UInts, side: UInts, other: UInts, key: UInts) -> UInts:
+    image = _network(index, side, other, key)
     outside = image >= length
     if outside.any():  # cycle walking
-        length, key = (np.broadcast_to(array, image.shape)[outside] for array in (length, key))
-        image[outside] = permute(image[outside], length, key)
+        length, side, other, key = (np.broadcast_to(a, image.shape)[outside] for a in (length, side, other, key))
+        image[outside] = _walked(image[outside], length, side, other, key)
     return image
+
+
+def _network(index: UInts, side: UInts, other: UInts, key: UInts) -> UInts:
+    # In place throughout: a new array for every step would take three times as long.
+    left, right, noise, spare = (np.empty(np.broadcast_shapes(index.shape, key.shape), np.uint64) for _ in range(4))
+    np.floor_divide(index, other, out=left)
+    np.subtract(index, np.multiply(left, other, out=noise), out=right)
+    round_key = key.copy()
+    for _ in range(_ROUNDS):
+        round_key += _STEP
+        np.multiply(right, _MULTIPLY_1, out=noise)
+        noise += round_key
+        noise ^= np.right_shift(noise, _LOW_32, out=spare)
+        noise *= _MULTIPLY_2
+        noise >>= _LOW_32
+        noise *= side
+        noise >>= _LOW_32
+        left += noise
+        np.minimum(left, np.subtract(left, side, out=spare), out=left)  # mod side: below it the difference is huge
+        left, right, side, other = right, left, other, side
+    left *= other
+    left += right
+    return left

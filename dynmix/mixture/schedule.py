@@ -1,32 +1,39 @@
 """Which domain, and which row of it, stands at a position of the training stream: a pure function of seed and stages.
 
-Inside each block of M positions a keyed permutation scatters a golden-ratio sequence, whose value picks the domain by
-the stage's integer weights; how often a domain was drawn before a position is closed-form, so the draw's number, its
-epoch and its row need no table and no replay. This module must not know of tokens, files, loaders or models.
+The stage's integer weights give each domain its draws, evenly over time; keyed permutations scatter them over the
+positions, a few at a time and never beyond a block of M. How often a domain was drawn before a position is closed-form,
+so the draw's number, its epoch and its row need no table and no replay. This module must not know of tokens, files,
+loaders or models.
 """
 
+import logging
 import math
 import operator
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dynmix.mixture.golden import TOTAL, golden, interval_counts
-from dynmix.mixture.permutation import mix, permute
+from dynmix.mixture.limits import NEVER, Course, Exhausted, Limits, MaxEpochs, Policy
+from dynmix.mixture.packed import pack, unpack
+from dynmix.mixture.permutation import mix, permute, permute_runs
+from dynmix.mixture.quota import TOTAL, Quota
 from dynmix.mixture.roster import Domain, Roster
 from dynmix.mixture.shared import is_starting_process
 from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
+
+logger = logging.getLogger("dynmix.mixture")
 
 Ints = npt.NDArray[np.int64]
 Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
 
 MAX_BLOCK = 1 << 20
 _CHUNK = 1 << 14  # positions computed at once: a working set that stays in the cache
-_VERSION = 1  # of the order itself; raise it when the same state would give other samples
-_BLOCK_KEY, _OFFSET_KEY, _ROW_KEY = 1, 2, 3  # keep the hashes of one seed apart
+_VERSION = 2  # of the order itself; raise it when the same state would give other samples
+_PART = 32  # positions scattered together: more would keep a prefix further from its weights than rounding does
+_PART_KEY, _DOMAIN_KEY, _ROW_KEY = 1, 2, 3  # keep the hashes of one seed apart
 
 
 class Undecided(LookupError):  # noqa: N818 (a state of affairs, and often no error: a worker waits for it to pass)
@@ -86,17 +93,33 @@ class MixtureSchedule:
         sizes: name -> rows (sequences) of the domain; >= 1 wherever a weight is positive.
         seed: 0 to 2**63 - 1.
         block: positions a keyed permutation scatters, best the global batch size; part of the state.
+        max_epochs: how often a domain may be read over the whole run, for all or by name; None: no limit.
+        when_exhausted: what happens then, as in `limits.Limits`: "repeat", "stop" or "redistribute".
 
     Raises:
-        ValueError: names that do not match, weights that are not a distribution, sizes, seed or block out of range.
+        ValueError: names that do not match, weights that are not a distribution, sizes, seed, block or limits out of
+            range.
     """
 
-    def __init__(self, weights: Mapping[str, float], sizes: Mapping[str, int], seed: int = 0, block: int = 256) -> None:
-        self._setup(dict(zip(weights, matched(sizes, tuple(weights), "sizes"), strict=True)), seed, block)
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        sizes: Mapping[str, int],
+        seed: int = 0,
+        block: int = 256,
+        max_epochs: MaxEpochs = None,
+        when_exhausted: Policy | None = None,
+    ) -> None:
+        sizes = dict(zip(weights, matched(sizes, tuple(weights), "sizes"), strict=True))
+        limits = Limits(max_epochs, when_exhausted)
+        if unknown := [name for name in limits.epochs(sizes) if name not in sizes]:
+            raise ValueError(f"max_epochs: no domain {unknown[0]!r}; the domains are {list(sizes)}")
+        self._setup(sizes, seed, block, limits)
         self._table.write(0, [StageRow(0, 0, None, self._cdf(weights), np.zeros(len(weights), np.int64))])
 
-    def _setup(self, sizes: Mapping[str, int], seed: int, block: int) -> None:
+    def _setup(self, sizes: Mapping[str, int], seed: int, block: int, limits: Limits) -> None:
         self._roster = Roster(sizes)
+        self.limits = limits
         self.seed, self.block = operator.index(seed), operator.index(block)
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
@@ -104,6 +127,7 @@ class MixtureSchedule:
             raise ValueError(f"block must be from 1 to {MAX_BLOCK} (best the global batch size), not {block}")
         self._row_keys = mix(self.seed, _ROW_KEY, np.arange(self._roster.capacity))
         self._table = StageTable(self._roster.capacity)
+        self._courses: tuple[int, dict[int, Course]] = (-1, {})  # of the stages, under a generation
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,7 +157,7 @@ class MixtureSchedule:
             ValueError: a name that is taken, a domain without rows, more than `roster.MAX_JOINED` of them.
         """
         self._roster.put(domains, keep=len(self.joined))
-        self._table.outdate()
+        self.outdate()
 
     def begin(self, weights: Weights) -> None:
         """Give the first stage other weights, as long as it is the only one.
@@ -141,8 +165,8 @@ class MixtureSchedule:
         Raises:
             ValueError: a later stage is published already; bad weights.
         """
-        if len(self._table) > 1:
-            raise ValueError(f"{len(self._table)} stages are published already: the weights of the first one stay")
+        if self.num_stages > 1:
+            raise ValueError(f"{self.num_stages} stages are published already: the weights of the first one stay")
         self._table.write(0, [self._stage(0)._replace(cdf=self._cdf(weights))])
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
@@ -155,9 +179,10 @@ class MixtureSchedule:
 
         Raises:
             ValueError: a start in the past or with a gap before it, an end not beyond start, bad weights.
+            Exhausted: a start beyond where the stream ends, because what may be read has been read.
             RuntimeError: `MAX_STAGES` are published already.
         """
-        start, last = operator.index(start), self._stage(len(self._table) - 1)
+        start, last = operator.index(start), self._stage(self.num_stages - 1)
         if start <= last.start:
             raise ValueError(
                 f"start={start} is in the past: stage {last.number} began at position {last.start}, and what is"
@@ -165,10 +190,12 @@ class MixtureSchedule:
             )
         if last.end is not None and start != last.end:
             raise ValueError(f"start={start}: the last stage ends at {last.end}, so the next one starts at {last.end}")
-        if len(self._table) == MAX_STAGES:
+        if self.num_stages == MAX_STAGES:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
-        number, end = len(self._table), _checked_end(start, end)
-        self._table.write(number, [StageRow(number, start, end, self._cdf(weights), self._counts_in(last, start))])
+        self.check_not_exhausted(start)
+        number, end, cdf = self.num_stages, _checked_end(start, end), self._cdf(weights)
+        self._table.write(number, [StageRow(number, start, end, cdf, self._course(last.number).counts(start))])
+        logger.info("stage %d begins at position %d, with the weights %s", number, start, self._floats(cdf))
 
     def hold(self, end: int) -> None:
         """Declare that the last stage ends at `end`: positions from there on are undecided until a stage is published.
@@ -176,7 +203,7 @@ class MixtureSchedule:
         Raises:
             ValueError: `end` is not beyond the stage's start, or another end was declared.
         """
-        last = self._table[len(self._table) - 1]
+        last = self._table[self.num_stages - 1]
         if last.end not in (None, end):
             raise ValueError(f"end={end}: the last stage was declared to end at {last.end}, and that stays")
         _checked_end(last.start, end)
@@ -187,15 +214,38 @@ class MixtureSchedule:
         """First undecided position; None while the last stage is open."""
         return self._table.end
 
+    def outdate(self) -> None:
+        """Say that what was read before may be outdated."""
+        self._table.outdate()
+
     @property
     def generation(self) -> int:
         """Grows when domains join, a stage is published or a state loaded: what was read before may be outdated."""
         return self._table.generation
 
     @property
+    def exhausted_at(self) -> int | None:
+        """Where the stream ends because its domains may not be read again; None as far as the stages say."""
+        end, course = self.end, self._course(self.num_stages - 1)
+        # What is used up with its stage may be no part of the next one. To stop is to stop all the same.
+        ahead = NEVER if end is None else end + (self.limits.when_exhausted == "stop")
+        return course.dry if course.dry < ahead else None
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages have been published, those included that a state left out."""
+        return len(self._table)
+
+    @property
+    def starts(self) -> list[int]:
+        """First position of each of `stages`."""
+        found: list[int] = self._table.starts.tolist()
+        return found
+
+    @property
     def stages(self) -> list[Stage]:
-        """Every published stage, oldest first."""
-        rows = [self._stage(number) for number in range(len(self._table))]
+        """Every published stage, oldest first; the oldest may be missing that a state left out."""
+        rows = self._rows_kept()
         ends = [*(row.start for row in rows[1:]), self.end]  # an open stage ends where the next one was published
         return [Stage(row.start, end, self._floats(row.cdf)) for row, end in zip(rows, ends, strict=True)]
 
@@ -203,11 +253,19 @@ class MixtureSchedule:
         """Nothing, if every position of [start, stop) has its stage.
 
         Raises:
+            Exhausted: `stop` is beyond where the stream ends.
             Undecided: `stop` is beyond the last stage's declared end.
+            LookupError: `start` is in a stage that the state did not keep.
             ValueError: not 0 <= start <= stop < 2**62.
         """
         if not 0 <= start <= stop < 1 << 62:
             raise ValueError(f"positions must be 0 <= start <= stop < 2**62, not start={start}, stop={stop}")
+        if start < (first := int(self._table.starts[0])):
+            raise LookupError(
+                f"position {start} was left out of the state that was loaded, which begins with the stage of position"
+                f" {first}: publish the stages again to look there, or save with state_dict(since={start})"
+            )
+        self.check_not_exhausted(stop)
         end = self.end
         if end is not None and stop > end:
             raise Undecided(
@@ -215,14 +273,26 @@ class MixtureSchedule:
                 f" publish the next one first, publish(weights, start={end})"
             )
 
+    def check_not_exhausted(self, stop: int) -> None:
+        """Nothing, if the stream does not end before `stop`. Raises Exhausted with the domains it ends for."""
+        if (dry := self.exhausted_at) is not None and stop > dry:
+            raise Exhausted(self.why_exhausted(dry))
+
+    def why_exhausted(self, dry: int) -> str:
+        """Why the stream ends at position `dry`, in words."""
+        epochs = self.limits.epochs(self.sizes)
+        used = [self.names[number] for number in self._course(self.num_stages - 1).used_up(dry)]
+        reason = ", ".join(f"{name!r} (max_epochs={epochs[name]:g})" for name in used[:8]) + ", ..." * (len(used) > 8)
+        return f"the stream ends at position {dry}, where its domains have been read as often as they may: {reason}"
+
     def weights_at(self, position: int) -> dict[str, float]:
-        """Weights, name -> float, of the stage in which `position` lies.
+        """Weights, name -> float, that `position` is drawn by: its stage's, without the domains that were exhausted.
 
         Raises:
-            Undecided: `position` is beyond the last stage's declared end.
+            Exhausted, Undecided: as `check_decided`.
         """
         self.check_decided(position, position + 1)
-        return self._floats(self._stage_at(position).cdf)
+        return self._floats(self._course_at(position).at(position)[0].cdf)
 
     def assign(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         """Domain number, row within the domain and epoch of the domain, for every position of [start, stop).
@@ -231,29 +301,28 @@ class MixtureSchedule:
             three int64 arrays of shape [stop - start].
 
         Raises:
-            Undecided: `stop` is beyond the last stage's declared end.
-            ValueError: not 0 <= start <= stop < 2**62.
+            Exhausted, Undecided, ValueError: as `check_decided`.
         """
         self.check_decided(start, stop)
-        starts = self._table.starts.tolist()
-        pieces = [(np.zeros(0, np.int64),) * 3]
-        while start < stop:
-            number = bisect_right(starts, start) - 1
-            last = min(stop, start + _CHUNK, *starts[number + 1 : number + 2])
-            pieces.append(self._assign_in(self._stage(number), start, last))
-            start = last
-        domain, row, epoch = map(np.concatenate, zip(*pieces, strict=True))
+        first, starts = self._table.first, self._table.starts.tolist()
+        found, at = np.empty((3, stop - start), np.int64), start
+        while at < stop:
+            known = bisect_right(starts, at)
+            holds, last = self._course(first + known - 1).at(at)
+            last = min([stop, last, *starts[known : known + 1]])
+            self._assign_in(holds, at, found[:, at - start : last - start])
+            at = last
+        domain, row, epoch = found
         return domain, row, epoch
 
     def counts(self, position: int) -> Ints:
         """Draws of each domain before `position`, int64[n_domains], in time that does not grow with the position.
 
         Raises:
-            Undecided: `position` is beyond the last stage's declared end.
-            ValueError: not 0 <= position < 2**62.
+            Exhausted, Undecided, ValueError: as `check_decided`.
         """
-        self.check_decided(0, position)
-        return self._counts_in(self._stage_at(position), position)
+        self.check_decided(min(position, int(self._table.starts[0])), position)
+        return self._course_at(position).counts(position)
 
     def rows(self, domain: int | Ints, draws: Ints) -> tuple[Ints, Ints]:
         """Row and epoch of a domain's draws, counted from 0; each epoch is a permutation of the domain's rows.
@@ -269,11 +338,16 @@ class MixtureSchedule:
         size = self._roster.now.rows[domain]
         epoch = numbers // size
         row = permute(numbers - epoch * size, size, mix(self._row_keys[domain], epoch))
-        return row.astype(np.int64), epoch.astype(np.int64)
+        return row.view(np.int64), epoch.view(np.int64)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the order depends on, as JSON-able values."""
-        rows = [self._stage(number) for number in range(len(self._table))]
+    def state_dict(self, since: int | None = None) -> dict[str, Any]:
+        """Everything the order depends on, as JSON-able values.
+
+        Of very many stages (some 300 of 50 domains) the oldest are left out, with what was drawn in them kept.
+
+        Args:
+            since: keep every stage that positions from here on need, however many; 0 keeps all.
+        """
         domains = self._roster.now
         return {
             "version": _VERSION,
@@ -282,43 +356,71 @@ class MixtureSchedule:
             "names": list(domains.names),
             "sizes": list(domains.sizes.values()),
             **({"joined": [dict(domain.source) for domain in domains.joined]} if domains.joined else {}),
-            "stages": [
-                {"start": row.start, "end": row.end, "cdf": row.cdf.tolist(), "base": row.base.tolist()} for row in rows
-            ],
+            **({"limits": self.limits.state()} if self.limits.hard else {}),
+            "stages": pack(self._rows_kept(), since),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], limited: Collection[str] | None = None) -> None:
         """Replace stages, and domains that joined, by those of a state of `state_dict`; all of them or, on error, none.
+
+        `limited` as in `differences`; other domains keep the limits of the state.
 
         Raises:
             ValueError: the state is of other domains, sizes, seed or block, or its stages do not fit together.
         """
-        if differences := self.differences(state):
+        if differences := self.differences(state, limited):
             raise ValueError("this state belongs to another schedule: " + "; ".join(differences))
-        first, joined = _domains_of(state)
+        first, joined = domains_of(state)
         self._roster.check(joined, keep=0)
         sizes = {**first, **{domain.name: domain.size for domain in joined}}
-        stages: list[StageRow] = []
-        for number, saved in enumerate(state["stages"]):
-            start, cdf, base = saved["start"], _checked_cdf(saved["cdf"], sizes), np.array(saved["base"], np.int64)
-            last = stages[-1] if stages else StageRow(0, -1, 0, cdf, np.zeros_like(base))
-            expected = self._counts_in(last, start) if stages else np.zeros_like(cdf)
-            if start <= last.start or last.end not in (None, start) or not np.array_equal(base, expected):
-                raise ValueError(
-                    f"damaged state: stage {number} (start {start}) does not continue the stages before it"
-                )
-            stages.append(StageRow(number, start, _checked_end(start, saved["end"]), cdf, base))
-        if not 1 <= len(stages) <= MAX_STAGES:
-            raise ValueError(f"damaged state: {len(stages)} stages, where there are 1 to {MAX_STAGES}")
+        saved = unpack(state["stages"], len(sizes))
+        if (
+            not 1 <= saved.first + len(saved.starts) <= MAX_STAGES
+            or not saved.starts
+            or (saved.first == 0) != (saved.starts[0] == 0)
+        ):
+            raise ValueError(f"damaged state: {len(saved.starts)} stages, the first of them number {saved.first}")
+        limits = self.limits.after(state.get("limits", {}), list(sizes))
+        limit, stages = limits.draws(sizes), list[StageRow]()
+        for number, (start, weights) in enumerate(zip(saved.starts, saved.cdfs, strict=True), saved.first):
+            base = saved.drawn
+            if stages:
+                course = self._course_of(stages[-1], limit)
+                if not stages[-1].start < start <= course.dry:
+                    raise ValueError(f"damaged state: stage {number} cannot begin at {start}")
+                base = course.counts(start)
+            stages.append(StageRow(number, start, None, _checked_cdf(weights, sizes), base))
+        stages[-1] = stages[-1]._replace(end=_checked_end(stages[-1].start, saved.end))
+        self.limits = limits
         self._roster.put(joined, keep=0)
-        self._table.write(0, stages)
+        self._table.replace(stages)
 
-    def differences(self, state: Mapping[str, Any]) -> list[str]:
+    def like(self, sizes: Mapping[str, int]) -> "MixtureSchedule":
+        """One of this seed, block and limits for other first domains, to load a state of theirs into."""
+        made = type(self).__new__(type(self))
+        made._setup(sizes, self.seed, self.block, self.limits)
+        return made
+
+    def continues(self, state: Mapping[str, Any]) -> bool:
+        """Whether the stages here are those of `state`, of the same domains, and what was published since."""
+        then, width, stages = unpack(state["stages"], len(state["names"])), len(state["names"]), self.stages
+        ends = [*then.starts[1:], then.end]
+        for number, (start, end, cdf) in enumerate(zip(then.starts, ends, then.cdfs, strict=True), then.first):
+            if not self._table.first <= number < self.num_stages:
+                return False
+            here = self._stage(number)
+            same = here.start == start and np.array_equal(here.widened(width).cdf, cdf)
+            if not same or end not in (None, stages[number - self._table.first].end):
+                return False
+        return True
+
+    def differences(self, state: Mapping[str, Any], limited: Collection[str] | None = None) -> list[str]:
         """How a state's domains, seed and block differ from these, a phrase each; a state without any can be loaded.
 
-        Domains that joined, then or now, make no difference: loading replaces them.
+        Domains that joined, then or now, make no difference: loading replaces them. Limits by name are compared for the
+        `limited` domains, None: all.
         """
-        (then, _), sizes = _domains_of(state), self._roster.first
+        (then, _), sizes = domains_of(state), self._roster.first
         found = [f"domain {name!r} is new" for name in sizes if name not in then]
         found += [f"domain {name!r} is gone" for name in then if name not in sizes]
         if not found and list(then) != list(sizes):
@@ -329,24 +431,46 @@ class MixtureSchedule:
             if then.get(name, size) != size
         ]
         now = {"version": _VERSION, "seed": self.seed, "block": self.block}
-        return found + [f"{key} was {state[key]} and is {now[key]}" for key in now if state[key] != now[key]]
+        found += [f"{key} was {state[key]} and is {now[key]}" for key in now if state[key] != now[key]]
+        common = sizes.keys() & then.keys() & set(sizes if limited is None else limited)
+        return found + self.limits.differences(state.get("limits", {}), common)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ if is_starting_process() else self.state_dict()
+        shared = {**self.__dict__, "_courses": (-1, {})}  # each process works them out where it needs them
+        if is_starting_process():
+            return shared
+        limits = {"max_epochs": self.limits.max_epochs, "when_exhausted": self.limits.when_exhausted}
+        return {**self.state_dict(since=0), "own_limits": limits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_table" in state:  # a starting process shares the table, any other copy is independent
             self.__dict__.update(state)
         else:
-            self._setup(_domains_of(state)[0], state["seed"], state["block"])
+            self._setup(domains_of(state)[0], state["seed"], state["block"], Limits(**state["own_limits"]))
             self.load_state_dict(state)
 
     def _stage(self, number: int) -> StageRow:
         row = self._table[number]  # before the names are looked at: whoever wrote it had seen all it has
         return row.widened(len(self.names))
 
-    def _stage_at(self, position: int) -> StageRow:
-        return self._stage(int(np.searchsorted(self._table.starts, position, side="right")) - 1)
+    def _rows_kept(self) -> list[StageRow]:
+        return [self._stage(number) for number in range(self._table.first, self.num_stages)]
+
+    def _course_at(self, position: int) -> Course:
+        return self._course(self._table.first + int(np.searchsorted(self._table.starts, position, side="right")) - 1)
+
+    def _course(self, number: int) -> Course:
+        generation = self.generation  # before the stage is looked at: what is kept under it is never too new for it
+        if self._courses[0] != generation:
+            self._courses = generation, {}
+        courses = self._courses[1]
+        if number not in courses:
+            courses[number] = self._course_of(self._stage(number), self.limits.draws(self.sizes))
+        return courses[number]
+
+    def _course_of(self, stage: StageRow, limit: Ints) -> Course:
+        policy = self.limits.when_exhausted or "repeat"
+        return Course(stage, limit[: len(stage.cdf)], policy, self._counts_in, self._domains_in)
 
     def _cdf(self, weights: Weights) -> Ints:
         return _checked_cdf(weights, self.sizes)
@@ -355,35 +479,80 @@ class MixtureSchedule:
         # Not strict: more domains may have joined since the cdf was read.
         return dict(zip(self.names, (np.diff(cdf, prepend=0) / TOTAL).tolist(), strict=False))
 
-    def _domains(self, stage: StageRow, first: int, count: int) -> Ints:
-        """Domain of `count` positions from the stage's position `first` on, which begins a block."""
-        position = np.arange(first, first + count, dtype=np.uint64)
-        inside = position % self.block
-        key = mix(self.seed, _BLOCK_KEY, stage.number, position // self.block)
-        scattered = position - inside + permute(inside, self.block, key)
-        return np.searchsorted(stage.cdf, golden(scattered, self._offset(stage)), side="right")
+    def _parts(self, first: int, stop: int) -> Ints:
+        """Where the part that position `first` of a stage is in and the next ones begin, until one is at `stop`."""
+        parts = -(-self.block // _PART)  # of a block, as equal as can be: part n begins at n * block // parts
+        part, last = (((position + 1) * parts - 1) // self.block for position in (first, stop - 1))
+        block, within = divmod(part, parts)
+        return block * self.block + np.arange(within, within + last - part + 2) * self.block // parts
 
-    def _offset(self, stage: StageRow) -> int:
-        return int(mix(self.seed, _OFFSET_KEY, stage.number)) % TOTAL
+    def _quota(self, stage: StageRow) -> Quota:
+        units = np.diff(stage.cdf, prepend=0)
+        return Quota(units, mix(self.seed, _DOMAIN_KEY, stage.number, np.arange(len(units))))
+
+    def _scattered(self, stage: StageRow, edges: Ints, drawn: Ints) -> Ints:
+        """The domains `drawn`, in the order of their draws, in that of the positions of the parts between `edges`."""
+        index = np.arange(len(drawn))
+        key = mix(self.seed, _PART_KEY, stage.number)
+        number = (mix(key + (index + edges[0]).view(np.uint64)) >> np.uint64(36)).view(np.int64)
+        part = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+        # One sort by part and random number; what was sorted says which draw it was.
+        found: Ints = drawn[np.sort((part << 48) + (number << 20) + index) & ((1 << 20) - 1)]
+        return found
 
     def _counts_in(self, stage: StageRow, position: int) -> Ints:
         """Draws of each domain before `position`, which lies in `stage` or at its end."""
-        inside = (position - stage.start) % self.block
-        whole = position - stage.start - inside
-        partial = np.bincount(self._domains(stage, whole, inside), minlength=len(stage.cdf))
-        # A block's permutation stays within the block, so whole blocks hold the plain golden-ratio sequence.
-        return stage.base + interval_counts(whole, self._offset(stage), stage.cdf) + partial
+        inside = position - stage.start
+        edges, quota = self._parts(inside, inside + 1), self._quota(stage)
+        counts = quota.before(int(edges[0]))
+        if skipped := inside - int(edges[0]):
+            domain = self._scattered(stage, edges, quota.domains(int(edges[0]), int(edges[1]), counts)[0])
+            counts += np.bincount(domain[:skipped], minlength=len(counts))
+        return stage.base + counts
 
-    def _assign_in(self, stage: StageRow, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
-        inside = (start - stage.start) % self.block
-        domain = self._domains(stage, start - stage.start - inside, stop - start + inside)[inside:]
-        drawn = np.bincount(domain, minlength=len(stage.cdf))
-        # The n-th occurrence of a domain here is its draw before + n: number the occurrences in domain order.
-        order = np.argsort(domain.astype(np.min_scalar_type(len(stage.cdf))), kind="stable")  # small types: radix sort
-        before = self._counts_in(stage, start) - (np.cumsum(drawn) - drawn)
-        draw = np.empty_like(domain)
-        draw[order] = np.arange(len(domain)) + np.repeat(before, drawn)
-        return domain, *self.rows(domain, draw)
+    def _domains_in(self, stage: StageRow, start: int, stop: int) -> Ints:
+        """Domain of each of some positions, all in `stage`, at most `_CHUNK`; nothing is asked of the domains' rows."""
+        first, last = start - stage.start, stop - stage.start
+        edges, quota = self._parts(first, last), self._quota(stage)
+        low, high = int(edges[0]), int(edges[-1])
+        drawn = quota.domains(low, high, quota.before(low))[0]
+        return self._scattered(stage, edges, drawn)[first - low : last - low]
+
+    def _assign_in(self, stage: StageRow, start: int, out: Ints) -> None:
+        """Fill `out`, int64[3, n], with domain, row and epoch of the positions from `start` on, all in `stage`."""
+        first = start - stage.start
+        stop, quota = first + out.shape[1], self._quota(stage)
+        counts = quota.before(int(self._parts(first, first + 1)[0]))
+        before = stage.base + counts
+        while first < stop:
+            edges = self._parts(first, min(first + _CHUNK, stop))
+            drawn, counts = quota.domains(int(edges[0]), int(edges[-1]), counts)
+            found = self._scattered(stage, edges, drawn)
+            skipped = first - int(edges[0])
+            before += np.bincount(found[:skipped], minlength=len(before))
+            domain, row, epoch = out[:, first - stop :][:, : len(found) - skipped]
+            domain[:] = found[skipped : skipped + len(domain)]
+            times = np.bincount(domain, minlength=len(before))
+            # The n-th occurrence of a domain here is its draw before + n: rows come in domain order, and are put back.
+            order = np.argsort(domain.astype(np.min_scalar_type(len(before))), kind="stable")  # small types: radix sort
+            row[order], epoch[order] = self._next_rows(before, times)
+            before += times
+            first = int(edges[-1])
+
+    def _next_rows(self, before: Ints, drawn: Ints) -> tuple[Ints, Ints]:
+        """Row and epoch of each domain's draws from `before` to `before + drawn - 1`, domain after domain."""
+        some = np.flatnonzero(drawn)
+        size, start, stop = self._roster.now.rows[some].astype(np.int64), before[some], (before + drawn)[some]
+        first_epoch = start // size
+        epochs = (stop - 1) // size - first_epoch + 1
+        # One run for every epoch of a domain.
+        some, size, start, stop = (np.repeat(each, epochs) for each in (some, size, start, stop))
+        epoch = np.arange(len(some)) + np.repeat(first_epoch + epochs - np.cumsum(epochs), epochs)
+        begin = epoch * size
+        low, high = np.maximum(begin, start), np.minimum(begin + size, stop)
+        key = mix(self._row_keys[some], epoch)
+        row = permute_runs(low - begin, high - low, size.view(np.uint64), key)
+        return row.view(np.int64), np.repeat(epoch, high - low)
 
 
 def _checked_cdf(weights: Weights, sizes: Mapping[str, int]) -> Ints:
@@ -405,7 +574,7 @@ def _checked_cdf(weights: Weights, sizes: Mapping[str, int]) -> Ints:
     return cdf
 
 
-def _domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
+def domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
     """A state's first domains, name -> size, and those that joined."""
     sizes, sources = list(zip(state["names"], state["sizes"], strict=True)), state.get("joined", [])
     if (first := len(sizes) - len(sources)) < 0:

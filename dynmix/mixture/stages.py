@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dynmix.mixture.golden import TOTAL, Ints
+from dynmix.mixture.quota import TOTAL, Ints
 from dynmix.mixture.shared import SharedArray
 
 MAX_STAGES = 4096
@@ -36,11 +36,17 @@ class StageTable:
     """Room for `MAX_STAGES` stages of up to `capacity` domains; pages that nothing was written to take no memory."""
 
     def __init__(self, capacity: int) -> None:
-        # Row 0: generation, number of stages. Row 1 + s: start, end and number of domains of stage s, its cdf and base.
+        # Row 0: generation, number of stages, number of the first of them that is known. Row 1 + s: start, end and
+        # number of domains of stage s, its cdf and base.
         self._shared = SharedArray((1 + MAX_STAGES, 3 + 2 * capacity))
 
     def __len__(self) -> int:
         return int(self._shared.array[0, 1])
+
+    @property
+    def first(self) -> int:
+        """Number of the first stage that is known; a state may have left out those before."""
+        return int(self._shared.array[0, 2])
 
     def __getitem__(self, number: int) -> StageRow:
         row = self._shared.array[1 + number]
@@ -49,8 +55,8 @@ class StageTable:
 
     @property
     def starts(self) -> Ints:
-        """First position of every stage, int64[n_stages]."""
-        return self._shared.array[1 : 1 + len(self), 0]
+        """First position of every stage that is known, int64[n_stages - first]."""
+        return self._shared.array[1 + self.first : 1 + len(self), 0]
 
     @property
     def end(self) -> int | None:
@@ -69,6 +75,11 @@ class StageTable:
     def outdate(self) -> None:
         """Say that what was read before may be outdated."""
         self._shared.array[0, 0] += 1
+
+    def replace(self, stages: Sequence[StageRow]) -> None:
+        """Put `stages` in place of all that are there; the number of the first becomes that of the first known."""
+        self._shared.array[0, 1:3] = stages[0].number
+        self.write(stages[0].number, stages)
 
     def write(self, first: int, stages: Sequence[StageRow]) -> None:
         """Put `stages` into the table from number `first` on; what follows them is dropped."""

@@ -7,7 +7,7 @@ from dynmix.mixture.permutation import mix, permute
 
 
 @given(length=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_it_is_a_bijection(length: int, key: int) -> None:
     image = permute(np.arange(length), length, key)
     assert sorted(image.tolist()) == list(range(length))
@@ -16,7 +16,7 @@ def test_it_is_a_bijection(length: int, key: int) -> None:
 @given(
     lengths=st.lists(st.integers(1, 10**12), min_size=1, max_size=30), seed=st.integers(0, 2**32), key=st.integers(0, 9)
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_an_element_depends_on_nothing_but_itself(lengths: list[int], seed: int, key: int) -> None:
     index = np.random.default_rng(seed).integers(0, lengths)
     keys = mix(key, np.arange(len(lengths)))

@@ -23,7 +23,7 @@ def turns(schedule: MixtureSchedule, domain: int, start: int) -> dict[int, int]:
     window=st.integers(0, 90),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_draw_of_the_window_is_a_probe_while_others_are_left(
     size: int, count: int, start: int, window: int, seed: int
 ) -> None:

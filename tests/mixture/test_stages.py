@@ -1,6 +1,6 @@
 import numpy as np
 
-from dynmix.mixture.golden import TOTAL
+from dynmix.mixture.quota import TOTAL
 from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
 
 

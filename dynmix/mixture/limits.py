@@ -1,0 +1,242 @@
+"""How often a domain may be read, and how a stage goes on when one of them has been read that often.
+
+Under "redistribute", from the very position at which a domain of a stage reaches its limit on, that domain's share of
+the stage's integers belongs to the others, in proportion to theirs; the stage keeps its blocks and its keys. All of it
+follows from the stage's row, the limits and a way to count, so every process finds the same, when it first needs it.
+Knows rows of the stage table; nothing of how they are drawn, of tokens, loaders or who decides weights.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+
+from dynmix.mixture.quota import TOTAL, Ints
+from dynmix.mixture.stages import StageRow
+
+Policy = Literal["repeat", "stop", "redistribute"]
+MaxEpochs = float | Mapping[str, float] | None
+
+_WALKED = 1024  # positions that are gone through one by one, which then is quicker than to halve them
+
+NEVER = 1 << 62  # beyond every position, and more draws than any domain gives
+
+
+class Exhausted(LookupError, StopIteration):  # noqa: N818 (a state of affairs: the data that may be read is read)
+    """A position beyond the stream: the domains that are to stand there have been read as often as they may be.
+
+    It is a StopIteration too, so that a loader which asks for it ends as it does behind its last batch.
+    """
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user says of repetition.
+
+    Args:
+        max_epochs: how often each domain may be read over the whole run, for all or by name; None: no limit.
+        when_exhausted: what happens then. "repeat": it is reshuffled and read again, and the limit only bounds what
+            mixers may propose; "stop": the stream ends there; "redistribute": the others of the stage take its share,
+            and the stream ends when none is left. None: "redistribute" with a limit, "repeat" without.
+
+    Raises:
+        ValueError: a limit below 0, a policy there is not, or one that has no limit to act on.
+    """
+
+    max_epochs: MaxEpochs = None
+    when_exhausted: Policy | None = None
+    hard: bool = field(init=False)  # whether the order of the samples depends on the limits
+
+    def __post_init__(self) -> None:
+        given = self.max_epochs if isinstance(self.max_epochs, Mapping) else {None: self.max_epochs}
+        for name, limit in given.items():
+            if limit is not None and not limit >= 0:
+                raise ValueError(f"max_epochs{'' if name is None else f'[{name!r}]'}={limit}: at least 0")
+        if isinstance(self.max_epochs, Mapping):
+            object.__setattr__(self, "max_epochs", dict(self.max_epochs))
+        policy = self.when_exhausted or ("repeat" if self.max_epochs is None else "redistribute")
+        if policy not in ("repeat", "stop", "redistribute"):
+            raise ValueError(f"when_exhausted={policy!r}: 'repeat', 'stop' or 'redistribute'")
+        if policy != "repeat" and self.max_epochs is None:
+            raise ValueError(f"when_exhausted={policy!r} needs max_epochs: how often a domain may be read, 1 for once")
+        object.__setattr__(self, "when_exhausted", policy)
+        object.__setattr__(self, "hard", policy != "repeat")
+
+    def epochs(self, sizes: Mapping[str, int]) -> dict[str, float]:
+        """Name -> its limit in epochs, of the domains that have one."""
+        if isinstance(self.max_epochs, Mapping):
+            return dict(self.max_epochs)
+        return {} if self.max_epochs is None else dict.fromkeys(sizes, float(self.max_epochs))
+
+    def draws(self, sizes: Mapping[str, int]) -> Ints:
+        """How often each domain may be drawn, int64[n_domains]; NEVER where there is no limit."""
+        epochs = self.epochs(sizes)
+        return np.array([_draws(epochs.get(name, math.inf), size) for name, size in sizes.items()], np.int64)
+
+    def state(self) -> dict[str, Any]:
+        """What the order depends on of it, JSON-able."""
+        return {"max_epochs": self.max_epochs, "when_exhausted": self.when_exhausted} if self.hard else {}
+
+    def differences(self, state: Mapping[str, Any], common: Collection[str]) -> list[str]:
+        """In words, how the limits of `state` differ from these; of limits by name, those of the `common` domains."""
+        none = {"max_epochs": None, "when_exhausted": "repeat"}
+        found = []
+        for key, now in (none | self.state()).items():
+            then = (none | dict(state))[key]
+            if isinstance(now, Mapping) and isinstance(then, Mapping):
+                now, then = ({name: each[name] for name in common if name in each} for each in (now, then))
+            if then != now:
+                found.append(f"{key} was {then} and is {now}")
+        return found
+
+    def after(self, state: Mapping[str, Any], names: Collection[str]) -> "Limits":
+        """The limits of `state`, whose domains are `names`, and these for domains that it had not."""
+        then = state.get("max_epochs")
+        if not isinstance(then, Mapping) or not isinstance(self.max_epochs, Mapping):
+            return self
+        return replace(self, max_epochs={**{n: x for n, x in self.max_epochs.items() if n not in names}, **then})
+
+
+def _draws(epochs: float, size: int) -> int:
+    # As the number is written: 0.29 of 100 rows are 29, though the float below it times 100 is less.
+    return NEVER if math.isinf(epochs) else min(NEVER, math.floor(Fraction(repr(float(epochs))) * size))
+
+
+class Course:
+    """How one stage goes on under limits: which row of integers holds from which position on.
+
+    Args:
+        stage: the stage as it was published.
+        limit: int64[n_domains], draws of each domain over the whole run.
+        policy: what happens where a domain reaches its limit.
+        counts: draws of each domain before a position, under a row; not decreasing with the position.
+        domains: domain of each of some positions, from the second argument to before the third, under a row.
+
+    Attributes:
+        dry: first position that the stage has nothing for; `NEVER` if there is none.
+    """
+
+    def __init__(
+        self,
+        stage: StageRow,
+        limit: Ints,
+        policy: Policy,
+        counts: Callable[[StageRow, int], Ints],
+        domains: Callable[[StageRow, int, int], Ints],
+    ) -> None:
+        self._stage, self._limit, self._counts, self._domains = stage, limit, counts, domains
+        self._units = np.diff(stage.cdf, prepend=0)
+        self._weighted = self._units > 0
+        self._rows, self._starts, self._stops = [stage], [stage.start], [NEVER]
+        self.dry = NEVER
+        if policy == "repeat":
+            return
+        reached = stage.base >= limit
+        if policy == "redistribute":
+            if (limit[self._weighted] < NEVER).all():
+                self.dry = stage.start + int(np.maximum(0, limit - stage.base)[self._weighted].sum())
+            if (reached & self._weighted).any() and self.dry > stage.start:
+                self._rows[0] = self._row_from(stage.start, stage.base)
+            self._stops[0] = self._stop(self._rows[0], stage.start, stage.base)
+        else:
+            over = (reached & self._weighted).any()
+            self.dry = self._stops[0] = stage.start if over else self._stop(stage, stage.start, stage.base)
+
+    def at(self, position: int) -> tuple[StageRow, int]:
+        """The row that holds at `position`, and the first position at which it does not any more."""
+        while self._stops[-1] <= position and self._stops[-1] < self.dry:
+            start, last = self._stops[-1], self._rows[-1]
+            drawn = self._counts(last, start)
+            row = self._row_from(start, drawn)
+            self._rows.append(row)
+            self._starts.append(start)
+            self._stops.append(self._stop(row, start, drawn))
+        index = bisect_right(self._starts, position) - 1
+        return self._rows[index], self._stops[index]
+
+    def counts(self, position: int) -> Ints:
+        """Draws of each domain before `position`, which lies in the stage, or at its end."""
+        return self._counts(self.at(position)[0], position)
+
+    def used_up(self, position: int) -> list[int]:
+        """Numbers of the stage's domains that have reached their limit before `position`."""
+        found: list[int] = np.flatnonzero(self._weighted & (self.counts(position) >= self._limit)).tolist()
+        return found
+
+    def _row_from(self, start: int, drawn: Ints) -> StageRow:
+        left = np.where(drawn < self._limit, self._units, 0)
+        row = self._stage._replace(cdf=redistributed(left), base=np.zeros_like(drawn))
+        return row._replace(base=drawn - self._counts(row, start))
+
+    def _stop(self, row: StageRow, start: int, drawn: Ints) -> int:
+        """First position beyond `start` before which a domain of the row has reached its limit."""
+        units = np.diff(row.cdf, prepend=0)
+        live = np.flatnonzero((units > 0) & (drawn < self._limit) & (self._limit < NEVER))
+        if not live.size:
+            return NEVER
+        limit = self._limit[live]
+        wait = float(((limit - drawn[live]) / units[live]).min()) * TOTAL
+        if wait >= NEVER >> 1:
+            return NEVER
+        guess, low, near = start + math.ceil(wait), start, min(_WALKED, 64 + 2 * math.ceil(wait))
+        if guess >= start + _WALKED or (found := self._walk(row, live, start, start + near, drawn)) is None:
+            low, high = bracket(lambda g: bool((self._counts(row, g)[live] >= limit).any()), low, guess, _WALKED)
+            found = self._walk(row, live, low, high, self._counts(row, low))
+            assert found is not None
+        return found
+
+    def _walk(self, row: StageRow, live: Ints, low: int, high: int, drawn: Ints) -> int | None:
+        """First position up to `high` before which one of the `live` domains has reached its limit, if there is one.
+
+        `drawn` are draws before `low`.
+        """
+        domain = self._domains(row, low, high)
+        order = np.argsort(domain, kind="stable")
+        last = np.searchsorted(domain[order], live) + (self._limit - drawn)[live] - 1  # of a domain, in that order
+        reached = (last < len(domain)) & (domain[order[np.minimum(last, len(domain) - 1)]] == live)
+        return low + 1 + int(order[last[reached]].min()) if reached.any() else None
+
+
+def redistributed(units: Ints) -> Ints:
+    """Integer cdf of shares in proportion to `units`, none of them 0 that is not; exact, the same on every machine.
+
+    Args:
+        units: int64[n_domains] >= 0, with a sum from 1 to 2**32.
+
+    Returns:
+        int64[n_domains], as `integer_cdf` gives.
+    """
+    total = int(units.sum())
+    if total == TOTAL:
+        return np.cumsum(units)
+    scaled = units.astype(np.uint64) * np.uint64(TOTAL)  # below 2**64, as every unit is below the total
+    share, rest = (part.astype(np.int64) for part in np.divmod(scaled, np.uint64(total)))
+    share[np.argsort(-rest, kind="stable")[: TOTAL - int(share.sum())]] += 1  # largest remainders
+    return np.cumsum(share)
+
+
+def bracket(reached: Callable[[int], bool], low: int, guess: int, width: int) -> tuple[int, int]:
+    """Two positions at most `width` apart, between which `reached` begins to hold, and from then on holds.
+
+    Args:
+        reached: asked about positions beyond `low` alone.
+        low: a position at which it does not hold yet.
+        guess: of where it begins to; the better, the fewer positions are asked about.
+        width: of the result, at least 1.
+    """
+    high, step = max(guess, low + 1), width
+    while not reached(high):
+        low, high, step = high, high + step, 4 * step
+    while high - step > low:
+        if not reached(high - step):
+            low = high - step
+            break
+        high, step = high - step, 4 * step
+    while high - low > width:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return low, high

@@ -1,0 +1,89 @@
+"""Which domain is drawn when: each once in every stretch of 1 / weight moments, at a random moment of the stretch.
+
+So at any moment a domain has had its share, rounded up or down at random, however long the stream and however small
+the weight; and how often it was drawn by then is closed-form. (This is stratified, or jittered, sampling of time. The
+error of a low-discrepancy sequence grows with the logarithm of its length; that of rounding does not grow.) Draws are
+numbered in the order of their moments, those of one moment by domain. Knows nothing of names, stages, blocks or rows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dynmix.mixture.permutation import mix
+
+Ints = npt.NDArray[np.int64]
+UInts = npt.NDArray[np.uint64]
+
+TOTAL = 1 << 32
+
+
+class Quota(NamedTuple):
+    """Draws of domains by weight.
+
+    Attributes:
+        units: weights in units of 2**-32, int64[n_domains] >= 0 with a sum of 2**32.
+        keys: what is random, uint64[n_domains].
+    """
+
+    units: Ints
+    keys: UInts
+
+    def before(self, number: int) -> Ints:
+        """How many of the first `number` draws are of each domain, int64[n_domains]; exact for any below 2**62."""
+        # A draw a moment, give or take one a domain.
+        low, high, guess = max(0, number - len(self.units)), number + len(self.units) + 1, number
+        by: dict[int, Ints] = {}
+        while high - low > 1:
+            guess = min(max(guess, low + 1), high - 1)
+            by[guess] = self._by(guess)
+            excess = int(by[guess].sum()) - number
+            low, high = (low, guess) if excess > 0 else (guess, high)
+            guess -= excess
+        counts, after = (by[moment] if moment in by else self._by(moment) for moment in (low, high))
+        there = after - counts  # of the moment that draw `number` belongs to
+        counts += np.clip(number - counts.sum() - np.cumsum(there) + there, 0, there)
+        return counts
+
+    def domains(self, start: int, stop: int, before: Ints) -> tuple[Ints, Ints]:
+        """Domain of each draw from `start` to `stop - 1`, and `self.before(stop)`.
+
+        Args:
+            start: number of the first draw.
+            stop: one more than that of the last, at most 2**19 beyond `start`.
+            before: `self.before(start)`.
+
+        Returns:
+            int64[stop - start] and int64[n_domains].
+        """
+        after = self.before(stop)
+        times = after - before
+        domain, index = np.repeat(np.arange(len(times)), times), np.arange(stop - start)
+        first = before - np.cumsum(times) + times  # index + first is the number among its domain's draws
+        place = _place(np.repeat(self.keys + first.view(np.uint64), times), index)
+        # Draw j is of the first moment t with t * unit >= j * TOTAL + place. Counted from the moment `start` all of it
+        # is below 2**53, and no quotient is nearer to the next whole number than 2**-32: floats are exact.
+        stretch, passed = self._stretch(start)
+        late = np.repeat((first - stretch) * TOTAL - passed, times) + index * TOTAL + place
+        moment = np.ceil(late / np.repeat(self.units.astype(np.float64), times))
+        moment -= moment.min(initial=0)
+        order = np.argsort(moment.astype(np.min_scalar_type(int(moment.max(initial=0)))), kind="stable")  # small: radix
+        return domain[order], after
+
+    def _by(self, moment: int) -> Ints:
+        """Draws of each domain up to a moment."""
+        stretch, passed = self._stretch(moment)
+        return stretch + (passed >= _place(self.keys, stretch))
+
+    def _stretch(self, moment: int) -> tuple[Ints, Ints]:
+        """Number of the stretch each domain is in at a moment, and how much has passed of it, in parts of 2**-32."""
+        periods, rest = divmod(moment, TOTAL)
+        parts = self.units.view(np.uint64) * np.uint64(rest)  # below 2**64
+        whole = self.units * periods + (parts >> np.uint64(32)).view(np.int64)
+        return whole, (parts & np.uint64(TOTAL - 1)).view(np.int64)
+
+
+def _place(keys: UInts, draw: Ints) -> Ints:
+    """Where in its stretch a draw is, from 1 (moment 0 has none) to 2**32."""
+    return (mix(keys + draw.view(np.uint64)) >> np.uint64(32)).view(np.int64) + 1

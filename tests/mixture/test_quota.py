@@ -1,0 +1,86 @@
+import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dynmix.mixture.quota import TOTAL, Quota
+
+FAR = [0, TOTAL - 150, TOTAL, 10**12, 3 * TOTAL // 2, 2**61]
+
+
+@st.composite
+def quotas(draw: st.DrawFn) -> Quota:
+    """Any weights, from one unit to all of them; 0 included."""
+    cuts = st.one_of(st.integers(0, TOTAL), st.sampled_from([0, 1, TOTAL // 2, TOTAL - 1, TOTAL]))
+    edges = [0, *sorted(draw(st.lists(cuts, max_size=7))), TOTAL]
+    seed = draw(st.integers(0, 2**32))
+    return Quota(np.diff(np.array(edges)), np.random.default_rng(seed).integers(0, 2**64, len(edges) - 1, np.uint64))
+
+
+def hashed(word: int) -> int:
+    """SplitMix64."""
+    word = (word + 0x9E3779B97F4A7C15) % 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def draws_one_by_one(quota: Quota, number: int) -> list[int]:
+    """Domains of the first draws: the moment of every one of them in Python's own integers, sorted."""
+    moments = []
+    for domain, (unit, key) in enumerate(zip(quota.units.tolist(), quota.keys.tolist(), strict=True)):
+        draw = 0
+        while unit:
+            place = 1 + (hashed((key + draw) % 2**64) >> 32)
+            moment = -(-(draw * TOTAL + place) // unit)
+            if moment > number + len(quota.units):
+                break
+            moments.append((moment, domain, draw))
+            draw += 1
+    return [domain for _, domain, _ in sorted(moments)][:number]
+
+
+@given(quota=quotas(), cuts=st.lists(st.integers(0, 400), min_size=2, max_size=5))
+@example(Quota(np.array([TOTAL]), np.array([7], np.uint64)), [0, 400])
+def test_draws_and_counts_are_those_one_by_one(quota: Quota, cuts: list[int]) -> None:
+    expected = draws_one_by_one(quota, 400)
+    start, stop = min(cuts), max(cuts)
+    domain, after = quota.domains(start, stop, quota.before(start))
+    assert domain.tolist() == expected[start:stop]
+    assert after.tolist() == np.bincount(expected[:stop], minlength=len(quota.units)).tolist()
+    for cut in cuts:
+        assert quota.before(cut).tolist() == np.bincount(expected[:cut], minlength=len(quota.units)).tolist()
+
+
+@given(quota=quotas(), origin=st.sampled_from(FAR) | st.integers(0, 2**61), cut=st.integers(0, 300))
+def test_counts_agree_with_draws_however_far(quota: Quota, origin: int, cut: int) -> None:
+    before, middle = quota.before(origin), quota.before(origin + cut)
+    whole, after = quota.domains(origin, origin + 300, before)
+    assert before.sum() == origin
+    assert (
+        np.concatenate(
+            [quota.domains(origin, origin + cut, before)[0], quota.domains(origin + cut, origin + 300, middle)[0]]
+        )
+        == whole
+    ).all()
+    assert (middle - before).tolist() == np.bincount(whole[:cut], minlength=len(quota.units)).tolist()
+    assert (after - before).tolist() == np.bincount(whole, minlength=len(quota.units)).tolist()
+
+
+@given(quota=quotas(), origin=st.sampled_from(FAR) | st.integers(0, 2**61))
+def test_a_domain_is_off_by_no_more_than_rounding(quota: Quota, origin: int) -> None:
+    exact = [unit * origin / TOTAL if origin < 2**53 else unit * origin // TOTAL for unit in quota.units.tolist()]
+    for unit, share, drawn in zip(quota.units.tolist(), exact, quota.before(origin).tolist(), strict=True):
+        # One of its own, and what its moments are late because the other domains are early.
+        assert abs(drawn - share) <= 2 + len(quota.units) * unit / TOTAL
+        assert unit or not drawn
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32))
+def test_a_5000_domain_mixture_is_exact_too(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    units = rng.multinomial(TOTAL, rng.dirichlet(np.full(5000, 0.3)))
+    quota = Quota(units, rng.integers(0, 2**64, 5000, np.uint64))
+    domain, after = quota.domains(10**12, 10**12 + 20_000, quota.before(10**12))
+    assert (after - quota.before(10**12)).tolist() == np.bincount(domain, minlength=5000).tolist()
+    assert np.abs(after - units * ((10**12 + 20_000) / TOTAL)).max() < 2
