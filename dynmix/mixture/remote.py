@@ -1,0 +1,185 @@
+"""Remote token files as local copies: fsspec finds and fetches them, and memory maps need them whole.
+
+Knows files and where they are copied to; nothing of what is in them.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock
+
+from dynmix.mixture.store import StoreError
+
+logger = logging.getLogger("dynmix.mixture")
+
+# What file systems call the version of a file, the most reliable first.
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "md5", "crc32c", "blob_id", "generation", "version_id"),
+    *("LastModified", "last_modified", "updated", "mtime", "modified", "created"),
+)
+
+Choose = Callable[[list[str], str], list[str]]
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path has a protocol that is not the local one."""
+    return ("://" in path or "::" in path) and not path.startswith("file://")
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """`cache_dir`; None: `$DYNMIX_CACHE`, or else `~/.cache/dynmix`."""
+    given = os.environ.get("DYNMIX_CACHE", "~/.cache/dynmix") if cache_dir is None else cache_dir
+    return Path(os.path.abspath(Path(given).expanduser()))
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path, key: str) -> Iterator[None]:
+    """Held by one process of all that share `folder`: the others wait, and find what it made."""
+    (folder / "locks").mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "locks" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.lock"):
+        yield
+
+
+def download(
+    url: str,
+    choose: Choose,
+    cache_dir: str | os.PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Local copies of the chosen files of a remote file, folder or glob, in the order of `choose`.
+
+    A copy is made once, and again when the remote file changed its size or version (ETag, checksum or time). It gets
+    its name when it is whole. All files are copied before the first is read: a bucket takes its size on the disk.
+
+    Args:
+        url: with the protocol; what fsspec knows, and the packages for it that are installed.
+        choose: of the files' paths and `url`, those to open; a `.bin` comes with its `.idx`.
+        cache_dir: folder of copies, for all processes of a machine or of several; None: see `cache_folder`.
+        storage_options: for fsspec's file system, as `{"anon": True}`; it also reads its own configuration
+            (`~/.config/fsspec`, `FSSPEC_S3_...`).
+
+    Raises:
+        StoreError: the protocol's package is missing, nothing is there, no access, a download that broke off or does
+            not fit on the disk.
+    """
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise StoreError(f"{url}: remote files are read by fsspec: pip install fsspec") from error
+    folder = cache_folder(cache_dir)
+    try:
+        system, path = url_to_fs(url, **(storage_options or {}))
+        files = _listed(system, path)
+    except (ImportError, ValueError) as error:  # a package of the protocol that is missing, an unknown protocol
+        raise StoreError(f"{url} cannot be reached: {error}") from error
+    except Exception as error:  # every file system has errors of its own
+        raise StoreError(f"{url} cannot be listed: {type(error).__name__}: {error}") from error
+    if not files:
+        raise StoreError(f"{url}: no such file or folder, or nothing in it")
+    chosen = choose(list(files), path)
+    wanted = [name for first in chosen for name in ([f"{first[:-4]}.bin"] if first.endswith(".idx") else []) + [first]]
+    if missing := [name for name in wanted if name not in files]:
+        raise StoreError(f"{url}: {missing[0]} is missing, a store is both files")
+    with one_at_a_time(folder, url):
+        stale = {name: _copy(folder, url, name) for name in wanted}
+        stale = {name: copy for name, copy in stale.items() if not _is_current(copy, files[name])}
+        _check_room(folder, url, sum(int(files[name].get("size") or 0) for name in stale))
+        for name, copy in stale.items():
+            _fetch(system, name, copy, files[name])
+    return [_copy(folder, url, name) for name in chosen]
+
+
+def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
+    """Path -> info of all files that `path` may mean, with both files of a store."""
+    from fsspec.core import has_magic
+
+    system.invalidate_cache()  # another run may have listed it, in this process, before it changed
+    if has_magic(path) and not system.exists(path):
+        found = dict(system.glob(path, detail=True))
+        for name in [name for name, info in found.items() if info["type"] == "directory"]:
+            found |= system.find(name, detail=True)
+    elif system.isdir(path):
+        found = dict(system.find(path, detail=True))
+    else:
+        found = {path: system.info(path)} if system.isfile(path) else {}
+    stems = [name[:-4] for name in found if name.endswith((".bin", ".idx"))] or ([] if found else [path])
+    for other in (f"{stem}{end}" for stem in stems for end in (".bin", ".idx")):
+        if other not in found and system.isfile(other):
+            found[other] = system.info(other)
+    return {name: info for name, info in found.items() if info["type"] == "file"}
+
+
+def _copy(folder: Path, url: str, name: str) -> Path:
+    parts = [quote(part, safe=" ") for part in name.split("/") if part]
+    if any(part in (".", "..") for part in parts):
+        raise StoreError(f"{url}: the path {name} has {'..'!r} in it")
+    return folder.joinpath("remote", quote(url.split("://")[0], safe=""), *parts)
+
+
+def _version(info: Mapping[str, Any]) -> dict[str, str]:
+    found = {key: info[key] for key in ("size", *_VERSIONS) if info.get(key) is not None}
+    # Some file systems tell a time in a listing as a number, and of one file as a datetime.
+    return {key: str(value.timestamp() if isinstance(value, datetime) else value) for key, value in found.items()}
+
+
+def _note(copy: Path) -> Path:
+    return copy.with_name(f".{copy.name}.json")
+
+
+def _is_current(copy: Path, info: Mapping[str, Any]) -> bool:
+    try:
+        noted, now = json.loads(_note(copy).read_text()), _version(info)
+        was = noted["remote"]
+        # A listing and a look at one file need not tell the same, so the best that both tell decides.
+        best = next((key for key in _VERSIONS if key in was and key in now), None)
+        same = was.get("size") == now.get("size") and (was[best] == now[best] if best else was == now)
+        return bool(same and copy.stat().st_size == noted["bytes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _check_room(folder: Path, url: str, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"{url}: {needed:,} bytes are to be copied, and {folder} has {free:,} left: give a cache_dir that has room"
+        )
+
+
+def _fetch(system: Any, name: str, copy: Path, info: Mapping[str, Any]) -> None:
+    from fsspec.callbacks import TqdmCallback
+
+    beside = copy.with_name(f"{copy.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    bar = TqdmCallback(tqdm_kwargs={"desc": name, "unit": "B", "unit_scale": True, "disable": None, "leave": False})
+    try:
+        try:
+            system.get_file(name, str(beside), callback=bar)
+            with open(beside, "rb") as whole:
+                os.fsync(whole.fileno())
+            size, expected = beside.stat().st_size, info.get("size")
+            if expected is not None and size != expected:
+                raise EOFError(f"{size} bytes came, of {expected}")
+        except Exception as error:  # every file system has errors of its own
+            raise StoreError(
+                f"the download of {name} broke off: {type(error).__name__}: {error}; start again, and what is whole"
+                " is not copied again"
+            ) from error
+        _note(copy).unlink(missing_ok=True)
+        os.replace(beside, copy)
+        text = json.dumps({"remote": _version(info), "bytes": size})
+        note = _note(beside)
+        note.write_text(text)
+        os.replace(note, _note(copy))
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+import json
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from dynmix.mixture.documents import JoinedDocuments
+from dynmix.mixture.files import open_path
+from dynmix.mixture.remote import cache_folder
+from dynmix.mixture.store import StoreError, TokenStore
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[MemoryFileSystem]:
+    """A bucket with stores code/a and code/deep/b, and a flat file."""
+    system: MemoryFileSystem = fsspec.filesystem("memory")
+    for name, documents in (("a", [[1, 2], [3]]), ("deep/b", [[4], [5, 6]])):
+        TokenStore.write(tmp_path / "made" / name, documents)
+        for end in (".bin", ".idx"):
+            system.pipe(f"/bucket/code/{name}{end}", (tmp_path / "made" / f"{name}{end}").read_bytes())
+    system.pipe("/bucket/flat/x.npy", np.arange(100, 300, dtype=np.uint16).tobytes())
+    system.pipe("/bucket/code/README.md", b"no tokens")
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were copied."""
+    names: list[str] = []
+    get_file = MemoryFileSystem.get_file
+
+    def counted(self: MemoryFileSystem, name: str, *args: Any, **options: Any) -> None:
+        names.append(name)
+        get_file(self, name, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", counted)
+    return names
+
+
+def tokens(url: str, cache: Path) -> list[int]:
+    documents = open_path(url, cache_dir=cache)
+    return documents.read(np.array([0]), documents.num_tokens)[0].tolist()
+
+
+@pytest.mark.usefixtures("remote")
+def test_files_folders_and_globs_are_copied_once(tmp_path: Path, fetched: list[str]) -> None:
+    cache = tmp_path / "cache"
+    for url in ("memory://bucket/code/a", "memory://bucket/code/a.idx", "memory://bucket/code/a.bin"):
+        assert tokens(url, cache) == [1, 2, 3]
+    assert fetched == ["/bucket/code/a.bin", "/bucket/code/a.idx"]
+    for url in ("memory://bucket/code", "memory://bucket/code/", "memory://bucket/code/**/*.idx", "memory://bucket/c*"):
+        assert tokens(url, cache) == [1, 2, 3, 4, 5, 6]
+    assert len(fetched) == 4
+    assert tokens("memory://bucket/flat/x.npy", cache) == list(range(100, 300))
+    assert tokens("memory://bucket/flat/*.npy", cache) == list(range(100, 300))
+    assert tokens("memory://bucket", cache) == [1, 2, 3, 4, 5, 6, *range(100, 300)]
+    assert len(fetched) == 5
+    documents = open_path("memory://bucket/code", cache_dir=cache)
+    assert isinstance(documents, JoinedDocuments)
+    assert [each.tolist() for each in pickle.loads(pickle.dumps(documents))] == [[1, 2], [3], [4], [5, 6]]
+    assert not list(cache.rglob("*.tmp*"))
+
+
+def test_what_changed_is_copied_again(remote: MemoryFileSystem, tmp_path: Path, fetched: list[str]) -> None:
+    cache, url = tmp_path / "cache", "memory://bucket/flat/x.npy"
+    before = open_path(url, cache_dir=cache)
+    remote.pipe("/bucket/flat/x.npy", np.arange(1000, 1200, dtype=np.uint16).tobytes())
+    assert tokens(url, cache) == list(range(1000, 1200))
+    assert before.read(np.array([0]), 2).tolist() == [[100, 101]]  # who has it open keeps what was there
+    assert len(fetched) == 2
+    note = next(cache.rglob(".x.npy.json"))
+    for damaged in ("", "[]", "{}", json.dumps({"remote": {}, "bytes": 400})):
+        note.write_text(damaged)
+        assert tokens(url, cache) == list(range(1000, 1200))
+    assert len(fetched) == 6
+    (note.parent / "x.npy").write_bytes(b"12")
+    assert tokens(url, cache) == list(range(1000, 1200))
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_download_that_breaks_off_leaves_nothing_that_is_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_file = MemoryFileSystem.get_file
+
+    def cut(error: Exception | None) -> Any:
+        def broken(self: MemoryFileSystem, name: str, path: str, **options: Any) -> None:
+            get_file(self, name, path, **options)
+            if name.endswith(".idx"):
+                os.truncate(path, 20)
+                if error is not None:
+                    raise error
+
+        return broken
+
+    for error, message in ((ConnectionResetError("reset by peer"), "ConnectionResetError: reset"), (None, "20 bytes")):
+        monkeypatch.setattr(MemoryFileSystem, "get_file", cut(error))
+        with pytest.raises(StoreError, match=rf"the download of /bucket/code/a\.idx broke off: .*{message}.*again"):
+            open_path("memory://bucket/code", cache_dir=tmp_path)
+    assert {file.name for file in (tmp_path / "remote").rglob("*") if file.is_file()} == {"a.bin", ".a.bin.json"}
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    assert tokens("memory://bucket/code", tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://bucket/nowhere", "memory://bucket/nowhere: no such file or folder"),
+        ("memory://bucket/none*", "memory://bucket/none.*: no such file or folder"),
+        ("memory://bucket/code/README.md", "no token files"),
+        ("memory://bucket/lost", r"memory://bucket/lost: /bucket/lost/y\.bin is missing, a store is both files"),
+        ("strange://bucket/code", "strange://bucket/code cannot be reached: Protocol not known"),
+        ("adl://bucket/code", "adl://bucket/code cannot be reached: "),
+    ],
+)
+def test_what_cannot_be_had_is_refused(remote: MemoryFileSystem, tmp_path: Path, url: str, message: str) -> None:
+    remote.pipe("/bucket/lost/y.idx", remote.cat("/bucket/code/a.idx"))
+    with pytest.raises(StoreError, match=message):
+        open_path(url, cache_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("remote")
+def test_errors_of_the_file_system_and_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise PermissionError("403")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "isdir", refused)
+        with pytest.raises(StoreError, match="memory://bucket/code cannot be listed: PermissionError: 403"):
+            open_path("memory://bucket/code", cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=3))
+        with pytest.raises(
+            StoreError, match="bytes are to be copied, and .* has 3 left: give a cache_dir that has room"
+        ):
+            open_path("memory://bucket/code", cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fsspec.core", None)
+        with pytest.raises(StoreError, match="remote files are read by fsspec: pip install fsspec"):
+            open_path("memory://bucket/code", cache_dir=tmp_path)
+
+
+def test_the_cache_is_where_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNMIX_CACHE", str(tmp_path / "a"))
+    assert cache_folder(None) == tmp_path / "a"
+    assert cache_folder(tmp_path / "b") == tmp_path / "b"
+    monkeypatch.delenv("DYNMIX_CACHE")
+    assert cache_folder(None) == Path.home() / ".cache" / "dynmix"
