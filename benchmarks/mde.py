@@ -41,7 +41,7 @@ from dynmix.laws import (
     sample_mixtures,
     solve,
 )
-from dynmix.mixture.dataset import PackedSequences
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.prepare import prepare
 
 Array = NDArray[np.float64]

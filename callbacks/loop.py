@@ -12,7 +12,7 @@ from torch import nn
 
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
-from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.stream import Mixture
 
 
 class MixtureHook:
@@ -25,6 +25,12 @@ class MixtureHook:
             optimizer.zero_grad()
             hook.step()
         hook.finish()
+
+    Each of several ranks reads `range(hook.position + rank, len(dataset), ranks)`. A run may go on with other ranks,
+    workers, batches and accumulation, as long as a step takes as many samples. Where the dataset's `max_epochs` ends
+    the stream before the run, the loader ends with the last whole step.
+
+    A `MixtureStream` is read by torchdata's `StatefulDataLoader`, whose state goes beside the hook's.
 
     Args:
         model: the model that trains, wrapped or not.
@@ -45,7 +51,7 @@ class MixtureHook:
     def __init__(
         self,
         model: nn.Module,
-        dataset: MixtureDataset,
+        dataset: Mixture,
         tasks: Mapping[str, Any],
         mixer: Mixer | str | Mapping[str, Any],
         stage_steps: int,
@@ -60,7 +66,7 @@ class MixtureHook:
         self.controller.watch(model)  # before the first step, which ends when it is too late
         self.batch_size = batch_size
         self.steps = 0
-        self._begun = False
+        self._begun = self._checked = False
         if batch_size is not None:
             self.controller.plan(batch_size=batch_size, max_steps=max_steps)
 
@@ -74,6 +80,8 @@ class MixtureHook:
         self.steps += 1
         logs = None if self._begun else self._begin()
         assert self.batch_size is not None
+        if not self._checked:
+            self._check_reading(self.batch_size)
         # One batch of grace: a rank whose share of a step is its first part has read less than the step's end.
         # Nothing is known of a dataset that is read through a wrapper.
         if 0 < self.dataset.read_until < self.position - self.batch_size:
@@ -115,13 +123,23 @@ class MixtureHook:
                 raise ValueError(
                     "nothing was read through a DataLoader before this step: pass batch_size to MixtureHook"
                 )
-            ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-            self.batch_size = self.dataset.read_size * ranks
+            self.batch_size = self.dataset.read_size * _ranks()
             self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
-        elif self.dataset.read_size > self.batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size}, but the loader reads {self.dataset.read_size} samples at once: pass "
-                "what an optimizer step takes over all ranks and accumulation steps"
-            )
+        self._check_reading(self.batch_size)
         self._begun = True
         return self.controller.begin(self.model, self.steps)
+
+    def _check_reading(self, batch_size: int) -> None:
+        self._checked = True
+        read, ranks = self.dataset.read_size, _ranks()
+        # The last request before the end may be a short one.
+        if read and self.dataset.read_until < len(self.dataset) and batch_size % (read * ranks):
+            raise ValueError(
+                f"batch_size={batch_size}, but the loader reads {read} samples at once on each of {ranks} ranks: pass "
+                "what an optimizer step takes over all ranks and accumulation steps, and keep it when a run goes on "
+                "with other ranks or batches"
+            )
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.packing import PackedSequences
+from dynmix.mixture.stream import Mixture, MixtureStream
+from dynmix.mixture.text import check_stores
 
 logger = logging.getLogger("dynmix")
 
@@ -34,12 +44,14 @@ class MixtureCallback(TrainerCallback):
         options: further arguments of `dynmix.controller.MixtureController`.
 
     Raises (when training begins):
-        ValueError: Trainer arguments under which steps would not be positions of the dataset, each with its remedy.
+        ValueError: Trainer arguments under which steps would not be positions of the dataset, each with its remedy; a
+            tokenizer (`processing_class`) that the dataset's stores were not made with; a data collator that does away
+            with the dataset's `boundaries`.
     """
 
     def __init__(
         self,
-        dataset: MixtureDataset,
+        dataset: Mixture,
         tasks: Mapping[str, Any],
         mixer: Mixer | str | Mapping[str, Any],
         stage_steps: int,
@@ -60,6 +72,11 @@ class MixtureCallback(TrainerCallback):
         self._trainer, self._finished = trainer_on_the_stack(self), False
         batch_size = _samples_per_step(args)
         self._check(args, state, batch_size)
+        if isinstance(tokenizer := kwargs.get("processing_class"), PreTrainedTokenizerBase):
+            _check_tokenizer(self.dataset, tokenizer)
+        collate = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
+        if isinstance(self.dataset, MixtureDataset) and self.dataset.boundaries and collate is not None:
+            self.dataset.check_collate(collate)
         self.controller.write_to(self.output or Path(args.output_dir or ".") / "dynmix")
         if state.global_step:
             if STATE not in _saved(state):
@@ -80,6 +97,8 @@ class MixtureCallback(TrainerCallback):
         if logs := self.controller.step_ended(model_of(kwargs), state.global_step):
             self._log(logs, control)
         _saved(state)[STATE] = self.controller.state_dict()
+        if self.controller.why_over(state.global_step):
+            control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._log(self.controller.finish(model_of(kwargs), state.global_step), control)
             self._finished = True
@@ -109,7 +128,9 @@ class MixtureCallback(TrainerCallback):
             raise ValueError(
                 "the Trainer's train_dataset is not the dataset given to MixtureCallback: pass the same one"
             )
-        if args.train_sampling_strategy != "sequential":
+        if isinstance(self.dataset, MixtureStream):
+            _check_stream(self.dataset, args)
+        elif args.train_sampling_strategy != "sequential":
             raise ValueError(
                 f"train_sampling_strategy={args.train_sampling_strategy!r} would shuffle the stages together: pass "
                 "TrainingArguments(train_sampling_strategy='sequential'); MixtureDataset is shuffled already"
@@ -124,6 +145,24 @@ class MixtureCallback(TrainerCallback):
                 f"raise num_samples to {state.max_steps * batch_size} or lower max_steps; for a second epoch of the "
                 "data raise num_samples as well, each domain is reshuffled on its own"
             )
+
+
+def _check_stream(stream: MixtureStream, args: TrainingArguments) -> None:
+    if stream.world_size not in (None, 1):
+        raise ValueError(
+            f"world_size={stream.world_size}: the Trainer gives each process its part of what it reads, so that a "
+            "MixtureStream is read whole; pass world_size=1 and no rank"
+        )
+    split, dispatched = (getattr(args.accelerator_config, key, None) for key in ("split_batches", "dispatch_batches"))
+    # Without dispatch_batches every process reads all of it, and of as many batches as there are processes keeps one.
+    size = args.train_batch_size * (args.world_size if dispatched is False and not split else 1)
+    if args.dataloader_num_workers > 1 and stream.batch_size != size:
+        raise ValueError(f"batch_size={stream.batch_size} of the MixtureStream: with these arguments it must be {size}")
+
+
+def _check_tokenizer(dataset: Mixture, tokenizer: PreTrainedTokenizerBase) -> None:
+    sequences = dataset.sequences.values() if isinstance(dataset, MixtureDataset) else ()
+    check_stores([rows.store for rows in sequences if isinstance(rows, PackedSequences)], tokenizer)
 
 
 def _saved(state: TrainerState) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynmix.influence.capture import next_token_labels
-from dynmix.mixture.dataset import PackedSequences
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 
 logger = logging.getLogger("dynmix")
@@ -83,7 +83,14 @@ def as_batches(
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Return one batch of examples padded on the right: `input_ids`, `labels` (-100 on padding), `attention_mask`."""
+    """Return one batch of examples padded on the right: `input_ids`, `labels` (-100 on padding), `attention_mask`.
+
+    Examples of packed documents, of one length, keep what holds these apart: `position_ids`, or an `attention_mask` of
+    [1, tokens, tokens].
+    """
+    if "position_ids" in examples[0] or torch.as_tensor(examples[0].get("attention_mask", 0)).ndim > 1:
+        names = [name for name in _INPUTS if name in examples[0]]
+        return {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in names}
     ids = [torch.as_tensor(example["input_ids"]) for example in examples]
     labels = [torch.as_tensor(example.get("labels", example["input_ids"])) for example in examples]
     masks = [

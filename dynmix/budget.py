@@ -6,6 +6,8 @@ Knows the dataset's sizes and counts; no mixer and no model.
 from collections.abc import Mapping
 
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.limits import Limits, MaxEpochs
+from dynmix.mixture.stream import Mixture
 
 
 class EpochBudget:
@@ -13,26 +15,29 @@ class EpochBudget:
 
     Args:
         dataset: the mixture whose domains are limited.
-        max_epochs: epochs of each domain over the whole run, one number for all or by name; None: no limit.
+        max_epochs: epochs of each domain over the whole run, one number for all or by name; None: the dataset's limit,
+            if it has one.
 
     Raises:
-        ValueError: a name that is no domain, a limit below 0.
+        ValueError: a name that is no domain, a limit below 0, or another one than the dataset's.
     """
 
-    def __init__(self, dataset: MixtureDataset, max_epochs: float | Mapping[str, float] | None):
-        self.dataset = dataset
-        self._by_name = dict(max_epochs) if isinstance(max_epochs, Mapping) else {}
-        self.of_all = None if max_epochs is None or isinstance(max_epochs, Mapping) else float(max_epochs)
-        for name, limit in self.max_epochs.items():
-            if name not in dataset.domains:
-                raise ValueError(f"max_epochs: no domain {name!r}; the domains are {list(dataset.domains)}")
-            if not limit >= 0:
-                raise ValueError(f"max_epochs[{name!r}]={limit}: at least 0")
+    def __init__(self, dataset: Mixture, max_epochs: MaxEpochs):
+        self.dataset, own = dataset, dataset.schedule.limits.max_epochs
+        if None not in (max_epochs, own) and max_epochs != own:
+            raise ValueError(f"max_epochs={max_epochs}, and the dataset's is {own}: say it once, to MixtureDataset")
+        self._given = Limits(max_epochs, "repeat")
+        if unknown := [name for name in self._given.epochs(dataset.sizes) if name not in dataset.sizes]:
+            raise ValueError(f"max_epochs: no domain {unknown[0]!r}; the domains are {list(dataset.domains)}")
+
+    @property
+    def _limits(self) -> Limits:
+        return self._given if self._given.max_epochs is not None else self.dataset.schedule.limits
 
     @property
     def max_epochs(self) -> dict[str, float]:
         """Domain -> epochs; of domains that entered the run too, where there is one number for all."""
-        return self._by_name if self.of_all is None else dict.fromkeys(self.dataset.domains, self.of_all)
+        return self._limits.epochs(self.dataset.sizes)
 
     def left(self, position: int) -> dict[str, float]:
         """Return domain -> sequences that may still be drawn from `position` on, for the limited domains."""
@@ -41,14 +46,23 @@ class EpochBudget:
 
     def upper(self, start: int, samples: int) -> dict[str, float]:
         """Return domain -> the largest weight of a stage of `samples` samples from `start` on that stays within it."""
-        return {name: max(0.0, left) / samples for name, left in self.left(start).items()}
+        gone = self.dataset.gone if isinstance(self.dataset, MixtureDataset) else ()
+        bounds = {name: max(0.0, left) / samples for name, left in self.left(start).items()}
+        return bounds | dict.fromkeys(gone, 0.0)
 
     def entering(self, sizes: Mapping[str, int], samples: int) -> dict[str, float]:
         """Return the same for domains that are about to enter, by how many sequences they have."""
-        return {} if self.of_all is None else {name: self.of_all * size / samples for name, size in sizes.items()}
+        if isinstance(self._limits.max_epochs, Mapping):
+            return {}
+        return {name: limit * sizes[name] / samples for name, limit in self._limits.epochs(sizes).items()}
 
     def check(self, total: int, first_end: int) -> None:
-        """Raise ValueError if a run of `total` samples, or its first stage up to `first_end`, cannot stay within it."""
+        """Raise ValueError if a run of `total` samples, or its first stage up to `first_end`, cannot stay within it.
+
+        Where the dataset keeps the limit itself, neither can exceed it.
+        """
+        if self.dataset.schedule.limits.hard:
+            return
         if len(self.max_epochs) == len(self.dataset.domains):
             room = sum(limit * self.dataset.sizes[name] for name, limit in self.max_epochs.items())
             if room < total:

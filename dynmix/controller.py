@@ -20,18 +20,21 @@ from torch import nn
 from dynmix.budget import EpochBudget
 from dynmix.decider import Decider
 from dynmix.drawn import DrawnMixtures
-from dynmix.influence.capture import LayerFilter
+from dynmix.influence.capture import LayerFilter, unwrap
 from dynmix.influence.curvature import EKFAC, Curvature
 from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
+from dynmix.mixture.accounting import NewEpoch, UsedUp, in_words, new_epochs, used_up
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
-from dynmix.ranks import from_rank_0, on_every_rank
+from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
 from dynmix.record import Losses, log_keys, losses_of, make_row
 from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
 
 logger = logging.getLogger("dynmix")
+data_logger = logging.getLogger("dynmix.mixture")
 
 MEASURED = frozenset({"influence", "gradient", "measure"})  # what takes probes at a boundary
 
@@ -49,16 +52,18 @@ class MixtureController:
             one such row, the mean over the domains of their own text (rows that the coming stage does not train on);
             None: none. Measured for the mixers that use them; the losses of named ones are journaled for all.
         reference: the reference model of mixers that need `reference_loss`: a causal LM, or the path of one.
-        curvature: the curvature of the influence; fitted anew at each boundary; None: `EKFAC()`, and `DataInf()` where
-            the whole corpus is scored.
+        curvature: the curvature of the influence, fitted anew at each boundary, or as seldom as it says; None:
+            `EKFAC()`, and `DataInf()` where the whole corpus is scored.
         probe_sequences: sequences of each domain that the influence is measured on, at each boundary.
-        curvature_sequences: sequences that the curvature is fitted on, split over the domains as the weights are.
+        curvature_sequences: sequences that the curvature is fitted on, split over the domains as the weights are; a
+            curvature's own `factor_tokens` take their place.
         task_sequences: sequences of each task that are used at most, evenly spread over it; None: all. (Tasks given as
             batches are used whole.) As many are used of "domains", over all of them.
         sample_sequences: sequences of a sample that is drawn for mixers that need `measure`.
         micro_batch: sequences a forward pass of a measurement.
         max_epochs: how often a domain's sequences may be seen over the whole run, for all domains or by name; gives
-            the mixer its upper bounds. None: no bound.
+            the mixer its upper bounds. None: the dataset's `max_epochs`, which is the place to say it: there it holds
+            to the sample.
         output: folder for `config.json`, `journal.jsonl` and `snapshots/`; None writes nothing.
         keep: newest snapshots that are kept; 0 saves none.
         loss_every: the tasks' losses are measured for the journal at every so many boundaries, where they do not come
@@ -72,7 +77,7 @@ class MixtureController:
 
     def __init__(
         self,
-        dataset: MixtureDataset,
+        dataset: Mixture,
         tasks: Mapping[str, Any],
         mixer: Mixer | str | Mapping[str, Any],
         *,
@@ -116,7 +121,7 @@ class MixtureController:
         self.sampler: Sampler | None = None
         if "samples" in self.decider.needs:
             self.sampler = Sampler(
-                dataset,
+                self.decider.random_access(dataset),
                 tasks,
                 self.measurement.sets,
                 self.mixer.sample_plan,
@@ -128,12 +133,16 @@ class MixtureController:
             )
         self.dataset, self.stage_steps, self.keep, self.loss_every = dataset, stage_steps, keep, loss_every
         self.budget = EpochBudget(dataset, max_epochs)
+        if isinstance(dataset, MixtureDataset):
+            dataset.controlled = True
         self.folder: RunFolder | None = None
         if output is not None:
             self.write_to(output)
         self.batch_size = 0  # samples an optimizer step, over all ranks; known when the run is planned
-        self.total = 0  # samples of the whole run
-        self.resumed = False
+        self._planned = 0  # samples of the whole run
+        self._untold: list[NewEpoch | UsedUp] = []  # what the log is yet to tell of the stages that are published
+        self.resumed = self._watched = False
+        self._factors: str | None = None  # the file of the curvature's, if it carries any on
         self._dataset_state: tuple[tuple[int, int | None], dict[str, Any]] | None = None
 
     def write_to(self, output: str | Path) -> None:
@@ -141,12 +150,28 @@ class MixtureController:
         self.folder = RunFolder(Path(output))
 
     @property
+    def total(self) -> int:
+        """Samples of the whole run: as planned, or up to where the dataset is exhausted."""
+        ends_at = self.dataset.ends_at if isinstance(self.dataset, MixtureDataset) else self._planned
+        return min(self._planned, ends_at)
+
+    def why_over(self, step: int) -> str:
+        """Why the run ends with `step` before it is as long as planned, because the data is exhausted; "" if not."""
+        dry = self.dataset.schedule.exhausted_at
+        if dry is None or self.total == self._planned or step * self.batch_size < self.total:
+            return ""
+        return self.dataset.schedule.why_exhausted(dry)
+
+    @property
     def mixer(self) -> Mixer:
         """What decides the weights."""
         return self.decider.mixer
 
     def watch(self, model: nn.Module) -> None:
-        """Watch this model's training loss from now on, if the mixer learns from it."""
+        """Watch this model's training loss from now on, if the mixer learns from it; warn of a cache, once."""
+        if not self._watched:
+            _warn_of_cache(self.dataset, model)
+        self._watched = True
         if self.decider.watch is not None:
             self.decider.watch.attach(model)
 
@@ -170,14 +195,23 @@ class MixtureController:
             raise ValueError(
                 f"{self.decider.name} keeps checkpoints, scores and groups in files: pass output=, a folder"
             )
+        if self.measurement.carried is not None and self.folder is None:
+            raise ValueError(
+                f"{self.measurement.curvature}: factors that are carried from stage to stage are kept in files: pass "
+                "output=, a folder"
+            )
         self.batch_size = batch_size
-        self.total = len(self.dataset) if max_steps is None else min(len(self.dataset), max_steps * batch_size)
-        if len(schedule.stages) > 1 and not self.resumed:
-            raise ValueError(f"the dataset has {len(schedule.stages)} stages: pass one with a single, undecided stage")
+        if isinstance(self.dataset, MixtureDataset):
+            self.dataset.plan_steps(batch_size)
+        self._planned = len(self.dataset) if max_steps is None else min(len(self.dataset), max_steps * batch_size)
+        if schedule.num_stages > 1 and not self.resumed:
+            raise ValueError(f"the dataset has {schedule.num_stages} stages: pass one with a single, undecided stage")
         if not self.resumed and self._boundary() >= self.total:
+            dry = schedule.exhausted_at
             raise ValueError(
                 f"stage_steps={self.stage_steps}: the run of {-(-self.total // batch_size)} steps ends before its "
                 "first stage does, so that nothing would ever be decided; make stages shorter"
+                + (f" ({schedule.why_exhausted(dry)})" if dry is not None and self.total < self._planned else "")
             )
         if self._boundary() < self.total and schedule.end is None:
             if self.dataset.read_until > self._boundary():
@@ -205,9 +239,11 @@ class MixtureController:
         """
         self.watch(model)
         influence, drawn = self.measurement.rehearse(model) if self.decider.needs & MEASURED else (None, None)
-        upper = self.budget.upper(0, min(self.stage_steps * self.batch_size, self.total))
+        schedule = self.dataset.schedule
+        first = schedule.starts[0]  # that is known: a state may have left out the oldest stages
+        upper = self.budget.upper(first, self.stage_steps * self.batch_size)
         samples = self.sampler.rehearse(model) if self.sampler is not None and not self.resumed else None
-        self.decider.rehearse(influence, self.dataset.schedule.weights_at(0), upper, drawn, samples)
+        self.decider.rehearse(influence, schedule.weights_at(first), upper, drawn, samples)
         if self.resumed:
             if self.sampler is not None and self.folder is not None:
                 self.sampler.begin(self.folder.path, step)
@@ -216,6 +252,8 @@ class MixtureController:
                     f"the state is older than step {step}: the stage of sample {self._boundary()} is not in it; resume "
                     "model and mixture from the same checkpoint"
                 )
+            again = self._look_ahead(step * self.batch_size)
+            self._untold = self._to_tell(again, step * self.batch_size)
             return self._decide(model, step) if self._is_due(step) else None
         if self.folder is not None:
             self.folder.set_aside()
@@ -226,16 +264,49 @@ class MixtureController:
         seconds: dict[str, float] = {}
         with _timed(seconds, "measure"):
             loss = self.measurement.losses(model)
-        return self._write_down("stage", step, 0, loss, seconds=seconds)
+        logs = self._write_down("stage", step, 0, loss, seconds=seconds)
+        if again := [each for each in self._untold if isinstance(each, NewEpoch)]:
+            data_logger.warning("stage 0 will read again: %s", in_words(again))
+        return logs
 
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
         self.dataset.pulse()
+        self._tell(step)
         self.decider.observe(step, self.batch_size)
         logs = self.sampler.step_ended(model, step) if self.sampler is not None else {}
         if self._is_due(step):
             logs |= self._decide(model, step)
         return logs or None
+
+    def _look_ahead(self, position: int) -> list[NewEpoch]:
+        """Which domains will begin to be read again from `position` on. Raises ValueError if one cannot be read."""
+        schedule = self.dataset.schedule
+        stop = min(schedule.end or self.total, self.total)
+        if position >= stop:
+            return []
+        drawn = schedule.counts(stop) - schedule.counts(position)
+        gone = self.dataset.gone if isinstance(self.dataset, MixtureDataset) else ()
+        if needed := [name for name in gone if drawn[schedule.names.index(name)]]:
+            raise ValueError(
+                f"{needed} are drawn {position}..{stop}, and are not among the domains of this run: list them until "
+                "the boundary of a stage that gives them no weight"
+            )
+        return new_epochs(schedule, position, stop)
+
+    def _to_tell(self, again: list[NewEpoch], position: int) -> list[NewEpoch | UsedUp]:
+        schedule = self.dataset.schedule
+        return sorted([*again, *used_up(schedule, position, min(schedule.end or self.total, self.total))])
+
+    def _tell(self, step: int) -> None:
+        """Say in the log what became of domains in a step, read again or used up, and which stage begins then."""
+        position, schedule = step * self.batch_size, self.dataset.schedule
+        while self._untold and self._untold[0].position < position:
+            what = self._untold.pop(0)
+            if is_rank_0():
+                data_logger.warning("%s, in step %d", what, step)
+        if position in schedule.starts[-2:] and is_rank_0():
+            data_logger.info("the stage of position %d begins with step %d", position, step + 1)
 
     def saved(self, step: int) -> None:
         """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
@@ -256,7 +327,10 @@ class MixtureController:
             logger.warning("the final task losses could not be measured: %s", error)
         self.resumed = False  # what comes after is another run
         end = min(step * self.batch_size, self.total)
-        return self._write_down("final", step, end, loss, error=error, seconds=seconds)
+        message = self.why_over(step)
+        if message:
+            logger.warning("the run ends after step %d: %s", step, message)
+        return self._write_down("final", step, end, loss, error=error, message=message, seconds=seconds)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -264,12 +338,13 @@ class MixtureController:
         """Return the state, JSON-able: the dataset's stages and fingerprints, what a step is, what the mixer learnt."""
         stages = self.dataset.schedule.generation, self.dataset.schedule.end
         if self._dataset_state is None or self._dataset_state[0] != stages:
-            self._dataset_state = stages, self.dataset.state_dict()  # asked for after every step
+            self._dataset_state = stages, _stages_of(self.dataset)  # asked for after every step
         return {
             "batch_size": self.batch_size,
             "stage_steps": self.stage_steps,
             "dataset": self._dataset_state[1],
             "mixer": self.decider.state_dict(),
+            "curvature": self._factors,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -286,8 +361,8 @@ class MixtureController:
             batch_size = int(state["batch_size"])
             self._check_same_batch(batch_size)
             stages = state["dataset"]["schedule"]["stages"]
-            starts = [stage["start"] for stage in stages]
-            if starts != [k * self.stage_steps * batch_size for k in range(len(stages))]:
+            starts = stages["starts"]
+            if starts != [(stages["first"] + k) * self.stage_steps * batch_size for k in range(len(starts))]:
                 raise ValueError(
                     f"this state is damaged: its stages start at {starts[:5]}..., which are no stages of it"
                 )
@@ -296,16 +371,19 @@ class MixtureController:
             self.decider.load_state_dict(state["mixer"])
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
+        self._factors = state.get("curvature")
+        if self._factors is not None and self.measurement.carried is not None and self.folder is not None:
+            self.measurement.carried.load(self.folder.factors / self._factors)
         self.batch_size = batch_size
         self.resumed = True
         if self.folder is not None:
-            self.folder.rewind(len(self.dataset.schedule.stages))
+            self.folder.rewind(self.dataset.schedule.num_stages)
 
     # -- a boundary --------------------------------------------------------------------------------------------------
 
     def _boundary(self) -> int:
         """Position at which the stage after the last published one starts."""
-        return len(self.dataset.schedule.stages) * self.stage_steps * self.batch_size
+        return self.dataset.schedule.num_stages * self.stage_steps * self.batch_size
 
     def _is_due(self, step: int) -> bool:
         """Whether the next stage is to be decided after `step`: one step before it starts, or as it starts."""
@@ -334,11 +412,11 @@ class MixtureController:
                     gradient = self.measurement.gradient(model, probes)
                     influence = influence or gradient
                     _check_finite(gradient)
-                if self.sampler is not None and self.mixer.wants_samples(len(schedule.stages), prior):
+                if self.sampler is not None and self.mixer.wants_samples(schedule.num_stages, prior):
                     samples = self.sampler.scores(model, step, (self.total - start) * self.dataset.sequence_length)
                 if influence is not None:
                     loss = losses_of(influence)
-                elif len(schedule.stages) % self.loss_every == 0:
+                elif schedule.num_stages % self.loss_every == 0:
                     loss = self.measurement.losses(model)
             with _timed(seconds, "propose"):
                 proposal, cdf = self.decider.decide(
@@ -372,14 +450,15 @@ class MixtureController:
                 proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
                 cdf = self.decider.published(proposal, upper)
         if error:
-            logger.warning("stage %d keeps the weights of the one before: %s", len(schedule.stages), error)
+            logger.warning("stage %d keeps the weights of the one before: %s", schedule.num_stages, error)
 
         self.dataset.publish(cdf, start, following if following < self.total else None)
-        logger.info("stage %d starts at sample %d: %s", len(schedule.stages) - 1, start, schedule.stages[-1].weights)
+        if self.measurement.carried is not None and self.folder is not None:
+            self._factors = self.folder.save_factors(self.measurement.carried, schedule.num_stages - 1, self.keep)
         if probes is not None:
             self.measurement.warn_of_repeated(probes, start, min(following, self.total))
         if self.folder is not None and self.keep:
-            stage = len(schedule.stages) - 1
+            stage = schedule.num_stages - 1
             facts = {"stage": stage, "step": step, "samples": step * self.batch_size}
             with _timed(seconds, "snapshot"):
                 self.folder.save_snapshot(model, stage, facts, self.keep)
@@ -398,6 +477,8 @@ class MixtureController:
     def _let_in(self, proposal: Proposal) -> None:
         if self.folder is None:
             raise ValueError("domains that enter a run are kept in files: pass output=, a folder")
+        if isinstance(self.dataset, MixtureStream):
+            raise ValueError("domains that enter a run are rows of others, and a MixtureStream has no rows")
         self.dataset.extend(proposal.groups, self.folder.groups)
 
     def _check_same_batch(self, batch_size: int) -> None:
@@ -418,7 +499,7 @@ class MixtureController:
             "samples": self.total,
             "max_epochs": self.budget.max_epochs,
             "model": type(model).__name__,
-            "dataset": self.dataset.state_dict(),
+            "dataset": _stages_of(self.dataset),
         }
 
     def _write_down(
@@ -427,10 +508,22 @@ class MixtureController:
         mixer, measured = self.decider.name, found.get("influence")
         rows = list(self.measurement.sets) if measured is None else list(measured.tasks)
         guards = [name for name in rows if name in self.measurement.guards]
+        if kind == "stage":
+            again = self._look_ahead(position)
+            self._untold = [*self._untold, *self._to_tell(again, position)]
+        else:
+            start = self.dataset.schedule.starts[-1]
+            again = new_epochs(self.dataset.schedule, start, position) if start < position else []
+        found["again"] = again
         row = make_row(kind, self.dataset, rows, guards, mixer, step=step, position=position, loss=loss, **found)
         if self.folder is not None:
             self.folder.append(row)
         return log_keys(row)
+
+
+def _stages_of(dataset: Mixture) -> dict[str, Any]:
+    # Where a stream is in its sources is its loader's to keep, which knows what it has read ahead.
+    return {key: value for key, value in dataset.state_dict().items() if key != "reading"}
 
 
 @contextmanager
@@ -440,6 +533,15 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = time.perf_counter() - clock
+
+
+def _warn_of_cache(dataset: Mixture, model: nn.Module) -> None:
+    config = getattr(unwrap(model), "config", None)
+    if getattr(dataset, "boundaries", None) == "position_ids" and getattr(config, "use_cache", False):
+        logger.warning(
+            "model.config.use_cache is on: with a cache transformers does not keep the documents of a sequence apart by"
+            " position_ids; set model.config.use_cache = False"
+        )
 
 
 def _words(failure: Exception) -> str:

@@ -21,6 +21,7 @@ from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.schedule import integer_cdf
+from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence, Observation
 from dynmix.scores import SampleScores
 from dynmix.training_loss import TrainingLoss
@@ -44,7 +45,7 @@ class Decider:
     def __init__(
         self,
         mixer: Mixer | str | Mapping[str, Any],
-        dataset: MixtureDataset,
+        dataset: Mixture,
         reference: nn.Module | str | os.PathLike[str] | None,
     ):
         self.mixer, self.dataset = make_mixer(mixer), dataset
@@ -58,15 +59,40 @@ class Decider:
                 f"{self.name} compares with a reference model, trained beforehand on the same tokens: pass reference=, "
                 "a model or the path of one"
             )
+        if isinstance(dataset, MixtureStream):
+            self._check_stream(dataset)
         self.watch: TrainingLoss | None = None
         if self.needs & {"loss", "reference_loss"}:
-            self.watch = TrainingLoss(dataset, reference if "reference_loss" in self.needs else None)
+            self.watch = TrainingLoss(
+                self.random_access(dataset), reference if "reference_loss" in self.needs else None
+            )
         self._observed = False
         length = dataset.sequence_length
         tokens = {name: size * length for name, size in dataset.sizes.items()}
         first = self.mixer.start(Run(tokens, len(dataset) * length, dataset.schedule.weights_at(0)))
         if first is not None:
             dataset.begin(integer_cdf(normalized(first, dataset.domains)))
+
+    def random_access(self, dataset: Mixture) -> MixtureDataset:
+        """Return the dataset, if rows of it can be looked up. Raises ValueError."""
+        if isinstance(dataset, MixtureStream):
+            raise ValueError(
+                f"{self.name} needs {sorted(self.needs)}, for which samples are looked up again, and a MixtureStream "
+                "gives each of them once: write token stores (dynmix prepare) and pass a MixtureDataset"
+            )
+        return dataset
+
+    def _check_stream(self, stream: MixtureStream) -> None:
+        if not stream.sized:
+            raise ValueError(
+                "this MixtureStream does not know how long its domains are: pass sizes=, the sequences of one pass "
+                "over each (an estimate will do), which epochs and upper bounds go by"
+            )
+        if self.needs & {"influence", "gradient", "measure"} and not all(map(stream.probes, stream.domains)):
+            raise ValueError(
+                f"{self.name} measures the domains, and this MixtureStream has kept no sequences aside for that: pass "
+                "probe_sequences=, twice those of the controller"
+            )
 
     def rehearse(
         self,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynmix.mixers.regroup import Group
-from dynmix.mixture.dataset import PackedSequences
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
 from dynmix.scores import SampleScores

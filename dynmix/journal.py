@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
@@ -28,7 +28,8 @@ class Seconds(TypedDict):
 class Row(TypedDict):
     """What is written down at a stage boundary, and once more (`kind="final"`) when the run ends.
 
-    Every key is always present. A number that was NaN or infinite is `None`: JSON has no other word for it.
+    Every key is always present, but for one that earlier versions did not write. A number that was NaN or infinite is
+    `None`: JSON has no other word for it.
     Losses and gains are in nats per token; influence is in nats per token per unit of weight, and positive helps.
     """
 
@@ -48,6 +49,9 @@ class Row(TypedDict):
     task_loss_standard_error: dict[str, float | None] | None
     tokens: dict[str, int]  # trained on before `start`, a domain
     epochs: dict[str, float]
+    new_epochs: NotRequired[
+        dict[str, list[tuple[int, int]]]
+    ]  # domain -> (2 for its second epoch, position) in this stage
     predicted_gain: dict[str, float | None] | None
     predicted_gain_standard_error: dict[str, float | None] | None
     multipliers: dict[str, float | None] | None  # constraint -> Lagrange multiplier, of those that bind
@@ -122,7 +126,7 @@ def _check(row: Any) -> None:
         raise ValueError(f"a row is an object with named values, got {type(row).__name__}")
     if missing := Row.__required_keys__ - row.keys():
         raise ValueError(f"a journal row lacks {', '.join(map(repr, sorted(missing)))}")
-    if unknown := row.keys() - Row.__required_keys__:
+    if unknown := row.keys() - Row.__required_keys__ - Row.__optional_keys__:
         raise ValueError(f"a journal row has no place for {', '.join(map(repr, sorted(unknown)))}")
     if row["kind"] not in ("stage", "final"):
         raise ValueError(f"a journal row's 'kind' is 'stage' or 'final', got {row['kind']!r}")

@@ -3,12 +3,13 @@
 Knows the shape of what was measured and decided; nothing of how.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dynmix.journal import Row
 from dynmix.mixers.base import Proposal
-from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.accounting import NewEpoch, as_rows
+from dynmix.mixture.stream import Mixture
 from dynmix.observation import Influence
 
 Losses = tuple[dict[str, float], dict[str, float]]
@@ -28,7 +29,7 @@ def losses_of(influence: Influence) -> Losses | None:
 
 def make_row(
     kind: Literal["stage", "final"],
-    dataset: MixtureDataset,
+    dataset: Mixture,
     tasks: list[str],
     guards: list[str],
     mixer: str,
@@ -40,6 +41,8 @@ def make_row(
     proposal: Proposal | None = None,
     prior: Mapping[str, float] | None = None,
     error: str | None = None,
+    message: str = "",
+    again: Sequence[NewEpoch] = (),
     seconds: Mapping[str, float] | None = None,
 ) -> Row:
     """Return the row of the last published stage, or the final one; `position`: samples trained on before it."""
@@ -49,7 +52,7 @@ def make_row(
     seconds = seconds or {}
     return Row(
         kind=kind,
-        stage=len(schedule.stages) - 1,
+        stage=schedule.num_stages - 1,
         step=step,
         start=position,
         end=None if final else schedule.end,
@@ -63,13 +66,14 @@ def make_row(
         task_loss=None if loss is None else dict(loss[0]),
         task_loss_standard_error=None if loss is None else dict(loss[1]),
         tokens={name: n * dataset.sequence_length for name, n in drawn.items()},
+        new_epochs=as_rows(again),
         epochs={name: n / dataset.sizes[name] for name, n in drawn.items()},
         predicted_gain=dict(proposal.predicted_gain) if proposal else None,
         predicted_gain_standard_error=dict(proposal.predicted_gain_standard_error) if proposal else None,
         multipliers=dict(proposal.multipliers) if proposal else None,
         mixer=mixer,
         solver=proposal.solver if proposal else None,
-        message=proposal.message if proposal else "",
+        message=proposal.message if proposal else message,
         error=error,
         seconds={
             "measure": seconds.get("measure", 0.0),

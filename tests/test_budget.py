@@ -41,3 +41,21 @@ def test_domains_that_enter_are_bounded_by_a_number_for_all(tmp_path):
     assert for_all.left(20)["late"] == 4
     assert for_all.upper(30, 10)["late"] == 0
     assert set(by_name.upper(20, 10)) == {"a"}
+
+
+def test_the_dataset_s_own_limit_is_the_one_that_counts():
+    data = dataset(max_epochs={"a": 1.5}, when_exhausted="stop")
+    budget = EpochBudget(data, None)
+    assert budget.max_epochs == {"a": 1.5} == EpochBudget(data, {"a": 1.5}).max_epochs
+    assert budget.upper(0, 300) == {"a": 0.5}
+    budget.check(400, 400)  # the dataset ends before it is exceeded
+    with pytest.raises(ValueError, match=r"max_epochs=2, and the dataset's is \{'a': 1.5\}: say it once"):
+        EpochBudget(data, 2)
+
+
+def test_what_is_gone_gets_nothing():
+    data = dataset()
+    data.publish({"a": 1.0, "b": 0.0}, start=10)
+    rest = MixtureDataset({"a": [{"input_ids": [0, 1, 2]}] * 100}, num_samples=400, block=10)
+    rest.load_state_dict(data.state_dict())
+    assert EpochBudget(rest, {"a": 2}).upper(20, 400)["b"] == 0

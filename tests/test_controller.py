@@ -7,7 +7,7 @@ from torch import nn
 
 import dynmix.measurement
 import dynmix.run_folder
-from dynmix import Influence, MixtureController, MixtureDataset, Static, TiKMiXD
+from dynmix import EKFAC, Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
 from dynmix.mixers import Mixer, Proposal
 
@@ -365,9 +365,9 @@ def test_large_tasks_are_cut_to_a_spread_of_them():
         lambda state: state.pop("dataset"),
         lambda state: state.update(dataset=None),
         lambda state: state["dataset"].update(fingerprint={}),
-        lambda state: state["dataset"]["schedule"]["stages"].pop(1),
-        lambda state: state["dataset"]["schedule"]["stages"][1].pop("cdf"),
-        lambda state: state["dataset"]["schedule"]["stages"][1].update(start=21),
+        lambda state: state["dataset"]["schedule"]["stages"]["starts"].pop(1),
+        lambda state: state["dataset"]["schedule"]["stages"].pop("weights"),
+        lambda state: state["dataset"]["schedule"]["stages"]["starts"].__setitem__(1, 21),
     ],
 )
 def test_a_damaged_state_is_refused_as_such(damage):
@@ -520,3 +520,42 @@ def test_only_what_a_mixer_needs_is_measured(monkeypatch):
     assert measured_for({"gradient"}) == ["gradient"]
     assert measured_for({"measure"}) == ["influence"]
     assert measured_for(["influence", "gradient", "guards"]) == ["influence", "gradient"]
+
+
+def test_factors_that_are_carried_from_stage_to_stage_survive_a_kill(tmp_path):
+    """Killed after any stage and resumed, a run with a moving average publishes and journals the same."""
+
+    def start(folder, state=None, steps=25, first=1):
+        torch.manual_seed(0)
+        model = Bigram()
+        curvature = EKFAC(ema=0.5, refresh_every=2, factor_tokens=15 * 5)
+        loop = controller(dataset(), curvature=curvature, output=folder)
+        if state is not None:
+            loop.load_state_dict(state)
+        loop.plan(batch_size=BATCH)
+        loop.begin(model, first - 1)
+        states = []
+        for step in range(first, steps + 1):
+            loop.step_ended(model, step)
+            states.append(json.loads(json.dumps(loop.state_dict())))
+        return loop, states
+
+    whole, states = start(tmp_path / "whole")
+    assert states[0]["curvature"] is None
+    assert states[-1]["curvature"] == "stage-0004.safetensors"
+    assert len(list((tmp_path / "whole" / "factors").iterdir())) == 2
+    assert whole.measurement.curvature_sequences == 15
+    _, before = start(tmp_path / "killed", steps=11)
+    again, _ = start(tmp_path / "killed", before[-1], first=12)
+    for one, other in zip(whole.dataset.schedule.stages, again.dataset.schedule.stages, strict=True):
+        assert one == other
+    rows = [Journal(tmp_path / name / "journal.jsonl").rows() for name in ("whole", "killed")]
+    for one, other in zip(*rows, strict=True):
+        assert one["influence"] == other["influence"]
+
+    for file in (tmp_path / "killed" / "factors").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="the curvature's factors cannot be read"):
+        start(tmp_path / "killed", before[-1], first=12)
+    with pytest.raises(ValueError, match="carried from stage to stage are kept in files: pass output="):
+        run(controller(dataset(), curvature=EKFAC(ema=0.5)))

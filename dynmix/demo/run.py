@@ -21,7 +21,8 @@ from dynmix.demo.corpus import build_corpus, train_tokenizer
 from dynmix.journal import Journal, Row
 from dynmix.mixers import Mixer, Static
 from dynmix.mixers.registry import make_mixer
-from dynmix.mixture.dataset import MixtureDataset, PackedSequences
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.report import write_report
 from dynmix.tables import comparison_table, stage_table

@@ -6,81 +6,56 @@ must not know of models, optimizers or how weights are chosen.
 """
 
 import logging
-import multiprocessing
 import operator
 import os
-import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from types import FrameType
+from typing import Any, Literal, NamedTuple, SupportsFloat
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from dynmix.mixture import late
+from dynmix.mixture import accounting, late
+from dynmix.mixture.accounting import NewEpoch, Remaining, UsedUp, new_epochs, used_up
+from dynmix.mixture.boundaries import IGNORED, Boundaries, block_mask, check_collate, mask_labels, position_ids
+from dynmix.mixture.index import Numbers
+from dynmix.mixture.limits import Exhausted, MaxEpochs, Policy
+from dynmix.mixture.options import BosTokenId, SequenceOptions, whole
+from dynmix.mixture.packed import last_shares
+from dynmix.mixture.packing import PackedSequences, Packing
+from dynmix.mixture.progress import Progress
+from dynmix.mixture.reading import InOrder
 from dynmix.mixture.roster import Domain
-from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, Weights, matched
-from dynmix.mixture.sequences import Item, Rows, Sequences, common_length, content_hash, gather
-from dynmix.mixture.shared import SharedArray
-from dynmix.mixture.store import TokenStore
-from dynmix.mixture.view import DocumentView, RowView
+from dynmix.mixture.samples import Samples
+from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, domains_of, matched
+from dynmix.mixture.sequences import (
+    Item,
+    Rows,
+    Sequences,
+    common_length,
+    content_hash,
+    documents,
+    gather,
+    is_padded,
+    labels,
+)
+from dynmix.mixture.sources import Source, open_domains
+from dynmix.mixture.text import Tokenizer
+from dynmix.mixture.view import RowView
 
 logger = logging.getLogger("dynmix.mixture")
 
-Documents = TypeVar("Documents", TokenStore, DocumentView)
-
 _READ_AHEAD = 4096  # positions assigned at once; a call has a fixed cost, and the next request wants the next ones
-_POLL_SECONDS = 0.005
-_REMEDY = (
-    " A shuffled loader mixes the stages; use shuffle=False (DataLoader, DistributedSampler) or"
-    ' train_sampling_strategy="sequential" (Trainer)'
-)
-_WARN_SECONDS, _GIVE_UP_SECONDS = 30.0, 1800.0  # without a sign of life from the main process
+_FURTHEST = 65_536  # where requests go on and on
 _WAITING = (
     " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
     " steps say: do not shuffle, with gradient accumulation pass batch_size to MixtureHook, and call its step() once an"
     " optimizer step"
 )
-_SLOTS = 1024  # of the reading counters, one a worker
-
-
-class PackedSequences(Rows, Generic[Documents]):
-    """Documents as equal sequences: end to end, cut every `sequence_length` tokens, the rest dropped.
-
-    Item i is {"input_ids": LongTensor[sequence_length]}.
-
-    Args:
-        store: the documents, a token store or a view; they are not separated by what they do not contain themselves.
-        sequence_length: tokens of a sequence, >= 1.
-    """
-
-    def __init__(self, store: Documents, sequence_length: int) -> None:
-        if operator.index(sequence_length) < 1:
-            raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
-        self.store: Documents = store
-        self.sequence_length = operator.index(sequence_length)
-
-    def __len__(self) -> int:
-        return self.store.num_tokens // self.sequence_length
-
-    def __repr__(self) -> str:
-        return f"PackedSequences({self.store!r}, {self.sequence_length})"
-
-    @property
-    def fingerprint(self) -> str:
-        """The store's."""
-        return self.store.fingerprint
-
-    def gather(self, rows: Ints) -> Ints:
-        """Token ids of many sequences at once, int64[len(rows), sequence_length], straight from the memory maps."""
-        if isinstance(self.store, DocumentView):
-            return self.store.read(rows * self.sequence_length, self.sequence_length)
-        table = self.store.tokens[: len(self) * self.sequence_length].reshape(len(self), self.sequence_length)
-        return table[rows].astype(np.int64)
 
 
 class MixtureDataset(Dataset[Item]):
@@ -90,18 +65,60 @@ class MixtureDataset(Dataset[Item]):
     `num_workers=0` is fastest. A worker that is asked for an undecided position waits for its stage; the main process,
     which would wait for itself, raises `Undecided`.
 
+    A domain that has been read through is reshuffled and read again, and the log (`dynmix.mixture`) says where each of
+    its epochs begins. With `max_epochs` that has a limit. Where limits end the stream, `len` is its length, a loader
+    ends there as behind any last batch, and positions beyond it raise `Exhausted`.
+
+    Documents do not know of their neighbours in a sequence with `boundaries`, which adds to an item
+
+    - "position_ids", int64[sequence_length], that restart with each document. Models of transformers keep documents
+      apart by them: eager and sdpa attention as they are, flash attention with one sequence a batch or with
+      `dynmix.mixture.boundaries.varlen_collate`. They do so without a 2-D attention mask, and without a cache: set
+      `model.config.use_cache = False`, as the Trainer does;
+    - "mask": these, and `attention_mask`, float32[1, sequence_length, sequence_length], to be added to the attention's
+      scores, for models that do not look at positions. It is large: sequence_length times the ids.
+
+    The label of a document's first token is then -100.
+
+    What items say is for the collate function to hand on. Several of transformers make labels, positions or a 2-D mask
+    of their own: `DataCollatorForLanguageModeling`, `DataCollatorWithFlattening`, and `DataCollatorWithPadding`, which
+    the Trainer takes where it is given a `processing_class`. Where labels or boundaries would be lost by it, the first
+    batch of a loader raises `ValueError`. Take `transformers.default_data_collator`, or `varlen_collate`.
+
     Args:
-        domains: name -> token store, path of one, view (`DocumentView`, `RowView`), or any sequence of dicts with
-            `input_ids` of one length.
+        domains: name -> token store, flat file (`FlatTokens`), view (`DocumentView`, `RowView`), HF `Dataset` with
+            `input_ids` or text, path, folder or glob of these, here or remote (`s3://`), several in a list; or any
+            sequence of dicts with `input_ids` of one length. See `dynmix.mixture.sources.open_documents`. Where such
+            dicts have `labels`, those are the item's, and where they have an `attention_mask`, labels are -100 where
+            it is 0.
         weights: of the first stage: "natural" (proportional to tokens), "uniform", or name -> weight.
         num_samples: length of the stream in sequences.
         sequence_length: tokens of a sequence; needed to cut token stores.
         seed: of the order, as in `MixtureSchedule`.
         block: as in `MixtureSchedule`: best the global batch size in sequences.
+        max_epochs: how often a domain may be read over the whole run, > 0, for all or by name; None: no limit. It also
+            bounds the weights that mixers may propose.
+        when_exhausted: what happens when a domain has been read that often. "redistribute": from that very position on
+            the other domains of the stage take its share, in proportion to theirs, and the stream ends when none is
+            left; "stop": the stream ends there; "repeat": it is read on, and only mixers are bounded. None:
+            "redistribute" with `max_epochs`, "repeat" without.
+        packing: how documents become sequences, "concat" or "best_fit", as in `PackedSequences`.
+        boundaries: None: a sequence is one text, whatever documents it is of.
+        bos_token_id: put in front of each sequence, or with "best_fit" or `boundaries` of each document, as in
+            `PackedSequences`. "auto": that of `tokenizer`, if it puts one in front of a text by itself, for domains
+            whose documents do not begin with it already; None: none.
+        pad_token_id: of padding, whose labels are -100 wherever documents end; None: 0. For "best_fit" only.
+        ignore_token_ids: ids whose labels are -100 wherever they are: those of padding that is in the data already.
+        tokenizer: of transformers, or its path or hub name, for datasets with text. Stores and files that were made
+            with another are refused.
+        cache_dir: where tokenised text and copies of remote files are kept; None: `$DYNMIX_CACHE`, or else
+            `~/.cache/dynmix`.
 
     Attributes:
         schedule: the `MixtureSchedule` of this stream.
         sequence_length: tokens of a sequence.
+        boundaries: as given.
+        controlled: whether a controller publishes its stages, and tells what happens in them at the step it does.
 
     Raises:
         ValueError: a domain without a whole sequence, sequences of different lengths, bad weights or numbers.
@@ -109,43 +126,87 @@ class MixtureDataset(Dataset[Item]):
 
     def __init__(
         self,
-        domains: Mapping[str, TokenStore | DocumentView | str | os.PathLike[str] | Sequences],
+        domains: Mapping[str, Source],
         weights: Literal["natural", "uniform"] | Mapping[str, float] = "natural",
         *,
         num_samples: int,
         sequence_length: int | None = None,
         seed: int = 0,
         block: int = 256,
+        max_epochs: MaxEpochs = None,
+        when_exhausted: Policy | None = None,
+        packing: Packing = "concat",
+        boundaries: Boundaries | None = None,
+        bos_token_id: BosTokenId = "auto",
+        pad_token_id: int | None = None,
+        ignore_token_ids: Sequence[int] = (),
+        tokenizer: "Tokenizer | None" = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        if not isinstance(domains, Mapping):
+            raise ValueError(f"domains is a {type(domains).__name__}: give a mapping from name to data")
         if not domains:
             raise ValueError("domains is empty: a mixture needs at least one")
-        if operator.index(num_samples) < 1:
+        self.num_samples, seed, block = whole("num_samples", num_samples), whole("seed", seed), whole("block", block)
+        if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-        self.num_samples = operator.index(num_samples)
-        self._first = tuple(as_sequences(name, data, sequence_length) for name, data in domains.items())
-        self._views: dict[str, RowView] = {}  # of the domains that joined, by the hash of their index
+        if sequence_length is not None and whole("sequence_length", sequence_length) < 1:
+            raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
+        self._options = SequenceOptions.checked(
+            packing, boundaries, bos_token_id, pad_token_id, ignore_token_ids, tokenizer
+        )
+        self.boundaries = boundaries
+        self._tokenizer, self._cache_dir = tokenizer, cache_dir
+        self._first = self._open(domains, sequence_length)
+        self._given, self._listed = dict(domains), dict(zip(domains, self._first, strict=True))
+        if (packing != "concat" or bos_token_id not in (None, "auto")) and not any(
+            isinstance(rows, PackedSequences) for rows in self._first
+        ):
+            raise ValueError(
+                "packing and bos_token_id are of documents that are packed here, and no domain has such: leave them"
+                " out, or give the documents as token stores"
+            )
+        self._contents: dict[str, str] = {}  # hashes of the listed domains
+        self._late: dict[str, Sequences] = {}  # of the domains that joined, by the hash of their content
+        self._tables: list[npt.NDArray[np.integer]] | None = None  # of the first domains, when they are first needed
+        self._masked = bool(boundaries or ignore_token_ids) or any(is_padded(rows) for rows in self._first)
         names = {f"domain {name!r}": sequences for name, sequences in zip(domains, self._first, strict=True)}
         self.sequence_length = common_length(names, sequence_length)
         sizes = {name: len(sequences) for name, sequences in zip(domains, self._first, strict=True)}
-        if isinstance(weights, str):
-            if weights not in ("natural", "uniform"):
+        if not isinstance(weights, Mapping):
+            if not isinstance(weights, str) or weights not in ("natural", "uniform"):
                 raise ValueError(f'weights={weights!r}: give "natural", "uniform" or a mapping from name to weight')
             parts = {name: size if weights == "natural" else 1 for name, size in sizes.items()}
             weights = {name: part / sum(parts.values()) for name, part in parts.items()}
         weights = dict(zip(sizes, matched(weights, tuple(sizes), "weights"), strict=True))
-        self.schedule = MixtureSchedule(weights, sizes, seed=seed, block=block)
-        # Cell 0: length of the last request; 1: pulse of the main process; 2: end of what it has read; 3 + w: of what
-        # worker w has.
-        self._reads = SharedArray((3 + _SLOTS,))
-        self._lowest, self._last = self.num_samples, -1
-        self._steps_back: deque[bool] = deque(maxlen=8)
-        self._ahead = _Ahead(-1, 0, *self.schedule.assign(0, 0)[:2])
+        for name, weight in weights.items():
+            if not isinstance(weight, SupportsFloat) or not 0 <= float(weight) < float("inf"):
+                raise ValueError(f"weights[{name!r}]={weight!r}: a weight is a finite number, at least 0")
+        self.schedule = MixtureSchedule(weights, sizes, seed, block, max_epochs, when_exhausted)
+        self.controlled = False
+        self._collated: Any = None  # by what function, as was checked last
+        self._progress, self._reading = Progress(), InOrder(self.num_samples)
+        self._ahead = _Ahead(-1, 0, 0, *self.schedule.assign(0, 0)[:2], [])
+        if max_epochs == 0 or (max_epochs is not None and not self.ends_at):
+            raise ValueError(f"max_epochs={max_epochs!r}: no sequence may be read at all; 1 is once, None no limit")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}}  # a process opens those that it meets
+        # A process opens the views that it meets.
+        late = {key: rows for key, rows in self._late.items() if not isinstance(rows, RowView)}
+        return {**self.__dict__, "_late": late, "_tables": None, "_collated": None}
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.num_samples if self.controlled else self.ends_at
+
+    @property
+    def ends_at(self) -> int:
+        """First position that is not in the stream, as far as its stages say: `num_samples`, or where it is exhausted.
+
+        In a run that says what a step takes it is exhausted at the end of its last whole step.
+        """
+        if (dry := self.schedule.exhausted_at) is None:
+            return self.num_samples
+        return min(self.num_samples, dry - dry % max(1, self._progress.step_size))
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -162,28 +223,52 @@ class MixtureDataset(Dataset[Item]):
         position = operator.index(position)
         if not 0 <= position < self.num_samples:
             raise IndexError(f"position {position} is not in [0, {self.num_samples})")
-        self._wait_until_decided(position, position + 1)
-        return self._items([range(position, position + 1)])[0]
+        self._progress.wait(self.schedule, position + 1, _WAITING)
+        self.schedule.check_decided(position, position + 1)
+        return dict(self._items([range(position, position + 1)])[0])
 
-    def __getitems__(self, positions: Sequence[int]) -> list[Item]:
-        """Items of one request of a loader, which must ask for them in reading order.
+    def __getitems__(self, positions: Sequence[int]) -> Samples:
+        """Items of one request of a loader, a list of dicts; they must be asked for in reading order.
 
         Raises:
             ValueError: the positions are not equally spaced and ascending (but for one wrap from the end to the start).
             IndexError: a position outside the stream.
+            Exhausted: all of them are beyond where the stream is exhausted; of others those before it are given.
             Undecided: for a position whose stage is not published: in the main process at once, in a worker after half
                 an hour without a sign of life from the main process.
             RuntimeError: in a worker, when its parent process ended while it waited.
         """
         if not len(positions):
-            return []
-        runs = self._reading_order(np.asarray(positions, np.int64))
-        self._check_passes(int(positions[0]))
-        stop = max(run[-1] for run in runs) + 1
-        self._wait_until_decided(0, stop)
+            return self._rows(np.empty(0, np.int64), np.empty(0, np.int64))
+        runs = self._reading.runs(positions, len(self))
+        stop, end = max(run[-1] for run in runs) + 1, self.schedule.end
+        # What was assigned ahead was decided then; an end may have been declared since.
+        if (end is not None and end < stop) or not self._ahead.holds(min(run[0] for run in runs), stop, self.schedule):
+            self._progress.wait(self.schedule, max(run.stop for run in runs), _WAITING)
+            runs = self._within(runs)
+            stop = max(run[-1] for run in runs) + 1
+            self.schedule.check_decided(min(run[0] for run in runs), stop)
         # Noted before the stages are looked at: who publishes sees either the note, or is seen.
-        self._note_read(len(positions), stop)
-        return self._items(runs)
+        self._progress.note(len(positions), stop)
+        items = self._items(runs)
+        for each in self._ahead.told:
+            if any(each.position in run for run in runs):
+                logger.warning("%s", each)
+        if self._masked:
+            collate = _collate_of_loader(sys._getframe(1))
+            if collate is not None and collate is not self._collated and items.any_label(IGNORED):
+                self.check_collate(collate)
+        return items
+
+    def check_collate(self, collate_fn: Callable[[Any], Any]) -> None:
+        """Raise ValueError if a loader's collate function would lose `boundaries`, or labels that are -100.
+
+        Loaders are checked at their first batch; this says so earlier.
+        """
+        domain = next(name for name, size in self.sizes.items() if size and name not in self.gone)
+        with torch.random.fork_rng(devices=[]):
+            check_collate(collate_fn, self.sequence(domain, 0), self.boundaries)
+        self._collated = collate_fn
 
     def sequence(self, domain: str, row: int) -> Item:
         """Sequence `row` of a domain, as an item, wherever in the stream it stands."""
@@ -191,7 +276,12 @@ class MixtureDataset(Dataset[Item]):
             raise KeyError(f"no domain {domain!r}: there are {list(self.domains)}")
         if not 0 <= operator.index(row) < self.sizes[domain]:
             raise IndexError(f"row {row} of domain {domain!r} is not in [0, {self.sizes[domain]})")
-        return self._rows(np.array([self.domains.index(domain)]), np.array([row]))[0]
+        return dict(self._rows(np.array([self.domains.index(domain)]), np.array([row]))[0])
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """Domains of a state that was loaded which this dataset was not given: they cannot be drawn any more."""
+        return tuple(rows.name for rows in (*self._first, *self._late.values()) if isinstance(rows, late.Gone))
 
     @property
     def sequences(self) -> dict[str, Sequences]:
@@ -216,58 +306,119 @@ class MixtureDataset(Dataset[Item]):
                 f" stage ends before it is read (schedule.hold(end)), or publish from {self.read_until} on"
             )
         self.schedule.publish(weights, start, end)
+        number, stop = self.schedule.num_stages - 1, min(self.ends_at, self.num_samples if end is None else end)
+        if again := new_epochs(self.schedule, start, stop) if start < stop else []:
+            logger.warning("stage %d will read again: %s", number, accounting.in_words(again))
+        if (dry := self.schedule.exhausted_at) is not None and dry < self.num_samples:
+            logger.warning("%s", self.schedule.why_exhausted(dry))
 
     def extend(
-        self, domains: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], folder: str | os.PathLike[str]
+        self,
+        domains: Mapping[str, "Source | tuple[npt.ArrayLike, npt.ArrayLike]"],
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Add domains that are views on the rows of the first ones, behind those there are; no token is copied.
+        """Add domains behind those there are: new data, or views on rows of the first ones that copy no token.
 
         Their weight is 0, and no position changes its sample, until a stage is published that gives them some. Worker
         processes that run already see them then. Every rank calls this with the same arguments and a folder that is
         its own or shared; where it is shared by several machines, one rank first.
 
+        A state tells where a token store or a path is. Any other data has to be listed by the run that resumes, among
+        the domains of its `MixtureDataset` and behind those that this one began with.
+
         Args:
-            domains: name -> (number of one of the first domains, row of it), int[n] each.
-            folder: where each index is kept, as `<name>.npy`; to be kept as long as the stream, and its states.
+            domains: name -> data, as `MixtureDataset` takes it; or the pair (number of one of the first domains, row of
+                it), int[n] each.
+            folder: where the index of each view is kept, as `<name>.npy`; to be kept as long as the stream, and its
+                states.
 
         Raises:
-            ValueError: a name that is taken, no rows, a domain or row that is not there, more domains than there is
-                room for (`roster.MAX_JOINED`). Nothing is changed then.
+            ValueError: a name that is taken, no rows, a domain or row that is not there, sequences of another length,
+                data in memory where workers run already, which do not see it, more domains than there is room for
+                (`roster.MAX_JOINED`). Nothing is changed then.
         """
-        new = late.numbered_domains(domains, self._first, Path(folder))
-        joining = [domain for domain, _ in new]
+        views: dict[str, Any] = {name: data for name, data in domains.items() if late.is_view(data)}
+        if views and folder is None:
+            raise ValueError(f"folder is missing, where the index of {next(iter(views))!r} is kept")
+        given: dict[str, Any] = {name: data for name, data in domains.items() if name not in views}
+        opened = self._open(given, self.sequence_length)
+        self._join(given, opened, late.numbered_domains(views, self._first, Path(folder or ".")))
+
+    def _open(self, domains: Mapping[str, Source], sequence_length: int | None) -> tuple[Sequences, ...]:
+        given = {"tokenizer": self._tokenizer, "cache_dir": self._cache_dir, **self._options.of_packing}
+        return open_domains(domains, sequence_length, **given)
+
+    def _join(
+        self, given: Mapping[str, Any], opened: Sequence[Sequences], views: Sequence[tuple[Domain, Numbers]] = ()
+    ) -> None:
+        common_length({f"domain {n!r}": rows for n, rows in zip(given, opened, strict=True)}, self.sequence_length)
+        new = [
+            late.of_rows(name, data, rows, self.sequence_length, workers=self._progress.by_workers)
+            for (name, data), rows in zip(given.items(), opened, strict=True)
+        ]
+        joining = [*new, *(domain for domain, _ in views)]
         self.schedule.check_new(joining)
-        self._views |= {domain.source["hash"]: late.written(domain, numbers, self._first) for domain, numbers in new}
+        rows = dict(zip((domain.source["hash"] for domain in new), opened, strict=True))
+        self._late |= rows | {at.source["hash"]: late.written(at, numbers, self._first) for at, numbers in views}
         self.schedule.extend(joining)
+
+    def remaining(self, position: int | None = None) -> dict[str, Remaining]:
+        """Domain -> what is left of it at `position`: sequences and tokens, within its epoch and within `max_epochs`.
+
+        `position` None is `read_until`: what workers have read ahead counts as read.
+        """
+        at = self.read_until if position is None else position
+        return accounting.remaining(self.schedule, at, self.sequence_length)
+
+    def realised(self, position: int | None = None) -> dict[str, int]:
+        """Domain -> tokens of it before `position`, padding included, in closed form; None as in `remaining`."""
+        drawn = self.schedule.counts(self.read_until if position is None else position).tolist()
+        return {name: n * self.sequence_length for name, n in zip(self.domains, drawn, strict=True)}
 
     @property
     def read_until(self) -> int:
         """One more than the highest position that a loader read here or in a worker; 0 before, and after loading."""
-        return int(self._reads.array[2:].max())
+        return self._progress.read_until
 
     @property
     def read_size(self) -> int:
         """Positions in the last request of a loader, its batch size in this process; 0 before, and after loading."""
-        return int(self._reads.array[0])
+        return self._progress.read_size
 
-    @cached_property
+    def plan_steps(self, samples: int) -> None:
+        """Say how many samples an optimizer step takes: the stream ends with a whole one, and the log names them."""
+        self._progress.plan_steps(samples)
+        self.schedule.outdate()
+
+    @property
     def fingerprint(self) -> dict[str, str]:
         """Hash of the content of each of the first domains: its index, its length, its first and last sequence."""
         parts = self.sequences.items()
-        return {name: content_hash(rows, self.sequence_length, f"domain {name!r}") for name, rows in parts}
+        return {
+            name: rows.fingerprint if isinstance(rows, late.Gone) else self._content_of(name) for name, rows in parts
+        }
+
+    def _content_of(self, name: str) -> str:
+        if name not in self._contents:
+            self._contents[name] = content_hash(self._listed[name], self.sequence_length, f"domain {name!r}")
+        return self._contents[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the stream depends on, as JSON-able values: the schedule's state and the domains' fingerprint."""
         return {
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.schedule.state_dict(since=self.read_until or None),
             "sequence_length": self.sequence_length,
+            "options": self._options.chosen,
             "fingerprint": dict(self.fingerprint),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], views: str | os.PathLike[str] | None = None) -> None:
         """Continue the stream of a state made by `state_dict`; to be called before a loader reads on.
 
-        Domains that joined are those of the state from then on, and no others.
+        The domains are those of the state from then on, under their numbers there. Of those that joined, data is found
+        where the state says or among the domains of this dataset. A domain that this dataset has not may be missing, if
+        the last stage of the state does not draw it. One that the state has not joins, with weight 0 until a stage is
+        published that gives it some.
 
         Args:
             state: the state.
@@ -277,138 +428,181 @@ class MixtureDataset(Dataset[Item]):
             ValueError: the state is of other data, or an index file is missing or changed; the message says what, and
                 nothing was loaded.
         """
-        found = self.schedule.differences(state["schedule"])
+        saved = late.relocated(state["schedule"], views)
+        then, joined = domains_of(saved)
+        schedule = self.schedule.like(then)
+        found = schedule.differences(saved, self._listed)
+        drawn = {} if found else last_shares(saved)
+        found += late.unlike(then, joined, self._listed, drawn)
         if state["sequence_length"] != self.sequence_length:
             found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
-        elif not found:
-            changed = [name for name, content in self.fingerprint.items() if state["fingerprint"][name] != content]
+        found += self._options.differences(state.get("options", {}))
+        if not found:
+            here = [name for name in then if name in self._listed]
+            changed = [name for name in here if self._content_of(name) != state["fingerprint"][name]]
             found += [f"domain {name!r} has as many rows, but their content changed" for name in changed]
         if found:
             raise ValueError("this state belongs to other data: " + "; ".join(found))
-        schedule, opened = late.opened(state["schedule"], self._first, views)
-        self.schedule.load_state_dict(schedule)
-        self._views = opened
-        self._reads.array[:] = 0
+        first = late.first_rows(then, self._listed, self.sequence_length, state["fingerprint"])
+        opened = {
+            domain.source["hash"]: late.rows_of(domain, first, self._listed, self._open, self.sequence_length, drawn)
+            for domain in joined
+        }
+        if list(then) == list(self.schedule.sizes)[: len(self._first)]:
+            self.schedule.load_state_dict(saved, self._listed)
+        elif self._progress.by_workers:
+            raise ValueError("workers read already, and this state has other domains: load it before the loader starts")
+        else:
+            schedule.load_state_dict(saved, self._listed)
+            self.schedule, self._first, self._tables = schedule, first, None
+        self._late = opened
+        self._progress.forget()
+        if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:
+            self._join({name: self._given[name] for name in new}, tuple(new.values()))
+            logger.warning("%s joined: nothing is drawn of it until a stage is published that gives it some", list(new))
 
-    def _reading_order(self, positions: Ints) -> list[range]:
-        """The request as one ascending range, or two where it wraps from the stream's end to its start."""
-        if (outside := positions[(positions < 0) | (positions >= self.num_samples)]).size:
-            raise IndexError(f"position {outside[0]} is not in [0, {self.num_samples})")
-        steps = np.diff(positions)
-        stride = int(steps[0]) % self.num_samples if steps.size else 1
-        wraps = np.flatnonzero(steps < 0)
-        # Samplers that pad to equal shards go on from the start; more than half the stream is no stride, but a shuffle.
-        wrapped = len(wraps) == 1 and 2 * stride <= self.num_samples
-        if stride == 0 or ((steps - stride) % self.num_samples).any() or (len(wraps) and not wrapped):
-            raise ValueError(f"positions are not read in order: {positions[:8].tolist()}...{_REMEDY}")
-        parts = np.split(positions, wraps + 1)
-        return [range(int(part[0]), int(part[-1]) + 1, stride) for part in parts]
-
-    def _check_passes(self, first: int) -> None:
-        # Within a request a shuffle shows at once, but a request may hold a single position. One step back may be a new
-        # pass (which starts where the earliest did) or a second loader; step after step of them is a shuffle.
-        self._lowest = min(self._lowest, first)
-        back = self._lowest < first < self._last
-        self._steps_back.append(back)
-        self._last = first
-        if back and sum(self._steps_back) >= 3:
-            raise ValueError(f"positions are not read in order: requests go back and forth, now to {first}.{_REMEDY}")
-
-    def _wait_until_decided(self, start: int, stop: int) -> None:
-        parent = multiprocessing.parent_process()
-        pulse, since, patience = -1, time.monotonic(), _WARN_SECONDS
-        while get_worker_info() is not None and (end := self.schedule.end) is not None and end < stop:
-            if parent is not None and not parent.is_alive():
-                raise RuntimeError(f"the parent process ended before it published the stage of position {end}")
-            if pulse != (pulse := int(self._reads.array[1])):
-                since, patience = time.monotonic(), _WARN_SECONDS
-            waited = time.monotonic() - since
-            if waited > _GIVE_UP_SECONDS:
-                raise Undecided(f"position {end} was not decided within {waited:.0f} s.{_WAITING}")
-            if waited > patience:
-                logger.warning("waiting for the stage of position %d for %.0f s.%s", end, waited, _WAITING)
-                patience *= 4
-            time.sleep(_POLL_SECONDS)
-        self.schedule.check_decided(start, stop)
+    def _within(self, runs: Sequence[range]) -> list[range]:
+        """What of a request lies before the position at which the stream is exhausted."""
+        end = self.ends_at
+        kept = [run[: len(range(run.start, min(run.stop, end), run.step))] for run in runs if run.start < end]
+        if not kept:
+            reason = self.schedule.why_exhausted(self.schedule.exhausted_at or end)
+            if not self.controlled:
+                logger.warning("position %d was asked for: %s", runs[0].start, reason)
+            raise Exhausted(reason)
+        return kept
 
     def pulse(self) -> None:
         """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
-        self._reads.array[1] += 1
+        self._progress.pulse()
 
-    def _note_read(self, size: int, stop: int) -> None:
-        worker = get_worker_info()
-        # A cell for each writer, because nothing here makes "take the maximum" one step between processes.
-        cell = 2 if worker is None else 3 + worker.id % _SLOTS
-        reads = self._reads.array
-        reads[cell] = max(int(reads[cell]), stop)
-        reads[0] = size
-
-    def _items(self, runs: Sequence[range]) -> list[Item]:
+    def _items(self, runs: Sequence[range]) -> Samples:
         found = [self._assigned(run) for run in runs]
-        domain, row = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        domain, row = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
         return self._rows(domain, row)
 
     def _assigned(self, run: range) -> tuple[Ints, Ints]:
         start, stop = run[0], run[-1] + 1
         ahead = self._ahead
-        if ahead.generation != self.schedule.generation or not ahead.start <= start <= stop <= ahead.stop:
+        if not ahead.holds(start, stop, self.schedule):
             generation, end = self.schedule.generation, self.schedule.end
-            last = min(start + _READ_AHEAD, self.num_samples, self.num_samples if end is None else end)
-            domain, row, _ = self.schedule.assign(start, max(stop, last))
-            self._ahead = ahead = _Ahead(generation, start, domain, row)
+            # Twice as far each time, because a request here or there is for looking and one behind the other is a run.
+            far = min(2 * len(ahead.domain), _FURTHEST) if start == ahead.stop else 0
+            last = min(start + max(far, _READ_AHEAD), self.ends_at, self.num_samples if end is None else end)
+            domain, row, epoch = self.schedule.assign(start, max(stop, last))
+            told: list[NewEpoch | UsedUp] = []
+            if not self.controlled:
+                told += new_epochs(self.schedule, start, max(stop, last)) if epoch.any() else []
+                told += used_up(self.schedule, start, max(stop, last))
+            self._ahead = ahead = _Ahead(generation, start, start + len(domain), domain, row, sorted(told))
         part = slice(start - ahead.start, stop - ahead.start, run.step)
         return ahead.domain[part], ahead.row[part]
 
-    def _rows(self, domain: Ints, row: Ints) -> list[Item]:
-        ids = np.empty((len(domain), self.sequence_length), np.int64)
+    def _rows(self, domain: Ints, row: Ints) -> Samples:
+        # Inputs and labels as one piece of memory, which the allocator keeps for the next request: two would go back to
+        # the system each time, and to fill fresh pages takes longer than all else here. Labels are their own, because
+        # a transform that masks them in place must not mask the inputs.
+        both = np.empty((2, len(domain), self.sequence_length), np.int64)
+        tokens = self._direct(domain, row)
+        parts = self._parts(domain, row) if tokens is None or self._masked else []
+        both[:] = self._read(gather, parts, len(domain)) if tokens is None else tokens
+        batch = {"input_ids": torch.from_numpy(both[0]), "labels": torch.from_numpy(both[1])}
+        if self._masked:
+            for here, sequences, rows, where in parts:
+                both[1, here] = labels(sequences, rows, both[0, here], where)
+            owners = self._read(documents, parts, len(domain))
+            mask_labels(both[1], owners, self._options.ignore_token_ids, apart=self.boundaries is not None)
+            if self.boundaries is not None:
+                batch["position_ids"] = torch.from_numpy(position_ids(owners))
+            if self.boundaries == "mask":
+                batch["attention_mask"] = block_mask(owners)
+        return Samples(batch, domain)
+
+    def _direct(self, domain: Ints, row: Ints) -> npt.NDArray[np.integer] | None:
+        """Tokens of rows that all lie in memory as they are, [n, sequence_length].
+
+        A slice for each is less work than a call for each domain. None where one does not lie so, or has an id that
+        whoever reads it is to complain of.
+        """
+        if self._tables is None:
+            self._tables = _tables(self._first)
+        numbers = domain.tolist()
+        if not numbers or max(numbers) >= len(self._tables):
+            return None
+        found = np.concatenate([self._tables[n][r] for n, r in zip(numbers, row.tolist(), strict=True)])
+        if found.dtype.kind == "i" and found.min() < 0:
+            return None
+        return found.reshape(len(numbers), -1)
+
+    def _parts(self, domain: Ints, row: Ints) -> "list[_Part]":
+        """Rows of many domains by domain."""
+        found = []
         for number in np.unique(domain).tolist():
             here = np.flatnonzero(domain == number)
-            ids[here] = self._gather(number, row[here])
-        inputs = torch.from_numpy(ids)
-        # Labels of their own: a transform that masks them in place must not mask the inputs.
-        pairs = zip(inputs.unbind(), inputs.clone().unbind(), domain.tolist(), strict=True)
-        return [{"input_ids": tokens, "labels": labels, "domain": number} for tokens, labels, number in pairs]
+            first = number < len(self._first)
+            sequences: Any = (
+                self._first[number] if first else self._joined(self.schedule.joined[number - len(self._first)])
+            )
+            if not isinstance(sequences, Rows):  # an item may be tokenised as it is asked for: once is enough
+                sequences = {each: sequences[each] for each in row[here].tolist()}
+            found.append(_Part(here, sequences, row[here], f"domain {self.domains[number]!r}"))
+        return found
 
-    def _gather(self, number: int, rows: Ints) -> Ints:
-        first = number < len(self._first)
-        sequences = self._first[number] if first else self._view(self.schedule.joined[number - len(self._first)])
-        return gather(sequences, rows, self.sequence_length, f"domain {self.domains[number]!r}")
+    def _read(self, read: "Callable[[Sequences, Ints, int, str], Ints]", parts: "Sequence[_Part]", n: int) -> Ints:
+        """What `read` says of rows of one domain, for rows of many, int64[n, sequence_length]."""
+        found = np.empty((n, self.sequence_length), np.int64)
+        for here, sequences, rows, where in parts:
+            found[here] = read(sequences, rows, self.sequence_length, where)
+        return found
 
-    def _view(self, domain: Domain) -> RowView:
-        if domain.source["hash"] not in self._views:
-            self._views[domain.source["hash"]] = late.view(domain, self._first)
-        return self._views[domain.source["hash"]]
+    def _joined(self, domain: Domain) -> Sequences:
+        content = domain.source["hash"]
+        if content not in self._late:
+            self._late[content] = late.rows_of(domain, self._first, self._listed, self._open, self.sequence_length)
+        self._masked |= is_padded(self._late[content])
+        return self._late[content]
+
+
+class _Part(NamedTuple):
+    """The rows of a request that are of one domain."""
+
+    here: Ints  # which of the request's
+    sequences: Any  # `Rows`, or the items by row
+    rows: Ints
+    where: str  # in errors
+
+
+def _collate_of_loader(frame: FrameType | None) -> Callable[[Any], Any] | None:
+    """What makes batches of a request, where a DataLoader's fetcher is its caller, or the caller of a `Subset`'s.
+
+    A loader tells a dataset nothing of it, and what gets lost there would get lost silently.
+    """
+    for _ in range(4):
+        if frame is None:
+            break
+        if frame.f_code.co_name == "fetch":
+            found: Callable[[Any], Any] | None = getattr(frame.f_locals.get("self"), "collate_fn", None)
+            return found
+        frame = frame.f_back
+    return None
 
 
 class _Ahead(NamedTuple):
-    """Assignments of the positions from `start` on, computed under one generation of the schedule."""
+    """Assignments of the positions from `start` on, before `stop`, computed under one generation of the schedule."""
 
     generation: int
     start: int
+    stop: int
     domain: Ints
     row: Ints
+    told: Sequence[NewEpoch | UsedUp]  # where domains begin to be read again, or are used up
 
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.domain)
+    def holds(self, start: int, stop: int, schedule: MixtureSchedule) -> bool:
+        """Whether the schedule still assigns [start, stop) as is said here."""
+        return self.start <= start <= stop <= self.stop and self.generation == schedule.generation
 
 
-def as_sequences(name: str, data: Any, sequence_length: int | None) -> Sequences:
-    """A domain as rows, whatever it was given as; raises ValueError where it has none, in words for the domain."""
-    if isinstance(data, str | os.PathLike):
-        data = TokenStore.open(data)
-    tokens = "none"
-    if isinstance(data, TokenStore | DocumentView):
-        if sequence_length is None:
-            raise ValueError(f"sequence_length is missing: domain {name!r} is a token store, to be cut into sequences")
-        tokens = f"{data.num_tokens} tokens, of {sequence_length}"
-        data = PackedSequences(data, sequence_length)
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise ValueError(
-            f"domain {name!r} is a {type(data).__name__}: give a TokenStore, its path, a view, or a sequence of dicts"
-            " with input_ids"
-        )
-    if not len(data):
-        raise ValueError(f"domain {name!r} has not one whole sequence ({tokens}): give it more text, or leave it out")
-    sequences: Sequences = data
-    return sequences
+def _tables(domains: Sequence[Sequences]) -> list[npt.NDArray[np.integer]]:
+    """Rows of all domains as they lie in memory; none where one has no such table, or another type of tokens."""
+    found = [rows.table for rows in domains if isinstance(rows, PackedSequences) and rows.table is not None]
+    return found if len(found) == len(domains) and len({table.dtype for table in found}) == 1 else []

@@ -1,29 +1,63 @@
-"""Domains that join a dataset while it is read: views on rows of its first domains, by index files that it names.
+"""Domains that join a dataset while it is read, and those of a state that the run which loads it does not list.
 
-A `Domain` of this kind has as `source` the path of its index `file` and the `hash` of the numbers in it. Knows files
-and views; nothing of stages or of when a domain joins.
+What joins is told by the `source` of its `Domain`: the `hash` of its content, and the `file` of an index
+(`dynmix.mixture.index`) on the rows of the first domains, of which it is a view, or the `path` of its data, which has
+none if it is in memory.
+
+Knows files, views and rows; nothing of stages or of when a domain joins.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import numpy.typing as npt
 
 from dynmix.mixture.index import Numbers, digest, numbered, write_numbers
 from dynmix.mixture.roster import Domain
-from dynmix.mixture.sequences import Sequences
+from dynmix.mixture.sequences import Ints, Rows, Sequences, content_hash
+from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
 
+Opener: TypeAlias = Callable[[Mapping[str, Any], int], tuple[Sequences, ...]]
+"""Makes rows, of a length, of what domains were given as."""
+
 _LONGEST = 200  # of an index file's name, where file systems take 255 bytes
+
+
+class Gone(Rows):
+    """The rows of a domain that a run does not list any more: how many there were, and an error where one is read."""
+
+    def __init__(self, name: str, rows: int, sequence_length: int, content: str) -> None:
+        self.name, self._rows, self.sequence_length, self._content = name, rows, sequence_length, content
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash that its state had of its content."""
+        return self._content
+
+    def gather(self, rows: Ints) -> Ints:
+        """Raises ValueError."""
+        raise ValueError(
+            f"domain {self.name!r} is in the state that was loaded, and not among the domains of this MixtureDataset:"
+            " list it again to read it"
+        )
+
+
+def is_view(data: Any) -> bool:
+    """Whether what a domain was given as is a pair of integer vectors, the domain and the row of each of its rows."""
+    return isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, Mapping) for part in data)
 
 
 def numbered_domains(
     domains: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], parts: Sequence[Sequences], folder: Path
 ) -> list[tuple[Domain, Numbers]]:
-    """The domains of an `extend` and their numbers, checked; nothing is written."""
+    """The domains of an `extend` that are views, and their numbers, checked; nothing is written."""
     sizes, found = [len(rows) for rows in parts], []
     for name, (part, row) in domains.items():
         stem = quote(str(name), safe=" ")
@@ -59,13 +93,111 @@ def view(domain: Domain, parts: Sequence[Sequences]) -> RowView:
         ) from error
 
 
-def opened(
-    state: Mapping[str, Any], parts: Sequence[Sequences], folder: str | os.PathLike[str] | None
-) -> tuple[dict[str, Any], dict[str, RowView]]:
-    """A schedule's state with its index files in `folder` (None: where it says), and the views by their hash."""
-    names, sources = state["names"], state.get("joined", [])
-    if folder is not None:
-        sources = [{**at, "file": str(Path(folder).absolute() / Path(at["file"]).name)} for at in sources]
-    late = zip(names[len(names) - len(sources) :], sources, strict=True)
-    views = {source["hash"]: view(Domain(name, 0, source), parts) for name, source in late}
-    return {**state, **({"joined": sources} if sources else {})}, views
+def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> Domain:
+    """A domain of rows of its own.
+
+    Args:
+        name: of the domain.
+        data: what it was given as.
+        rows: that, opened.
+        length: tokens of one.
+        workers: whether processes run that were started before and are to see them, which open them by a path.
+
+    Raises:
+        ValueError: data that those cannot open, or rows that are not of this length.
+    """
+    source = {"hash": content_hash(rows, length, f"domain {name!r}")}
+    if isinstance(data, TokenStore):
+        data = data.path
+    if isinstance(data, str | os.PathLike):
+        source["path"] = os.fspath(data) if "://" in os.fspath(data) else os.path.abspath(data)
+    elif workers:
+        raise ValueError(
+            f"domain {name!r} is in memory, where the loader's worker processes, which run already, do not see it: give"
+            " a token store or a path, list it when the dataset is made, or read without workers"
+        )
+    return Domain(name, len(rows), source)
+
+
+def rows_of(
+    domain: Domain,
+    parts: Sequence[Sequences],
+    listed: Mapping[str, Sequences],
+    open_domains: Opener,
+    length: int,
+    drawn: Mapping[str, float] | None = None,
+) -> Sequences:
+    """The rows of a domain that joined: a view on `parts`, or what this run lists, or finds at the path.
+
+    A domain that has none of these may be `Gone`, if it has no share in `drawn`.
+
+    Raises:
+        ValueError: they are not there any more, or others; the message says what to do.
+    """
+    if "file" in domain.source:
+        return view(domain, parts)
+    try:
+        if domain.name in listed:
+            rows = listed[domain.name]
+        elif "path" in domain.source:
+            (rows,) = open_domains({domain.name: domain.source["path"]}, length)
+        else:
+            raise ValueError(
+                f"domain {domain.name!r} joined the run, from data in memory: list it among the domains of this"
+                " MixtureDataset, behind those the run began with and before its loader starts"
+            )
+    except ValueError:
+        if drawn is None or drawn[domain.name]:
+            raise
+        return Gone(domain.name, domain.size, length, domain.source["hash"])
+    if content_hash(rows, length, f"domain {domain.name!r}") != domain.source["hash"]:
+        raise ValueError(f"domain {domain.name!r}, which joined the run, has other content than it had")
+    return rows
+
+
+def relocated(state: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """A schedule's state with its index files in `folder`; None: where it says."""
+    if folder is None or "joined" not in state:
+        return dict(state)
+    where = Path(folder).absolute()
+    return {
+        **state,
+        "joined": [
+            {**at, "file": str(where / Path(at["file"]).name)} if "file" in at else at for at in state["joined"]
+        ],
+    }
+
+
+def unlike(
+    then: Mapping[str, int], joined: Sequence[Domain], listed: Mapping[str, Sequences], drawn: Mapping[str, float]
+) -> list[str]:
+    """In words, why the domains that a run lists cannot go on from those of a state; none if they can.
+
+    Args:
+        then: the state's first domains and how many rows they had.
+        joined: those that joined.
+        listed: the domains of this run.
+        drawn: shares of all of the state's domains in its last stage.
+    """
+    order, now = [name for name in then if name in listed], [name for name in listed if name in then]
+    found = [] if order == now else [f"the domains' order was {order} and is {now}"]
+    sizes = {**then, **{domain.name: domain.size for domain in joined}}
+    for name, size in sizes.items():
+        if name in listed and len(listed[name]) != size:
+            found.append(f"domain {name!r} had {size} rows and has {len(listed[name])}")
+    found += [
+        f"domain {name!r} is gone, and the last stage of the state draws it: list it, or take it out after a stage is"
+        " published that gives it no weight"
+        for name in then
+        if name not in listed and drawn.get(name)
+    ]
+    return [*(f"domain {name!r} is new" for name in listed if found and name not in sizes), *found]
+
+
+def first_rows(
+    then: Mapping[str, int], listed: Mapping[str, Sequences], length: int, contents: Mapping[str, str]
+) -> tuple[Sequences, ...]:
+    """The rows of a state's first domains, as far as this run lists them; `contents` are the hashes it had."""
+    return tuple(
+        listed[name] if name in listed else Gone(name, size, length, contents[name]) for name, size in then.items()
+    )

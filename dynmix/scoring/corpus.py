@@ -15,9 +15,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmix.mixture.dataset import as_sequences
 from dynmix.mixture.index import split
-from dynmix.mixture.sequences import Ints, Sequences, common_length, content_hash, gather
+from dynmix.mixture.sequences import (
+    PADDING,
+    Ints,
+    Sequences,
+    common_length,
+    content_hash,
+    documents,
+    gather,
+    is_padded,
+)
+from dynmix.mixture.sources import as_sequences
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView
 
@@ -58,9 +67,8 @@ class Corpus:
         self.names, self.unit = tuple(domains), unit
         self._parts: list[Any] = []
         for name, data in domains.items():
-            opened = TokenStore.open(data) if isinstance(data, str | os.PathLike) else data
             self._parts.append(
-                _documents(name, opened) if unit == "document" else as_sequences(name, opened, sequence_length)
+                _documents(name, data) if unit == "document" else as_sequences(name, data, sequence_length)
             )
         if unit == "sequence":
             named = {f"domain {name!r}": rows for name, rows in zip(self.names, self._parts, strict=True)}
@@ -82,7 +90,7 @@ class Corpus:
         return split(np.arange(start, stop), self._ends)
 
     def read(self, start: int, stop: int) -> list[Tokens]:
-        """Token ids of samples start to stop, 1-D; those of documents are views on the memory-mapped stores."""
+        """Token ids of samples start to stop, 1-D, without padding; documents are views on the memory-mapped stores."""
         domains, rows = self.where(start, stop)
         samples: list[Tokens] = []
         for domain in np.unique(domains).tolist():
@@ -90,7 +98,10 @@ class Corpus:
             if self.unit == "document":
                 samples += [part[row] for row in here.tolist()]
             else:
-                samples += [*gather(part, here, self.sequence_length, f"domain {self.names[domain]!r}")]
+                where = f"domain {self.names[domain]!r}"
+                ids = gather(part, here, self.sequence_length, where)
+                kept = documents(part, here, self.sequence_length, where) != PADDING if is_padded(part) else ids >= 0
+                samples += [tokens[real] for tokens, real in zip(ids, kept, strict=True)]
         return samples
 
     def spread(self, n: int) -> list[Tokens]:
@@ -157,9 +168,10 @@ def by_length(lengths: Ints, batch_tokens: int) -> Iterator[Ints]:
 
 
 def _documents(name: str, data: Any) -> TokenStore:
-    if not isinstance(data, TokenStore):
+    store = TokenStore.open(data) if isinstance(data, str | os.PathLike) else data
+    if not isinstance(store, TokenStore):
         raise ValueError(f"domain {name!r} is a {type(data).__name__}: with unit='document' give token stores or paths")
-    return data
+    return store
 
 
 def _store_hash(store: TokenStore) -> str:

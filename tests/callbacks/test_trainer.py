@@ -1,11 +1,12 @@
 import json
 import logging
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 import dynmix.controller
 import dynmix.measurement
@@ -194,6 +195,77 @@ def test_a_task_that_does_not_fit_the_model_fails_at_once(training, tmp_path, mo
         training.run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}]
+)
+def test_a_run_ends_with_the_last_whole_step_of_its_data(training, tmp_path, caplog, arguments):
+    limits = {"max_epochs": {"noise": 1}, "when_exhausted": "stop"}
+    trainer = training.run(tmp_path, mixer=Static(), data_options=limits, **arguments)
+    data = trainer.train_dataset
+    end = data.schedule.exhausted_at
+    steps = end // training.BATCH
+    assert 100 < end < 140
+    assert trainer.state.global_step == steps
+    domain, row, _ = data.schedule.assign(0, steps * training.BATCH)
+    assert trainer.order == np.stack([domain, row], axis=1).tolist()
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [row["kind"] for row in rows] == ["stage"] * len(data.schedule.stages) + ["final"]
+    assert f"the stream ends at position {end}, where its domains have been read as often as" in rows[-1]["message"]
+    assert f"the run ends after step {steps}: the stream ends at position {end}" in caplog.text
+
+
+def test_no_sample_is_seen_twice_where_the_dataset_says_so(training, tmp_path):
+    trainer = training.run(tmp_path, data_options={"max_epochs": 1})
+    assert len({tuple(sample) for sample in trainer.order}) == len(trainer.order) == training.STEPS * training.BATCH
+    config = json.loads((tmp_path / "dynmix/config.json").read_text())
+    assert config["max_epochs"] == dict.fromkeys(training.DOMAINS, 1)
+    with pytest.raises(ValueError, match="max_epochs=2, and the dataset's is 1: say it once"):
+        training.run(tmp_path, data_options={"max_epochs": 1}, options={"max_epochs": 2})
+
+
+def test_the_journal_and_the_log_say_where_domains_are_read_again(training, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="dynmix.mixture")
+    trainer = training.run(tmp_path, mixer=Static())
+    domain, _, epoch = trainer.train_dataset.schedule.assign(0, training.STEPS * training.BATCH)
+    position = int(np.flatnonzero((domain == 2) & (epoch == 1))[0])  # noise, which has half of the weight
+    assert not epoch[domain < 2].any()
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    stage = position // (training.STAGE_STEPS * training.BATCH)
+    assert [row["new_epochs"] for row in rows[:-1]] == [
+        {"noise": [[2, position]]} if k == stage else {} for k in range(4)
+    ]
+    begins = f"domain 'noise' begins its epoch 2 at position {position}, reshuffled"
+    assert f"{begins}, in step {position // training.BATCH + 1}" in caplog.text
+    assert f"stage {stage} will read again: {begins}" in caplog.text
+    for k in (1, 2, 3):
+        start = k * training.STAGE_STEPS * training.BATCH
+        assert f"stage {k} begins at position {start}, with the weights" in caplog.text
+        assert f"the stage of position {start} begins with step {k * training.STAGE_STEPS + 1}" in caplog.text
+
+
+def test_a_run_goes_on_with_other_processes_workers_and_batches(training, launch, tmp_path):
+    """1 process, 2 workers, 8 x 4; then 2 processes without workers, 4 x 4; then the first again."""
+    common = {"steps": 8, "save_strategy": "steps", "save_steps": 3, "data_options": {"samples": 256}}
+    one = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "dataloader_num_workers": 2}
+    two = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    options = {"options": {"stage_steps": 2}}
+    begun = training.run(tmp_path, mixer=Static(), lr_scheduler_type="constant", **common | one | options)
+    domain, row, _ = begun.train_dataset.schedule.assign(0, 256)
+    expected = np.stack([domain, row], axis=1).tolist()
+    assert begun.order == expected
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    launch(tmp_path, 2, static=True, resume=True, lr_scheduler_type="constant", **common | two | options)
+    ranks = [json.loads((tmp_path / f"facts-{rank}.json").read_text())["order"] for rank in (0, 1)]
+    batches = [order[at : at + 4] for at in range(0, len(ranks[0]), 4) for order in ranks]
+    assert [sample for batch in batches for sample in batch] == expected[3 * 32 :]
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    ended = training.run(tmp_path, mixer=Static(), resume=True, lr_scheduler_type="constant", **common | one | options)
+    assert ended.order == expected[6 * 32 :]
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [row["start"] for row in rows] == [0, 64, 128, 192, 256]
+
+
 def test_max_epochs_bounds_what_a_domain_gives(training, tmp_path):
     trainer = training.run(tmp_path, options={"max_epochs": {"web": 0.9, "code": 1.0}})
     counts = trainer.train_dataset.schedule.counts(training.STEPS * training.BATCH)
@@ -279,3 +351,24 @@ def test_snapshots_are_whole_models_and_the_newest_are_kept(training, tmp_path):
     difference = (loaded.lm_head.weight - trainer.model.lm_head.weight).abs().max()
     assert 0 < difference < 1
     assert not list(folder.rglob("*.bin"))
+
+
+def test_a_collator_that_loses_boundaries_is_refused_before_anything_is_written(training, tmp_path, monkeypatch):
+    def padded(items):
+        batch = default_data_collator(items)
+        return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+    monkeypatch.setattr(training.Recording, "get_train_dataloader", with_collator(padded))
+    with pytest.raises(
+        ValueError, match=r"padded\) adds a 2-D attention_mask.*data_collator=transformers.default_data"
+    ):
+        training.run(tmp_path, mixer=Static(), data_options={"boundaries": "position_ids"})
+    assert not (tmp_path / "dynmix").exists()
+
+
+def with_collator(collate):
+    def get_train_dataloader(trainer):
+        trainer.data_collator = collate
+        return Trainer.get_train_dataloader(trainer)
+
+    return get_train_dataloader

@@ -31,13 +31,14 @@ def sequences(domain: int, rows: int = ROWS, salt: int = 0) -> list[dict[str, An
     return [{"input_ids": row.tolist()} for row in table]
 
 
-def dataset(seed: int = 0, samples: int = STEPS * BATCH) -> MixtureDataset:
+def dataset(seed: int = 0, samples: int = STEPS * BATCH, **options: Any) -> MixtureDataset:
     return MixtureDataset(
         {name: sequences(i) for i, name in enumerate(DOMAINS)},
         weights={"web": 0.3, "code": 0.2, "noise": 0.5},
         num_samples=samples,
         seed=seed,
         block=BATCH,
+        **options,
     )
 
 
@@ -88,10 +89,11 @@ def run(
     resume: bool = False,
     stages: list[Any] | None = None,
     options: dict[str, Any] | None = None,
+    data_options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Recording:
     """Train; `arguments` go to TrainingArguments and `options` to MixtureCallback; `stages` are decided beforehand."""
-    data = dataset()
+    data = dataset(**data_options or {})
     for start, end, weights in stages or []:
         if start == 0:
             data.schedule.hold(end)

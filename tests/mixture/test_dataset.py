@@ -1,18 +1,18 @@
 import json
-import multiprocessing
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader  # type: ignore[import-untyped]
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from dynmix.mixture import dataset as module
-from dynmix.mixture.dataset import MixtureDataset, PackedSequences
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.schedule import Undecided
 from dynmix.mixture.store import TokenStore
 
@@ -89,6 +89,30 @@ def test_a_store_and_its_sequences_as_a_list_give_one_stream(stores: dict[str, T
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_names_may_be_any_text(stores: dict[str, TokenStore]) -> None:
+    odd = ["", " ", "a/b", "naïve 日本", "new\nline", "{}", "'\"$;", "a" * 500]
+    dataset = MixtureDataset(dict.fromkeys(odd, stores["a"]), "uniform", num_samples=100, sequence_length=32)
+    twin = MixtureDataset(dict.fromkeys(odd, stores["a"]), "natural", num_samples=100, sequence_length=32)
+    twin.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+    assert twin.domains == tuple(odd)
+    assert {item["domain"] for item in twin.__getitems__(list(range(100)))} == set(range(8))
+
+
+def test_5000_domains_one_of_them_with_one_sequence(stores: dict[str, TokenStore]) -> None:
+    domains: dict[str, Any] = {f"d{k}": plain(2 + k % 3, 10 * k) for k in range(5000)} | {"one": plain(1, 99_999)}
+    dataset = MixtureDataset(domains, "uniform", num_samples=20_000)
+    domain, row, epoch = dataset.schedule.assign(0, 20_000)
+    assert np.bincount(domain).min() >= 3
+    assert np.bincount(domain).max() <= 5  # 3.999 each, rounded up or down, and one late
+    assert (row[domain == 5000] == 0).all()
+    assert epoch[domain == 5000].tolist() == list(range((domain == 5000).sum()))
+    for item, d, r in zip(dataset.__getitems__(list(range(64))), domain.tolist(), row.tolist(), strict=False):
+        assert item["input_ids"].tolist() == domains[dataset.domains[d]][r]["input_ids"]
+    twin = MixtureDataset(domains, num_samples=20_000)
+    twin.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+    assert twin.schedule.counts(12_345).tolist() == np.bincount(domain[:12_345], minlength=5001).tolist()
+
+
 def test_named_weights() -> None:
     assert make(weights="natural").schedule.weights_at(0) == pytest.approx({"a": 40 / 130, "b": 90 / 130})
     assert make(weights="uniform").schedule.weights_at(0) == half
@@ -107,6 +131,21 @@ def test_named_weights() -> None:
         ({"a": iter([])}, {}, "domain 'a' is a list_iterator"),
         ({"a": plain(3)}, {"num_samples": 0}, "num_samples must be at least 1"),
         ({"a": plain(3)}, {"weights": "equal"}, 'give "natural", "uniform" or'),
+        (["a", "b"], {}, "domains is a list: give a mapping"),
+        ({"a": plain(3)}, {"num_samples": 1e3}, "num_samples=1000.0: give a whole number"),
+        ({"a": plain(3)}, {"sequence_length": 4.0}, "sequence_length=4.0: give a whole number"),
+        ({"a": plain(3)}, {"sequence_length": 0}, "sequence_length must be at least 1"),
+        ({"a": plain(3)}, {"seed": "x"}, "seed='x': give a whole number"),
+        ({"a": plain(3)}, {"block": 2.5}, "block=2.5: give a whole number"),
+        ({"a": plain(3)}, {"bos_token_id": "<s>"}, "bos_token_id='<s>': give a whole number"),
+        ({"a": plain(3)}, {"ignore_token_ids": 3}, "ignore_token_ids=3: give a list of token ids"),
+        ({"a": plain(3)}, {"ignore_token_ids": ["x"]}, "ignore_token_ids='x': give a whole number"),
+        ({"a": plain(3)}, {"max_epochs": 0}, "max_epochs=0: no sequence may be read"),
+        ({"a": plain(3)}, {"max_epochs": 0, "when_exhausted": "repeat"}, "max_epochs=0: no sequence may be read"),
+        ({"a": plain(3)}, {"max_epochs": {"a": 0.1}}, "max_epochs={'a': 0.1}: no sequence may be read"),
+        ({"a": plain(3)}, {"weights": [1.0]}, r'weights=\[1.0\]: give "natural"'),
+        ({"a": plain(3), "b": plain(3)}, {"weights": {"a": 2, "b": -1}}, r"weights\['b'\]=-1: a weight is"),
+        ({"a": plain(3), "b": plain(3)}, {"weights": {"a": 1, "b": None}}, r"weights\['b'\]=None: a weight is"),
         ({"a": plain(3)}, {"weights": {"c": 1.0}}, r"weights must have .* missing \['a'\], unknown \['c'\]"),
     ],
 )
@@ -195,18 +234,6 @@ def test_the_main_process_never_waits() -> None:
     assert dataset.read_until == 16
     dataset.publish(half, start=20)
     assert len(dataset.__getitems__(list(range(16, 32)))) == 16
-
-
-def test_a_worker_whose_parent_is_gone_stops_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=int)
-    process.start()
-    process.join()
-    dataset = make()
-    dataset.schedule.hold(20)
-    monkeypatch.setattr(module, "get_worker_info", lambda: type("Worker", (), {"id": 0}))
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: process)
-    with pytest.raises(RuntimeError, match="parent process ended before it published the stage of position 20"):
-        dataset.__getitems__(list(range(16, 24)))
 
 
 def test_what_was_read_cannot_be_published_again() -> None:
@@ -341,3 +368,12 @@ def test_stores_are_pickled_by_path(tmp_path: Path) -> None:
     content = pickle.dumps(dataset)
     assert len(content) < store.tokens.nbytes / 10
     assert torch.equal(pickle.loads(content)[3]["input_ids"], dataset[3]["input_ids"])
+
+
+def test_reading_on_takes_no_more_memory(stores: dict[str, TokenStore]) -> None:
+    dataset = MixtureDataset(stores, "uniform", num_samples=10**9, sequence_length=4, block=16)
+    process, used = psutil.Process(), []
+    for at in range(0, 1_000_000, 4096):
+        dataset.__getitems__(list(range(at, at + 4096)))
+        used.append(process.memory_info().rss)
+    assert used[-1] - used[60] < 8 << 20  # a byte a draw would be near that, and what is read is 64 of them

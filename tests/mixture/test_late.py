@@ -348,7 +348,7 @@ def test_a_state_of_other_data_is_refused_though_domains_joined(folder: Path) ->
 
 def test_a_state_without_domains_that_joined_has_nothing_new(folder: Path) -> None:
     state = make(folder).state_dict()
-    assert list(state) == ["schedule", "sequence_length", "fingerprint"]
+    assert list(state) == ["schedule", "sequence_length", "options", "fingerprint"]
     assert list(state["schedule"]) == ["version", "seed", "block", "names", "sizes", "stages"]
     assert list(grown(folder).state_dict()["fingerprint"]) == ["a", "b"]
 
@@ -371,3 +371,156 @@ def test_a_copy_reads_on_by_itself_and_is_small(folder: Path) -> None:
     twin = pickle.loads(content)
     dataset.load_state_dict(make(folder).state_dict())
     assert read(twin) == read(whole(folder))
+
+
+# -- new data, and data that is gone ---------------------------------------------------------------------------------
+
+with_new = {"a": 0.2, "b": 0.2, "new": 0.6}
+
+
+def new_store(folder: Path) -> TokenStore:
+    rng = np.random.default_rng(1)
+    return TokenStore.write(folder / "new", [rng.integers(0, 5000, n) for n in rng.integers(1, 90, 15)])
+
+
+def in_memory(folder: Path) -> list[dict[str, Any]]:
+    return [{"input_ids": ids} for ids in np.arange(30 * LENGTH).reshape(30, LENGTH).tolist()]
+
+
+def listed_from_the_start(folder: Path, new: Any) -> MixtureDataset:
+    dataset = MixtureDataset(
+        {"a": folder / "a", "b": folder / "b", "new": new}, first | {"new": 0.0}, num_samples=400, sequence_length=16,
+        block=16,
+    )  # fmt: skip
+    dataset.publish(with_new, start=96)
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("make_new", "workers"),
+    [(new_store, 0), (in_memory, 0), (new_store, 2), (lambda folder: str(new_store(folder).path) + ".bin", 2)],
+)
+def test_new_data_joins_at_a_boundary_also_under_workers(make_new: Any, workers: int, folder: Path) -> None:
+    new = make_new(folder)
+    expected = read(listed_from_the_start(folder, new))
+    dataset = make(folder)
+    dataset.schedule.hold(96)
+    found: list[tuple[int, list[int]]] = []
+    for batch in DataLoader(dataset, batch_size=8, num_workers=workers, timeout=60 if workers else 0):
+        found += order([batch])
+        if len(found) == 96:
+            dataset.extend({"new": new})
+            dataset.publish(with_new, start=96)
+    assert found == expected
+    state = json.loads(json.dumps(dataset.state_dict()))
+    twins = [
+        MixtureDataset(
+            {"a": folder / "a", "b": folder / "b", "new": new}, num_samples=400, sequence_length=16, block=16
+        )
+    ]
+    if not isinstance(new, list):
+        twins.append(make(folder))  # the state knows where the store is
+    for twin in twins:
+        twin.load_state_dict(state)
+        assert twin.domains == ("a", "b", "new")
+        assert read(twin, 80) == expected[80:]
+        assert twin.state_dict() == state
+    if isinstance(new, list):
+        with pytest.raises(ValueError, match="domain 'new' joined the run, from data in memory: list it among"):
+            make(folder).load_state_dict(state)
+        new[0] = {"input_ids": [7] * LENGTH}
+        with pytest.raises(ValueError, match="domain 'new', which joined the run, has other content"):
+            MixtureDataset(
+                {"a": folder / "a", "b": folder / "b", "new": new}, num_samples=400, sequence_length=16, block=16
+            ).load_state_dict(state)
+
+
+def test_a_resumed_run_may_list_new_data(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = make(folder)
+    dataset.schedule.hold(96)
+    expected = read(listed_from_the_start(folder, new_store(folder)))
+    sources = {"a": folder / "a", "b": folder / "b", "new": folder / "new"}
+    twin = MixtureDataset(sources, num_samples=400, sequence_length=16, block=16)
+    twin.load_state_dict(dataset.state_dict())
+    assert "['new'] joined: nothing is drawn of it until a stage is published" in caplog.text
+    assert twin.schedule.weights_at(50) == pytest.approx(first | {"new": 0.0})
+    twin.publish(with_new, start=96)
+    assert read(twin) == expected
+    third_run = MixtureDataset(sources, num_samples=400, sequence_length=16, block=16)
+    third_run.load_state_dict(json.loads(json.dumps(twin.state_dict())))
+    assert read(third_run) == expected
+
+
+def test_data_may_go_once_nothing_is_drawn_of_it(folder: Path) -> None:
+    new_store(folder)
+    sources = {name: folder / name for name in ("a", "new", "b")}
+    dataset = MixtureDataset(sources, "uniform", num_samples=400, sequence_length=16, block=16)
+    dataset.publish({"a": 0.5, "new": 0.0, "b": 0.5}, start=96)
+    state, expected = json.loads(json.dumps(dataset.state_dict())), read(dataset)
+    twin = make(folder)
+    twin.load_state_dict(state)
+    assert twin.gone == ("new",)
+    assert twin.domains == dataset.domains
+    assert twin.realised(400) == dataset.realised(400)
+    assert read(twin, 96) == expected[96:]
+    assert twin.state_dict() == state
+    with pytest.raises(ValueError, match="domain 'new' is in the state that was loaded, and not among the domains"):
+        read(twin, 0)
+    again = MixtureDataset(sources, num_samples=400, sequence_length=16, block=16)  # it may come back
+    again.load_state_dict(twin.state_dict())
+    assert read(again) == expected
+
+
+@pytest.mark.parametrize("make_new", [new_store, in_memory])
+def test_data_that_joined_may_go_too(make_new: Any, folder: Path) -> None:
+    dataset = make(folder)
+    dataset.extend({"new": make_new(folder)})
+    dataset.publish(with_new, start=96)
+    dataset.publish({"a": 0.5, "new": 0.0, "b": 0.5}, start=192)
+    state, expected = dataset.state_dict(), read(dataset)
+    for file in folder.glob("new.*"):
+        file.unlink()
+    twin = make(folder)
+    twin.load_state_dict(json.loads(json.dumps(state)))
+    assert twin.gone == ("new",)
+    assert read(twin, 192) == expected[192:]
+    assert twin.state_dict() == state
+
+
+def test_data_that_is_still_drawn_may_not_go(folder: Path) -> None:
+    state = listed_from_the_start(folder, new_store(folder)).state_dict()
+    twin = make(folder)
+    before = twin.state_dict()
+    with pytest.raises(ValueError, match="domain 'new' is gone, and the last stage of the state draws it: list it, or"):
+        twin.load_state_dict(state)
+    assert twin.state_dict() == before
+
+
+def test_data_in_memory_is_refused_where_workers_run_that_would_not_see_it(folder: Path) -> None:
+    dataset = make(folder)
+    dataset.schedule.hold(96)
+    batches = iter(DataLoader(dataset, batch_size=8, num_workers=1))
+    next(batches)
+    with pytest.raises(
+        ValueError, match="domain 'new' is in memory, where .* worker processes, .* do not see it: give"
+    ):
+        dataset.extend({"new": in_memory(folder)})
+    assert dataset.domains == ("a", "b")
+    # Workers that start later have it.
+    dataset = make(folder)
+    dataset.extend({"new": in_memory(folder)})
+    dataset.publish(with_new, start=96)
+    expected = read(dataset)
+    loader = DataLoader(dataset, batch_size=10, sampler=range(100, 160), num_workers=1, multiprocessing_context="spawn")
+    assert order(loader) == expected[100:160]
+
+
+def test_new_data_that_does_not_fit_is_refused(folder: Path) -> None:
+    dataset = make(folder)
+    with pytest.raises(ValueError, match="domain 'new'"):
+        dataset.extend({"new": [{"input_ids": [1, 2]}]})
+    with pytest.raises(ValueError, match="there is a domain 'a' already"):
+        dataset.extend({"a": in_memory(folder)})
+    with pytest.raises(ValueError, match="folder is missing, where the index of 'x' is kept"):
+        dataset.extend(x)
+    assert dataset.domains == ("a", "b")

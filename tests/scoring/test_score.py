@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from dynmix.influence.curvature import Identity
 from dynmix.influence.sample import last_layers, sample_influence
-from dynmix.mixture.dataset import PackedSequences
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
 from dynmix.scores import Column

@@ -1,0 +1,135 @@
+"""What was read of each domain, what is left of it, and where it begins again: closed forms over a schedule.
+
+Draws grow with the position, so where a domain's next epoch begins is found by halving, and no stretch of the stream is
+walked but the last few thousand positions. Knows schedules; nothing of files, loaders or models.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dynmix.mixture.limits import NEVER
+from dynmix.mixture.schedule import Ints, MixtureSchedule
+
+_WALKED = 4096  # positions that are gone through one by one, which then is quicker than to halve them
+_EACH = 16  # epochs that are told one by one; of a domain that is read more often, every doubling
+
+
+class Remaining(NamedTuple):
+    """What is left of a domain at some position, in sequences and in tokens (padding included).
+
+    `epoch` is the one that its next sequence belongs to, 0 the first; `sequences` and `tokens` are left of it. The
+    last two are left within `max_epochs`, and None where there is no limit.
+    """
+
+    epoch: int
+    sequences: int
+    tokens: int
+    limit_sequences: int | None
+    limit_tokens: int | None
+
+
+class NewEpoch(NamedTuple):
+    """A domain begins to be read again: `epoch` counts from 0, so that 1 is the second time through it."""
+
+    position: int
+    domain: str
+    epoch: int
+
+    def __str__(self) -> str:
+        return f"domain {self.domain!r} begins its epoch {self.epoch + 1} at position {self.position}, reshuffled"
+
+
+class UsedUp(NamedTuple):
+    """A domain reaches its limit before `position`, from which on the others have its share."""
+
+    position: int
+    domain: str
+
+    def __str__(self) -> str:
+        return f"domain {self.domain!r} is used up at position {self.position}: the others take its share from there on"
+
+
+def remaining(schedule: MixtureSchedule, position: int, sequence_length: int) -> dict[str, Remaining]:
+    """Domain -> what is left of it at `position`, within its epoch and within its limit."""
+    drawn, limits, found = schedule.counts(position).tolist(), schedule.limits.draws(schedule.sizes).tolist(), {}
+    for (name, size), n, limit in zip(schedule.sizes.items(), drawn, limits, strict=False):
+        epoch, used = divmod(n, size) if size else (0, 0)
+        within = None if limit == NEVER else max(0, limit - n)
+        left = size - used if within is None or not schedule.limits.hard else min(size - used, within)
+        tokens = None if within is None else within * sequence_length
+        found[name] = Remaining(epoch, left, left * sequence_length, within, tokens)
+    return found
+
+
+def used_up(schedule: MixtureSchedule, start: int, stop: int) -> list[UsedUp]:
+    """Where in (start, stop] domains reach their limit, in order of position; none where limits do not bind the order.
+
+    A domain of which nothing may be drawn at all has no such position.
+    """
+    if schedule.limits.when_exhausted != "redistribute" or start >= stop:
+        return []
+    limits = schedule.limits.draws(schedule.sizes)
+    found = []
+    for number in np.flatnonzero((schedule.counts(start) < limits) & (schedule.counts(stop) >= limits)).tolist():
+        low, high = start, stop
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if schedule.counts(middle)[number] >= limits[number] else (middle, high)
+        found.append(UsedUp(high, schedule.names[number]))
+    return sorted(found)
+
+
+def new_epochs(schedule: MixtureSchedule, start: int, stop: int) -> list[NewEpoch]:
+    """Where domains begin to be read again in [start, stop), in order of position.
+
+    Told are a domain's 2nd to 16th epoch and, of one that is read more often, the 32nd, the 64th and so on.
+    """
+    sizes = np.maximum(1, np.array(list(schedule.sizes.values()), np.int64))
+    before, after = schedule.counts(start), schedule.counts(stop)
+    first, last = np.maximum(1, -(-before // sizes)), (after - 1) // sizes
+    wanted = [
+        (number, epoch)
+        for number in np.flatnonzero(last >= first).tolist()
+        for epoch in _told(int(first[number]), int(last[number]))
+    ]
+    return sorted(_located(schedule, start, stop, sizes, wanted))
+
+
+def _located(
+    schedule: MixtureSchedule, start: int, stop: int, sizes: Ints, wanted: Sequence[tuple[int, int]]
+) -> Iterator[NewEpoch]:
+    """Where in [start, stop) each of the epochs begins that are `wanted` by domain number, and do begin there."""
+    if not wanted:
+        return
+    if stop - start <= _WALKED:
+        domain, _, epochs = schedule.assign(start, stop)
+        for number, epoch in wanted:
+            position = start + int(np.argmax((domain == number) & (epochs == epoch)))
+            yield NewEpoch(position, schedule.names[number], epoch)
+        return
+    middle = (start + stop) // 2
+    drawn = schedule.counts(middle)
+    before = [(number, epoch) for number, epoch in wanted if drawn[number] > epoch * sizes[number]]
+    yield from _located(schedule, start, middle, sizes, before)
+    yield from _located(schedule, middle, stop, sizes, sorted({*wanted} - {*before}))
+
+
+def _told(first: int, last: int) -> list[int]:
+    each = range(first, min(last, _EACH - 1) + 1)
+    doublings = (1 << k for k in range(_EACH.bit_length(), (last + 1).bit_length()))
+    return [*each, *(human - 1 for human in doublings if first <= human - 1 <= last)]
+
+
+def as_rows(found: Sequence[NewEpoch]) -> dict[str, list[tuple[int, int]]]:
+    """Domain -> (epoch counted from 1, position) of each, for a journal."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    for position, domain, epoch in found:
+        rows.setdefault(domain, []).append((epoch + 1, position))
+    return rows
+
+
+def in_words(found: Sequence[NewEpoch]) -> str:
+    """The first of them, and how many more there are."""
+    return "; ".join(map(str, found[:8])) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")

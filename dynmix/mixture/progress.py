@@ -1,0 +1,91 @@
+"""What those who read a schedule and the one who publishes it tell each other, across processes.
+
+Knows positions and the schedule's end; nothing of samples.
+"""
+
+import logging
+import multiprocessing
+import time
+
+from torch.utils.data import get_worker_info
+
+from dynmix.mixture.schedule import MixtureSchedule, Undecided
+from dynmix.mixture.shared import SharedArray
+
+logger = logging.getLogger("dynmix.mixture")
+
+_POLL_SECONDS = 0.005
+_WARN_SECONDS, _GIVE_UP_SECONDS = 30.0, 1800.0  # without a sign of life from the main process
+_SLOTS = 1024  # of the reading counters, one a worker
+_PULSE, _SIZE, _STEP, _MAIN, _WORKERS = range(5)  # cells; the last two, and those that follow, are ends of reading
+
+
+class Progress:
+    """How far each process has read, and a pulse of the main one; shared with the workers that are started."""
+
+    def __init__(self) -> None:
+        self._cells = SharedArray((_WORKERS + _SLOTS,))
+
+    @property
+    def read_until(self) -> int:
+        """One more than the highest position that was read here or in a worker; 0 before."""
+        return int(self._cells.array[_MAIN:].max())
+
+    @property
+    def by_workers(self) -> bool:
+        """Whether a worker has read."""
+        return bool(self._cells.array[_WORKERS:].any())
+
+    @property
+    def read_size(self) -> int:
+        """Positions in the last request; 0 before."""
+        return int(self._cells.array[_SIZE])
+
+    @property
+    def step_size(self) -> int:
+        """Samples an optimizer step takes, as `plan_steps` was told; 0 before."""
+        return int(self._cells.array[_STEP])
+
+    def plan_steps(self, samples: int) -> None:
+        """Say how many samples an optimizer step takes."""
+        self._cells.array[_STEP] = samples
+
+    def note(self, size: int, stop: int) -> None:
+        """Say that a request of so many positions was read, and so all positions before `stop`."""
+        worker, cells = get_worker_info(), self._cells.array
+        # A cell for each writer, because nothing here makes "take the maximum" one step between processes.
+        cell = _MAIN if worker is None else _WORKERS + worker.id % _SLOTS
+        cells[cell] = max(int(cells[cell]), stop)
+        cells[_SIZE] = size
+
+    def forget(self) -> None:
+        """Start again from nothing; what a step takes stays."""
+        self._cells.array[[_PULSE, _SIZE]], self._cells.array[_MAIN:] = 0, 0
+
+    def pulse(self) -> None:
+        """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
+        self._cells.array[_PULSE] += 1
+
+    def wait(self, schedule: MixtureSchedule, stop: int, causes: str) -> None:
+        """Return when positions before `stop` are decided or the stream is exhausted; in the main process at once.
+
+        Raises:
+            Undecided: in a worker, after half an hour without a sign of life, with the `causes` there may be.
+            RuntimeError: the parent process ended.
+        """
+        parent = multiprocessing.parent_process()
+        pulse, since, patience = -1, time.monotonic(), _WARN_SECONDS
+        while get_worker_info() is not None and (end := schedule.end) is not None and end < stop:
+            if schedule.exhausted_at is not None:
+                return
+            if parent is not None and not parent.is_alive():
+                raise RuntimeError(f"the parent process ended before it published the stage of position {end}")
+            if pulse != (pulse := int(self._cells.array[_PULSE])):
+                since, patience = time.monotonic(), _WARN_SECONDS
+            waited = time.monotonic() - since
+            if waited > _GIVE_UP_SECONDS:
+                raise Undecided(f"position {end} was not decided within {waited:.0f} s.{causes}")
+            if waited > patience:
+                logger.warning("waiting for the stage of position %d for %.0f s.%s", end, waited, causes)
+                patience *= 4
+            time.sleep(_POLL_SECONDS)

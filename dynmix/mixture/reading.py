@@ -1,0 +1,74 @@
+"""Whether a loader asks for positions in order: what is shuffled would mix the stages.
+
+Knows positions and the length of the stream; nothing of samples or stages.
+"""
+
+import operator
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+_REMEDY = (
+    " A shuffled loader mixes the stages; use shuffle=False (DataLoader, DistributedSampler) or"
+    ' train_sampling_strategy="sequential" (Trainer)'
+)
+
+
+class InOrder:
+    """Checks the requests of one process against each other.
+
+    Args:
+        num_samples: positions there are at most.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self._num_samples = num_samples
+        self._lowest, self._last = num_samples, -1
+        self._steps_back: deque[bool] = deque(maxlen=8)
+
+    def runs(self, request: Sequence[int], length: int) -> list[range]:
+        """The request as one ascending range, or two where it wraps from the end of the stream to its start.
+
+        Args:
+            request: positions, at least one.
+            length: of the stream, at which samplers wrap.
+
+        Raises:
+            IndexError: a position outside the stream.
+            ValueError: they are not equally spaced and ascending, or requests go back and forth.
+        """
+        runs = self._ranges(request, length)
+        self._check_passes(runs[0].start, runs[0].step)
+        return runs
+
+    def _ranges(self, request: Sequence[int], length: int) -> list[range]:
+        first, last = operator.index(request[0]), operator.index(request[-1])
+        step = request[1] - first if len(request) > 1 else 1
+        if 0 <= first <= last < self._num_samples and step > 0:
+            whole = range(first, last + 1, step)
+            if len(whole) == len(request) and isinstance(request, list) and list(whole) == request:
+                return [whole]
+        positions = np.asarray(request, np.int64)
+        if (outside := positions[(positions < 0) | (positions >= self._num_samples)]).size:
+            raise IndexError(f"position {outside[0]} is not in [0, {self._num_samples})")
+        steps = np.diff(positions)
+        stride = int(steps[0]) % length if steps.size else 1
+        wraps = np.flatnonzero(steps < 0)
+        # Samplers that pad to equal shards go on from the start; more than half the stream is no stride, but a shuffle.
+        wrapped = len(wraps) == 1 and 2 * stride <= length
+        if stride == 0 or ((steps - stride) % length).any() or (len(wraps) and not wrapped):
+            raise ValueError(f"positions are not read in order: {positions[:8].tolist()}...{_REMEDY}")
+        parts = np.split(positions, wraps + 1)
+        return [range(int(part[0]), int(part[-1]) + 1, stride) for part in parts]
+
+    def _check_passes(self, first: int, stride: int) -> None:
+        # Within a request a shuffle shows at once, but a request may hold a single position. One step back may be a new
+        # pass (which starts where the earliest did, or beside it as another rank does) or a second loader; step after
+        # step of them is a shuffle.
+        self._lowest = min(self._lowest, first)
+        back = self._lowest + stride <= first < self._last
+        self._steps_back.append(back)
+        self._last = first
+        if back and sum(self._steps_back) >= 3:
+            raise ValueError(f"positions are not read in order: requests go back and forth, now to {first}.{_REMEDY}")
