@@ -1,0 +1,421 @@
+"""The mixture as a `torch.utils.data.IterableDataset`, for domains that can only be read from their beginning on.
+
+Which domain stands at a position is the schedule's word, as in `MixtureDataset`; the sample is the next one that the
+domain's source gives. This module must not know of models, optimizers or how weights are chosen.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, Tokenizer, kept_aside
+from dynmix.mixture.items import Items, PassEnded, Source, check_source
+from dynmix.mixture.progress import Progress
+from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, matched
+from dynmix.mixture.sequences import Item
+
+_AHEAD = 4096  # positions assigned at once
+_UNKNOWN = 1 << 40  # rows of a domain that nobody has counted: domains and counts of positions do not depend on it
+_WAITING = (
+    " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
+    " steps say: pass the loader's batch_size to MixtureStream, what a step takes to MixtureHook, and call its step()"
+    " once an optimizer step"
+)
+
+Policy = Literal["repeat", "stop"]
+
+
+class MixtureStream(IterableDataset[Item]):
+    """A mixture of sources that have no random access, by the same schedule as `MixtureDataset`.
+
+        stream = MixtureStream(
+            {"web": load_dataset(..., streaming=True), "code": read_code},  # read_code(): yields strings or dicts
+            {"web": 0.7, "code": 0.3},
+            num_samples=1_000_000, sequence_length=2048, batch_size=8, tokenizer=tokenizer,
+        )
+        loader = StatefulDataLoader(stream, batch_size=8, num_workers=2)  # of torchdata, to resume without re-reading
+
+    Items are {"input_ids": LongTensor[sequence_length], "labels": the same, "domain": int}. What a source gives is a
+    mapping with `input_ids` of any length, or with a text, or a string. It is put end to end and cut; nothing is
+    dropped, and items of `sequence_length` tokens stay whole.
+
+    What it promises:
+
+    - The domain of each position is the schedule's, whatever ranks and workers: batch b of a loader holds the domains
+      that it holds when `MixtureDataset` is read in order. Swaps take effect at their declared position; a worker that
+      read ahead waits for a stage that is not published yet.
+    - The same sources, seed, stages, ranks and workers give the same samples.
+    - A state resumes exactly with as many ranks and workers as it was taken with; it is refused with others. Sources
+      with `state_dict` and `load_state_dict` go on from their own; others, and HF datasets with a shuffle buffer (which
+      is in no state), are read up to where they were left, which the log says.
+
+    What it cannot: keep the samples when the number of ranks or workers changes. Each reads its own share of every
+    domain, so those who need that write token stores (`dynmix prepare`) and take `MixtureDataset`.
+
+    Sources must give the same items in the same order each time they are opened (for the same epoch), to every rank;
+    they are split here: a reader keeps each n-th item and passes over the others. A function with the parameters
+    `shard` and `num_shards`, and an HF dataset whose number of shards is a multiple of the readers, give only their
+    part, which spares the reading.
+
+    Loaders: torch's `DataLoader` and torchdata's `StatefulDataLoader` on each rank, with `rank` and `world_size`. The
+    Trainer and accelerate split batches themselves: `world_size=1`. They resume by reading anew all that was read
+    (`ignore_data_skip=False`), which is exact and takes its time.
+
+    Args:
+        domains: name -> iterable of items, or a function that makes one (parameters `epoch`, `shard` and `num_shards`
+            if it has them; a bare generator can be read only once and is refused). `set_epoch` of an iterable is called
+            before each pass.
+        weights: of the first stage: "uniform", or name -> weight.
+        num_samples: length of the stream in sequences, over all ranks.
+        sequence_length: tokens of a sequence.
+        seed: of the order of domains, as in `MixtureSchedule`.
+        block: as in `MixtureSchedule`: best the global batch size in sequences.
+        batch_size: the loader's; needed with several workers or ranks, of which each takes batches in turn. Under
+            accelerate with `dispatch_batches=False`, times the number of processes.
+        rank: of this process, among those that have a loader of their own.
+        world_size: number of those processes; None: one, unless torch.distributed has more, where it must be said.
+        tokenizer: for text: of transformers (its EOS is put after each text), its path, or a function from text to ids.
+        text_field: key of the text.
+        sizes: name -> sequences of one pass, as far as you can tell; `MixtureController` goes by them for epochs and
+            `max_epochs`.
+        probe_sequences: the first sequences of each domain, read now and never trained on, which `MixtureController`
+            measures the domain on: at least its own `probe_sequences`, better twice.
+        when_exhausted: what happens when a domain ends. "repeat": it begins again, which the log says; "stop": the
+            stream ends there, for one rank and at most one worker, as others would go on.
+
+    Attributes:
+        schedule: the `MixtureSchedule` of this stream.
+        sequence_length: tokens of a sequence.
+
+    Raises:
+        ValueError: bad weights, numbers or sources; while it is read: an empty source, an item without tokens, more
+            readers than `batch_size` and `world_size` say how to split.
+        Undecided: for a position whose stage is not published: in the main process at once, in a worker after half an
+            hour without a sign of life from the main process.
+    """
+
+    def __init__(
+        self,
+        domains: Mapping[str, Source],
+        weights: Literal["uniform"] | Mapping[str, float] = "uniform",
+        *,
+        num_samples: int,
+        sequence_length: int,
+        seed: int = 0,
+        block: int = 256,
+        batch_size: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        tokenizer: Tokenizer = None,
+        text_field: str = "text",
+        sizes: Mapping[str, int] | None = None,
+        probe_sequences: int = 0,
+        when_exhausted: Policy = "repeat",
+    ) -> None:
+        if not domains:
+            raise ValueError("domains is empty: a mixture needs at least one")
+        for argument, value, least in (
+            ("num_samples", num_samples, 1),
+            ("sequence_length", sequence_length, 1),
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("probe_sequences", probe_sequences, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{argument} must be at least {least}, not {value}")
+        if when_exhausted not in get_args(Policy):
+            raise ValueError(f"when_exhausted={when_exhausted!r}: give one of {get_args(Policy)}")
+        if isinstance(weights, str):
+            if weights != "uniform":
+                raise ValueError(f'weights={weights!r}: give "uniform" or a mapping from name to weight')
+            weights = {name: 1 / len(domains) for name in domains}
+        for name, source in domains.items():
+            check_source(name, source)
+        names = tuple(domains)
+        counted = [_UNKNOWN] * len(names) if sizes is None else matched(sizes, names, "sizes")
+        self._sources = tuple(domains.values())
+        self.schedule = MixtureSchedule(
+            dict(zip(names, matched(weights, names, "weights"), strict=True)),
+            dict(zip(names, counted, strict=True)),
+            seed=seed,
+            block=block,
+        )
+        self.num_samples, self.sequence_length, self.batch_size = num_samples, sequence_length, batch_size
+        self.rank, self.world_size, self.sized, self._policy = rank, world_size, sizes is not None, when_exhausted
+        self._place()
+        self._encode = Encoder(tokenizer, text_field)
+        self._progress = Progress()
+        self._reading: _Reading | None = None
+        self._resume: dict[str, Any] | None = None
+        self._stages: tuple[tuple[int, int | None], dict[str, Any]] | None = None
+        self._probes: tuple[Probes, ...] = ()
+        if probe_sequences:
+            self._probes = tuple(
+                kept_aside(name, source, self._encode, sequence_length, probe_sequences)
+                for name, source in domains.items()
+            )
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None}  # a process reads for itself
+
+    def __iter__(self) -> Iterator[Item]:
+        resume, self._resume = self._resume, None
+        self._reading = _Reading(self, self._place(), resume)
+        return self._reading
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names, in order; `domain` of an item is an index into it."""
+        return self.schedule.names
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> sequences of one pass over the domain, as far as they were told."""
+        return self.schedule.sizes
+
+    def sequence(self, domain: str, row: int) -> Item:
+        """Probe sequence `row` of a domain, as an item.
+
+        Raises:
+            KeyError: no such domain.
+            IndexError: it has no such probe.
+        """
+        if domain not in self.domains:
+            raise KeyError(f"no domain {domain!r}: there are {list(self.domains)}")
+        if not 0 <= row < self.probes(domain):
+            raise IndexError(
+                f"domain {domain!r} of this MixtureStream has {self.probes(domain)} probe sequences, number {row} is"
+                " not among them: pass probe_sequences=, a few dozen, so that the domain can be measured"
+            )
+        number = self.domains.index(domain)
+        return _item(self._probes[number].rows[row].copy(), number)
+
+    def probes(self, domain: str) -> int:
+        """How many probe sequences a domain has."""
+        return len(self._probes[self.domains.index(domain)].rows) if self._probes else 0
+
+    def begin(self, weights: Weights) -> None:
+        """`schedule.begin`, refused where the loader has read already. Raises ValueError."""
+        if self.read_until:
+            raise ValueError(f"the loader has read {self.read_until} samples: the weights of the first stage stay")
+        self.schedule.begin(weights)
+
+    def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
+        """`schedule.publish`, refused where the loader has read already: those samples were of the stage before.
+
+        Raises:
+            ValueError: also when `start` is below `read_until`.
+        """
+        if start < self.read_until:
+            raise ValueError(
+                f"start={start}: position already read by the loader, which is at {self.read_until}; declare where a"
+                f" stage ends before it is read (schedule.hold(end)), or publish from {self.read_until} on"
+            )
+        self.schedule.publish(weights, start, end)
+
+    @property
+    def read_until(self) -> int:
+        """One more than the highest position that was read here or in a worker; 0 before, and after loading."""
+        return self._progress.read_until
+
+    @property
+    def read_size(self) -> int:
+        """Samples a loader takes at once in this process, if it was told; 0 otherwise, and before it reads."""
+        return self.batch_size or 0 if self.read_until else 0
+
+    def pulse(self) -> None:
+        """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
+        self._progress.pulse()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stages, and under "reading" where this process is in its sources (None before it reads).
+
+        JSON-able, if the states of the sources are. With workers the main process reads nothing: their states are
+        gathered by `StatefulDataLoader`, and this one holds the stages.
+        """
+        now = self.schedule.generation, self.schedule.end
+        if self._stages is None or self._stages[0] != now:  # asked for after every batch
+            self._stages = now, self.schedule.state_dict(since=0)  # all, as the Trainer reads from the start again
+        reading = self._reading.state_dict() if self._reading is not None else self._resume
+        return {"schedule": self._stages[1], "sequence_length": self.sequence_length, "reading": reading}
+
+    def load_state_dict(self, state: Mapping[str, Any], views: object = None) -> None:
+        """Go on from `state`; to be called before it is read. A state without "reading" says of stages alone.
+
+        `views`, as `MixtureDataset` takes it, means nothing here: no domain joins a stream.
+
+        Stages that were published beyond those of the state stay, as long as nothing was read since they were.
+
+        Raises:
+            ValueError: the state is of another mixture; in a worker: of stages that the main process does not have.
+        """
+        found = self.schedule.differences(state["schedule"])
+        if state["sequence_length"] != self.sequence_length:
+            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
+        if found:
+            raise ValueError("this state belongs to another mixture: " + "; ".join(found))
+        known = self.schedule.continues(state["schedule"])
+        if get_worker_info() is not None:
+            if not known:
+                raise ValueError(
+                    "this state has stages that the main process has not: load them there before the loader starts,"
+                    " stream.load_state_dict(state) with the state that stream.state_dict() gave in the main process"
+                )
+        else:
+            if not known or self.read_until:
+                self.schedule.load_state_dict(state["schedule"])
+            self._progress.forget()
+            self._reading = None
+        self._resume = state.get("reading")
+
+    def _place(self) -> "_Place":
+        """Which batches are this process's."""
+        there = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size is None and there > 1:
+            raise ValueError(
+                f"there are {there} processes: pass rank= and world_size= where each has a loader of its own, or"
+                " world_size=1 where the loader splits the batches (the Trainer, accelerate)"
+            )
+        world, rank, worker = self.world_size or 1, self.rank or 0, get_worker_info()
+        if not 0 <= rank < world or (self.rank is None and world > 1):
+            raise ValueError(f"rank={self.rank} is not in [0, {world}), the ranks of world_size={world}")
+        workers = 1 if worker is None else worker.num_workers
+        if self.batch_size is None and world * workers > 1:
+            raise ValueError(
+                f"{world * workers} readers take batches in turn: pass batch_size=, what the loader was given"
+            )
+        if self._policy == "stop" and world * workers > 1:
+            raise ValueError(
+                'when_exhausted="stop" takes one rank and at most one worker, as others would go on: "repeat"'
+            )
+        size = self.batch_size or 1
+        if world > 1 and self.num_samples % (size * world):
+            raise ValueError(
+                f"num_samples={self.num_samples} is no multiple of batch_size x world_size = {size * world}: ranks"
+                " would end at different steps"
+            )
+        return _Place(rank + world * (0 if worker is None else worker.id), world * workers, size)
+
+
+Mixture = MixtureDataset | MixtureStream
+"""What a controller can steer."""
+
+
+class _Place(NamedTuple):
+    """A reader's place among all, of which each takes a batch in turn."""
+
+    reader: int
+    readers: int
+    batch_size: int
+
+    def position(self, taken: int) -> int:
+        """Position in the stream of the sample that this reader takes after `taken` others."""
+        batch, inside = divmod(taken, self.batch_size)
+        return (self.reader + self.readers * batch) * self.batch_size + inside
+
+    def batch_end(self, taken: int) -> int:
+        """Where the batch of that sample ends."""
+        return self.position(taken - taken % self.batch_size) + self.batch_size
+
+
+class _Reading(Iterator[Item]):
+    """One pass of one reader over its positions of the stream."""
+
+    def __init__(self, stream: MixtureStream, place: _Place, state: Mapping[str, Any] | None) -> None:
+        if state is not None and state["place"] != list(place):
+            raise ValueError(
+                f"this state was taken by {_words(state['place'])} and is read by {_words(place)}: resume a"
+                " MixtureStream with as many ranks and workers and the same batch_size"
+            )
+        self._stream, self._place = stream, place
+        self._taken: int = 0 if state is None else state["taken"]
+        self._left: dict[str, Any] = {} if state is None else dict(state["domains"])  # and not opened yet
+        self._opened: dict[int, DomainReader] = {}
+        self._generation, self._first, self._assigned = -1, 0, np.zeros(0, np.int64)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Item:
+        stream, position = self._stream, self._place.position(self._taken)
+        if position >= stream.num_samples:
+            raise StopIteration
+        if self._generation < 0 and self._place.readers > 1:
+            _check_batch(sys._getframe(1), self._place.batch_size)
+        if self._generation < 0 or self._taken % self._place.batch_size == 0:
+            # A batch at once: one that cannot be finished is not begun.
+            stop = min(self._place.batch_end(self._taken), stream.num_samples)
+            stream._progress.wait(stream.schedule, stop, _WAITING)
+            stream.schedule.check_decided(0, stop)
+            # Noted before the stages are looked at: who publishes sees either the note, or is seen.
+            stream._progress.note(self._place.batch_size, stop)
+        number = self._domain(position)
+        try:
+            sequence = self._reader(number).sequence()
+        except PassEnded:
+            raise StopIteration from None
+        self._taken += 1
+        return _item(sequence, number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this reader is."""
+        names = self._stream.domains
+        domains = {names[number]: reader.state_dict() for number, reader in self._opened.items()}
+        return {"place": list(self._place), "taken": self._taken, "domains": self._left | domains}
+
+    def _domain(self, position: int) -> int:
+        schedule = self._stream.schedule
+        if self._generation != schedule.generation or not 0 <= position - self._first < len(self._assigned):
+            self._generation, end = schedule.generation, schedule.end
+            stop = min(position + _AHEAD, self._stream.num_samples, self._stream.num_samples if end is None else end)
+            self._first, self._assigned = position, schedule.assign(position, max(stop, position + 1))[0]
+        return int(self._assigned[position - self._first])
+
+    def _reader(self, number: int) -> DomainReader:
+        if number not in self._opened:
+            stream, name = self._stream, self._stream.domains[number]
+            state, place = self._left.pop(name, None), self._place
+            items = Items(
+                name,
+                stream._sources[number],
+                place.reader,
+                place.readers,
+                once=stream._policy == "stop",
+                state=None if state is None else state["items"],
+            )
+            held = stream._probes[number].held if stream._probes else frozenset[bytes]()
+            self._opened[number] = DomainReader(
+                items, stream._encode, stream.sequence_length, held, place.readers, state
+            )
+        return self._opened[number]
+
+
+def _item(tokens: Ints, number: int) -> Item:
+    ids = torch.from_numpy(tokens)
+    return {"input_ids": ids, "labels": ids.clone(), "domain": number}
+
+
+def _check_batch(caller: FrameType, batch_size: int) -> None:
+    # A DataLoader tells a dataset nothing of its batches, and of the wrong size they would be dealt out in another
+    # order than the optimizer sees them, silently. Where the caller is not torch's fetcher, nothing is known.
+    asked = caller.f_locals.get("possibly_batched_index")
+    if caller.f_code.co_name == "fetch" and asked is not None and len(asked) != batch_size:
+        raise ValueError(
+            f"the loader takes {len(asked)} samples at a time and the MixtureStream was given batch_size={batch_size}:"
+            " make them the same"
+        )
+
+
+def _words(place: Sequence[int]) -> str:
+    return f"reader {place[0]} of {place[1]}, which take {place[2]} samples at a time"
