@@ -12,11 +12,13 @@ from rich.logging import RichHandler
 
 from dynmix.commands import fail
 from dynmix.commands.fit import fit
+from dynmix.commands.prepare import prepare
 from dynmix.commands.proxies import proxies
 from dynmix.commands.regroup import regroup
 from dynmix.commands.score import score
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(prepare)
 app.command()(score)
 app.command()(regroup)
 app.command()(proxies)
@@ -30,26 +32,6 @@ def main(
     """Dynamic data mixing for language-model pretraining."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     logging.getLogger("dynmix").setLevel(logging.INFO if verbose else logging.WARNING)
-
-
-@app.command()
-def prepare(
-    inputs: Annotated[list[Path], typer.Argument(help="jsonl (.gz, .zst) or parquet files, or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the stores, one a domain.")],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder or name of a transformers tokenizer.")],
-    text_field: Annotated[str, typer.Option(help="Field of a record that holds its text.")] = "text",
-    append_eos: Annotated[bool, typer.Option(help="End each document with the tokenizer's EOS.")] = True,
-    overwrite: Annotated[bool, typer.Option(help="Replace stores that are there.")] = False,
-) -> None:
-    """Tokenise text files into token stores: a file, or a sub-folder, is a domain."""
-    from dynmix.mixture.prepare import prepare
-
-    try:
-        stores = prepare(inputs, output, tokenizer, text_field=text_field, append_eos=append_eos, overwrite=overwrite)
-    except (ValueError, OSError) as problem:
-        fail(problem)
-    for name, store in stores.items():
-        typer.echo(f"{name}: {len(store):,} documents, {len(store.tokens):,} tokens in {store.path}.bin")
 
 
 @app.command()

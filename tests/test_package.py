@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 FORBIDDEN = {
     "dynmix/mixture": {"dynmix.influence", "dynmix.mixers", "dynmix.laws", "dynmix.controller", "dynmix.callbacks"},
+    "dynmix/mixture/prepare": {"torch", "dynmix.influence", "dynmix.mixers", "dynmix.laws", "dynmix.controller"},
     "dynmix/influence": {"dynmix.mixture", "dynmix.mixers", "dynmix.laws", "dynmix.controller", "dynmix.callbacks"},
     "dynmix/laws": {
         "torch",

@@ -39,6 +39,7 @@ def proxies(
     """Train proxies, one a domain and on sampled mixtures, and write runs.csv and experts/ for `dynmix fit`."""
     from transformers import AutoTokenizer
 
+    from dynmix.mixture.prepare import check_tokenizer
     from dynmix.proxies.plan import Training, small_llama
     from dynmix.proxies.run import run_proxies
     from dynmix.scoring.inputs import find_stores, find_tasks, some_examples
@@ -47,6 +48,7 @@ def proxies(
         training = Training(tokens, sequence_length, batch_size, learning_rate, seed)
         stores = find_stores(data)
         found = find_tasks(tasks, tokenizer, sequence_length)
+        check_tokenizer(stores.values(), tokenizer)
         size = (hidden_size, layers, heads, sequence_length)
         done = run_proxies(
             stores, {name: some_examples(task, task_limit) for name, task in found.items()}, out,

@@ -54,6 +54,7 @@ def score(
     """Score every sample of a corpus: how much it helps each task, by influence, at the checkpoints chosen."""
     from dynmix.influence.curvature import EKFAC, Curvature
     from dynmix.influence.datainf import DataInf
+    from dynmix.mixture.prepare import check_tokenizer
     from dynmix.scoring import discard, read_scores, score_corpus
     from dynmix.scoring.inputs import find_sources, find_stores, find_tasks, some_examples
 
@@ -63,6 +64,7 @@ def score(
             raise ValueError(f"--curvature {curvature}: {' or '.join(curvatures)}")
         stores = find_stores(data)
         known = find_tasks(tasks, tokenizer, sequence_length)
+        check_tokenizer(stores.values(), tokenizer)
         examples = {name: some_examples(task, task_limit) for name, task in known.items()}
         sources = find_sources([*checkpoints, *(more or [])], known, select, metric)
         if overwrite:

@@ -32,6 +32,8 @@ T = TypeVar("T")
 def find_stores(paths: Sequence[Path]) -> dict[str, TokenStore]:
     """Token stores by name, in the order given and within a folder by name.
 
+    In a folder, `x.valid` beside `x` is what was held out of it, and passed over.
+
     Args:
         paths: stores, with or without suffix, and folders of them.
 
@@ -40,11 +42,16 @@ def find_stores(paths: Sequence[Path]) -> dict[str, TokenStore]:
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.glob("*.idx")) if path.is_dir() else [path]
+        found = _domains(path) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"--data {path}: no token store (.idx) in this folder; `dynmix prepare` makes them")
         files += found
     return _by_name("--data", files, (".idx", ".bin"), TokenStore.open)
+
+
+def _domains(folder: Path) -> list[Path]:
+    found = {file.name.removesuffix(".idx"): file for file in sorted(folder.glob("*.idx"))}
+    return [file for name, file in found.items() if not name.endswith(".valid") or name[:-6] not in found]
 
 
 def find_tasks(paths: Sequence[Path], tokenizer: str, max_length: int) -> dict[str, Task]:

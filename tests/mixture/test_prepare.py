@@ -14,12 +14,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dynmix.mixture import prepare as prepare_module
 from dynmix.mixture.prepare import PrepareError
+from dynmix.mixture.prepare import prepare as make
+from dynmix.mixture.prepare import tokenise as tokenise_module
 from dynmix.mixture.store import TokenStore
 
 DOCUMENTS = ["one two\n", "Grüße, 世界", "", "x" * 5000, "\u2028 lines \x0c", *[f"document {i}" for i in range(300)]]
-prepare = functools.partial(prepare_module.prepare, progress=False)
+prepare = functools.partial(make, progress=False)
 
 
 def byte_tokenizer(vocabulary: int = 257, eos: bool = True) -> PreTrainedTokenizerFast:
@@ -84,7 +85,7 @@ def write_all_forms(folder: Path) -> None:
 def test_every_form_gives_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
     write_all_forms(tmp_path / "in")
-    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(tokenise_module, "BATCH_DOCUMENTS", 7)
     stores = prepare(tmp_path / "in", tmp_path / "out", TOKENIZER)
     assert list(stores) == ["coded", "columns", "dos.v1", "frames", "large", "members", "plain", "shards"]
     for name, store in stores.items():
@@ -92,7 +93,8 @@ def test_every_form_gives_the_same_store(tmp_path: Path, monkeypatch: pytest.Mon
         assert store.dtype == np.uint16
         assert text_of(store) == [d for d in DOCUMENTS if d], name
         assert all(d[-1] == 0 for d in store)
-    assert len(os.listdir(tmp_path / "out")) == 2 * len(stores)
+    assert len(os.listdir(tmp_path / "out")) == 2 * len(stores) + 1
+    assert (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_eos_and_dtype_follow_the_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -246,18 +248,19 @@ def test_existing_stores_are_kept_unless_overwritten(tmp_path: Path) -> None:
     with pytest.raises(PrepareError, match="line 2"):
         run(both, overwrite=True)
     assert text_of(TokenStore.open(tmp_path / "out" / "b")) == ["new"]
-    assert len(os.listdir(tmp_path / "out")) == 4
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["newer"]))
+    assert {n: text_of(s) for n, s in run(both, overwrite=True).items()} == {"a": ["old"], "b": ["newer"]}
+    assert len(os.listdir(tmp_path / "out")) == 5
 
 
-def test_progress_shows_a_line_a_domain(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_the_tokens_of_all_domains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("web", "code"):
         (tmp_path / f"{name}.jsonl.gz").write_bytes(gz(jsonl(DOCUMENTS)))
     inputs = [tmp_path / "web.jsonl.gz", tmp_path / "code.jsonl.gz"]
-    prepare_module.prepare(inputs, tmp_path / "out", TOKENIZER)
+    make(inputs, tmp_path / "out", TOKENIZER)
     shown = capfd.readouterr().err
-    tokens = TokenStore.open(tmp_path / "out" / "web").num_tokens
-    assert "web" in shown
-    assert "code" in shown
-    assert f"{tokens:,}" in shown.replace("\n", " ")
+    tokens = sum(TokenStore.open(tmp_path / "out" / name).num_tokens for name in ("web", "code"))
+    assert f"{tokens:,} tokens, " in shown.replace("\n", " ")
+    assert "/s" in shown
     prepare(inputs, tmp_path / "quiet", TOKENIZER)
     assert capfd.readouterr().err == ""

@@ -1,0 +1,306 @@
+"""What is to be prepared: files and data sets by domain, each cut into pieces.
+
+Where an input is cut depends on the input alone, so that the same pieces come of it whoever reads them. Compressed text
+has to be read from its start: it is unpacked here, by one reader, and carried in its pieces. Nothing else is read here
+but what the cutting takes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dynmix.mixture.prepare.pieces import (
+    Fields,
+    FileLines,
+    ParquetRows,
+    Piece,
+    PrepareError,
+    TableRows,
+    TextLines,
+    check_columns,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+SMALLEST, LARGEST = 1 << 19, 1 << 23  # bytes of a piece: about a second of work, or some, which a kill costs a worker
+_GROUP_BYTES = 1 << 26  # of a row group that is one piece; to reach the rows of a part, those before it are decoded
+_BATCH_BYTES, _BATCH_ROWS = 1 << 21, 2048
+_LINE_BYTES = 1 << 30  # a longer line is taken for what is no jsonl, before it fills the memory
+_BLOCK = 1 << 20
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Source: TypeAlias = "PathLike | Dataset"
+Inputs: TypeAlias = "Source | Iterable[PathLike] | Mapping[str, Source | Iterable[PathLike]]"
+
+
+class Input(ABC):
+    """One file or data set.
+
+    Attributes:
+        name: of the input, for errors and manifest.
+        stamp: changes when the input does; JSON-able.
+        size: bytes, of which its pieces' are parts.
+    """
+
+    name: str
+    stamp: Any
+    size: int
+
+    @abstractmethod
+    def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
+        """Cut it, about every `size` bytes of text.
+
+        Raises:
+            PrepareError: it is damaged, truncated or without the text field.
+        """
+
+
+@dataclass(frozen=True)
+class File(Input):
+    """A file of one of `SUFFIXES`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The path as given."""
+        return str(self.path)
+
+    @cached_property
+    def stamp(self) -> list[int]:
+        """Bytes, and time of the last change."""
+        facts = self.path.stat()
+        return [facts.st_size, facts.st_mtime_ns]
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """Bytes, compressed as it is."""
+        return self.stamp[0]
+
+    def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
+        """Cut it."""
+        if self.path.suffix == ".parquet":
+            return _cut_parquet(self, fields, size)
+        return _cut_stream(self, size) if self.path.suffix in (".gz", ".zst") else _cut_plain(self, size)
+
+
+@dataclass(frozen=True)
+class Rows(Input):
+    """An HF `datasets.Dataset`, in memory or on disk."""
+
+    name: str
+    dataset: Any
+
+    @property
+    def stamp(self) -> list[Any]:
+        """Rows, and what `datasets` knows the content by."""
+        return [len(self.dataset), self.dataset._fingerprint]
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """Bytes of the table."""
+        return int(self.dataset.data.nbytes)
+
+    def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
+        """Cut it."""
+        return _cut_dataset(self, fields, size)
+
+
+def piece_size(total: int) -> int:
+    """Bytes of text of a piece, where all inputs have `total`."""
+    return min(LARGEST, max(SMALLEST, total // 4096))
+
+
+def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input]]:
+    """Inputs by domain, as `prepare` says, or `by_field` by where they are; nothing is read yet.
+
+    Raises:
+        PrepareError: no input, an unknown suffix, an empty folder, two inputs with one domain name.
+    """
+    domains: dict[str, list[Input]] = {}
+    sources: dict[str, Any] = {}
+
+    def add(name: str, source: Any, found: list[Input]) -> None:
+        if name in domains:
+            raise PrepareError(f"{sources[name]} and {source} are both domain {name!r}: rename one")
+        domains[name], sources[name] = found, source
+
+    if isinstance(inputs, Mapping):
+        for name, source in inputs.items():
+            entries = [source] if _is_single(source) else list(source)
+            found = [each for i, entry in enumerate(entries) for each in _all_inputs(f"{name}[{i}]", entry)]
+            add(name, f"inputs[{name!r}]", found)
+    elif _is_dataset(inputs):
+        if not by_field:
+            raise PrepareError('a data set has no name: give {"its domain": data set}, or domain_from')
+        add("inputs", inputs, _all_inputs("inputs", inputs))
+    else:
+        for entry in map(Path, [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)):
+            if not entry.exists():
+                raise PrepareError(f"{entry}: no such file or folder")
+            for path in _visible(entry) if entry.is_dir() and not _is_saved(entry) else [entry]:
+                name = path.name if path.is_dir() else path.name.removesuffix(_suffix(path))
+                add(str(path) if by_field else name, path, _all_inputs(name, path))
+    if not any(domains.values()):
+        raise PrepareError("inputs: no files given")
+    return domains
+
+
+def _all_inputs(name: str, source: Any) -> list[Input]:
+    """A data set (in memory it is called `name`), a file, or all files of a folder."""
+    if _is_dataset(source):
+        if not hasattr(source, "__len__") or not hasattr(source, "select_columns"):
+            raise PrepareError(f"{name}: a {type(source).__name__} cannot be read from any row on; save it")
+        return [Rows(name, source)]
+    path = Path(source)
+    if not path.exists():
+        raise PrepareError(f"{path}: no such file or folder")
+    if path.is_dir() and _is_saved(path):
+        return [Rows(str(path), _load_saved(path))]
+    return [File(each) for each in (_visible(path, deep=True) if path.is_dir() else [path]) if _suffix(each)]
+
+
+def _is_single(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike) or _is_dataset(source)
+
+
+def _is_dataset(source: Any) -> bool:
+    return type(source).__module__.split(".")[0] == "datasets" and not isinstance(source, Mapping)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote it."""
+    return (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+
+
+def _load_saved(folder: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise PrepareError(f"{folder}: a data set saved by HF datasets, to read it: pip install datasets") from error
+    return load_from_disk(str(folder))
+
+
+def _visible(folder: Path, deep: bool = False) -> list[Path]:
+    """What is in `folder`, sorted, without `.hidden` and `_marker` names; `deep`: the files at any depth.
+
+    `dataset_dict.json` only says of a saved `DatasetDict` what its folders are.
+    """
+    paths = folder.rglob("*") if deep else folder.iterdir()
+    found = [p for p in paths if not any(part[0] in "._" for part in p.relative_to(folder).parts)]
+    found = sorted(p for p in found if not (deep and p.is_dir()) and p.name != "dataset_dict.json")
+    if not found:
+        raise PrepareError(f"{folder}: an empty folder")
+    return found
+
+
+def _suffix(path: Path) -> str:
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix) and path.name != suffix:
+            return suffix
+    raise PrepareError(f"{path}: unknown suffix; known are {', '.join(SUFFIXES)}")
+
+
+def _cut_plain(file: File, piece: int) -> Iterator[Piece]:
+    start = 0
+    with open(file.path, "rb", buffering=_BLOCK) as lines:
+        while start < file.size:
+            lines.seek(min(start + piece, file.size) - 1)
+            while (part := lines.readline(_BLOCK)) and not part.endswith(b"\n"):
+                _check_line(file.name, f"after byte {start}", lines.tell() - start - piece)
+            stop = lines.tell()
+            yield FileLines(file.name, stop - start, start)
+            start = stop
+
+
+def _cut_stream(file: File, piece: int) -> Iterator[Piece]:
+    number, parts = 1, list[bytes]()
+    try:
+        with open(file.path, "rb", buffering=0) as raw:
+            stream, taken = _decompress(raw, file.path), 0
+            while block := stream.read(piece):
+                end = block.rfind(b"\n") + 1
+                if end:
+                    text, taken, before = b"".join([*parts, block[:end]]), raw.tell(), taken
+                    yield TextLines(file.name, taken - before, number, text)
+                    number, parts = number + text.count(b"\n"), []
+                parts.append(block[end:])
+                _check_line(file.name, f"line {number}", sum(map(len, parts)))
+            if text := b"".join(parts):
+                yield TextLines(file.name, file.size - taken, number, text)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise PrepareError(f"{file.name}, after line {number - 1}: damaged or truncated: {error}") from error
+
+
+def _decompress(file: IO[bytes], path: Path) -> IO[bytes]:
+    """Every member of a .gz and every frame of a .zst, to the end; an error, not an end, where one is cut short."""
+    if path.stat().st_size == 0:
+        raise EOFError("0 bytes")
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), _BLOCK)
+    stream: Any = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+    return io.BufferedReader(stream, _BLOCK)
+
+
+def _check_line(name: str, where: str, size: int) -> None:
+    if size > _LINE_BYTES:
+        raise PrepareError(f"{name}, {where}: a line of over {_LINE_BYTES:,} bytes; want one JSON object a line")
+
+
+def _cut_parquet(file: File, fields: Fields, piece: int) -> Iterator[Piece]:
+    try:
+        with pq.ParquetFile(file.path) as table:
+            check_columns(file.name, table.schema_arrow, fields.text)
+            facts = table.metadata
+            column = [facts.schema.column(i).path for i in range(len(facts.schema))].index(fields.text)
+            groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+    except (OSError, pa.ArrowException) as error:
+        raise PrepareError(f"{file.name}, after row 0: damaged or truncated: {error}") from error
+    rows = [group.num_rows for group in groups]
+    sizes = [group.column(column).total_uncompressed_size for group in groups]
+    first = group = done = 0
+    while group < len(groups):
+        stop, size = group + 1, sizes[group]
+        while stop < len(groups) and size + sizes[stop] <= piece:
+            stop, size = stop + 1, size + sizes[stop]
+        count = sum(rows[group:stop])
+        batch = max(1, min(_BATCH_ROWS, count * _BATCH_BYTES // max(size, 1)))
+        step = max(1, count // max(1, size // _GROUP_BYTES))
+        for start in range(0, count, step):
+            part = min(step, count - start)
+            done, before = file.size * (first + start + part) // facts.num_rows, done
+            yield ParquetRows(
+                file.name, done - before, first + start + 1, tuple(range(group, stop)), start, start + part, batch
+            )
+        first, group = first + count, stop
+
+
+def _cut_dataset(rows: Rows, fields: Fields, piece: int) -> Iterator[Piece]:
+    check_columns(rows.name, rows.dataset.features.arrow_schema, fields.text)
+    table = rows.dataset.select_columns(fields.columns(rows.dataset.column_names)).with_format("arrow")
+    parts, first, done = list[pa.Table](), 0, 0
+    for start in range(0, len(table), 256):
+        parts.append(table[start : start + 256])
+        stop = first + sum(map(len, parts))
+        if sum(part.nbytes for part in parts) >= piece or stop == len(table):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, parts[0].schema) as stream:
+                for part in parts:
+                    stream.write_table(part)
+            done, before = rows.size * stop // len(table), done
+            yield TableRows(rows.name, done - before, first + 1, sink.getvalue().to_pybytes())
+            parts, first = [], stop

@@ -1,0 +1,184 @@
+"""`manifest.json` beside the stores: of which text, by which tokenizer and with which options each was made.
+
+{"preparations": [{"tokenizer": {...}, "options": {...}, "inputs": [{"name", "bytes", "domain"}]}],
+ "stores": {name: {"preparation": number, "domain", "documents", "tokens", "bytes" (of text), "dtype", "held_out",
+                   "hash": {"bin", "idx"}}}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from dynmix.mixture.prepare.pieces import PrepareError
+from dynmix.mixture.prepare.work import write_json
+from dynmix.mixture.store import TokenStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "manifest.json"
+
+Json = dict[str, Any]
+AnyTokenizer: TypeAlias = "str | os.PathLike[str] | PreTrainedTokenizerBase"
+AnyStore: TypeAlias = "TokenStore | str | os.PathLike[str]"
+
+
+def load_tokenizer(tokenizer: AnyTokenizer) -> PreTrainedTokenizerBase:
+    """A tokenizer, or the one of a folder or hub name. Raises PrepareError."""
+    if not isinstance(tokenizer, str | os.PathLike):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise PrepareError(f"tokenizer={str(tokenizer)!r}: not a folder or hub name of a tokenizer: {error}") from error
+    return loaded
+
+
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer.json of a fast tokenizer; None for a slow one.
+
+    Raises:
+        PrepareError: it has parts written in Python, which other processes cannot be given.
+    """
+    if not tokenizer.is_fast:
+        return None
+    try:
+        text: str = tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # the library raises nothing narrower
+        raise PrepareError(f"tokenizer: it cannot be written as tokenizer.json: {error}") from error
+    return text
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Json:
+    """What tells a tokenizer from others, JSON-able.
+
+    `fingerprint` is a hash of what makes ids of plain text in its tokenizer.json: normalizer, pre-tokenizer and model
+    (of a slow tokenizer: its class and vocabulary). Tokens that were added to it are listed and not hashed, since
+    adding one more, say for padding, leaves the ids of other text as they are.
+    """
+    text = tokenizer_json(tokenizer)
+    if text is None:
+        parts: Json = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        facts = json.loads(text)
+        parts = {name: _canonical(facts[name]) for name in ("normalizer", "pre_tokenizer", "model")}
+    digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16)
+    return {
+        "name": tokenizer.name_or_path,
+        "fingerprint": digest.hexdigest(),
+        "vocabulary": len(tokenizer),
+        "eos": tokenizer.eos_token_id,
+        "added": dict(sorted(tokenizer.get_added_vocab().items())),
+    }
+
+
+def _canonical(value: Any) -> Any:
+    """The same for what versions of the library write in different ways: absent, null and false; merges as strings."""
+    if isinstance(value, dict):
+        return {
+            name: [pair.split(" ") if isinstance(pair, str) else pair for pair in each]
+            if name == "merges"
+            else _canonical(each)
+            for name, each in value.items()
+            if each is not None and each is not False
+        }
+    return [_canonical(each) for each in value] if isinstance(value, list) else value
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Json | None:
+    """The manifest of a folder of stores, None if it has none. Raises PrepareError for a damaged one."""
+    file = Path(folder) / FILE
+    try:
+        found: Json = json.loads(file.read_text(encoding="utf-8"))
+        for facts in found["stores"].values():
+            found["preparations"][facts["preparation"]]["tokenizer"]["fingerprint"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise PrepareError(f"{file}: damaged ({error!r}); remove it or prepare the stores anew") from error
+    return found
+
+
+def add_to_manifest(folder: Path, preparation: Json, stores: Mapping[str, Json]) -> None:
+    """Write what was prepared to the folder's manifest, in place of what it said of these stores."""
+    known = _without(read_manifest(folder), stores)
+    number = len(known["preparations"])
+    known["preparations"].append(preparation)
+    known["stores"] |= {name: {"preparation": number, **facts} for name, facts in stores.items()}
+    known["stores"] = dict(sorted(known["stores"].items()))
+    write_json(folder / FILE, known)
+
+
+def drop_from_manifest(folder: Path, names: Collection[str]) -> None:
+    """Say nothing of these stores any more: they are about to be replaced."""
+    known = read_manifest(folder)
+    if known is not None and not known["stores"].keys().isdisjoint(names):
+        write_json(folder / FILE, _without(known, names))
+
+
+def _without(known: Json | None, names: Collection[str]) -> Json:
+    """A manifest without these stores, and without preparations of which no store is left."""
+    if known is None:
+        return {"preparations": [], "stores": {}}
+    stores = {name: facts for name, facts in known["stores"].items() if name not in names}
+    kept = sorted({facts["preparation"] for facts in stores.values()})
+    renumbered = {name: facts | {"preparation": kept.index(facts["preparation"])} for name, facts in stores.items()}
+    return {"preparations": [known["preparations"][number] for number in kept], "stores": renumbered}
+
+
+def check_tokenizer(stores: AnyStore | Iterable[AnyStore], tokenizer: AnyTokenizer) -> None:
+    """Refuse a tokenizer that token stores were not made with, by the manifest beside them.
+
+    A store without a manifest, or that is not the one which the manifest speaks of, is not checked. A tokenizer that
+    has more added tokens than the store's own is not refused.
+
+    Args:
+        stores: a store or its path, or several.
+        tokenizer: a transformers tokenizer, or the folder or name of one.
+
+    Raises:
+        PrepareError: it does not match; the message names store and tokenizers.
+    """
+    several = [stores] if isinstance(stores, TokenStore | str | os.PathLike) else list(stores)
+    manifests: dict[Path, Json | None] = {}
+    own: Json | None = None
+    for each in several:
+        path = each.path if isinstance(each, TokenStore) else Path(os.path.abspath(each))
+        name = path.name[:-4] if path.suffix in (".bin", ".idx") else path.name
+        if path.parent not in manifests:
+            manifests[path.parent] = read_manifest(path.parent)
+        manifest = manifests[path.parent]
+        if manifest is None or not _speaks_of(manifest, path.with_name(f"{name}.bin"), name):
+            continue
+        own = own or describe_tokenizer(load_tokenizer(tokenizer))
+        made = manifest["preparations"][manifest["stores"][name]["preparation"]]["tokenizer"]
+        if why := _mismatch(made, own):
+            raise PrepareError(
+                f"{path.with_name(name)}: made with another tokenizer, {made['name']!r}, than {own['name']!r}: {why}; "
+                f"give the tokenizer of {path.parent / FILE}, or prepare the text with this one"
+            )
+
+
+def _speaks_of(manifest: Json, tokens: Path, name: str) -> bool:
+    facts = manifest["stores"].get(name)
+    if facts is None or not tokens.is_file():
+        return False
+    width = 2 if facts["dtype"] == "uint16" else 4
+    return bool(tokens.stat().st_size == facts["tokens"] * width)
+
+
+def _mismatch(made: Json, own: Json) -> str | None:
+    if made["fingerprint"] != own["fingerprint"]:
+        sizes = f"{made['vocabulary']:,} and {own['vocabulary']:,} tokens"
+        return f"their vocabularies or rules differ ({sizes}, fingerprints {made['fingerprint']}, {own['fingerprint']})"
+    for token, number in made["added"].items():
+        if own["added"].get(token) != number:
+            return f"the added token {token!r} is {number} in the one and {own['added'].get(token)} in the other"
+    return None

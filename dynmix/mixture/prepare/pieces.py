@@ -1,0 +1,213 @@
+"""Pieces of raw input, each read by one worker: bytes of a jsonl file, text of a compressed one, rows of a table.
+
+A piece knows where its records are and says so in errors; what becomes of their values is not known here. Its records
+are numbered from 1; `where` turns such a number into the line or row of the whole input.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Record = tuple[int, Any, Any]  # number within the piece, from 1; value of the text field; value of the domain field
+
+_BLOCK = 1 << 20
+
+
+class PrepareError(ValueError):
+    """Raw input that cannot become token stores; the message names the file and, where there is one, the line."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields that are read; `domain` may be a path of names joined by dots."""
+
+    text: str
+    domain: str | None = None
+
+    def columns(self, names: Iterable[str]) -> list[str]:
+        """Those of a table's columns that hold them."""
+        roots = [] if self.domain is None else [self.domain, self.domain.split(".")[0]]
+        return [self.text, *[name for name in roots if name in names and name != self.text][:1]]
+
+    def domain_of(self, record: Mapping[str, Any]) -> Any:
+        """Value of the domain field, None where a record has none."""
+        if self.domain is None:
+            return None
+        if self.domain in record:
+            return record[self.domain]
+        value: Any = record
+        for name in self.domain.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+
+@dataclass(frozen=True)
+class Piece(ABC):
+    """Part of an input.
+
+    Attributes:
+        path: names the input in errors.
+        size: its part of the input's bytes.
+    """
+
+    path: str
+    size: int
+
+    @abstractmethod
+    def records(self, fields: Fields) -> Iterator[Record]:
+        """The records, in order.
+
+        Raises:
+            PrepareError: a record that is not UTF-8, not JSON, no object, or has no text field.
+        """
+
+    @abstractmethod
+    def where(self, number: int) -> str:
+        """Line or row of the input that is record `number` of this piece, for errors."""
+
+
+@dataclass(frozen=True)
+class FileLines(Piece):
+    """Bytes [start, start + size) of a plain file, whole lines."""
+
+    start: int
+
+    def records(self, fields: Fields) -> Iterator[Record]:
+        """The records, in order."""
+        return _parse(self, self._lines(), fields)
+
+    def where(self, number: int) -> str:
+        """Counts the lines before the piece, which only an error asks for."""
+        with open(self.path, "rb") as file:
+            sizes = [*[_BLOCK] * (self.start // _BLOCK), self.start % _BLOCK]
+            before = sum(file.read(size).count(b"\n") for size in sizes)
+        return f"line {number + before}"
+
+    def _lines(self) -> Iterator[bytes]:
+        with open(self.path, "rb", buffering=_BLOCK) as file:
+            file.seek(self.start)
+            left = self.size
+            while left > 0:
+                line = file.readline()
+                if not line:
+                    raise EOFError(f"{left} bytes fewer than before: the file is being changed")
+                left -= len(line)
+                yield line
+
+
+@dataclass(frozen=True)
+class TextLines(Piece):
+    """Whole lines of a compressed file, from line `first` on."""
+
+    first: int
+    text: bytes
+
+    def records(self, fields: Fields) -> Iterator[Record]:
+        """The records, in order."""
+        return _parse(self, io.BytesIO(self.text), fields)
+
+    def where(self, number: int) -> str:
+        """Line of the file."""
+        return f"line {self.first + number - 1}"
+
+
+@dataclass(frozen=True)
+class ParquetRows(Piece):
+    """Rows [start, stop) of some row groups, from row `first` of the file on, read `batch` at a time."""
+
+    first: int
+    groups: tuple[int, ...]
+    start: int
+    stop: int
+    batch: int
+
+    def records(self, fields: Fields) -> Iterator[Record]:
+        """The records, in order."""
+        with pq.ParquetFile(self.path, buffer_size=_BLOCK) as file:
+            columns = fields.columns(file.schema_arrow.names)
+            at = 0
+            rows = file.iter_batches(self.batch, row_groups=list(self.groups), columns=columns, use_threads=False)
+            for batch in rows:
+                wanted = batch.slice(min(len(batch), max(0, self.start - at)), self.stop - max(at, self.start))
+                yield from _rows(self, wanted, max(0, at - self.start), fields)
+                at += len(batch)
+                if at >= self.stop:
+                    break
+
+    def where(self, number: int) -> str:
+        """Row of the file."""
+        return f"row {self.first + number - 1}"
+
+
+@dataclass(frozen=True)
+class TableRows(Piece):
+    """Rows of a data set as an Arrow stream, from row `first` of it on."""
+
+    first: int
+    table: bytes
+
+    def records(self, fields: Fields) -> Iterator[Record]:
+        """The records, in order."""
+        done = 0
+        for batch in pa.ipc.open_stream(self.table):
+            yield from _rows(self, batch, done, fields)
+            done += len(batch)
+
+    def where(self, number: int) -> str:
+        """Row of the data set."""
+        return f"row {self.first + number - 1}"
+
+
+def _parse(piece: Piece, lines: Iterable[bytes], fields: Fields) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise PrepareError(f"{piece.path}, {piece.where(number)}: not UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:
+            if line.isspace():
+                continue
+            raise PrepareError(f"{piece.path}, {piece.where(number)}: not JSON, one object a line: {error}") from error
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise PrepareError(f"{piece.path}, {piece.where(number)}: a JSON {kind}, want one object a line")
+        if fields.text not in record:
+            there = listed(record)
+            raise PrepareError(f"{piece.path}, {piece.where(number)}: no field {fields.text!r}; there are {there}")
+        yield number, record[fields.text], fields.domain_of(record)
+
+
+def _rows(piece: Piece, batch: pa.RecordBatch, done: int, fields: Fields) -> Iterator[Record]:
+    texts = batch.column(fields.text)
+    others = {name: batch.column(name) for name in fields.columns(batch.schema.names)[1:]}
+    for i in range(len(batch)):
+        try:
+            text = texts[i].as_py()
+            record = {name: column[i].as_py() for name, column in others.items()}
+        except UnicodeDecodeError as error:
+            raise PrepareError(f"{piece.path}, {piece.where(done + i + 1)}: not UTF-8: {error}") from error
+        yield done + i + 1, text, fields.domain_of(record)
+
+
+def check_columns(path: str, schema: pa.Schema, text: str) -> None:
+    """Raises PrepareError for a table without a column `text` of strings."""
+    if text not in schema.names:
+        raise PrepareError(f"{path}: no field {text!r}; there are {listed(schema.names)}")
+    kind = schema.field(text).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise PrepareError(f"{path}: field {text!r} is {kind}, not a string")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for an error."""
+    return ", ".join(map(repr, names)) or "none"

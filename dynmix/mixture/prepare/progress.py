@@ -1,0 +1,61 @@
+"""The bar: bytes of all inputs, tokens so far, their rate, and the time left."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """One bar on stderr over all domains, or nothing if not `visible`."""
+
+    def __init__(self, total: int, visible: bool) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TextColumn("{task.fields[tokens]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not visible,
+        )
+        self._task = self._bar.add_task("", total=total, start=False, tokens="")
+        self._begun: float | None = None
+        self._before = self._tokens = 0
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def reading(self, domain: str) -> None:
+        """Name what is being read."""
+        self._bar.update(self._task, description=domain)
+
+    def found(self, size: int, tokens: int) -> None:
+        """Count what an earlier call has done: it says nothing of the rate."""
+        self._before += tokens
+        self._show(size)
+
+    def done(self, size: int, tokens: int) -> None:
+        """Count what was done now."""
+        self._tokens += tokens
+        self._show(size)
+
+    def working(self) -> None:
+        """From here on time counts."""
+        if self._begun is None:
+            self._begun = time.perf_counter()
+            self._bar.reset(self._task, start=True, completed=int(self._bar.tasks[0].completed))
+
+    def _show(self, size: int) -> None:
+        seconds = 0.0 if self._begun is None else time.perf_counter() - self._begun
+        rate = f", {self._tokens / seconds:,.0f}/s" if seconds else ""
+        self._bar.update(self._task, advance=size, tokens=f"{self._before + self._tokens:,} tokens{rate}")

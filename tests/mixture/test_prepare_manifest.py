@@ -1,0 +1,135 @@
+"""What the manifest says, and that a tokenizer which did not make a store is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from dynmix.mixture.prepare import PrepareError, check_tokenizer, prepare, read_manifest
+from dynmix.mixture.prepare.manifest import _canonical
+from dynmix.mixture.store import TokenStore
+
+
+def tokenizer(words=("a", "b", "ab"), merges=(("a", "b"),), split=True) -> PreTrainedTokenizerFast:
+    model = Tokenizer(models.BPE({"<eos>": 0} | {w: i + 1 for i, w in enumerate(words)}, [*merges]))
+    if split:
+        model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for name, texts in (("web", ["ab a", "é", ""]), ("code", ["b"])):
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(tmp_path / "in", tmp_path / "out", tokenizer(), progress=False)
+    return tmp_path / "out"
+
+
+def test_the_manifest_says_how_the_stores_were_made(made):
+    manifest = read_manifest(made)
+    assert [path.name for path in made.iterdir() if path.name.startswith(".")] == []
+    (preparation,) = manifest["preparations"]
+    assert preparation["options"] == {
+        "text_field": "text", "append_eos": True, "domain_from": None, "domain_default": None, "held_out": None,
+    }  # fmt: skip
+    files = [made.parent / "in" / f"{name}.jsonl" for name in ("code", "web")]
+    assert preparation["inputs"] == [
+        {"name": str(file), "bytes": file.stat().st_size, "domain": file.stem} for file in files
+    ]
+    assert preparation["tokenizer"]["vocabulary"] == 4
+    assert preparation["tokenizer"]["eos"] == 0
+    assert list(manifest["stores"]) == ["code", "web"]
+    web, store = manifest["stores"]["web"], TokenStore.open(made / "web")
+    assert (web["documents"], web["tokens"], web["bytes"]) == (2, store.num_tokens, len("ab aé".encode()))
+    assert web["hash"] == {
+        end: hashlib.blake2b((made / f"web.{end}").read_bytes(), digest_size=16).hexdigest() for end in ("bin", "idx")
+    }
+
+
+def test_another_preparation_in_the_folder_is_added_and_one_that_replaces_is_not(made):
+    (made.parent / "more.jsonl").write_text('{"text": "a"}\n')
+    prepare(made.parent / "more.jsonl", made, tokenizer(), append_eos=False, progress=False)
+    manifest = read_manifest(made)
+    assert [manifest["stores"][name]["preparation"] for name in ("code", "more", "web")] == [0, 1, 0]
+    prepare(made.parent / "in", made, tokenizer(), overwrite=True, progress=False)
+    manifest = read_manifest(made)
+    assert [manifest["stores"][name]["preparation"] for name in ("code", "more", "web")] == [1, 0, 1]
+    other = tokenizer(("a", "b", "c"), ())
+    with pytest.raises(PrepareError, match=r"the store '\w+' in it was made with another tokenizer"):
+        prepare(made.parent / "more.jsonl", made, other, progress=False)
+
+
+def test_a_tokenizer_that_did_not_make_the_store_is_refused(made, tmp_path):
+    every = [made / "web", made / "code.idx"]
+    check_tokenizer(every, tokenizer())
+    tokenizer().save_pretrained(tmp_path / "saved")
+    check_tokenizer(TokenStore.open(made / "web"), tmp_path / "saved")
+    for other in (
+        tokenizer(("b", "a", "ab")),
+        tokenizer(("a", "b", "ab", "c")),
+        tokenizer(merges=()),
+        tokenizer(split=False),
+    ):
+        with pytest.raises(PrepareError, match=r"out/web: made with another tokenizer, .*vocabularies or rules differ"):
+            check_tokenizer(every, other)
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(PrepareError, match="other.*another|another.*other"):
+            check_tokenizer(str(made / "web.bin"), str(tmp_path / "other"))
+
+
+def test_what_does_not_change_the_ids_of_text_is_not_refused(made):
+    same = tokenizer()
+    same.backend_tokenizer.enable_truncation(3)
+    same.backend_tokenizer.enable_padding(length=9)
+    same.add_special_tokens({"pad_token": "<pad>"})
+    check_tokenizer(made / "web", same)
+    more = tokenizer()
+    more.add_tokens([AddedToken("<x>"), AddedToken("<y>")])
+    less = tokenizer()
+    less.add_tokens([AddedToken("<y>")])
+    prepare(made.parent / "in", made, more, overwrite=True, progress=False)
+    with pytest.raises(PrepareError, match="the added token '<x>' is 4 in the one and None in the other"):
+        check_tokenizer(made / "web", less)
+
+
+def test_merges_as_strings_and_absent_options_are_the_same_tokenizer():
+    """Versions of the library write the same tokenizer in these ways."""
+    facts = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
+
+    def described(**changes):
+        return _canonical(facts | changes)
+
+    assert facts["merges"] == [["a", "b"]]
+    assert described(merges=["a b"]) == described() == described(ignore_merges=None, new_option=False)
+    assert described(merges=[]) != described()
+    assert described(byte_fallback=True) != described()
+
+
+def test_stores_that_no_manifest_speaks_of_are_not_checked(made, tmp_path):
+    other = tokenizer(("b", "a", "ab"))
+    TokenStore.write(tmp_path / "plain" / "x", [[1, 2]])
+    check_tokenizer(tmp_path / "plain" / "x", other)
+    TokenStore.write(made / "web", [[1, 2]])
+    check_tokenizer(made / "web", other)
+    (made / "manifest.json").unlink()
+    check_tokenizer(made / "code", other)
+    (made / "manifest.json").write_text('{"stores": {"code": 1}}')
+    with pytest.raises(PrepareError, match=r"manifest\.json: damaged"):
+        check_tokenizer(made / "code", other)
+
+
+def test_slow_tokenizers_and_ones_with_parts_in_python(made, tmp_path):
+    prepare(made.parent / "in", tmp_path / "slow", ByT5Tokenizer(), progress=False)
+    check_tokenizer(tmp_path / "slow" / "web", ByT5Tokenizer())
+    with pytest.raises(PrepareError, match="another tokenizer"):
+        check_tokenizer(tmp_path / "slow" / "web", tokenizer())
+    with pytest.raises(PrepareError, match="another tokenizer"):
+        check_tokenizer(made / "web", ByT5Tokenizer())
+    odd = tokenizer()
+    odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(type("Odd", (), {})())
+    with pytest.raises(PrepareError, match=r"it cannot be written as tokenizer\.json"):
+        prepare(made.parent / "in", tmp_path / "odd", odd, progress=False)
