@@ -11,10 +11,11 @@ import pytest
 from hypothesis import settings
 
 # No deadlines: tests never depend on the speed of a machine. What a change must pass is the same every time; new
-# examples are looked for where somebody is there to look at them.
-settings.register_profile("here", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "here")
+# examples are looked for where somebody is there to look at them: HYPOTHESIS_PROFILE=thorough takes ten times as many.
+settings.register_profile("here", deadline=None, max_examples=30)
+settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "here"))
 
 
 @pytest.fixture(scope="session")

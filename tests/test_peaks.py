@@ -92,7 +92,7 @@ RUNS = st.integers(2, 9).flatmap(
 
 
 @given(RUNS, st.integers(0, 2), st.sampled_from([0.0, 0.3]))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_killed_and_resumed_it_ends_as_if_it_had_not_been(tmp_path_factory, drawn, keep, min_delta):
     curves, saves, killed = drawn
     saves |= {1}  # without a checkpoint nothing can be resumed
@@ -113,7 +113,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(tmp_path_factory, draw
 
 
 @given(RUNS, st.integers(0, 2))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_what_is_needed_stays_and_nothing_else(tmp_path_factory, drawn, keep):
     curves, saves, _ = drawn
     folder = tmp_path_factory.mktemp("run")

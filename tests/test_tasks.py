@@ -124,7 +124,7 @@ def examples(draw):
 
 
 @given(records=examples(), max_length=st.integers(4, 40), batch_tokens=st.integers(1, 300), other=st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_scores_are_those_of_one_example_at_a_time(tmp_path_factory, records, max_length, batch_tokens, other):
     path = written(tmp_path_factory.mktemp("task") / "x.jsonl", records)
     task = Task.from_jsonl(path, TOKENIZER, max_length=max_length)

@@ -49,7 +49,7 @@ def test_clarabel_solves_what_has_no_smooth_dual(gamma):
 
 
 @given(st.integers(0, 10_000), st.floats(0, 5), st.floats(0, 5), st.floats(0.1, 5))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_no_random_feasible_mixture_beats_the_dual(seed, alpha, beta, gamma):
     p = problem(seed, alpha=alpha, beta=beta, gamma=gamma)
     try:

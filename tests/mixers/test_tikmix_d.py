@@ -66,7 +66,7 @@ def test_reference_cases(shared):
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(2, 12), st.sampled_from(["absmax", "paper"]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_never_worse_than_the_prior_on_any_task(seed, n, m, how):
     rng = np.random.default_rng(seed)
     S = rng.normal(size=(n, m)) * 10.0 ** rng.integers(-3, 3, size=(n, 1))
@@ -347,7 +347,7 @@ def test_guards_are_held_by_their_scores_however_noisy():
 
 
 @given(st.integers(0, 10**6), st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_bounds_and_the_largest_change_hold(seed, noisy):
     rng = np.random.default_rng(seed)
     m = int(rng.integers(2, 10))
