@@ -1,12 +1,20 @@
-"""What the mixture costs over its floor: copying the same rows straight out of the memory map.
+"""What the mixture costs over its floor, copying the same rows straight out of the memory map, and how exact it is.
 
-    python benchmarks/loader.py
+    python benchmarks/loader.py [--quick] [--peers PYTHON] [--mosaic PYTHON]
 
-Eight token stores, sequences of 1,024 tokens, batches of 32. Each line is the median ratio of rounds measured in turn
-with the floor, in one process; above 1 is slower than the floor.
+Eight token stores, sequences of 1,024 tokens, batches of 32. Throughputs are medians of ratios to the floor, measured
+in turn with it in one process (1 is the floor). The other loaders read the same tokens (`loader_peers.py`), each in a
+process of its own with its own floor, by the interpreters that have their packages: `--peers` torchdata, datasets and
+litdata, `--mosaic` mosaicml-streaming, which needs older versions of NumPy and transformers than dynmix. Times of the
+schedule are of the process, not of the clock: what else runs on the machine is no cost of ours.
 """
 
+import argparse
+import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,75 +22,155 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from loader_peers import BATCH, BATCHES, LENGTH, PEERS, raw, read, throughput_ratio  # type: ignore[import-not-found]
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
 from dynmix import MixtureDataset, MixtureSchedule, TokenStore
 
-DOMAINS, ROWS, LENGTH, BATCH, BATCHES, ROUNDS = 8, 2000, 1024, 32, 200, 5
+DOMAINS, ROWS, FAR = 8, 2000, 10**12
+PAGE = resource.getpagesize()
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def median_seconds(action: Callable[[], object], rounds: int = 15) -> float:
+    def once() -> float:
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+
+    once()
+    return statistics.median(once() for _ in range(rounds))
 
 
-def median_ratio(action: Callable[[], object], floor: Callable[[], object]) -> float:
-    action(), floor()
-    return statistics.median(seconds(action) / seconds(floor) for _ in range(ROUNDS))
+def named(weights: np.ndarray) -> dict[str, float]:
+    return {f"domain{k}": weight for k, weight in enumerate(weights.tolist())}
+
+
+def schedule_of(weights: np.ndarray, rows: int = 10**6, seed: int = 0) -> MixtureSchedule:
+    return MixtureSchedule(named(weights), dict.fromkeys(named(weights), rows), seed=seed)
+
+
+def peer_ratio(python: str, folder: Path, name: str) -> str:
+    """The ratio, or why there is none."""
+    package = PEERS[name][0]
+    if subprocess.run([python, "-c", f"import {package}"], capture_output=True).returncode:
+        return f"skipped: no {package} for {python}"
+    script = str(Path(__file__).with_name("loader_peers.py"))
+    done = subprocess.run([python, script, str(folder), name], capture_output=True, text=True)
+    if done.returncode:
+        return f"failed: {done.stderr.strip().splitlines()[-1]}"
+    return f"{json.loads(done.stdout.splitlines()[-1]):.3f}"
+
+
+def throughput(table: Table, peers: str, mosaic: str, rng: np.random.Generator) -> None:
+    with tempfile.TemporaryDirectory() as where:
+        folder, weights = Path(where), named(rng.dirichlet(np.ones(DOMAINS)))
+        stores = {
+            name: TokenStore.write(folder / name, rng.integers(0, 50_000, (ROWS, LENGTH), np.uint16))
+            for name in weights
+        }
+        (folder / "weights.json").write_text(json.dumps(weights))
+        endless = 10**9
+        dataset = MixtureDataset(stores, weights, num_samples=endless, sequence_length=LENGTH, block=BATCH)
+        domain, row, _ = (part.tolist() for part in dataset.schedule.assign(0, BATCH * BATCHES))
+        floor = raw([store.tokens.reshape(ROWS, LENGTH) for store in stores.values()], domain, row)
+        for workers in (0, 2):
+            loader = DataLoader(dataset, batch_size=BATCH, num_workers=workers)
+            ratio = throughput_ratio(read(loader), floor)
+            table.add_row(f"DataLoader(MixtureDataset, num_workers={workers})", "of raw gather", f"{ratio:.3f}")
+        for name, (package, _) in PEERS.items():
+            ratio = peer_ratio(mosaic if package == "streaming" else peers, folder, name)
+            table.add_row(name, "of raw gather", ratio)
+
+
+def schedules(table: Table, rng: np.random.Generator) -> None:
+    chunk = 65_536
+    for domains in (8, 200):
+        schedule = schedule_of(rng.dirichlet(np.ones(domains)))
+        seconds = median_seconds(lambda s=schedule: s.assign(FAR, FAR + chunk))  # type: ignore[misc]
+        table.add_row(
+            f"assign, {domains} domains, chunks of {chunk:,}", "million positions/s", f"{chunk / seconds / 1e6:.1f}"
+        )
+        seconds = median_seconds(lambda s=schedule: s.counts(FAR), 100)  # type: ignore[misc]
+        table.add_row(f"counts(10**12), {domains} domains", "ms", f"{seconds * 1e3:.2f}")
+
+    rows = [{"input_ids": [row] * 8} for row in range(1000)]
+    dataset = MixtureDataset({f"domain{k}": rows for k in range(DOMAINS)}, num_samples=2 * FAR)
+    text = json.dumps(dataset.state_dict())
+
+    def first_batch(position: int) -> None:
+        dataset.load_state_dict(json.loads(text))
+        dataset.__getitems__(list(range(position, position + BATCH)))
+
+    near, far = (median_seconds(lambda p=position: first_batch(p)) for position in (0, FAR))  # type: ignore[misc]
+    table.add_row("from a state to the first batch at 10**12", "time / at 0", f"{far / near:.2f}")
+
+
+def proportions(table: Table, rng: np.random.Generator, vectors: int) -> None:
+    # Means over the vectors. For each one it cannot hold: 1,000 draws of 200 domains cannot be rounded as well as that.
+    draws = (1_000, 10_000, 100_000)
+    ours, independent = np.zeros(3), np.zeros(3)
+    for seed in range(vectors):
+        weights = (
+            10 ** rng.uniform(-5, 0, rng.integers(2, 201)) if seed % 2 else rng.dirichlet(np.ones(rng.integers(2, 201)))
+        )
+        weights = np.maximum(weights / weights.sum(), 1e-5)
+        weights /= weights.sum()
+        schedule = schedule_of(weights, seed=seed)
+        for k, n in enumerate(draws):
+            ours[k] += np.abs(schedule.counts(n) / n - weights).sum() / 2 / vectors
+            independent[k] += np.abs(rng.multinomial(n, weights) / n - weights).sum() / 2 / vectors
+    for n, a, b in zip(draws, ours, independent, strict=True):
+        what = f"total variation at {n:,} draws, {vectors} vectors"
+        table.add_row(what, "of independent draws", f"{a / b:.3f} ({a:.5f} / {b:.5f})")
+    counts = np.array(
+        [schedule_of(np.array([0.0, 1e-5, 0.3, 0.7 - 1e-5]), seed=seed).counts(10**6)[:2] for seed in range(vectors)]
+    )
+    table.add_row("weight 0, draws in a million", f"most of {vectors} seeds", str(counts[:, 0].max()))
+    table.add_row(
+        "weight 1e-5, draws in a million", f"{vectors} seeds", f"{counts[:, 1].min()} to {counts[:, 1].max()}"
+    )
+
+
+def memory(table: Table, rng: np.random.Generator, draws: int) -> None:
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6
+
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {
+            f"domain{k}": TokenStore.write(Path(folder) / str(k), [rng.integers(0, 50_000, 10**6, np.uint16)])
+            for k in range(DOMAINS)
+        }
+        dataset = MixtureDataset(stores, "uniform", num_samples=draws, sequence_length=16, block=1000)
+        for store in stores.values():  # what is mapped is resident once it has been read
+            store.tokens.max()
+        for number, _ in enumerate(DataLoader(dataset, batch_size=1000)):
+            if number == draws // 100_000:
+                before = resident()
+        table.add_row(f"resident set over {draws:,} draws", "MB more than after 1 %", f"{resident() - before:.1f}")
+
+    schedule = schedule_of(rng.dirichlet(np.ones(50)))
+    for stage in range(1, 1000):
+        schedule.publish(named(rng.dirichlet(np.ones(50))), start=stage * 100_000)
+    text = json.dumps(schedule.state_dict())
+    table.add_row("state after 1,000 stages of 50 domains", "kB", f"{len(text) / 1e3:.0f}")
+    seconds = median_seconds(lambda: schedule.load_state_dict(json.loads(text)), 3)
+    table.add_row("loading it", "ms", f"{seconds * 1e3:.0f}")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the draws and vectors")
+    parser.add_argument("--peers", default=sys.executable, help="interpreter that has torchdata, datasets, litdata")
+    parser.add_argument("--mosaic", default=sys.executable, help="interpreter that has mosaicml-streaming")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    table = Table("what", "unit", "result")
-    with tempfile.TemporaryDirectory() as folder:
-        stores = {
-            f"domain{i}": TokenStore.write(
-                Path(folder) / f"domain{i}", (rng.integers(0, 50_000, LENGTH).astype(np.uint16) for _ in range(ROWS))
-            )
-            for i in range(DOMAINS)
-        }
-        weights = dict(zip(stores, rng.dirichlet(np.ones(DOMAINS)).tolist(), strict=True))
-        samples = BATCH * BATCHES
-        dataset = MixtureDataset(stores, weights, num_samples=samples, sequence_length=LENGTH, block=BATCH)
-        domain, row, _ = dataset.schedule.assign(0, samples)
-        tables = [store.tokens.reshape(ROWS, LENGTH) for store in stores.values()]
-
-        def floor() -> None:
-            for i in range(0, samples, BATCH):
-                rows = zip(domain[i : i + BATCH], row[i : i + BATCH], strict=True)
-                torch.from_numpy(np.stack([tables[d][r] for d, r in rows]).astype(np.int64))
-
-        def read(workers: int) -> Callable[[], None]:
-            # Persistent, so that the rounds after the first do not pay for starting processes.
-            loader = DataLoader(dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0)
-
-            def action() -> None:
-                for _ in loader:
-                    pass
-
-            return action
-
-        for workers in (0, 2):
-            ratio = median_ratio(read(workers), floor)
-            table.add_row(f"DataLoader(dataset, num_workers={workers})", "time / raw gather", f"{ratio:.2f}")
-
-    chunk = 65_536
-    for domains in (8, 200):
-        names = [f"d{i}" for i in range(domains)]
-        shares = dict(zip(names, rng.dirichlet(np.ones(domains)).tolist(), strict=True))
-        schedule = MixtureSchedule(shares, dict.fromkeys(names, 10**6))
-
-        def permute() -> None:
-            np.random.default_rng(0).permutation(chunk)
-
-        ratio = median_ratio(lambda schedule=schedule: schedule.assign(10**9, 10**9 + chunk), permute)  # type: ignore[misc]
-        table.add_row(f"assign of {chunk:,} positions, {domains} domains", "time / numpy permutation", f"{ratio:.1f}")
-        ratio = median_ratio(lambda s=schedule: s.counts(10**12), lambda s=schedule: s.counts(1))  # type: ignore[misc]
-        table.add_row(f"counts(10**12), {domains} domains", "time / counts(1)", f"{ratio:.2f}")
+    rng, table = np.random.default_rng(0), Table("what", "unit", "result")
+    throughput(table, given.peers, given.mosaic, rng)
+    schedules(table, rng)
+    proportions(table, rng, 20 if given.quick else 200)
+    memory(table, rng, 10**6 if given.quick else 10**7)
     Console().print(table)
 
 

@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dynmix.influence.capture import Capture, next_token_loss
 from dynmix.influence.sample import SampleScorer
@@ -36,12 +36,14 @@ from dynmix.influence.sample import SampleScorer
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 SHARED = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[2] / "shared"))
 TASKS = ("gsm8k", "humaneval", "arc_easy", "piqa", "hellaswag", "blimp")
+TOKENIZER = SHARED / "corpus/tokenizers/bpe4096"
+LENGTH = 256
 PAIRED = {"gsm8k": "math_word", "humaneval": "code_python"}
 LINEAR = r"^(?!.*embed)"
 
 
-def llama(hidden: int, layers: int, length: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
+def llama(hidden: int, layers: int, length: int, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=4096,
@@ -93,16 +95,16 @@ def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
         for one in data:
             for row in one["input_ids"]:
                 loss, tokens = next_token_loss(model, {"input_ids": row[None]})
-                gradients = torch.autograd.grad(loss.sum() / tokens.sum(), parameters)  # type: ignore[arg-type]
+                gradients = torch.autograd.grad(loss.sum() / tokens.sum(), parameters)
                 found.append(sum(R.flatten(1) @ g.flatten() for R, g in zip(towards, gradients, strict=True)))
         return torch.stack(found).numpy()  # type: ignore[arg-type]
 
-    everything = sum(m.weight.numel() for m in Capture(model).layers.values())  # type: ignore[misc, operator]
+    everything = sum(m.weight.numel() for m in Capture(model).layers.values())
     table = Table("six tasks, one checkpoint", "over", "time", "floor", "reference way / ours", "correlation")
     forward()
     step()
     for name, scorer in scorers.items():
-        chosen = sum(m.weight.numel() for n, m in Capture(model).layers.items() if n in scorer.layers)  # type: ignore[misc, operator]
+        chosen = sum(m.weight.numel() for n, m in Capture(model).layers.items() if n in scorer.layers)
         base, over = (forward, "F") if name == "default layers" else (step, "F + B")
         # Two FLOPs a weight and token forward, as many for each of what the backward pass does: the gradient of the
         # input and that of the weight. The products with six tasks come once a sequence.
@@ -122,71 +124,110 @@ def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
     Console().print(table)
 
 
-@app.command()
-def precision(
-    folder: Annotated[Path, typer.Argument(help="For stores, checkpoints and scores; what is there is used.")],
-    steps: int = 2400,
-    every: Annotated[
-        int, typer.Option(help="So many documents of a domain, one is scored: its first 256 tokens.")
-    ] = 12,
-    curvature: str = "datainf",
-    layers: str | None = None,
-) -> None:
-    """The share of the paired domain in a task's top decile; noise and near-duplicates by joint influence."""
+def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: float) -> dict[str, Path]:
+    """Stores of the 14 domains, by name, and a small Llama trained on them with ten checkpoints, in `folder/run`.
+
+    What is there already is used, and a training that was stopped goes on.
+    """
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from dynmix import EKFAC, DataInf, MixtureDataset, Task, TokenStore
-    from dynmix.mixers.regroup import blended
+    from dynmix import MixtureDataset
     from dynmix.mixture.prepare import prepare
-    from dynmix.peaks import select_checkpoints
-    from dynmix.scoring import peak_sources, read_scores, score_corpus
 
-    length, batch = 128, 16
-    tokenizer = str(SHARED / "corpus/tokenizers/bpe4096")
     if not (folder / "stores/prepared").exists():
-        prepare([SHARED / "corpus/domains"], folder / "stores", tokenizer, overwrite=True)
+        prepare([SHARED / "corpus/domains"], folder / "stores", str(TOKENIZER), overwrite=True)
         (folder / "stores/prepared").touch()
     paths = {path.stem: path for path in sorted((folder / "stores").glob("*.idx"))}
-    dataset = MixtureDataset(paths, num_samples=steps * batch, sequence_length=length, block=batch)
+    dataset = MixtureDataset(paths, num_samples=steps * batch, sequence_length=LENGTH, block=batch)
     arguments = TrainingArguments(
-        str(folder / "run"), max_steps=steps, per_device_train_batch_size=batch, learning_rate=3e-3,
+        str(folder / "run"), max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate,
         lr_scheduler_type="cosine", warmup_steps=100, save_steps=steps // 10, logging_steps=100, report_to=[],
-        train_sampling_strategy="sequential", weight_decay=0.1,
+        train_sampling_strategy="sequential", weight_decay=0.1, bf16=torch.cuda.is_available(), max_grad_norm=1.0,
     )  # fmt: skip
     last: str | None = get_last_checkpoint(str(folder / "run")) if (folder / "run").is_dir() else None  # type: ignore[no-untyped-call]
     if last is None or int(last.rsplit("-", 1)[1]) < steps:
-        Trainer(llama(128, 4, 512), arguments, train_dataset=dataset).train(resume_from_checkpoint=last)
-    tasks = {
-        t: Task.from_jsonl(SHARED / f"corpus/tasks/{t}.jsonl", tokenizer, max_length=256, limit=200) for t in TASKS
-    }
+        Trainer(llama(hidden, depth, 512), arguments, train_dataset=dataset).train(resume_from_checkpoint=last)
+    return paths
+
+
+def halves(half: int) -> dict[str, Any]:
+    """Up to 200 examples a task: the even ones (half 0) make scores and peaks, the odd ones (1) are for judging."""
+    from dynmix import Task
+
+    whole = {t: Task.from_jsonl(SHARED / f"corpus/tasks/{t}.jsonl", str(TOKENIZER), max_length=256) for t in TASKS}
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    return {t: Task(t, task.records[half::2][:200], tokenizer, max_length=256) for t, task in whole.items()}
+
+
+Folder = Annotated[Path, typer.Argument(help="For stores, checkpoints and scores; what is there is used.")]
+
+
+@app.command()
+def precision(
+    folder: Folder,
+    steps: int = 2400,
+    batch: Annotated[int, typer.Option(help="Sequences of 256 tokens a step.")] = 8,
+    hidden: int = 128,
+    depth: int = 4,
+    rate: float = 3e-3,
+    every: Annotated[int, typer.Option(help="So many documents of a domain, one is scored.")] = 12,
+    documents: Annotated[int, typer.Option(help="So many documents of each domain instead; 0: as many as come.")] = 0,
+    unit: Annotated[
+        str, typer.Option(help="document (its first 256 tokens) or sequence (of 256 tokens).")
+    ] = "document",
+    curvature: str = "datainf",
+    layers: str | None = None,
+    at: Annotated[
+        int | None, typer.Option(help="Score all tasks by the checkpoint of this step, not their peaks.")
+    ] = None,
+    batch_tokens: int = 8192,
+) -> None:
+    """The share of the paired domain in a task's top decile; noise and near-duplicates by joint influence."""
+    from dynmix import EKFAC, DataInf, TokenStore
+    from dynmix.mixers.regroup import blended
+    from dynmix.peaks import list_checkpoints, select_checkpoints
+    from dynmix.scoring import all_sources, peak_sources, read_scores, score_corpus
+
+    paths, tasks = proxy(folder, hidden, depth, steps, batch, rate), halves(0)
     chosen = select_checkpoints(folder / "run", tasks)
+    sources = peak_sources(chosen)
+    if at is not None:
+        sources = all_sources([found for found in list_checkpoints(folder / "run") if found.step == at], tasks)
     some = {}
     for name, path in paths.items():
         store = TokenStore.open(path)
-        texts = (store[i][:256] for i in range(0, len(store), every))
-        some[name] = TokenStore.write(folder / f"documents-{every}" / name, texts)
-    out = folder / f"scores-{every}-{curvature}-{'last' if layers is None else layers.encode().hex()}"
+        numbers = range(0, len(store), every)
+        if unit == "sequence":
+            numbers = range(0, store.num_tokens // 256, every)
+        if documents:
+            numbers = range(0, numbers.stop, max(1, numbers.stop // documents))[:documents]
+        texts = (store[i][:256] if unit == "document" else store.tokens[256 * i : 256 * (i + 1)] for i in numbers)
+        some[name] = TokenStore.write(folder / f"{unit}s-{every}-{documents}" / name, texts)
+    out = (
+        folder
+        / f"scores-{unit}-{every}-{documents}-{curvature}-{at}-{'last' if layers is None else layers.encode().hex()}"
+    )
     how = EKFAC() if curvature == "ekfac" else DataInf()
     score_corpus(
-        some, tasks, peak_sources(chosen), out, unit="document", sequence_length=256, layers=layers, curvature=how,
-        curvature_sequences=256,
+        some, tasks, sources, out, unit="document", sequence_length=256, layers=layers, curvature=how,
+        curvature_sequences=256, batch_tokens=batch_tokens,
     )  # fmt: skip
     scores = read_scores(out)
     by_task, joint = blended(scores, "step")
     domain = np.array(scores.domains)[scores.domain]
-    table = Table("task", "peak", "its domain", "of the top", "is of it", "by chance", "at most")
+    table = Table("task", "scored at", "its domain", "of the top", "is of it", "by chance", "at most", title=out.name)
     for task, own in PAIRED.items():
         order, has = np.argsort(-by_task[:, scores.tasks.index(task)], kind="stable"), int((domain == own).sum())
         for what, n in (("decile", len(domain) // 10), (f"{has}", has)):
             share, most = (domain[order[:n]] == own).mean(), min(1.0, has / n)
-            chance = has / len(domain)
-            row = (f"{share:.0%}", f"{chance:.0%}", f"{most:.0%}")
-            table.add_row(task, chosen[task].path.name, own, what, *row)
+            row = (f"{share:.0%}", f"{has / len(domain):.0%}", f"{most:.0%}")
+            table.add_row(task, chosen[task].path.name if at is None else str(at), own, what, *row)
     half = joint > np.median(joint)
-    ranks = Table("domain", "in the top half by joint influence")
-    for name in sorted(scores.domains, key=lambda name: -half[domain == name].mean()):
-        ranks.add_row(name, f"{half[domain == name].mean():.0%}")
+    ranks = Table("domain", "in the top half by joint influence", "mean joint influence")
+    for name in sorted(scores.domains, key=lambda name: -joint[domain == name].mean()):
+        own_half, own_mean = half[domain == name].mean(), joint[domain == name].mean()
+        ranks.add_row(name, f"{own_half:.0%}", f"{own_mean:+.2f}")
     Console().print(table, ranks)
 
 
