@@ -5,6 +5,7 @@ Knows items and tokens; nothing of mixtures, schedules or loaders.
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, text_field: str) -> None:
-        tokenizer = load(tokenizer)
+        tokenizer = load(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
         if tokenizer is not None and not callable(tokenizer):
             raise ValueError(
                 f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer of transformers or a function"
