@@ -171,7 +171,7 @@ def main() -> None:
     schedules(table, rng)
     proportions(table, rng, 20 if given.quick else 200)
     memory(table, rng, 10**6 if given.quick else 10**7)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
