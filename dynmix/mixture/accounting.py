@@ -64,16 +64,16 @@ def remaining(schedule: MixtureSchedule, position: int, sequence_length: int) ->
 
 
 def used_up(schedule: MixtureSchedule, start: int, stop: int) -> list[UsedUp]:
-    """Where in (start, stop] domains reach their limit, in order of position; none where limits do not bind the order.
+    """Where in [start, stop) domains are used up, in order of position; none where limits do not bind the order.
 
     A domain of which nothing may be drawn at all has no such position.
     """
     if schedule.limits.when_exhausted != "redistribute" or start >= stop:
         return []
-    limits = schedule.limits.draws(schedule.sizes)
+    limits, first = schedule.limits.draws(schedule.sizes), max(start - 1, schedule.starts[0])
     found = []
-    for number in np.flatnonzero((schedule.counts(start) < limits) & (schedule.counts(stop) >= limits)).tolist():
-        low, high = start, stop
+    for number in np.flatnonzero((schedule.counts(first) < limits) & (schedule.counts(stop - 1) >= limits)).tolist():
+        low, high = first, stop - 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if schedule.counts(middle)[number] >= limits[number] else (middle, high)

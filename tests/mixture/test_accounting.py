@@ -77,4 +77,6 @@ def test_the_position_at_which_a_domain_is_used_up_is_told() -> None:
         mine = np.flatnonzero(domain == schedule.names.index(each.domain))
         assert each.position == mine[-1] + 1
         assert len(mine) == limit
-    assert used_up(schedule, first.position, 90) == [second]
+    for cut in range(91):  # told once, wherever one stretch ends and the next begins
+        assert used_up(schedule, 0, cut) + used_up(schedule, cut, 90) == [first, second]
+    assert not used_up(schedule, 0, first.position)  # with the batch that begins there
