@@ -207,8 +207,7 @@ class MixtureStream(IterableDataset[Item]):
 
     def begin(self, weights: Weights) -> None:
         """`schedule.begin`, refused where the loader has read already. Raises ValueError."""
-        if self.read_until:
-            raise ValueError(f"the loader has read {self.read_until} samples: the weights of the first stage stay")
+        self._progress.check_begin()
         self.schedule.begin(weights)
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
@@ -217,11 +216,7 @@ class MixtureStream(IterableDataset[Item]):
         Raises:
             ValueError: also when `start` is below `read_until`.
         """
-        if start < self.read_until:
-            raise ValueError(
-                f"start={start}: position already read by the loader, which is at {self.read_until}; declare where a"
-                f" stage ends before it is read (schedule.hold(end)), or publish from {self.read_until} on"
-            )
+        self._progress.check_publish(start)
         self.schedule.publish(weights, start, end)
 
     @property
