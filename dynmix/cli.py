@@ -1,6 +1,7 @@
 """The `dynmix` command: arguments in, calls of the library out.
 
-Knows no method and no format; each command is a call of the function it is named after.
+Knows no method and no format; each command is a call of the function it is named after. Exit codes: 0 done, 1 failed,
+2 asked for in a way that makes no sense, 130 interrupted with everything finished kept.
 """
 
 import logging
@@ -10,24 +11,27 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from dynmix.commands import fail
+from dynmix.commands import command, print_json
 from dynmix.commands.fit import fit
+from dynmix.commands.influence import influence
+from dynmix.commands.inspect import inspect
 from dynmix.commands.prepare import prepare
+from dynmix.commands.propose import propose
 from dynmix.commands.proxies import proxies
 from dynmix.commands.regroup import regroup
 from dynmix.commands.score import score
+from dynmix.commands.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(prepare)
-app.command()(score)
-app.command()(regroup)
-app.command()(proxies)
-app.command()(fit)
+for each in (prepare, train, influence, propose, score, regroup, proxies, fit):
+    app.command()(each)
 
 
 @app.callback()
 def main(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, not only warnings.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is done, and where something failed.")
+    ] = False,
 ) -> None:
     """Dynamic data mixing for language-model pretraining."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
@@ -35,51 +39,61 @@ def main(
 
 
 @app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of the model's parameters and the data's order.")] = 0,
-    mixer: Annotated[
-        str, typer.Option(help="Name of the mixer that decides; `dynmix mixers` lists them.")
-    ] = "tikmix-d",
-) -> None:
-    """Pretrain a small Llama with a dynamic mixture and with its static prior, on text of this Python installation."""
-    from dynmix.demo.run import run_demo
-
-    try:
-        run_demo(output, seed, mixer=mixer)
-    except ValueError as problem:
-        fail(problem)
-
-
-@app.command()
-def mixers() -> None:
-    """List the mixers by name, with what each needs to have measured."""
-    from rich.console import Console
-
-    from dynmix.tables import mixer_table
-
-    Console().print(mixer_table())
-
-
-@app.command()
+@command
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder, or its journal.jsonl.")],
     baseline: Annotated[Path | None, typer.Option(help="A second run to compare with.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Default: report.html in the run folder.")
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print where the page is as JSON.")] = False,
 ) -> None:
     """Draw a run's journal as one HTML page."""
     from dynmix.report import write_report
 
     def journal(path: Path) -> Path:
-        return path / "journal.jsonl" if path.is_dir() else path
+        inside = path / "dynmix" if (path / "dynmix").is_dir() else path
+        return inside / "journal.jsonl" if path.is_dir() else path
 
     source = journal(run)
-    try:
-        page = write_report(
-            source, output or source.parent / "report.html", baseline=None if baseline is None else journal(baseline)
-        )
-    except (ValueError, OSError) as problem:
-        fail(problem)
-    typer.echo(str(page))
+    page = write_report(
+        source, output or source.parent / "report.html", baseline=None if baseline is None else journal(baseline)
+    )
+    print_json({"report": page}) if json else typer.echo(str(page))
+
+
+app.command()(inspect)
+
+
+@app.command()
+@command
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the model's parameters and the data's order.")] = 0,
+    mixer: Annotated[
+        str, typer.Option(help="Name of the mixer that decides; `dynmix mixers` lists them.")
+    ] = "tikmix-d",
+    json: Annotated[bool, typer.Option("--json", help="Print where the page is, as JSON.")] = False,
+) -> None:
+    """Pretrain a small Llama with a dynamic mixture and with its static prior, on text of this Python installation."""
+    from rich.console import Console
+
+    from dynmix.demo.run import run_demo
+
+    page = run_demo(output, seed, console=Console(stderr=json), mixer=mixer)
+    if json:
+        print_json({"report": page})
+
+
+@app.command()
+@command
+def mixers(json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
+    """List the mixers by name, with what each needs to have measured."""
+    from rich.console import Console
+
+    from dynmix.tables import mixer_facts, mixer_table
+
+    if json:
+        print_json(mixer_facts())
+    else:
+        Console().print(mixer_table())

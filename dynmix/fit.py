@@ -156,10 +156,21 @@ def print_fit(fit: Fit, console: Console) -> None:
 
 
 def write_fit(fit: Fit, folder: Path) -> list[Path]:
-    """Write `fit.json` (all numbers) and `fit.svg` (predicted against observed) into a folder; return their paths."""
+    """Write `fit.json` (`fit_facts`) and `fit.svg` (predicted against observed) into a folder; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(fit_facts(fit)), indent=1, allow_nan=False)
+    paths = [folder / "fit.json", folder / "fit.svg"]
+    for path, data in zip(paths, (text, _figure(fit)), strict=True):
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(data)
+        os.replace(beside, path)
+    return paths
+
+
+def fit_facts(fit: Fit) -> dict[str, Any]:
+    """The best mixture, what is predicted of it, and how well left-out runs are, as plain numbers."""
     best, names = fit.best, fit.runs.targets
-    content: dict[str, Any] = {
+    return {
         "weights": dict(zip(fit.runs.domains, best.weights.tolist(), strict=True)),
         "predicted": best.predicted,
         "std": best.std,
@@ -171,13 +182,6 @@ def write_fit(fit: Fit, folder: Path) -> list[Path]:
         "left_out": fit.errors(),
         "notes": [*fit.runs.notes, *([best.message] if best.message else [])],
     }
-    text = json.dumps(_finite(content), indent=1, allow_nan=False)
-    paths = [folder / "fit.json", folder / "fit.svg"]
-    for path, data in zip(paths, (text, _figure(fit)), strict=True):
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(data)
-        os.replace(beside, path)
-    return paths
 
 
 def _figure(fit: Fit) -> str:

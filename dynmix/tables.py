@@ -4,14 +4,17 @@ Knows the journal's rows and the registry alone; the HTML report is `dynmix.repo
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from dynmix.journal import Row
+from dynmix.mixers.base import Proposal
 from dynmix.mixers.registry import find_mixer, mixer_names
+from dynmix.observation import Influence
 
 
 def stage_table(row: Row) -> Table:
@@ -47,21 +50,66 @@ def stage_table(row: Row) -> Table:
     return table
 
 
-def mixer_table() -> Table:
-    """Return every registered mixer: its name, what it needs, what it is in a line, its arguments."""
+def influence_table(influence: Influence) -> Table:
+    """Return the scores with their standard errors: a line a domain, a column a task."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        caption="nats/token per unit of weight ± standard error; positive helps",
+    )
+    table.add_column("domain", no_wrap=True)
+    for task in influence.tasks:
+        table.add_column(escape(f"{task}\n(guard)" if task in influence.guards else task), justify="right")
+    errors = influence.standard_error
+    for j, domain in enumerate(influence.domains):
+        cells = [
+            _measured(float(score), None if errors is None else float(errors[i, j]))
+            for i, score in enumerate(influence.scores[:, j])
+        ]
+        table.add_row(escape(domain), *cells)
+    if influence.task_loss is not None:
+        table.add_section()
+        table.add_row("task loss", *(f"{loss:.4f}" for loss in influence.task_loss))
+    return table
+
+
+def proposal_table(proposal: Proposal, prior: Mapping[str, float]) -> Table:
+    """Return the weights beside the prior's, with the bounds that bind."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("name", "needs", "what it is, and its arguments"):
-        table.add_column(heading, no_wrap=heading == "name")
+    for heading in ("domain", "prior", "weight", "change", "bound"):
+        table.add_column(heading, justify="left" if heading in ("domain", "bound") else "right")
+    for name, weight in proposal.weights.items():
+        bound = [key.partition(":")[0] for key in proposal.multipliers if key.partition(":")[2] == name]
+        before = prior.get(name, 0.0)
+        table.add_row(escape(name), f"{before:.4f}", f"{weight:.4f}", f"{weight - before:+.4f}", ", ".join(bound))
+    return table
+
+
+def mixer_facts() -> list[dict[str, Any]]:
+    """Return every registered mixer: its name, what it needs, what it is in a line, its arguments."""
+    found: list[dict[str, Any]] = []
     for name in mixer_names():
         try:
             mixer = find_mixer(name)
         except ValueError as problem:  # another distribution's, that cannot be imported
-            table.add_row(name, "?", escape(str(problem)))
+            found.append({"name": name, "needs": None, "what": str(problem), "arguments": []})
             continue
         line = (inspect.getdoc(mixer) or "").partition("\n")[0]
         given = [str(p.replace(annotation=p.empty)) for p in inspect.signature(mixer).parameters.values()]
-        needs = ", ".join(sorted(getattr(mixer, "needs", ()))) or "-"
-        table.add_row(name, needs, escape(line + (f"\n[{', '.join(given)}]" if given else "")))
+        found.append({"name": name, "needs": sorted(getattr(mixer, "needs", ())), "what": line, "arguments": given})
+    return found
+
+
+def mixer_table() -> Table:
+    """Return them as a table."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("name", "needs", "what it is, and its arguments"):
+        table.add_column(heading, no_wrap=heading == "name")
+    for each in mixer_facts():
+        needs = "?" if each["needs"] is None else ", ".join(each["needs"]) or "-"
+        arguments = f"\n[{', '.join(each['arguments'])}]" if each["arguments"] else ""
+        table.add_row(each["name"], needs, escape(each["what"] + arguments))
     return table
 
 

@@ -110,5 +110,6 @@ def test_a_wheel_has_every_module_and_no_top_level_callbacks(tmp_path):
     files = {str(p.relative_to(source)) for p in (source / "dynmix").rglob("*.py") if "callbacks" not in p.parts}
     files |= {f"dynmix/callbacks/{p.name}" for p in (source / "callbacks").glob("*.py")}
     files |= {"dynmix/report.html", "dynmix/py.typed"}
+    files |= {f"dynmix/recipe/examples/{p.name}" for p in (source / "dynmix/recipe/examples").glob("*.yaml")}
     assert files <= set(names)
     assert not [name for name in names if name.startswith("tests")]

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dynmix.commands import fail
+from dynmix.commands import command, print_json
 
 
+@command
 def fit(
     runs: Annotated[Path, typer.Argument(help="CSV, a row a run: weight/<domain> and loss/<target>, or RegMix's.")],
     losses: Annotated[
@@ -23,30 +24,32 @@ def fit(
     total_tokens: Annotated[float | None, typer.Option(help="Of the run that the mixture is for.")] = None,
     smooth: Annotated[bool, typer.Option(help="Answer 0.99 of the best mixture + 0.01 uniform.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for fit.json and fit.svg.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print fit.json's content.")] = False,
 ) -> None:
     """Fit a law to runs of several mixtures: how well it predicts, and the best mixture by it."""
     from rich.console import Console
 
-    from dynmix.fit import fit_runs, print_fit, write_fit
+    from dynmix.fit import fit_facts, fit_runs, print_fit, write_fit
     from dynmix.laws.experts import Experts
     from dynmix.laws.runs import read_runs
 
-    try:
-        found = fit_runs(
-            read_runs(runs, losses, weights=weights, targets=targets),
-            criterion,
-            law,
-            experts=None if experts is None else Experts.open(experts),
-            tokens=None if tokens is None else _numbers(tokens),
-            total_tokens=total_tokens,
-            max_epochs=max_epochs,
-            smooth=smooth,
-        )
-        print_fit(found, Console())
-        for path in [] if output is None else write_fit(found, output):
-            typer.echo(str(path))
-    except (ValueError, OSError) as problem:
-        fail(problem)
+    found = fit_runs(
+        read_runs(runs, losses, weights=weights, targets=targets),
+        criterion,
+        law,
+        experts=None if experts is None else Experts.open(experts),
+        tokens=None if tokens is None else _numbers(tokens),
+        total_tokens=total_tokens,
+        max_epochs=max_epochs,
+        smooth=smooth,
+    )
+    paths = [] if output is None else write_fit(found, output)
+    if json:
+        print_json(fit_facts(found))
+        return
+    print_fit(found, Console())
+    for path in paths:
+        typer.echo(str(path))
 
 
 def _numbers(text: str) -> dict[str, float]:

@@ -1,14 +1,14 @@
 """`dynmix prepare`: raw text in, token stores out."""
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dynmix.commands import fail
+from dynmix.commands import command, print_json
 
 
+@command
 def prepare(
     inputs: Annotated[
         list[Path],
@@ -38,21 +38,18 @@ def prepare(
     """Tokenise text files into token stores: a file, or a sub-folder, is a domain. Killed, it goes on where it was."""
     from dynmix.mixture.prepare import prepare, read_manifest
 
-    try:
-        stores = prepare(
-            inputs, output, tokenizer, text_field=text_field, append_eos=append_eos, domain_from=domain_from,
-            domain_default=domain_default, held_out=held_out, workers=workers, overwrite=overwrite,
-        )  # fmt: skip
-        manifest = read_manifest(output)
-    except (ValueError, OSError) as problem:
-        fail(problem)
+    stores = prepare(
+        inputs, output, tokenizer, text_field=text_field, append_eos=append_eos, domain_from=domain_from,
+        domain_default=domain_default, held_out=held_out, workers=workers, overwrite=overwrite,
+    )  # fmt: skip
+    manifest = read_manifest(output)
     assert manifest is not None
     last = len(manifest["preparations"]) - 1
     facts = {name: each for name, each in manifest["stores"].items() if each["preparation"] == last}
     counts = {name: {key: each[key] for key in ("documents", "tokens", "bytes")} for name, each in facts.items()}
     total = {key: sum(each[key] for each in counts.values()) for key in ("documents", "tokens", "bytes")}
     if json:
-        typer.echo(json_format.dumps({"stores": counts, "total": total}, indent=1, ensure_ascii=False))
+        print_json({"stores": counts, "total": total})
     else:
         _print_table(counts, total)
         typer.echo(f"{len(stores)} domains in {output}")

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dynmix.commands import fail
+from dynmix.commands import command, fail, print_json
 
 
+@command
 def proxies(
     data: Annotated[list[Path], typer.Option(help="Folder of token stores, each a domain, or one store.")],
     tasks: Annotated[
@@ -35,6 +36,7 @@ def proxies(
     max_epochs: Annotated[float, typer.Option(help="Warn of runs that see a domain more often.")] = 4.0,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Of each. Default: all, shared out.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what is done as JSON.")] = False,
 ) -> None:
     """Train proxies, one a domain and on sampled mixtures, and write runs.csv and experts/ for `dynmix fit`."""
     from transformers import AutoTokenizer
@@ -44,20 +46,19 @@ def proxies(
     from dynmix.proxies.run import run_proxies
     from dynmix.scoring.inputs import find_stores, find_tasks, some_examples
 
-    try:
-        training = Training(tokens, sequence_length, batch_size, learning_rate, seed)
-        stores = find_stores(data)
-        found = find_tasks(tasks, tokenizer, sequence_length)
-        check_tokenizer(stores.values(), tokenizer)
-        size = (hidden_size, layers, heads, sequence_length)
-        done = run_proxies(
-            stores, {name: some_examples(task, task_limit) for name, task in found.items()}, out,
-            model=model or small_llama(len(AutoTokenizer.from_pretrained(tokenizer)), *size), training=training,
-            mixtures=mixtures, experts=experts, frequency=frequency, max_epochs=max_epochs, jobs=jobs, threads=threads,
-        )  # fmt: skip
-    except (ValueError, OSError) as problem:
-        fail(problem)
-    if done.table:
+    training = Training(tokens, sequence_length, batch_size, learning_rate, seed)
+    stores = find_stores(data)
+    found = find_tasks(tasks, tokenizer, sequence_length)
+    check_tokenizer(stores.values(), tokenizer)
+    size = (hidden_size, layers, heads, sequence_length)
+    done = run_proxies(
+        stores, {name: some_examples(task, task_limit) for name, task in found.items()}, out,
+        model=model or small_llama(len(AutoTokenizer.from_pretrained(tokenizer)), *size), training=training,
+        mixtures=mixtures, experts=experts, frequency=frequency, max_epochs=max_epochs, jobs=jobs, threads=threads,
+    )  # fmt: skip
+    if json:
+        print_json({"done": done.done, "failed": done.failed, "table": done.table, "experts": done.experts})
+    elif done.table:
         cache = f" --experts {done.experts}" if done.experts else ""
         typer.echo(
             f"{len(done.done)} of {len(done.done) + len(done.failed)} runs are done: dynmix fit {done.table}{cache}"

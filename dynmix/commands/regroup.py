@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dynmix.commands import fail
+from dynmix.commands import command, print_json
 
 
+@command
 def regroup(
     scores: Annotated[Path, typer.Argument(help="Folder that `dynmix score` wrote.")],
     data: Annotated[list[Path], typer.Option("--data", help="Folder of the token stores that were scored, or one.")],
@@ -20,6 +21,7 @@ def regroup(
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="By the samples' loss instead, the lowest first: a baseline.")
     ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the groups as JSON.")] = False,
 ) -> None:
     """Regroup a scored corpus by the tasks that its samples help, with weights by influence density."""
     from dynmix.groups import write_groups
@@ -29,28 +31,33 @@ def regroup(
     from dynmix.scoring.folder import ScoreFolder
     from dynmix.scoring.inputs import find_stores
 
-    try:
-        if (max_epochs is None) != (tokens is None):
-            raise ValueError("--max-epochs and --tokens: give both, or neither")
-        facts = ScoreFolder(scores).config
-        stores, known = find_stores(data), {each["name"]: each["fingerprint"] for each in facts["domains"]}
-        if missing := [name for name in known if name not in stores]:
-            raise ValueError(f"--data: no store {missing[0]!r}, which was scored; there are {sorted(stores)}")
-        length, unit = int(facts["sequence_length"]), facts["unit"]
-        corpus = Corpus({name: stores[name] for name in known}, unit, length)
-        for name, now in zip(known, corpus.fingerprints, strict=True):
-            if now != known[name]:
-                raise ValueError(f"--data: {stores[name].path} is not the store {name!r} that was scored")
-        found = perplexity_scores(scores) if perplexity else read_scores(scores)
-        groups = grouped(found, keep=keep, blend=blend, budget=budget)  # type: ignore[arg-type]
-        weights = group_weights(groups, max_epochs=max_epochs, tokens=tokens)
-        if weights is None:
-            whole = sum(group.tokens for group in groups)
-            weights = {group.name: group.tokens / whole for group in groups}
-        paths = {name: stores[name].path for name in found.domains}
-        write_groups(output, groups, weights, found, paths, unit=unit, sequence_length=length)
-    except (ValueError, OSError) as problem:
-        fail(problem)
+    if (max_epochs is None) != (tokens is None):
+        raise ValueError("--max-epochs and --tokens: give both, or neither")
+    facts = ScoreFolder(scores).config
+    stores, known = find_stores(data), {each["name"]: each["fingerprint"] for each in facts["domains"]}
+    if missing := [name for name in known if name not in stores]:
+        raise ValueError(f"--data: no store {missing[0]!r}, which was scored; there are {sorted(stores)}")
+    length, unit = int(facts["sequence_length"]), facts["unit"]
+    corpus = Corpus({name: stores[name] for name in known}, unit, length)
+    for name, now in zip(known, corpus.fingerprints, strict=True):
+        if now != known[name]:
+            raise ValueError(f"--data: {stores[name].path} is not the store {name!r} that was scored")
+    found = perplexity_scores(scores) if perplexity else read_scores(scores)
+    groups = grouped(found, keep=keep, blend=blend, budget=budget)  # type: ignore[arg-type]
+    weights = group_weights(groups, max_epochs=max_epochs, tokens=tokens)
+    if weights is None:
+        whole = sum(group.tokens for group in groups)
+        weights = {group.name: group.tokens / whole for group in groups}
+    paths = {name: stores[name].path for name in found.domains}
+    write_groups(output, groups, weights, found, paths, unit=unit, sequence_length=length)
+    if json:
+        print_json(
+            {
+                group.name: {"weight": weights[group.name], "samples": len(group.members), "tokens": group.tokens}
+                for group in groups
+            }
+        )
+        return
     for group in groups:
         typer.echo(
             f"{group.name}: weight {weights[group.name]:.4f}, {len(group.members):,} samples, {group.tokens:,} tokens"

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from dynmix.commands import fail
+from dynmix.commands import command, print_json
 
 
+@command
 def score(
     checkpoints: Annotated[
         list[Path],
@@ -50,6 +51,7 @@ def score(
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     ray: Annotated[int, typer.Option(help="Actors on a Ray cluster that score; 0: this process.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Begin anew: remove the scores that are in --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was scored as JSON.")] = False,
 ) -> None:
     """Score every sample of a corpus: how much it helps each task, by influence, at the checkpoints chosen."""
     from dynmix.influence.curvature import EKFAC, Curvature
@@ -59,23 +61,24 @@ def score(
     from dynmix.scoring.inputs import find_sources, find_stores, find_tasks, some_examples
 
     curvatures: dict[str, Curvature] = {"datainf": DataInf(), "ekfac": EKFAC()}
-    try:
-        if curvature not in curvatures:
-            raise ValueError(f"--curvature {curvature}: {' or '.join(curvatures)}")
-        stores = find_stores(data)
-        known = find_tasks(tasks, tokenizer, sequence_length)
-        check_tokenizer(stores.values(), tokenizer)
-        examples = {name: some_examples(task, task_limit) for name, task in known.items()}
-        sources = find_sources([*checkpoints, *(more or [])], known, select, metric)
-        if overwrite:
-            discard(out)
-        score_corpus(
-            stores, examples, sources, out, unit=unit, sequence_length=sequence_length, layers=layers,  # type: ignore[arg-type]
-            curvature=curvatures[curvature], batch_tokens=batch_tokens, shard_samples=shard_samples,
-            device=device, actors=ray,
-        )  # fmt: skip
-        scores = read_scores(out)
-    except (ValueError, OSError, ImportError) as problem:
-        fail(problem)
+    if curvature not in curvatures:
+        raise ValueError(f"--curvature {curvature}: {' or '.join(curvatures)}")
+    stores = find_stores(data)
+    known = find_tasks(tasks, tokenizer, sequence_length)
+    check_tokenizer(stores.values(), tokenizer)
+    examples = {name: some_examples(task, task_limit) for name, task in known.items()}
+    sources = find_sources([*checkpoints, *(more or [])], known, select, metric)
+    if overwrite:
+        discard(out)
+    score_corpus(
+        stores, examples, sources, out, unit=unit, sequence_length=sequence_length, layers=layers,  # type: ignore[arg-type]
+        curvature=curvatures[curvature], batch_tokens=batch_tokens, shard_samples=shard_samples,
+        device=device, actors=ray,
+    )  # fmt: skip
+    scores = read_scores(out)
+    if json:
+        own = [{"task": column.task, "checkpoint": column.checkpoint} for column in scores.columns]
+        print_json({"out": out, "samples": len(scores.row), "columns": own})
+        return
     columns = ", ".join(f"{column.task}/{column.checkpoint}" for column in scores.columns)
     typer.echo(f"{out}: {len(scores.row):,} samples, scores {columns}")

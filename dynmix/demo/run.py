@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
 from dynmix.callbacks import MixtureCallback
 from dynmix.demo.corpus import build_corpus, train_tokenizer
-from dynmix.journal import Journal, Row
+from dynmix.journal import Journal
 from dynmix.mixers import Mixer, Static
 from dynmix.mixers.registry import make_mixer
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
+from dynmix.recipe.console import PrintStages, QuietProgress
 from dynmix.report import write_report
-from dynmix.tables import comparison_table, stage_table
+from dynmix.tables import comparison_table
 
 
 @dataclass(frozen=True)
@@ -146,38 +146,8 @@ def _train(
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=dataset,
-        callbacks=[callback, _PrintStages(Journal(output / "journal.jsonl"), console)],
+        callbacks=[callback, PrintStages(Journal(output / "journal.jsonl"), console)],
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_QuietProgress)
+    trainer.add_callback(QuietProgress)
     trainer.train()
-
-
-class _QuietProgress(ProgressCallback):
-    """The Trainer's bar without its echo of the log, which the tables show better."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Say nothing."""
-
-
-class _PrintStages(TrainerCallback):
-    """Prints each row of the journal once, as a table."""
-
-    def __init__(self, journal: Journal, console: Console):
-        self.journal, self.console, self.printed = journal, console, 0
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._print()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._print()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._print()
-
-    def _print(self) -> None:
-        rows: list[Row] = self.journal.rows()
-        for row in rows[self.printed :]:
-            with tqdm.external_write_mode():  # or the table would start on the bar's line
-                self.console.print(stage_table(row))
-        self.printed = len(rows)

@@ -1,0 +1,64 @@
+"""`dynmix train`: a recipe in, a run out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynmix.commands import command, print_json
+
+
+@command
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML file that describes the run.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY.SUB=VALUE", help="Values in place of the recipe's, as training.max_steps=500."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop: tokens, epochs, stages, cost.")
+    ] = False,
+    example: Annotated[str | None, typer.Option(metavar="NAME", help="Print a recipe to begin with.")] = None,
+    examples: Annotated[bool, typer.Option("--examples", help="List these recipes.")] = False,
+    only_proxy: Annotated[
+        bool, typer.Option("--only-proxy", help="Make the small runs of the recipe's proxy and stop.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan, or what was done, as JSON.")] = False,
+) -> None:
+    """Train what a recipe describes; in a folder where it has begun, go on from the newest checkpoint, bit for bit.
+
+    On several processes: accelerate launch -m dynmix train recipe.yaml
+    """
+    from dynmix.recipe.read import example as example_text
+    from dynmix.recipe.read import example_names, read_recipe
+
+    if example is not None or examples:
+        typer.echo(example_text(example).rstrip() if example is not None else "\n".join(example_names()))
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe; --examples lists some to begin with", param_hint="RECIPE")
+    asked = read_recipe(recipe, overrides or [])
+
+    import torch.distributed as dist
+    from rich.console import Console
+
+    from dynmix.ranks import is_rank_0
+    from dynmix.recipe import run as runs
+    from dynmix.recipe.plan import make_plan, print_plan
+
+    try:
+        run = runs.build_run(asked, on_paper=dry_run)
+        if dry_run:
+            plan = make_plan(run)
+            if is_rank_0():
+                print_json(plan.to_dict()) if json else print_plan(plan, Console())
+        elif not only_proxy:
+            steps = runs.train(run, None if json else Console(stderr=True))
+            facts = {"output": asked.output, "steps": steps, "model": str(run.folder / "model")}
+            if is_rank_0():
+                print_json(facts) if json else typer.echo(
+                    f"{steps} steps done; model in {facts['model']}; the report: dynmix report {run.folder / 'dynmix'}"
+                )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

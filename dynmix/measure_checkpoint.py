@@ -1,0 +1,104 @@
+"""The influence of domains on tasks at a checkpoint, outside of any run.
+
+Knows where models, stores and tasks are; what is measured is `dynmix.influence`'s.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from dynmix.batches import as_batches, scored_sequence
+from dynmix.influence.group import group_influence
+from dynmix.mixture.prepare import check_tokenizer
+from dynmix.observation import Influence
+from dynmix.recipe.build import curvature as named_curvature
+from dynmix.scoring.inputs import find_stores, find_tasks
+from dynmix.tasks import Task
+
+
+def measure_checkpoint(
+    checkpoint: str,
+    data: Sequence[Path],
+    tasks: Sequence[Path],
+    *,
+    tokenizer: str | None,
+    sequence_length: int,
+    curvature: str,
+    layers: str | None,
+    probe_sequences: int,
+    task_sequences: int,
+    micro_batch: int,
+    device: str | None,
+) -> tuple[Influence, dict[str, Any]]:
+    """Return the influence, and what it is of, JSON-able: checkpoint, curvature, tokens of each domain.
+
+    Args: as `dynmix influence --help` says.
+
+    Raises:
+        ValueError: a path that is none, a task or domain without text, a model that cannot be loaded, stores of another
+            tokenizer.
+    """
+    if min(probe_sequences, task_sequences, micro_batch) < 1 or sequence_length < 2:
+        raise ValueError(
+            "--probe-sequences, --task-sequences, --micro-batch: at least 1; --sequence-length: at least 2"
+        )
+    made = named_curvature(curvature, {}, None, "--curvature")
+    stores = find_stores(data)
+    found, named = _tasks(tasks), tokenizer or checkpoint
+    if files := [path for path in found.values() if path.name.endswith((".jsonl", ".jsonl.gz"))]:
+        read: dict[str, Task] = find_tasks(files, named, sequence_length)
+        check_tokenizer(stores.values(), named)
+        sources: dict[str, Any] = {name: read.get(name, path) for name, path in found.items()}
+    else:
+        sources = dict(found)
+    options: Any = {"sequence_length": sequence_length, "micro_batch": micro_batch}
+    domains = {n: as_batches(s, name=f"domain {n!r}", sequences=probe_sequences, **options) for n, s in stores.items()}
+    sets = {n: as_batches(s, name=f"task {n!r}", sequences=task_sequences, **options) for n, s in sources.items()}
+    for name, batches in sets.items():
+        scored_sequence(batches, f"task {name!r}")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{checkpoint}: no causal LM to load ({' '.join(str(problem).split())[:300]})") from problem
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_vocabulary(model.config.get_text_config().vocab_size, domains | sets)
+    count = (made.passes + 1) * sum(map(len, domains.values())) + 2 * sum(map(len, sets.values()))
+    with tqdm(total=count, desc="measuring", unit="batch", leave=False, delay=2) as bar:
+        influence = group_influence(model, domains, sets, made, layers=layers, tick=bar.update)
+    tokens = {name: store.num_tokens for name, store in stores.items()}
+    return influence, {"checkpoint": checkpoint, "curvature": repr(made), "layers": layers, "tokens": tokens}
+
+
+def _tasks(paths: Sequence[Path]) -> dict[str, Path]:
+    """Name -> a task's file, or a store without suffix."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) if path.is_dir() else []
+        inside = inside or (sorted(path.glob("*.idx")) if path.is_dir() else [path])
+        if not inside:
+            raise ValueError(f"--tasks {path}: no .jsonl or .jsonl.gz file and no token store in this folder")
+        files += inside
+    found: dict[str, Path] = {}
+    for file in files:
+        stem = file.name
+        for suffix in (".jsonl.gz", ".jsonl", ".idx", ".bin"):
+            stem = stem.removesuffix(suffix)
+        if stem in found:
+            raise ValueError(f"--tasks: {found[stem]} and {file} have the same name {stem!r}: rename one")
+        found[stem] = file.with_name(stem) if file.suffix in (".idx", ".bin") else file
+        if not file.exists() and not file.with_name(f"{stem}.idx").exists():
+            raise ValueError(f"--tasks {file}: no such file or token store")
+    return found
+
+
+def _check_vocabulary(vocabulary: int, sets: dict[str, Any]) -> None:
+    for name, batches in sets.items():
+        if (largest := max(int(batch["input_ids"].max()) for batch in batches)) >= vocabulary:
+            raise ValueError(
+                f"{name!r} has token {largest}, the checkpoint's vocabulary has {vocabulary}: it was made with another "
+                "tokenizer"
+            )

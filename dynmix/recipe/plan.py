@@ -1,0 +1,236 @@
+"""What a run will do and about what it costs, before it does: the plan that `dynmix train --dry-run` prints.
+
+Knows the built objects and arithmetic; trains and measures nothing. The model is made without memory.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from dynmix.influence.capture import measurable_layers
+from dynmix.influence.carried import Carried
+from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.sample import last_layers
+from dynmix.measurement import HELD_OUT
+from dynmix.mixers.static import Fixed, Natural, Static, Temperature, Uniform, UniMax
+from dynmix.recipe.run import Run
+from dynmix.scoring.cost import flops_per_token
+
+SHOWN = 12  # stages
+
+
+@dataclass(frozen=True)
+class DomainPlan:
+    """A domain: what it has, and what the run takes of it; epochs are passes over it.
+
+    Attributes:
+        tokens: that it has, in whole sequences.
+        weight: in the first stage.
+        expected_tokens, expected_epochs: if that weight stays.
+        least_epochs, most_epochs: of any weights from the second stage on that the mixer may propose.
+    """
+
+    tokens: int
+    weight: float
+    expected_tokens: int
+    expected_epochs: float
+    least_epochs: float
+    most_epochs: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage: the steps (from 1) and positions (in samples, the last one excluded) that its weights serve.
+
+    Attributes:
+        decided_after: the step after which its weights are decided; None for the first.
+    """
+
+    stage: int
+    first_step: int
+    last_step: int
+    start: int
+    stop: int
+    decided_after: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on paper.
+
+    Attributes:
+        parameters: of the model.
+        tokens, steps, batch_size, processes, accumulation: of the run; the batch is over all processes.
+        flops: of the training, 6 a parameter and token.
+        measurement_tokens: that one boundary takes through the model, forward and backward.
+        measurement_share: FLOPs of all boundaries over `flops`.
+        memory: what is known of the memory, in bytes: `training` (parameters, gradients and two moments), and at a
+            boundary `gradients` and `factors` of the measurement. Activations come on top of both.
+        scoring: FLOPs over `flops` of scoring the corpus for every task, for mixers that do.
+    """
+
+    model: str
+    parameters: int
+    tokens: int
+    steps: int
+    batch_size: int
+    processes: int
+    accumulation: int
+    flops: float
+    mixer: str
+    domains: dict[str, DomainPlan]
+    stages: list[StagePlan]
+    sets: dict[str, int]
+    measurement_tokens: int
+    measurement_share: float
+    memory: dict[str, float]
+    scoring: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def make_plan(run: Run) -> Plan:
+    """Work out what a run will do. Raises ValueError for a run that cannot be carried out."""
+    recipe, controller, dataset = run.recipe, run.callback.controller, run.dataset
+    steps, batch = recipe.training["max_steps"], recipe.batch_size
+    controller.plan(batch_size=batch, max_steps=steps)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(run.config)  # type: ignore[no-untyped-call]
+    total, stage = controller.total, recipe.stages.steps * batch
+    length, parameters = dataset.sequence_length, sum(p.numel() for p in model.parameters())
+    starts = range(0, total, stage)
+    measured, factors = 0, 0
+    measurement = controller.measurement
+    measures = bool(controller.decider.needs & {"influence", "gradient", "measure"})
+    layers = measurable_layers(model)
+    if measures:
+        sets = measurement.sets.values()
+        read = 2 * sum(int(each["input_ids"].numel()) for batches in sets for each in batches)
+        read += 2 * length * measurement.held_out_sequences * len(dataset.domains)
+        drawn = measurement.curvature.passes * measurement.curvature_sequences
+        measured = read + length * (measurement.probe_sequences * len(dataset.domains) + drawn)
+        curvature = measurement.curvature
+        kind = curvature.curvature if isinstance(curvature, Carried) else curvature
+        if isinstance(kind, FactoredCurvature):
+            factors = sum(_factors(*layer.shape, kind.largest_basis) for layer in layers.values())
+    rows = 2 * (len(measurement.sets) + bool(measurement.held_out_sequences)) + len(dataset.domains)
+    matrices = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+    flops, boundaries = 6.0 * parameters * total * length, len(starts) - 1
+    # A measurement takes the gradients of layers' outputs, and products with their inputs: no more than training does.
+    share = 6.0 * parameters * measured * boundaries / flops
+    size = torch.empty(0, dtype=getattr(torch, recipe.model.dtype)).element_size()
+    return Plan(
+        model=type(model).__name__,
+        parameters=parameters,
+        tokens=total * length,
+        steps=-(-total // batch),
+        batch_size=batch,
+        processes=run.arguments.world_size,
+        accumulation=run.arguments.gradient_accumulation_steps,
+        flops=flops,
+        mixer=controller.decider.name,
+        domains=_domains(run, total, min(stage, total)),
+        stages=[
+            StagePlan(
+                k, start // batch + 1, -(-min(start + stage, total) // batch), start, min(start + stage, total),
+                start // batch - 1 if k else None,
+            )
+            for k, start in enumerate(starts)
+        ],
+        sets={name: sum(len(b["input_ids"]) for b in batches) for name, batches in measurement.sets.items()}
+        | ({HELD_OUT: measurement.held_out_sequences * len(dataset.domains)} if measurement.held_out_sequences else {}),
+        measurement_tokens=measured,
+        measurement_share=share,
+        memory={"training": 4.0 * size * parameters}
+        | ({"gradients": 4.0 * rows * matrices, "factors": float(factors)} if measures else {}),
+        scoring=_scoring(run, model, flops) if controller.sampler is not None else None,
+    )  # fmt: skip
+
+
+def _domains(run: Run, total: int, first: int) -> dict[str, DomainPlan]:
+    dataset, length = run.dataset, run.dataset.sequence_length
+    weights = dataset.schedule.weights_at(0)
+    moves = not isinstance(run.callback.controller.mixer, Static | Natural | Uniform | Temperature | UniMax | Fixed)
+    limits = run.callback.controller.budget.max_epochs
+    found = {}
+    for name, weight in weights.items():
+        size, limit = dataset.sizes[name], limits.get(name, float("inf"))
+        least, most = (weight * first, weight * first + total - first) if moves else (weight * total, weight * total)
+        found[name] = DomainPlan(
+            size * length, weight, round(weight * total) * length, weight * total / size,
+            min(limit, least / size), min(limit, most / size),
+        )  # fmt: skip
+    return found
+
+
+def _factors(rows: int, columns: int, largest: int) -> int:
+    """Bytes of a layer's bases and eigenvalues in float32; the covariances are gone by the time these are whole."""
+    sides = [side for side in (rows, columns) if side <= largest or side <= 4 * min(rows, columns)]
+    return 4 * (sum(side * side for side in sides) + rows * columns)
+
+
+def _scoring(run: Run, model: Any, flops: float) -> float:
+    wanted, length = last_layers(model), run.dataset.sequence_length
+    layers = [name for name in measurable_layers(model) if wanted(name)]
+    tokens = sum(run.dataset.sizes.values()) * length
+    n_tasks = len(run.callback.controller.measurement.sets)
+    return flops_per_token(model, layers, 1, length) * tokens * n_tasks / flops
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print it as tables."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    say(
+        f"{plan.model}, {plan.parameters:,} parameters; {plan.tokens:,} tokens in {plan.steps:,} steps of "
+        f"{plan.batch_size} sequences (processes: {plan.processes}, accumulation: {plan.accumulation}); "
+        f"{plan.flops:.2g} FLOPs"
+    )
+    table = Table(title="domains", box=box.SIMPLE_HEAD, caption="epochs: at the first weights, and whatever is decided")
+    for head in ("domain", "tokens", "weight", "run takes", "epochs", "at least", "at most"):
+        table.add_column(head, justify="left" if head == "domain" else "right")
+    for name, each in plan.domains.items():
+        table.add_row(
+            escape(name), f"{each.tokens:,}", f"{each.weight:.4f}", f"{each.expected_tokens:,}",
+            *(f"{epochs:.2f}" for epochs in (each.expected_epochs, each.least_epochs, each.most_epochs)),
+        )  # fmt: skip
+    console.print(table)
+    stages = Table(title=f"{len(plan.stages)} stages, mixer {plan.mixer}", box=box.SIMPLE_HEAD)
+    for head in ("stage", "steps", "samples", "decided"):
+        stages.add_column(head, justify="left" if head == "decided" else "right")
+    last = len(plan.stages) - 1
+    for row in plan.stages:
+        if last >= SHOWN and SHOWN - 2 <= row.stage < last:
+            if row.stage == SHOWN - 2:
+                stages.add_row("...", "", "", "")
+            continue
+        stages.add_row(
+            str(row.stage), f"{row.first_step:,} to {row.last_step:,}", f"{row.start:,} to {row.stop - 1:,}",
+            "before the run" if row.decided_after is None else f"after step {row.decided_after:,}",
+        )  # fmt: skip
+    console.print(stages)
+    say("task and guard sequences: " + ", ".join(f"{name} {count}" for name, count in plan.sets.items()))
+    if plan.measurement_tokens:
+        say(
+            f"a measurement reads {plan.measurement_tokens:,} tokens; all {last} together take about "
+            f"{100 * plan.measurement_share:.1f} % of the run's FLOPs"
+        )
+    elif plan.scoring is None:
+        say(f"nothing is measured at the boundaries but the task losses: {plan.mixer} needs nothing else")
+    if plan.scoring is not None:
+        say(f"scoring the corpus for every task takes about {100 * plan.scoring:.1f} % of the run's FLOPs")
+    say(
+        "memory, activations aside: "
+        + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in plan.memory.items())
+        + (" (gradients and factors: of a measurement, where training's is all there)" if len(plan.memory) > 1 else "")
+    )

@@ -1,0 +1,59 @@
+import errno
+import logging
+
+import pytest
+import torch
+import typer
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+from dynmix.commands import command
+from dynmix.recipe.names import RecipeError
+
+
+def run_that_raises(problem: BaseException | None, *words: str):
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @command
+    def work(number: int = 0) -> None:
+        """Do it."""
+        if problem is not None:
+            raise problem
+
+    return CliRunner().invoke(app, [*words])
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "message"),
+    [
+        (ValueError("tasks.web: it is empty"), 1, "error: tasks.web: it is empty"),
+        (RecipeError("mixr: no key"), 2, "error: mixr: no key"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 22400 vs 22288"), 1, "disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "lower measurement.micro_batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+        (MemoryError(), 1, "out of memory"),
+        (KeyError("x"), 1, "error: KeyError: 'x' (`dynmix --verbose ...` shows where)"),
+        (KeyboardInterrupt(), 130, "the same command goes on from there"),
+        (KeyboardInterrupt("stopped after step 3"), 130, "stopped after step 3"),
+        (typer.Exit(7), 7, ""),
+        (typer.BadParameter("number"), 2, "number"),
+        (None, 0, ""),
+    ],
+)  # fmt: skip
+def test_a_failure_is_one_sentence_and_an_exit_code(problem, code, message):
+    done = run_that_raises(problem)
+    assert done.exit_code == code
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_misuse_is_exit_code_2():
+    assert run_that_raises(None, "--nonsense").exit_code == 2
+
+
+def test_with_verbose_what_was_raised_goes_through(caplog):
+    with caplog.at_level(logging.INFO, logger="dynmix"):
+        assert isinstance(run_that_raises(KeyError("x")).exception, KeyError)

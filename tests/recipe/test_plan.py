@@ -1,0 +1,96 @@
+import json
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import dynmix.measurement
+from dynmix.cli import app
+from dynmix.mixture.store import TokenStore
+from dynmix.recipe.plan import make_plan, print_plan
+from dynmix.recipe.read import read_recipe
+from dynmix.recipe.run import build_run, train
+
+TEXT = """
+output: run
+model: {config: {model_type: llama, vocab_size: 30, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
+  num_attention_heads: 2}}
+domains: {web: stores/web, code: stores/code}
+data: {sequence_length: 8, weights: {web: 0.75, code: 0.25}}
+tasks: {web: stores/web.valid}
+stages: {steps: 3, keep: 0}
+measurement: {probe_sequences: 6, curvature_sequences: 10, task_sequences: 4, micro_batch: 2}
+batch_size: 4
+training: {max_steps: 8, per_device_train_batch_size: 4, save_strategy: "no", disable_tqdm: true}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, n in (("web", 40), ("code", 20), ("web.valid", 4)):
+        TokenStore.write(Path("stores") / name, [rng.integers(0, 30, 8) for _ in range(n)])
+    Path("recipe.yaml").write_text(TEXT)
+    return lambda *words: read_recipe(Path("recipe.yaml"), words)
+
+
+def test_stages_and_what_is_taken_of_each_domain(recipe):
+    plan = make_plan(build_run(recipe("data.max_epochs=1.5")))
+    stages = [(s.first_step, s.last_step, s.start, s.stop, s.decided_after) for s in plan.stages]
+    assert stages == [(1, 3, 0, 12, None), (4, 6, 12, 24, 2), (7, 8, 24, 32, 5)]
+    assert (plan.tokens, plan.steps, plan.batch_size) == (256, 8, 4)
+    web, code = plan.domains["web"], plan.domains["code"]
+    assert (web.tokens, web.expected_tokens, web.expected_epochs) == (320, 24 * 8, 24 / 40)
+    # Three quarters of the first stage are web; of the 20 samples that follow none or all may be.
+    assert (web.least_epochs, web.most_epochs) == (9 / 40, 29 / 40)
+    assert (code.least_epochs, code.most_epochs) == (3 / 20, 23 / 20)
+    assert make_plan(build_run(recipe("data.max_epochs=1"))).domains["code"].most_epochs == 1
+    static = make_plan(build_run(recipe("mixer=static"))).domains["web"]
+    assert static.least_epochs == static.most_epochs == static.expected_epochs
+
+
+def test_the_tokens_of_a_measurement_are_those_that_one_reads(recipe, monkeypatch):
+    plan = make_plan(build_run(recipe()))
+    read = []
+    real = dynmix.measurement.group_influence
+
+    def counting(model, domains, tasks, curvature, *, curvature_batches=None, tick=None, **options):
+        if curvature_batches is None:  # the rehearsal
+            return real(model, domains, tasks, curvature, **options)
+        sets = [*domains.values(), *tasks.values(), *tasks.values(), *([curvature_batches] * curvature.passes)]
+        read.append(sum(batch["input_ids"].numel() for batches in sets for batch in batches))
+        return real(model, domains, tasks, curvature, curvature_batches=curvature_batches, tick=tick, **options)
+
+    monkeypatch.setattr(dynmix.measurement, "group_influence", counting)
+    train(build_run(recipe()))
+    assert len(read) == len(plan.stages) - 1
+    assert read == [plan.measurement_tokens] * 2
+    assert plan.measurement_share == pytest.approx(2 * plan.measurement_tokens / plan.tokens)
+    assert make_plan(build_run(recipe("mixer=staged", "mixer={name: fixed, weights: {web: 0.5, code: 0.5}}",
+                                      "output=other"))).measurement_tokens == 0  # fmt: skip
+
+
+def test_memory_is_of_the_parameters_and_of_the_measured_layers(recipe):
+    plan = make_plan(build_run(recipe()))
+    assert plan.memory["training"] == 16 * plan.parameters
+    layers = 4 * 16 * 16 + 3 * 16 * 32 + 30 * 16
+    rows = 2 * 2 + 2  # a task and the guard, with their contrasts, and two domains
+    assert plan.memory["gradients"] == 4 * rows * layers
+    assert plan.memory["factors"] > 0
+
+
+def test_it_is_printed_with_every_domain_and_boundary_and_trains_nothing(recipe):
+    done = CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", "training.max_steps=90"])
+    assert done.exit_code == 0, done.output
+    for words in ("web", "code", "30 stages", "before the run", "after step 86", "% of the run's FLOPs", "GiB"):
+        assert words in " ".join(done.output.split()), words
+    recipe()
+    assert not Path("run").exists()
+    assert json.loads(CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", "--json"]).stdout)["tokens"] == 256
+    out = StringIO()
+    print_plan(make_plan(build_run(recipe("mixer=automixer", "guards=null"))), Console(file=out, width=200))
+    assert "scoring the corpus for every task takes about" in out.getvalue()

@@ -1,0 +1,175 @@
+import hashlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import Trainer
+from typer.testing import CliRunner
+
+import dynmix.recipe.proxy as proxy
+import dynmix.recipe.run as runs
+from dynmix.cli import app
+from dynmix.journal import Journal
+from dynmix.proxies.run import Proxies
+from dynmix.recipe.read import example
+
+SIZE = ("hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2")
+TINY = [f"model.config.{each}" for each in SIZE]
+SMALL = [f"proxy.model.config.{each}" for each in SIZE]
+SHORT = [
+    "tokenizer=tokenizer", "data.sequence_length=32", "data.max_epochs=null", "batch_size=4", "stages.steps=3",
+    "training.max_steps=8", "training.per_device_train_batch_size=4", "measurement.probe_sequences=4",
+    "measurement.curvature_sequences=4", "measurement.task_sequences=4",
+]  # fmt: skip
+HELD_OUT = ["domains.web.held_out=0.2", "domains.code.held_out=0.2"]
+
+
+def train(name: str, *overrides: str):
+    """Run `dynmix train` on a recipe of the package, in the working folder."""
+    file = Path(f"{name}.yaml")
+    file.write_text(example(name))
+    return CliRunner().invoke(app, ["train", str(file), *SHORT, *overrides])
+
+
+def parameters(folder: str) -> dict[str, str]:
+    state = load_file(Path(folder) / "model/model.safetensors")
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items()}
+
+
+def decisions(folder: str):
+    rows = Journal(Path(folder) / "dynmix/journal.jsonl").rows()
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+class StopsAt(Trainer):
+    """Gets the signal of Ctrl-C within a step."""
+
+    step = 5
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().training_step(*args, **kwargs)
+
+
+def test_an_interrupted_run_goes_on_and_ends_bit_for_bit_as_one_that_was_not(world, monkeypatch, caplog):
+    moves = ["mixer.confidence=0", *HELD_OUT, *TINY]
+    whole = train("tikmix-d", *moves, "output=whole", "training.save_steps=4")
+    assert whole.exit_code == 0, whole.output
+    assert "8 steps done" in whole.output
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "Trainer", StopsAt)
+        stopped = train("tikmix-d", *moves, "output=cut", "training.save_steps=4")
+    assert stopped.exit_code == 130
+    assert "stopped after step 5: checkpoint-5 is saved" in stopped.output
+    assert "Traceback" not in stopped.output
+    # What a kill in the middle of saving leaves: the newest, and not whole.
+    shutil.copytree("cut/checkpoint-5", "cut/checkpoint-7")
+    with open("cut/checkpoint-7/optimizer.pt", "r+b") as file:
+        file.truncate(100)
+    done = train("tikmix-d", *moves, "output=cut", "training.save_steps=4")
+    assert done.exit_code == 0, done.output
+    assert "checkpoint-7 is half-written (optimizer.pt is cut short)" in caplog.text
+    assert "going on from cut/checkpoint-5" in caplog.text
+    assert parameters("cut") == parameters("whole")
+    assert decisions("cut") == decisions("whole")
+    assert len({json.dumps(row["weights"]) for row in decisions("whole")}) > 2  # the mixture did move
+
+    planned = json.loads(train("tikmix-d", *moves, "output=planned", "--dry-run", "--json").stdout)
+    stages = [row for row in decisions("whole") if row["kind"] == "stage"]
+    assert [(stage["start"], stage["decided_after"] or 0) for stage in planned["stages"]] == [
+        (row["start"], row["step"]) for row in stages
+    ]
+    assert not Path("planned/recipe.yaml").exists()
+    taken = decisions("whole")[-1]["epochs"]
+    for domain, plan in planned["domains"].items():
+        assert plan["least_epochs"] - 0.01 <= taken[domain] <= plan["most_epochs"] + 0.01
+
+    kept = json.loads(CliRunner().invoke(app, ["inspect", "whole/checkpoint-8", "--json"]).stdout)
+    assert [stage["weights"] for stage in kept["tables"]["stages"]] == [
+        {name: pytest.approx(weight, abs=1e-9) for name, weight in row["weights"].items()} for row in stages
+    ]
+    assert (kept["facts"]["step"], kept["facts"]["samples"]) == (8, 32)
+
+    facts = json.loads(Path("cut/run.json").read_text())
+    assert [start["from"] for start in facts["starts"]] == [None, "checkpoint-5"]
+    assert facts["starts"][0]["versions"].keys() == {"python", "dynmix", "torch", "transformers", "accelerate"}
+    assert facts["fingerprints"]["domains"].keys() == {"web", "code"}
+    again = train("tikmix-d", *moves, "output=cut", "training.logging_steps=1")  # which does not make another run
+    assert again.exit_code == 0
+    assert "this run is done" in caplog.text
+    other = train("tikmix-d", *moves, "output=cut", "training.learning_rate=1e-3")
+    assert other.exit_code == 2
+    assert "training.learning_rate was 0.0006 and is 0.001" in other.output.replace("\n", "")
+    assert parameters("cut") == parameters("whole")
+
+
+def small_runs(stores, validation, out, **options):
+    """Stands in for trained proxies: a table of mixtures whose losses are lowest at 0.3 of web."""
+    out.mkdir(parents=True)
+    lines = [
+        f"{k},{w},{1 - w},{4 + (w - 0.3) ** 2},{5 + (w - 0.3) ** 2}" for k, w in enumerate((0.1, 0.2, 0.4, 0.6, 0.9))
+    ]
+    (out / "runs.csv").write_text("\n".join(["run,weight/web,weight/code,loss/web,loss/code", *lines]) + "\n")
+    return Proxies(("0",), {}, out / "runs.csv", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("tikmix-m", ["mixer.mixtures=16", "mixer.surrogate=ridge", *HELD_OUT, *TINY]),
+        ("staged", [*HELD_OUT, *TINY]),
+        ("automixer", [
+            "proxy.training={max_steps: 4, learning_rate: 1e-3}", "proxy.batch_size=4", "proxy.every=2", *TINY, *SMALL,
+        ]),
+        ("mde", ["proxy.tokens=600", "proxy.batch_size=4", "proxy.law=ridge", *HELD_OUT, *TINY, *SMALL]),
+    ],
+)  # fmt: skip
+def test_every_other_recipe_of_the_package_trains_a_model(world, monkeypatch, name, more):
+    if name in ("mde", "automixer"):
+        planned = train(name, *more, "output=run", "--dry-run", "--json")
+        assert json.loads(planned.stdout)["domains"].keys() == {"web", "code"}
+        assert not Path("run/proxy").exists()
+    monkeypatch.setattr(proxy, "run_proxies", small_runs)
+    done = train(name, *more, "output=run", "training.max_steps=5")
+    assert done.exit_code == 0, done.output
+    rows = decisions("run")
+    assert [row["kind"] for row in rows] == ["stage", "stage", "final"]
+    assert rows[-1]["tokens"].keys() == ({"sums", "names"} if name == "automixer" else {"web", "code"})
+    assert sum(rows[-1]["tokens"].values()) == 5 * 4 * 32
+    if name == "staged":
+        assert [row["weights"]["web"] for row in rows[:2]] == [pytest.approx(0.8), pytest.approx(0.5)]
+    if name in ("mde", "automixer"):
+        file = Path("run/proxy") / ("fit.json" if name == "mde" else "groups/groups.json")
+        best = json.loads(file.read_text())["weights"]
+        assert rows[0]["weights"] == {domain: pytest.approx(best[domain], abs=1e-6) for domain in rows[0]["domains"]}
+
+
+def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer(world):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    size = {key: int(value) for key, value in (each.split("=") for each in SIZE)}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **size)).save_pretrained("base")
+    AutoTokenizer.from_pretrained("tokenizer").save_pretrained("base")
+    more = ["tokenizer=null", "model=base", "measurement.layers=mlp", "output=run", "training.max_steps=4", *HELD_OUT]
+    done = train("continued", *more)
+    assert done.exit_code == 0, done.output
+    before, after = load_file("base/model.safetensors"), load_file("run/model/model.safetensors")
+    assert before.keys() == after.keys()
+    assert 0 < max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01
+    rows = decisions("run")
+    assert rows[1]["guards"] == ["web"]
+    assert rows[1]["influence"] is not None
+    assert Path("run/model/tokenizer.json").exists()
+
+
+def test_a_folder_with_checkpoints_of_no_recipe_is_left_alone(world):
+    Path("run/checkpoint-5").mkdir(parents=True)
+    done = train("staged", *HELD_OUT, *TINY, "output=run")
+    assert done.exit_code == 2
+    assert "no recipe.yaml" in done.output
+    assert [path.name for path in Path("run").iterdir()] == ["checkpoint-5"]
