@@ -5,7 +5,13 @@ import os
 # Before torch is imported: the models are tiny, and threads that wait for each other in them cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing
+import runpy
+import socket
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -25,3 +31,60 @@ def shared() -> Path:
     if not root.is_dir():
         pytest.skip(f"no reference data at {root}: set $DYNMIX_SHARED to the folder that has it")
     return root
+
+
+class Processes:
+    """Runs scripts in processes of their own, which come with torch and transformers imported.
+
+    A fork server imports them once, where every fresh interpreter would take seconds for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.started = folder, 0
+        self.context: Any = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch.distributed.fsdp", "transformers.trainer", "dynmix.callbacks"])
+
+    def run(self, script: Path | str, *arguments: Any, ranks: int = 1, timeout: float = 300) -> tuple[int, str]:
+        """Run `script` as one process, or as so many ranks of `torch.distributed`.
+
+        Returns the exit status, that of a rank that failed if one did (-9: killed), and what all of them printed. Where
+        a rank fails the others are killed.
+        """
+        environments: Sequence[dict[str, str]] = [{}]
+        if ranks > 1:
+            with socket.socket() as some:
+                some.bind(("127.0.0.1", 0))
+                port = some.getsockname()[1]
+            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+            common |= {"LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
+            environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        processes, logs = [], []
+        for environment in environments:
+            self.started += 1
+            logs.append(self.folder / f"{self.started}.log")
+            given = {"script": str(script), "arguments": [*map(str, arguments)], "environment": environment}
+            processes.append(
+                self.context.Process(
+                    target=runpy.run_path,
+                    args=(str(Path(__file__).with_name("as_script.py")), given | {"log": str(logs[-1])}),
+                )
+            )
+            processes[-1].start()
+        deadline = time.monotonic() + timeout
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            if any(process.exitcode for process in processes):
+                break
+            time.sleep(0.02)
+        status = next((process.exitcode for process in processes if process.exitcode), None)
+        for process in processes:
+            process.kill()
+            process.join()
+        if status is None:
+            status = next((process.exitcode for process in processes if process.exitcode), 0)
+        return status, "".join(log.read_text() for log in logs if log.exists())
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
+    """Processes of their own for scripts."""
+    return Processes(tmp_path_factory.mktemp("processes"))

@@ -3,8 +3,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -278,10 +276,10 @@ peaks.rewind(2)
 """
 
 
-def test_every_rank_records_what_rank_0_has_measured(tmp_path):
+def test_every_rank_records_what_rank_0_has_measured(processes, tmp_path):
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "two.py", tmp_path]
-    subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    status, printed = processes.run(tmp_path / "two.py", tmp_path, ranks=2)
+    assert status == 0, printed
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
     assert (tmp_path / "rank-0").read_text().startswith("([['a'], ['a'], []], {'a': Checkpoint(path=")
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-0000002"]

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -18,7 +15,7 @@ def test_alone_everything_is_done_here():
         on_every_rank(lambda: (_ for _ in ()).throw(OSError("disk full")))
 
 
-def test_two_ranks_agree_and_fail_together(tmp_path):
+def test_two_ranks_agree_and_fail_together(processes, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
         textwrap.dedent("""
@@ -42,8 +39,7 @@ def test_two_ranks_agree_and_fail_together(tmp_path):
         dist.destroy_process_group()
         """)
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert "<0 RuntimeError: another rank failed: OSError: disk full>" in done.stdout
-    assert "<1 OSError: disk full>" in done.stdout
+    status, printed = processes.run(script, ranks=2)
+    assert status == 0, printed
+    assert "<0 RuntimeError: another rank failed: OSError: disk full>" in printed
+    assert "<1 OSError: disk full>" in printed

@@ -1,7 +1,5 @@
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,16 +19,13 @@ def training():
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """Run `training.py` in its own process, or `processes` of them under torchrun; returns the exit status."""
+def launch(processes):
+    """Run `training.py` in its own process, or in so many ranks; returns the exit status."""
 
-    def launch(output: Path, processes: int = 1, script: Path = SCRIPT, **given) -> int:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(output), json.dumps(given)]
+    def launch(output: Path, ranks: int = 1, script: Path = SCRIPT, **given) -> int:
         output.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode not in (0, -9):
-            raise AssertionError(done.stderr[-4000:])
-        return done.returncode
+        status, printed = processes.run(script, output, json.dumps(given), ranks=ranks)
+        assert status in (0, -9), printed[-4000:]
+        return status
 
     return launch

@@ -1,4 +1,4 @@
-"""A hook in a plain loop around an FSDP2 model; run under torchrun by test_loop.py."""
+"""A hook in a plain loop around an FSDP2 model; run as ranks by test_loop.py."""
 
 import importlib.util
 import json

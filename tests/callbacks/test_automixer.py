@@ -138,7 +138,7 @@ def test_workers_and_processes_do_not_change_it_and_a_kill_neither(whole, launch
     assert killed["stages"] == [list(stage) for stage in facts["stages"]]
     assert killed["parameters"] == facts["parameters"]
     half = {"per_device_train_batch_size": training.BATCH // 2}
-    launch(tmp_path / "two", processes=2, mixer=MIXER, **half, **SAVING)
+    launch(tmp_path / "two", ranks=2, mixer=MIXER, **half, **SAVING)
     two = [json.loads((tmp_path / f"two/facts-{rank}.json").read_text()) for rank in (0, 1)]
     assert two[0]["stages"] == two[1]["stages"]
     assert list(two[0]["stages"][1][2]) == list(facts["stages"][1][2])

@@ -228,7 +228,7 @@ def test_other_stages_are_refused_on_resume(training):
 
 
 def test_ranks_of_a_sharded_model_decide_alike_and_save_it_whole(training, launch, tmp_path):
-    launch(tmp_path, processes=2, script=Path(__file__).with_name("sharded.py"))
+    launch(tmp_path, ranks=2, script=Path(__file__).with_name("sharded.py"))
     ranks = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["stages"] == ranks[1]["stages"]
     assert len({str(weights) for _, _, weights in ranks[0]["stages"]}) >= 3

@@ -86,7 +86,7 @@ def test_order_and_stages_do_not_depend_on_workers_or_accumulation(plain, traini
 
 
 def test_two_processes_take_the_same_samples_and_decide_alike(plain, training, launch, tmp_path):
-    launch(tmp_path, processes=2, per_device_train_batch_size=training.BATCH // 2)
+    launch(tmp_path, ranks=2, per_device_train_batch_size=training.BATCH // 2)
     ranks = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["stages"] == ranks[1]["stages"]
     assert ranks[0]["parameters"] == ranks[1]["parameters"]

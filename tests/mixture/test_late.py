@@ -3,8 +3,6 @@ import multiprocessing
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,15 +196,17 @@ def test_a_state_continues_the_stream_in_a_new_process(folder: Path) -> None:
 
 # Before a boundary with its stage published but not saved, and long after both that domains join at.
 @pytest.mark.parametrize(("workers", "killed_at"), [(2, [56, 216])])
-def test_a_run_that_is_killed_goes_on_bit_for_bit(workers: int, killed_at: list[int], folder: Path) -> None:
+def test_a_run_that_is_killed_goes_on_bit_for_bit(
+    workers: int, killed_at: list[int], folder: Path, processes: Any
+) -> None:
     other = folder / "whole"
     other.mkdir()
     for file in [*folder.glob("*.bin"), *folder.glob("*.idx")]:
         shutil.copy(file, other)
     script = Path(__file__).with_name("joining_run.py")
     for where, die_at in ((other, -1), *((folder, at) for at in killed_at), (folder, -1)):
-        done = subprocess.run([sys.executable, script, where, str(die_at), str(workers)], timeout=120)
-        assert done.returncode == (0 if die_at == -1 else -signal.SIGKILL)
+        status, printed = processes.run(script, where, die_at, workers)
+        assert status == (0 if die_at == -1 else -signal.SIGKILL), printed
     assert (folder / "order.jsonl").read_text() == (other / "order.jsonl").read_text()
     lines = [json.loads(line)[0] for line in (other / "order.jsonl").read_text().splitlines()]
     assert {domain for line in lines[:8] for domain in line} == {0, 1}
