@@ -1,0 +1,107 @@
+"""Lightning's Trainer with the callback: the same samples, swaps and parameters as a loop with `MixtureHook`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dynmix import TiKMiXD
+from dynmix.callbacks import MixtureHook
+from dynmix.journal import Journal
+
+pytest.importorskip("lightning", reason="Lightning is not installed")
+
+OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
+
+
+@pytest.fixture(scope="module")
+def lightning(training):
+    """The module `lightning_run.py`."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("lightning_run", Path(__file__).with_name("lightning_run.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_a_loop(training, output: Path, accumulation: int = 1) -> dict:
+    dataset, model, order = training.dataset(), training.model(dropout=0.0), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    hook = MixtureHook(
+        model, dataset, training.tasks(), TiKMiXD(confidence=0.0), training.STAGE_STEPS, batch_size=training.BATCH,
+        output=output, **OPTIONS,
+    )  # fmt: skip
+    for number, batch in enumerate(DataLoader(dataset, batch_size=training.BATCH // accumulation)):
+        order += batch["input_ids"][:, :2].tolist()
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        (loss / accumulation).backward()
+        if (number + 1) % accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            hook.step()
+    hook.finish()
+    return training.facts(Recorded(model, dataset, order))
+
+
+class Recorded:
+    def __init__(self, model, train_dataset, order):
+        self.model, self.train_dataset, self.order, self.losses = model, train_dataset, order, []
+
+
+@pytest.mark.parametrize(("accumulation", "workers"), [(1, 2), (2, 0)])
+def test_it_is_the_run_of_a_loop_with_the_hook(accumulation, workers, lightning, training, tmp_path):
+    expected = in_a_loop(training, tmp_path / "loop", accumulation)
+    found = lightning.run(tmp_path / "lightning", accumulation=accumulation, workers=workers)
+    assert found == expected
+    rows, loop = (Journal(tmp_path / name).rows() for name in ("lightning/dynmix/journal.jsonl", "loop/journal.jsonl"))
+    assert [row["weights"] for row in rows] == [row["weights"] for row in loop]
+    assert rows[-1]["task_loss"] == loop[-1]["task_loss"]
+
+
+@pytest.mark.parametrize("stopped", [8, 9])  # in a stage, and where the next is decided
+def test_it_goes_on_from_a_checkpoint_bit_for_bit(stopped, lightning, tmp_path):
+    whole = lightning.run(tmp_path / "whole")
+    first = lightning.run(tmp_path / "cut", stop_at=stopped)
+    rest = lightning.run(tmp_path / "cut", resume=True)
+    assert first["order"] + rest["order"] == whole["order"]
+    assert rest["stages"] == whole["stages"]
+    assert rest["parameters"] == whole["parameters"]
+    rows = [Journal(tmp_path / name / "dynmix/journal.jsonl").rows() for name in ("cut", "whole")]
+    assert [row["weights"] for row in rows[0]] == [row["weights"] for row in rows[1]]
+
+
+def test_two_processes_take_the_same_samples_and_decide_alike(lightning, processes, tmp_path):
+    one = lightning.run(tmp_path / "one")
+    script = Path(__file__).with_name("lightning_run.py")
+    status, printed = processes.run(script, tmp_path / "two", json.dumps({"processes": 2}), ranks=2)
+    assert status == 0, printed
+    ranks = [json.loads((tmp_path / f"two/facts-{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["stages"] == ranks[1]["stages"]
+    assert [start for start, _, _ in ranks[0]["stages"]] == [start for start, _, _ in one["stages"]]
+    assert ranks[0]["stages"][0] == one["stages"][0]
+    first_stage = len(one["order"]) // 4
+    both = [sample for rank in ranks for sample in rank["order"][: first_stage // 2]]
+    assert sorted(both) == sorted(one["order"][:first_stage])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle": True}, "reads through a RandomSampler: pass DataLoader.*sampler=callback.sampler"),
+        ({"in_order": True}, "reads through a SequentialSampler"),
+        ({"trainer": {"max_epochs": 3, "max_steps": -1}}, "takes 60 steps of 8 samples, and one pass .* has 20: pass"),
+        ({"model": "lm"}, r"model='lm': the Module has no such module; name the causal LM in it, one of \['model'\]"),
+    ],
+)
+def test_what_cannot_be_is_said_before_it_trains(options, message, lightning, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        lightning.run(tmp_path, **options)
+
+
+def test_a_checkpoint_of_a_run_without_it_is_refused(lightning, tmp_path):
+    lightning.run(tmp_path, stop_at=3, callback=False)
+    with pytest.raises(ValueError, match="at step 3 holds no state of a MixtureCallback"):
+        lightning.run(tmp_path, resume=True)
