@@ -12,7 +12,7 @@ from dynmix.commands import command, print_json
 def prepare(
     inputs: Annotated[
         list[Path],
-        typer.Argument(help="jsonl (.gz, .zst) or parquet files, folders of them, or saved HF data sets."),
+        typer.Argument(help="jsonl (.gz, .zst), text or parquet files, folders of them, or saved HF data sets."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the stores, one a domain.")],
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder or name of a transformers tokenizer.")],

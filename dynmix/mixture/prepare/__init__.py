@@ -1,4 +1,4 @@
-"""Raw text to token stores: jsonl (plain, .gz, .zst), parquet and HF datasets, one store a domain.
+"""Raw text to token stores: jsonl (plain, .gz, .zst), plain text, parquet and HF datasets, one store a domain.
 
 `inputs` finds the files and cuts them into pieces, `pieces` reads one, `tokenise` turns one into a shard, `shards`
 makes stores of shards, `work` keeps what is finished for the next call if this one is killed, `workers` are the

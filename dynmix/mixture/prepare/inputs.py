@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from dynmix.mixture.prepare.pieces import (
     Fields,
     FileLines,
+    FileParagraphs,
     ParquetRows,
     Piece,
     PrepareError,
@@ -35,11 +36,11 @@ from dynmix.mixture.prepare.pieces import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 SMALLEST, LARGEST = 1 << 19, 1 << 23  # bytes of a piece: about a second of work, or some, which a kill costs a worker
 _GROUP_BYTES = 1 << 26  # of a row group that is one piece; to reach the rows of a part, those before it are decoded
 _BATCH_BYTES, _BATCH_ROWS = 1 << 21, 2048
-_LINE_BYTES = 1 << 30  # a longer line is taken for what is no jsonl, before it fills the memory
+_LINE_BYTES = 1 << 30  # a longer document is taken for another kind of file, before it fills the memory
 _BLOCK = 1 << 20
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -95,6 +96,8 @@ class File(Input):
         """Cut it."""
         if self.path.suffix == ".parquet":
             return _cut_parquet(self, fields, size)
+        if self.path.suffix == ".txt":
+            return _cut_text(self, size)
         return _cut_stream(self, size) if self.path.suffix in (".gz", ".zst") else _cut_plain(self, size)
 
 
@@ -227,6 +230,19 @@ def _cut_plain(file: File, piece: int) -> Iterator[Piece]:
             start = stop
 
 
+def _cut_text(file: File, piece: int) -> Iterator[Piece]:
+    start = 0
+    with open(file.path, "rb", buffering=_BLOCK) as lines:
+        while start < file.size:
+            lines.seek(min(start + piece, file.size) - 1)
+            lines.readline(_BLOCK)
+            while (part := lines.readline(_BLOCK)) and not part.isspace():
+                _check_line(file.name, f"after byte {start}", lines.tell() - start - piece, "text with blank lines")
+            stop = lines.tell()
+            yield FileParagraphs(file.name, stop - start, start)
+            start = stop
+
+
 def _cut_stream(file: File, piece: int) -> Iterator[Piece]:
     number, parts = 1, list[bytes]()
     try:
@@ -256,9 +272,9 @@ def _decompress(file: IO[bytes], path: Path) -> IO[bytes]:
     return io.BufferedReader(stream, _BLOCK)
 
 
-def _check_line(name: str, where: str, size: int) -> None:
+def _check_line(name: str, where: str, size: int, wanted: str = "one JSON object a line") -> None:
     if size > _LINE_BYTES:
-        raise PrepareError(f"{name}, {where}: a line of over {_LINE_BYTES:,} bytes; want one JSON object a line")
+        raise PrepareError(f"{name}, {where}: a document of over {_LINE_BYTES:,} bytes; want {wanted}")
 
 
 def _cut_parquet(file: File, fields: Fields, piece: int) -> Iterator[Piece]:

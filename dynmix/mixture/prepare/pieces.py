@@ -1,4 +1,5 @@
-"""Pieces of raw input, each read by one worker: bytes of a jsonl file, text of a compressed one, rows of a table.
+"""Pieces of raw input, each read by one worker: bytes of jsonl or plain text, lines of a compressed
+file, rows of a table.
 
 A piece knows where its records are and says so in errors; what becomes of their values is not known here. Its records
 are numbered from 1; `where` turns such a number into the line or row of the whole input.
@@ -11,6 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -101,6 +103,27 @@ class FileLines(Piece):
                     raise EOFError(f"{left} bytes fewer than before: the file is being changed")
                 left -= len(line)
                 yield line
+
+
+@dataclass(frozen=True)
+class FileParagraphs(FileLines):
+    """Bytes of a file of plain text, whole paragraphs: each is a document, and ends at a blank line."""
+
+    def records(self, fields: Fields) -> Iterator[Record]:
+        """The paragraphs, in order, without the line's end behind them; none has a domain field."""
+        lines: list[bytes] = []
+        for number, line in enumerate(chain(self._lines(), [b"\n"]), 1):
+            if not line.isspace():
+                lines.append(line)
+            elif lines:
+                first = number - len(lines)
+                try:
+                    yield first, b"".join(lines).decode().rstrip("\r\n"), None
+                except UnicodeDecodeError as error:
+                    raise PrepareError(
+                        f"{self.path}, the text from {self.where(first)} on: not UTF-8: {error}"
+                    ) from error
+                lines = []
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""Plain text: a document ends at a blank line, wherever the file is cut."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dynmix.mixture.prepare import PrepareError, prepare
+from dynmix.mixture.prepare.inputs import File
+from dynmix.mixture.prepare.pieces import Fields
+from dynmix.mixture.store import TokenStore
+
+WORDS = Tokenizer(models.WordLevel({"<eos>": 0, "line": 1, "and": 2, "another": 3, "?": 4}, unk_token="?"))
+WORDS.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=WORDS, eos_token="<eos>")
+LINES = st.sampled_from(["", " ", "\t", "one", " two ", "Grüße, 世界", "x" * 40, "\x0c"])
+
+
+def slowly(text: str) -> list[str]:
+    """All at once, line by line."""
+    found: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line.strip(" \t\r\x0c"):
+            found[-1].append(line)
+        else:
+            found.append([])
+    return ["\n".join(lines).rstrip("\r") for lines in found if lines]
+
+
+@given(
+    lines=st.lists(LINES, max_size=30),
+    piece=st.integers(1, 60),
+    end=st.sampled_from(["\n", "\r\n"]),
+    closed=st.booleans(),
+)
+def test_paragraphs_are_documents_wherever_it_is_cut(
+    lines: list[str], piece: int, end: str, closed: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    text = end.join(lines) + (end if closed else "")
+    path.write_bytes(text.encode())
+    pieces = list(File(path).pieces(Fields("text"), piece))
+    assert sum(each.size for each in pieces) == path.stat().st_size
+    assert [text for each in pieces for _, text, _ in each.records(Fields("text"))] == slowly(text)
+
+
+def test_text_becomes_a_store_and_a_held_out_one(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("\n\n".join(f"line {i}\nand another" for i in range(100)))
+    stores = prepare(tmp_path / "book.txt", tmp_path / "out", TOKENIZER, held_out=0.2, progress=False)
+    assert 0 < len(TokenStore.open(tmp_path / "out/book.valid")) == 100 - len(stores["book"])
+    assert stores["book"][0].tolist() == [1, 4, 2, 3, 0]
+
+
+def test_what_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\nalso\nnot \xff\xfe this\n")
+    with pytest.raises(PrepareError, match=r"bad.txt, the text from line 3 on: not UTF-8"):
+        prepare(tmp_path / "bad.txt", tmp_path / "out", TOKENIZER, progress=False)
