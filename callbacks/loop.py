@@ -12,6 +12,7 @@ from torch import nn
 
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture
 
 
@@ -139,6 +140,17 @@ class MixtureHook:
                 "what an optimizer step takes over all ranks and accumulation steps, and keep it when a run goes on "
                 "with other ranks or batches"
             )
+        if read and isinstance(self.dataset, MixtureDataset) and self.dataset.read_until < len(self.dataset):
+            check_micro_batch(self.dataset, read)
+
+
+def check_micro_batch(dataset: MixtureDataset, sequences: int) -> None:
+    """Raise ValueError if micro-batches of so many sequences would hold several domains where they should not."""
+    if dataset.homogeneous > 1 and dataset.homogeneous % sequences:
+        raise ValueError(
+            f"micro-batches of {sequences} sequences would hold several domains, as homogeneous={dataset.homogeneous} "
+            "of one stand in a row: pass MixtureDataset the sequences of a micro-batch, or a multiple of them"
+        )
 
 
 def _ranks() -> int:

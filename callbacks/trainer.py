@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from dynmix.callbacks.loop import check_micro_batch
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
@@ -135,6 +136,9 @@ class MixtureCallback(TrainerCallback):
                 f"train_sampling_strategy={args.train_sampling_strategy!r} would shuffle the stages together: pass "
                 "TrainingArguments(train_sampling_strategy='sequential'); MixtureDataset is shuffled already"
             )
+        if isinstance(self.dataset, MixtureDataset):
+            shared = getattr(args.accelerator_config, "split_batches", False)
+            check_micro_batch(self.dataset, args.train_batch_size // (args.world_size if shared else 1))
         if args.auto_find_batch_size:
             raise ValueError("auto_find_batch_size changes what a step is during the run: set it to False")
         if args.ignore_data_skip and state.global_step:

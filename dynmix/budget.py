@@ -41,8 +41,8 @@ class EpochBudget:
 
     def left(self, position: int) -> dict[str, float]:
         """Return domain -> sequences that may still be drawn from `position` on, for the limited domains."""
-        drawn = dict(zip(self.dataset.domains, self.dataset.schedule.counts(position).tolist(), strict=True))
-        return {name: limit * self.dataset.sizes[name] - drawn[name] for name, limit in self.max_epochs.items()}
+        left = self._limits.draws(self.dataset.sizes) - self.dataset.schedule.counts(position)
+        return {name: n for name, n in zip(self.dataset.domains, left.tolist(), strict=True) if name in self.max_epochs}
 
     def upper(self, start: int, samples: int) -> dict[str, float]:
         """Return domain -> the largest weight of a stage of `samples` samples from `start` on that stays within it."""

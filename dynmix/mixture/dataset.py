@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from dynmix.mixture import accounting, late
 from dynmix.mixture.accounting import NewEpoch, Remaining, UsedUp, new_epochs, used_up
-from dynmix.mixture.boundaries import IGNORED, Boundaries, block_mask, check_collate, mask_labels, position_ids
+from dynmix.mixture.boundaries import IGNORED, Boundaries, check_collate
 from dynmix.mixture.index import Numbers
 from dynmix.mixture.limits import Exhausted, MaxEpochs, Policy
 from dynmix.mixture.options import BosTokenId, SequenceOptions, whole
@@ -30,6 +30,7 @@ from dynmix.mixture.packing import PackedSequences, Packing
 from dynmix.mixture.progress import Progress
 from dynmix.mixture.reading import InOrder
 from dynmix.mixture.roster import Domain
+from dynmix.mixture.rows import Part, Tables, as_items, direct, tables_of
 from dynmix.mixture.samples import Samples
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, domains_of, matched
 from dynmix.mixture.sequences import (
@@ -38,10 +39,7 @@ from dynmix.mixture.sequences import (
     Sequences,
     common_length,
     content_hash,
-    documents,
-    gather,
     is_padded,
-    labels,
 )
 from dynmix.mixture.sources import Source, open_domains
 from dynmix.mixture.text import Tokenizer
@@ -98,6 +96,9 @@ class MixtureDataset(Dataset[Item]):
         block: as in `MixtureSchedule`: best the global batch size in sequences.
         max_epochs: how often a domain may be read over the whole run, > 0, for all or by name; None: no limit. It also
             bounds the weights that mixers may propose.
+        homogeneous: sequences of one domain that stand in a row, so that micro-batches are of one domain, in the same
+            proportions over a step; `block`, and every stage, is a multiple of it. 1: none need to. With `max_epochs`
+            the last sequences of a domain that would not fill a group are not read.
         when_exhausted: what happens when a domain has been read that often. "redistribute": from that very position on
             the other domains of the stage take its share, in proportion to theirs, and the stream ends when none is
             left; "stop": the stream ends there; "repeat": it is read on, and only mixers are bounded. None:
@@ -133,6 +134,7 @@ class MixtureDataset(Dataset[Item]):
         sequence_length: int | None = None,
         seed: int = 0,
         block: int = 256,
+        homogeneous: int = 1,
         max_epochs: MaxEpochs = None,
         when_exhausted: Policy | None = None,
         packing: Packing = "concat",
@@ -168,7 +170,7 @@ class MixtureDataset(Dataset[Item]):
             )
         self._contents: dict[str, str] = {}  # hashes of the listed domains
         self._late: dict[str, Sequences] = {}  # of the domains that joined, by the hash of their content
-        self._tables: list[npt.NDArray[np.integer]] | None = None  # of the first domains, when they are first needed
+        self._tables: Tables | None = None  # of the first domains, when they are first needed
         self._masked = bool(boundaries or ignore_token_ids) or any(is_padded(rows) for rows in self._first)
         names = {f"domain {name!r}": sequences for name, sequences in zip(domains, self._first, strict=True)}
         self.sequence_length = common_length(names, sequence_length)
@@ -182,7 +184,8 @@ class MixtureDataset(Dataset[Item]):
         for name, weight in weights.items():
             if not isinstance(weight, SupportsFloat) or not 0 <= float(weight) < float("inf"):
                 raise ValueError(f"weights[{name!r}]={weight!r}: a weight is a finite number, at least 0")
-        self.schedule = MixtureSchedule(weights, sizes, seed, block, max_epochs, when_exhausted)
+        group = whole("homogeneous", homogeneous)
+        self.schedule = MixtureSchedule(weights, sizes, seed, block, max_epochs, when_exhausted, group)
         self.controlled = False
         self._collated: Any = None  # by what function, as was checked last
         self._progress, self._reading = Progress(), InOrder(self.num_samples)
@@ -207,6 +210,11 @@ class MixtureDataset(Dataset[Item]):
         if (dry := self.schedule.exhausted_at) is None:
             return self.num_samples
         return min(self.num_samples, dry - dry % max(1, self._progress.step_size))
+
+    @property
+    def homogeneous(self) -> int:
+        """Sequences of one domain that stand in a row."""
+        return self.schedule.homogeneous
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -269,6 +277,14 @@ class MixtureDataset(Dataset[Item]):
         with torch.random.fork_rng(devices=[]):
             check_collate(collate_fn, self.sequence(domain, 0), self.boundaries)
         self._collated = collate_fn
+
+    def look(self, start: int, stop: int) -> Samples:
+        """Items of the positions [start, stop), whoever reads where: for looking, not for training.
+
+        Raises:
+            Exhausted, Undecided, ValueError: as `schedule.check_decided`.
+        """
+        return self._rows(*self.schedule.assign(start, stop)[:2])
 
     def sequence(self, domain: str, row: int) -> Item:
         """Sequence `row` of a domain, as an item, wherever in the stream it stands."""
@@ -494,42 +510,13 @@ class MixtureDataset(Dataset[Item]):
         return ahead.domain[part], ahead.row[part]
 
     def _rows(self, domain: Ints, row: Ints) -> Samples:
-        # Inputs and labels as one piece of memory, which the allocator keeps for the next request: two would go back to
-        # the system each time, and to fill fresh pages takes longer than all else here. Labels are their own, because
-        # a transform that masks them in place must not mask the inputs.
-        both = np.empty((2, len(domain), self.sequence_length), np.int64)
-        tokens = self._direct(domain, row)
-        parts = self._parts(domain, row) if tokens is None or self._masked else []
-        both[:] = self._read(gather, parts, len(domain)) if tokens is None else tokens
-        batch = {"input_ids": torch.from_numpy(both[0]), "labels": torch.from_numpy(both[1])}
-        if self._masked:
-            for here, sequences, rows, where in parts:
-                both[1, here] = labels(sequences, rows, both[0, here], where)
-            owners = self._read(documents, parts, len(domain))
-            mask_labels(both[1], owners, self._options.ignore_token_ids, apart=self.boundaries is not None)
-            if self.boundaries is not None:
-                batch["position_ids"] = torch.from_numpy(position_ids(owners))
-            if self.boundaries == "mask":
-                batch["attention_mask"] = block_mask(owners)
-        return Samples(batch, domain)
-
-    def _direct(self, domain: Ints, row: Ints) -> npt.NDArray[np.integer] | None:
-        """Tokens of rows that all lie in memory as they are, [n, sequence_length].
-
-        A slice for each is less work than a call for each domain. None where one does not lie so, or has an id that
-        whoever reads it is to complain of.
-        """
         if self._tables is None:
-            self._tables = _tables(self._first)
-        numbers = domain.tolist()
-        if not numbers or max(numbers) >= len(self._tables):
-            return None
-        found = np.concatenate([self._tables[n][r] for n, r in zip(numbers, row.tolist(), strict=True)])
-        if found.dtype.kind == "i" and found.min() < 0:
-            return None
-        return found.reshape(len(numbers), -1)
+            self._tables = tables_of(self._first)
+        tokens = direct(self._tables, domain, row)
+        parts = self._parts(domain, row) if tokens is None or self._masked else []
+        return as_items(domain, self.sequence_length, tokens, parts, self._options if self._masked else None)
 
-    def _parts(self, domain: Ints, row: Ints) -> "list[_Part]":
+    def _parts(self, domain: Ints, row: Ints) -> list[Part]:
         """Rows of many domains by domain."""
         found = []
         for number in np.unique(domain).tolist():
@@ -540,14 +527,7 @@ class MixtureDataset(Dataset[Item]):
             )
             if not isinstance(sequences, Rows):  # an item may be tokenised as it is asked for: once is enough
                 sequences = {each: sequences[each] for each in row[here].tolist()}
-            found.append(_Part(here, sequences, row[here], f"domain {self.domains[number]!r}"))
-        return found
-
-    def _read(self, read: "Callable[[Sequences, Ints, int, str], Ints]", parts: "Sequence[_Part]", n: int) -> Ints:
-        """What `read` says of rows of one domain, for rows of many, int64[n, sequence_length]."""
-        found = np.empty((n, self.sequence_length), np.int64)
-        for here, sequences, rows, where in parts:
-            found[here] = read(sequences, rows, self.sequence_length, where)
+            found.append(Part(here, sequences, row[here], f"domain {self.domains[number]!r}"))
         return found
 
     def _joined(self, domain: Domain) -> Sequences:
@@ -556,15 +536,6 @@ class MixtureDataset(Dataset[Item]):
             self._late[content] = late.rows_of(domain, self._first, self._listed, self._open, self.sequence_length)
         self._masked |= is_padded(self._late[content])
         return self._late[content]
-
-
-class _Part(NamedTuple):
-    """The rows of a request that are of one domain."""
-
-    here: Ints  # which of the request's
-    sequences: Any  # `Rows`, or the items by row
-    rows: Ints
-    where: str  # in errors
 
 
 def _collate_of_loader(frame: FrameType | None) -> Callable[[Any], Any] | None:
@@ -595,9 +566,3 @@ class _Ahead(NamedTuple):
     def holds(self, start: int, stop: int, schedule: MixtureSchedule) -> bool:
         """Whether the schedule still assigns [start, stop) as is said here."""
         return self.start <= start <= stop <= self.stop and self.generation == schedule.generation
-
-
-def _tables(domains: Sequence[Sequences]) -> list[npt.NDArray[np.integer]]:
-    """Rows of all domains as they lie in memory; none where one has no such table, or another type of tokens."""
-    found = [rows.table for rows in domains if isinstance(rows, PackedSequences) and rows.table is not None]
-    return found if len(found) == len(domains) and len({table.dtype for table in found}) == 1 else []

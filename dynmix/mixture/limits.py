@@ -42,6 +42,8 @@ class Limits:
         when_exhausted: what happens then. "repeat": it is reshuffled and read again, and the limit only bounds what
             mixers may propose; "stop": the stream ends there; "redistribute": the others of the stage take its share,
             and the stream ends when none is left. None: "redistribute" with a limit, "repeat" without.
+        group: sequences that are drawn at once. One that ends the reading of its domain is never cut: the limit is
+            reached with the last whole group, up to `group` - 1 sequences early.
 
     Raises:
         ValueError: a limit below 0, a policy there is not, or one that has no limit to act on.
@@ -49,6 +51,7 @@ class Limits:
 
     max_epochs: MaxEpochs = None
     when_exhausted: Policy | None = None
+    group: int = 1
     hard: bool = field(init=False)  # whether the order of the samples depends on the limits
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class Limits:
             raise ValueError(f"when_exhausted={policy!r}: 'repeat', 'stop' or 'redistribute'")
         if policy != "repeat" and self.max_epochs is None:
             raise ValueError(f"when_exhausted={policy!r} needs max_epochs: how often a domain may be read, 1 for once")
+        if self.group < 1:
+            raise ValueError(f"homogeneous={self.group}: at least 1 sequence of one domain in a row")
         object.__setattr__(self, "when_exhausted", policy)
         object.__setattr__(self, "hard", policy != "repeat")
 
@@ -75,7 +80,13 @@ class Limits:
     def draws(self, sizes: Mapping[str, int]) -> Ints:
         """How often each domain may be drawn, int64[n_domains]; NEVER where there is no limit."""
         epochs = self.epochs(sizes)
-        return np.array([_draws(epochs.get(name, math.inf), size) for name, size in sizes.items()], np.int64)
+        draws = np.array([_draws(epochs.get(name, math.inf), size) for name, size in sizes.items()], np.int64)
+        return np.where(draws < NEVER, draws - draws % self.group, draws) if self.hard else draws
+
+    def without_a_group(self, sizes: Mapping[str, int]) -> list[str]:
+        """Names of domains that may be read, but not as much as a group."""
+        some = replace(self, group=1).draws(sizes) > 0
+        return [name for name, n, any_ in zip(sizes, self.draws(sizes), some, strict=True) if any_ and not n]
 
     def state(self) -> dict[str, Any]:
         """What the order depends on of it, JSON-able."""

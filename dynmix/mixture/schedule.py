@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dynmix.mixture.limits import NEVER, Course, Exhausted, Limits, MaxEpochs, Policy
+from dynmix.mixture.order import Order
 from dynmix.mixture.packed import pack, unpack
 from dynmix.mixture.permutation import mix, permute, permute_runs
-from dynmix.mixture.quota import TOTAL, Quota
+from dynmix.mixture.quota import TOTAL
 from dynmix.mixture.roster import Domain, Roster
 from dynmix.mixture.shared import is_starting_process
 from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
@@ -30,10 +31,8 @@ Ints = npt.NDArray[np.int64]
 Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
 
 MAX_BLOCK = 1 << 20
-_CHUNK = 1 << 14  # positions computed at once: a working set that stays in the cache
 _VERSION = 2  # of the order itself; raise it when the same state would give other samples
-_PART = 32  # positions scattered together: more would keep a prefix further from its weights than rounding does
-_PART_KEY, _DOMAIN_KEY, _ROW_KEY = 1, 2, 3  # keep the hashes of one seed apart
+_ROW_KEY = 3  # keeps these hashes of a seed apart from those of `order`
 
 
 class Undecided(LookupError):  # noqa: N818 (a state of affairs, and often no error: a worker waits for it to pass)
@@ -95,6 +94,9 @@ class MixtureSchedule:
         block: positions a keyed permutation scatters, best the global batch size; part of the state.
         max_epochs: how often a domain may be read over the whole run, for all or by name; None: no limit.
         when_exhausted: what happens then, as in `limits.Limits`: "repeat", "stop" or "redistribute".
+        homogeneous: positions in a row that are of one domain, so that micro-batches of as many are; `block`, and every
+            stage's start and end, is a multiple of it. A limit is then reached with the last whole group that it has
+            room for. Part of the state.
 
     Raises:
         ValueError: names that do not match, weights that are not a distribution, sizes, seed, block or limits out of
@@ -109,11 +111,17 @@ class MixtureSchedule:
         block: int = 256,
         max_epochs: MaxEpochs = None,
         when_exhausted: Policy | None = None,
+        homogeneous: int = 1,
     ) -> None:
         sizes = dict(zip(weights, matched(sizes, tuple(weights), "sizes"), strict=True))
-        limits = Limits(max_epochs, when_exhausted)
+        limits = Limits(max_epochs, when_exhausted, operator.index(homogeneous))
         if unknown := [name for name in limits.epochs(sizes) if name not in sizes]:
             raise ValueError(f"max_epochs: no domain {unknown[0]!r}; the domains are {list(sizes)}")
+        if small := limits.without_a_group(sizes):
+            raise ValueError(
+                f"domain {small[0]!r} has {sizes[small[0]]} rows, within max_epochs fewer than the {limits.group} that"
+                " stand in a row: lower homogeneous, or raise its limit"
+            )
         self._setup(sizes, seed, block, limits)
         self._table.write(0, [StageRow(0, 0, None, self._cdf(weights), np.zeros(len(weights), np.int64))])
 
@@ -125,6 +133,13 @@ class MixtureSchedule:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
         if not 1 <= self.block <= MAX_BLOCK:
             raise ValueError(f"block must be from 1 to {MAX_BLOCK} (best the global batch size), not {block}")
+        self.homogeneous = limits.group
+        if self.block % self.homogeneous:
+            raise ValueError(
+                f"homogeneous={self.homogeneous} must divide block={self.block}, the global batch size: so many samples"
+                " of one domain stand in a row, a micro-batch"
+            )
+        self._order = Order(self.seed, self.block, self.homogeneous)
         self._row_keys = mix(self.seed, _ROW_KEY, np.arange(self._roster.capacity))
         self._table = StageTable(self._roster.capacity)
         self._courses: tuple[int, dict[int, Course]] = (-1, {})  # of the stages, under a generation
@@ -182,7 +197,7 @@ class MixtureSchedule:
             Exhausted: a start beyond where the stream ends, because what may be read has been read.
             RuntimeError: `MAX_STAGES` are published already.
         """
-        start, last = operator.index(start), self._stage(self.num_stages - 1)
+        start, last = self._whole_groups("start", start), self._stage(self.num_stages - 1)
         if start <= last.start:
             raise ValueError(
                 f"start={start} is in the past: stage {last.number} began at position {last.start}, and what is"
@@ -193,7 +208,7 @@ class MixtureSchedule:
         if self.num_stages == MAX_STAGES:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
         self.check_not_exhausted(start)
-        number, end, cdf = self.num_stages, _checked_end(start, end), self._cdf(weights)
+        number, end, cdf = self.num_stages, self._checked_end(start, end), self._cdf(weights)
         self._table.write(number, [StageRow(number, start, end, cdf, self._course(last.number).counts(start))])
         logger.info("stage %d begins at position %d, with the weights %s", number, start, self._floats(cdf))
 
@@ -206,7 +221,7 @@ class MixtureSchedule:
         last = self._table[self.num_stages - 1]
         if last.end not in (None, end):
             raise ValueError(f"end={end}: the last stage was declared to end at {last.end}, and that stays")
-        _checked_end(last.start, end)
+        self._checked_end(last.start, end)
         self._table.hold(end)
 
     @property
@@ -357,6 +372,7 @@ class MixtureSchedule:
             "sizes": list(domains.sizes.values()),
             **({"joined": [dict(domain.source) for domain in domains.joined]} if domains.joined else {}),
             **({"limits": self.limits.state()} if self.limits.hard else {}),
+            **({"homogeneous": self.homogeneous} if self.homogeneous > 1 else {}),
             "stages": pack(self._rows_kept(), since),
         }
 
@@ -386,11 +402,11 @@ class MixtureSchedule:
             base = saved.drawn
             if stages:
                 course = self._course_of(stages[-1], limit)
-                if not stages[-1].start < start <= course.dry:
+                if not stages[-1].start < start <= course.dry or start % self.homogeneous:
                     raise ValueError(f"damaged state: stage {number} cannot begin at {start}")
                 base = course.counts(start)
             stages.append(StageRow(number, start, None, _checked_cdf(weights, sizes), base))
-        stages[-1] = stages[-1]._replace(end=_checked_end(stages[-1].start, saved.end))
+        stages[-1] = stages[-1]._replace(end=self._checked_end(stages[-1].start, saved.end))
         self.limits = limits
         self._roster.put(joined, keep=0)
         self._table.replace(stages)
@@ -430,8 +446,9 @@ class MixtureSchedule:
             for name, size in sizes.items()
             if then.get(name, size) != size
         ]
-        now = {"version": _VERSION, "seed": self.seed, "block": self.block}
-        found += [f"{key} was {state[key]} and is {now[key]}" for key in now if state[key] != now[key]]
+        now = {"version": _VERSION, "seed": self.seed, "block": self.block, "homogeneous": self.homogeneous}
+        old = {"homogeneous": 1, **state}
+        found += [f"{key} was {old[key]} and is {now[key]}" for key in now if old[key] != now[key]]
         common = sizes.keys() & then.keys() & set(sizes if limited is None else limited)
         return found + self.limits.differences(state.get("limits", {}), common)
 
@@ -439,14 +456,14 @@ class MixtureSchedule:
         shared = {**self.__dict__, "_courses": (-1, {})}  # each process works them out where it needs them
         if is_starting_process():
             return shared
-        limits = {"max_epochs": self.limits.max_epochs, "when_exhausted": self.limits.when_exhausted}
+        limits = [self.limits.max_epochs, self.limits.when_exhausted, self.homogeneous]
         return {**self.state_dict(since=0), "own_limits": limits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_table" in state:  # a starting process shares the table, any other copy is independent
             self.__dict__.update(state)
         else:
-            self._setup(domains_of(state)[0], state["seed"], state["block"], Limits(**state["own_limits"]))
+            self._setup(domains_of(state)[0], state["seed"], state["block"], Limits(*state["own_limits"]))
             self.load_state_dict(state)
 
     def _stage(self, number: int) -> StageRow:
@@ -470,7 +487,21 @@ class MixtureSchedule:
 
     def _course_of(self, stage: StageRow, limit: Ints) -> Course:
         policy = self.limits.when_exhausted or "repeat"
-        return Course(stage, limit[: len(stage.cdf)], policy, self._counts_in, self._domains_in)
+        return Course(stage, limit[: len(stage.cdf)], policy, self._order.counts, self._order.domains)
+
+    def _whole_groups(self, what: str, position: int) -> int:
+        position = operator.index(position)
+        if position % self.homogeneous:
+            raise ValueError(
+                f"{what}={position} is within a group of the homogeneous={self.homogeneous} samples of one domain that"
+                " stand in a row: stages start and end with whole groups"
+            )
+        return position
+
+    def _checked_end(self, start: int, end: int | None) -> int | None:
+        if end is not None and self._whole_groups("end", end) <= start:
+            raise ValueError(f"end={end} is not beyond start={start}")
+        return end
 
     def _cdf(self, weights: Weights) -> Ints:
         return _checked_cdf(weights, self.sizes)
@@ -479,65 +510,16 @@ class MixtureSchedule:
         # Not strict: more domains may have joined since the cdf was read.
         return dict(zip(self.names, (np.diff(cdf, prepend=0) / TOTAL).tolist(), strict=False))
 
-    def _parts(self, first: int, stop: int) -> Ints:
-        """Where the part that position `first` of a stage is in and the next ones begin, until one is at `stop`."""
-        parts = -(-self.block // _PART)  # of a block, as equal as can be: part n begins at n * block // parts
-        part, last = (((position + 1) * parts - 1) // self.block for position in (first, stop - 1))
-        block, within = divmod(part, parts)
-        return block * self.block + np.arange(within, within + last - part + 2) * self.block // parts
-
-    def _quota(self, stage: StageRow) -> Quota:
-        units = np.diff(stage.cdf, prepend=0)
-        return Quota(units, mix(self.seed, _DOMAIN_KEY, stage.number, np.arange(len(units))))
-
-    def _scattered(self, stage: StageRow, edges: Ints, drawn: Ints) -> Ints:
-        """The domains `drawn`, in the order of their draws, in that of the positions of the parts between `edges`."""
-        index = np.arange(len(drawn))
-        key = mix(self.seed, _PART_KEY, stage.number)
-        number = (mix(key + (index + edges[0]).view(np.uint64)) >> np.uint64(36)).view(np.int64)
-        part = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
-        # One sort by part and random number; what was sorted says which draw it was.
-        found: Ints = drawn[np.sort((part << 48) + (number << 20) + index) & ((1 << 20) - 1)]
-        return found
-
-    def _counts_in(self, stage: StageRow, position: int) -> Ints:
-        """Draws of each domain before `position`, which lies in `stage` or at its end."""
-        inside = position - stage.start
-        edges, quota = self._parts(inside, inside + 1), self._quota(stage)
-        counts = quota.before(int(edges[0]))
-        if skipped := inside - int(edges[0]):
-            domain = self._scattered(stage, edges, quota.domains(int(edges[0]), int(edges[1]), counts)[0])
-            counts += np.bincount(domain[:skipped], minlength=len(counts))
-        return stage.base + counts
-
-    def _domains_in(self, stage: StageRow, start: int, stop: int) -> Ints:
-        """Domain of each of some positions, all in `stage`, at most `_CHUNK`; nothing is asked of the domains' rows."""
-        first, last = start - stage.start, stop - stage.start
-        edges, quota = self._parts(first, last), self._quota(stage)
-        low, high = int(edges[0]), int(edges[-1])
-        drawn = quota.domains(low, high, quota.before(low))[0]
-        return self._scattered(stage, edges, drawn)[first - low : last - low]
-
     def _assign_in(self, stage: StageRow, start: int, out: Ints) -> None:
         """Fill `out`, int64[3, n], with domain, row and epoch of the positions from `start` on, all in `stage`."""
-        first = start - stage.start
-        stop, quota = first + out.shape[1], self._quota(stage)
-        counts = quota.before(int(self._parts(first, first + 1)[0]))
-        before = stage.base + counts
-        while first < stop:
-            edges = self._parts(first, min(first + _CHUNK, stop))
-            drawn, counts = quota.domains(int(edges[0]), int(edges[-1]), counts)
-            found = self._scattered(stage, edges, drawn)
-            skipped = first - int(edges[0])
-            before += np.bincount(found[:skipped], minlength=len(before))
-            domain, row, epoch = out[:, first - stop :][:, : len(found) - skipped]
-            domain[:] = found[skipped : skipped + len(domain)]
-            times = np.bincount(domain, minlength=len(before))
+        done = 0
+        for before, found in self._order.chunks(stage, start, start + out.shape[1]):
+            domain, row, epoch = out[:, done : done + len(found)]
+            domain[:] = found
             # The n-th occurrence of a domain here is its draw before + n: rows come in domain order, and are put back.
             order = np.argsort(domain.astype(np.min_scalar_type(len(before))), kind="stable")  # small types: radix sort
-            row[order], epoch[order] = self._next_rows(before, times)
-            before += times
-            first = int(edges[-1])
+            row[order], epoch[order] = self._next_rows(before, np.bincount(domain, minlength=len(before)))
+            done += len(found)
 
     def _next_rows(self, before: Ints, drawn: Ints) -> tuple[Ints, Ints]:
         """Row and epoch of each domain's draws from `before` to `before + drawn - 1`, domain after domain."""
@@ -581,12 +563,6 @@ def domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
         raise ValueError(f"damaged state: {len(sources)} of its {len(sizes)} domains joined")
     joined = [Domain(name, size, source) for (name, size), source in zip(sizes[first:], sources, strict=True)]
     return dict(sizes[:first]), joined
-
-
-def _checked_end(start: int, end: int | None) -> int | None:
-    if end is not None and operator.index(end) <= start:
-        raise ValueError(f"end={end} is not beyond start={start}")
-    return end
 
 
 def matched(values: Mapping[str, Any], names: Sequence[str], what: str) -> list[Any]:

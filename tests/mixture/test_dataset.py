@@ -43,6 +43,25 @@ def first_tokens(loader: Any) -> list[int]:
     return [int(row[0]) for batch in loader for row in batch["input_ids"]]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_micro_batches_of_one_domain(ranks: int) -> None:
+    """However accelerate deals them to ranks, and in the proportions of the weights."""
+    dataset = make(homogeneous=4)
+    batches = BatchSampler(SequentialSampler(dataset), 4, drop_last=False)
+    shards = [BatchSamplerShard(batches, ranks, rank) for rank in range(ranks)]
+    found = [batch for shard in shards for batch in DataLoader(make(homogeneous=4), batch_sampler=shard)]
+    assert all(len(set(batch["domain"].tolist())) == 1 for batch in found)
+    assert sorted(first_tokens(found)) == sorted(dataset.look(0, 1000).batch()["input_ids"][:, 0].tolist())  # type: ignore[index]
+    steps = dataset.look(0, 992).batch()["domain"].view(-1, 16)  # type: ignore[index]
+    assert set(steps.sum(1).tolist()) <= {8, 12, 16}  # of 12: whole micro-batches, one more or less
+    with pytest.raises(ValueError, match="homogeneous was 4 and is 1"):
+        make().load_state_dict(dataset.state_dict())
+    with pytest.raises(ValueError, match="homogeneous=3 must divide block=16"):
+        make(homogeneous=3)
+    with pytest.raises(ValueError, match=r"homogeneous=2\.5: give a whole number"):
+        make(homogeneous=2.5)
+
+
 def test_item_g_is_the_row_the_schedule_says() -> None:
     dataset = make()
     domain, row, _ = dataset.schedule.assign(0, 1000)

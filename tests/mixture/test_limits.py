@@ -150,6 +150,74 @@ def test_to_stop_is_to_stop_where_a_domain_is_used_up_with_its_stage() -> None:
         assert made.exhausted_at == 59
 
 
+@given(data=st.data(), seed=st.integers(0, 2**63 - 1), group=st.integers(1, 9), blocks=st.integers(1, 12))
+@settings(max_examples=25)
+def test_groups_of_one_domain_are_the_stream_of_whole_groups(
+    data: st.DataObject, seed: int, group: int, blocks: int
+) -> None:
+    """Walked as a stream whose every draw is a group, with as many of them as a domain's limit has room for."""
+    policy: Any = data.draw(st.sampled_from(["repeat", "stop", "redistribute"]))
+    limits = Limits(data.draw(limits_of_domains), policy)
+    sizes = {name: data.draw(st.integers(group, 150)) for name in names}
+    most = {n: int(Fraction(repr(limit)) * sizes[n]) for n, limit in limits.epochs(sizes).items()}
+    made = MixtureSchedule(weights_of(data.draw(shares)), sizes, seed, group * blocks)
+    first = made.weights_at(0)
+    given: tuple[Any, ...] = (first, sizes, seed, group * blocks, limits.max_epochs, policy, group)
+    if policy != "repeat" and any(0 < n < group for n in most.values()):
+        with pytest.raises(ValueError, match="lower homogeneous, or raise its limit"):
+            MixtureSchedule(*given)
+        return
+    made, stages = MixtureSchedule(*given), [(0, first)]
+    for length in data.draw(st.lists(st.integers(1, 200 // group), max_size=2)):
+        stage = stages[-1][0] + length, weights_of(data.draw(shares))
+        try:
+            made.publish(stage[1], stage[0] * group)
+        except Exhausted:
+            break
+        stages.append(stage)
+    in_groups = {name: max(1, most.get(name, 1) // group) for name in names}
+    allowed = Limits({name: float(n >= group) for name, n in most.items()}, policy)
+    walked = list(enumerated(stages, in_groups, seed, blocks, allowed, 700 // group))
+    expected = [(d, j * group + i) for d, j in walked for i in range(group)]
+    end = made.exhausted_at
+    assert len(expected) == (700 // group * group if end is None else min(end, 700 // group * group))
+    cut = data.draw(st.integers(0, len(expected)))
+    domain, row, epoch = np.concatenate([made.assign(0, cut), made.assign(cut, len(expected))], axis=1)
+    assert domain.tolist() == [d for d, _ in expected]
+    assert made.counts(cut).tolist() == np.bincount(domain[:cut], minlength=4).tolist()
+    for d, size in enumerate(sizes.values()):
+        here = np.flatnonzero(domain == d)
+        rows, epochs = made.rows(d, np.array([j for _, j in (expected[g] for g in here)], np.int64))
+        assert row[here].tolist() == rows.tolist()
+        assert epoch[here].tolist() == epochs.tolist() == (np.arange(len(here)) // size).tolist()
+    twin = MixtureSchedule(*given)
+    twin.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert twin.exhausted_at == end
+    assert all((a == b).all() for a, b in zip(twin.assign(0, cut), made.assign(0, cut), strict=True))
+
+
+def test_stages_begin_and_end_with_whole_groups() -> None:
+    made = MixtureSchedule({"a": 0.5, "b": 0.5}, {"a": 50, "b": 70}, block=12, homogeneous=4)
+    domain = made.assign(0, 1200)[0].reshape(-1, 4)
+    assert (domain == domain[:, :1]).all()
+    assert (
+        abs(domain.sum(axis=1).reshape(-1, 3).sum(axis=1) - 6).max() <= 4 + 2
+    )  # a block: its share, rounded to groups
+    for publish in (
+        lambda: made.publish({"a": 0.1, "b": 0.9}, start=6),
+        lambda: made.publish({"a": 0.1, "b": 0.9}, start=8, end=18),
+        lambda: made.hold(6),
+    ):
+        with pytest.raises(ValueError, match="is within a group of the homogeneous=4 samples of one domain"):
+            publish()
+    state = made.state_dict()
+    with pytest.raises(ValueError, match="homogeneous was 4 and is 1"):
+        MixtureSchedule({"a": 0.5, "b": 0.5}, {"a": 50, "b": 70}, block=12).load_state_dict(state)
+    for wrong, message in ((5, "homogeneous=5 must divide block=12"), (0, "homogeneous=0: at least 1")):
+        with pytest.raises(ValueError, match=message):
+            MixtureSchedule({"a": 0.5, "b": 0.5}, {"a": 50, "b": 70}, block=12, homogeneous=wrong)
+
+
 def test_an_exhausted_domain_stays_out_of_later_stages() -> None:
     made = one_epoch()
     made.hold(120)

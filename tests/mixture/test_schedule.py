@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmix.mixture import packed
+from dynmix.mixture import order, packed
 from dynmix.mixture import schedule as module
 from dynmix.mixture.quota import TOTAL
 from dynmix.mixture.roster import MAX_JOINED, Domain
@@ -84,7 +84,7 @@ def test_any_chunking_gives_the_same(made: MixtureSchedule, origin: int, cuts: l
 def test_chunks_inside_a_call_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     made = two_stages(block=96)
     whole = made.assign(0, 5000)
-    monkeypatch.setattr(module, "_CHUNK", 97)
+    monkeypatch.setattr(order, "_CHUNK", 97)
     assert all((a == b).all() for a, b in zip(made.assign(0, 5000), whole, strict=True))
 
 

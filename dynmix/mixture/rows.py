@@ -1,0 +1,91 @@
+"""Rows of many domains as the items of one request.
+
+Knows sequences and what items tell of their documents; nothing of positions or of how a domain's rows are numbered.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynmix.mixture.boundaries import block_mask, mask_labels, position_ids
+from dynmix.mixture.options import SequenceOptions
+from dynmix.mixture.packing import PackedSequences
+from dynmix.mixture.samples import Samples
+from dynmix.mixture.sequences import Ints, Sequences, documents, gather, labels
+
+Tables = Sequence[npt.NDArray[np.integer]]
+
+
+class Part(NamedTuple):
+    """The rows of a request that are of one domain."""
+
+    here: Ints  # which of the request's
+    sequences: Any  # `Rows`, or the items by row
+    rows: Ints
+    where: str  # in errors
+
+
+def tables_of(domains: Sequence[Sequences]) -> Tables:
+    """Rows of all domains as they lie in memory; none where one has no such table, or another type of tokens."""
+    found = [rows.table for rows in domains if isinstance(rows, PackedSequences) and rows.table is not None]
+    return found if len(found) == len(domains) and len({table.dtype for table in found}) == 1 else []
+
+
+def direct(tables: Tables, domain: Ints, row: Ints) -> npt.NDArray[np.integer] | None:
+    """Tokens of rows that all lie in memory as they are, [n, sequence_length].
+
+    A slice for each is less work than a call for each domain. None where one does not lie so, or has an id that whoever
+    reads it is to complain of.
+    """
+    numbers = domain.tolist()
+    if not numbers or max(numbers) >= len(tables):
+        return None
+    found = np.concatenate([tables[n][r] for n, r in zip(numbers, row.tolist(), strict=True)])
+    if found.dtype.kind == "i" and found.min() < 0:
+        return None
+    return found.reshape(len(numbers), -1)
+
+
+def as_items(
+    domain: Ints,
+    length: int,
+    tokens: npt.NDArray[np.integer] | None,
+    parts: Sequence[Part],
+    options: SequenceOptions | None,
+) -> Samples:
+    """Items of rows whose domains are `domain`.
+
+    Args:
+        domain: number of the domain of each row.
+        length: tokens of a sequence.
+        tokens: of the rows, if they were found as they are.
+        parts: all rows, by domain, where `tokens` or labels are to be read of them.
+        options: what items tell of documents; None if there is nothing to tell.
+    """
+    # Inputs and labels as one piece of memory, which the allocator keeps for the next request: two would go back to the
+    # system each time, and to fill fresh pages takes longer than all else here. Labels are their own, because a
+    # transform that masks them in place must not mask the inputs.
+    both = np.empty((2, len(domain), length), np.int64)
+    both[:] = _read(gather, parts, both[0].shape) if tokens is None else tokens
+    batch = {"input_ids": torch.from_numpy(both[0]), "labels": torch.from_numpy(both[1])}
+    if options is not None:
+        for here, sequences, rows, where in parts:
+            both[1, here] = labels(sequences, rows, both[0, here], where)
+        owners = _read(documents, parts, both[0].shape)
+        mask_labels(both[1], owners, options.ignore_token_ids, apart=options.boundaries is not None)
+        if options.boundaries is not None:
+            batch["position_ids"] = torch.from_numpy(position_ids(owners))
+        if options.boundaries == "mask":
+            batch["attention_mask"] = block_mask(owners)
+    return Samples(batch, domain)
+
+
+def _read(read: Callable[[Sequences, Ints, int, str], Ints], parts: Sequence[Part], shape: tuple[int, ...]) -> Ints:
+    """What `read` says of rows of one domain, for rows of many, int64[n, sequence_length]."""
+    found = np.empty(shape, np.int64)
+    for here, sequences, rows, where in parts:
+        found[here] = read(sequences, rows, shape[1], where)
+    return found
