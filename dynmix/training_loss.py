@@ -7,17 +7,16 @@ on bit for bit as without it. Knows the dataset, the model and a reference model
 
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dynmix.influence.capture import next_token_labels, next_token_logits
+from dynmix.influence.batch import logits_of, next_token_labels, next_token_logits
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.observation import Observation
+from dynmix.step_samples import StepSamples
 
 logger = logging.getLogger("dynmix")
 
@@ -58,7 +57,7 @@ class TrainingLoss:
         if not model.training or not torch.is_grad_enabled():
             return  # an evaluation or a measurement
         batch = {"input_ids": args[0]} | kwargs if args else kwargs
-        logits = _logits(output)
+        logits = logits_of(output)
         if logits is None or "input_ids" not in batch:
             raise ValueError(
                 "this mixer needs the training loss of each sequence, but the model was not called with input_ids or "
@@ -88,16 +87,9 @@ class TrainingLoss:
         start, stop = (step - 1) * batch_size, min(step * batch_size, len(self.dataset))
         sums = torch.zeros(len(self.dataset.domains), 4, dtype=torch.float64)
         if seen:
-            domain_of = self._samples(start, stop)
+            samples = StepSamples(self.dataset, start, stop)
             for ids, values in seen:
-                for row, part in zip(ids.cpu().numpy(), values.cpu(), strict=True):
-                    domain = domain_of.get(_key(row))
-                    if domain is None:
-                        raise ValueError(
-                            f"step {step}: the model was given a sequence that is none of the samples {start} to {stop}"
-                            " of the dataset: mixers that need the training loss work where sequences reach the model "
-                            "as the dataset gives them, and in order"
-                        )
+                for (domain, *_), part in zip(samples.domains(ids.cpu()), values.cpu(), strict=True):
                     sums[domain, : len(part)] += part
         if torch.distributed.is_initialized():
             sums = sums.to(self._device)
@@ -115,14 +107,6 @@ class TrainingLoss:
             excess_loss={name: row[3] / row[0] for name, row in present.items()} if with_reference else {},
         )
 
-    def _samples(self, start: int, stop: int) -> Mapping[bytes, int]:
-        domains, rows, _ = self.dataset.schedule.assign(start, stop)
-        names = self.dataset.domains
-        found: dict[bytes, int] = {}
-        for domain, row in zip(domains.tolist(), rows.tolist(), strict=True):
-            found.setdefault(_key(self.dataset.sequence(names[domain], row)["input_ids"]), domain)
-        return found
-
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross entropy of each token, float32[B, T - 1], 0 where the label is -100, of labels [B, T - 1].
@@ -134,17 +118,6 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
         for one, label in zip(logits, labels, strict=True)
     ]
     return torch.stack(rows)
-
-
-def _logits(output: Any) -> Tensor | None:
-    if isinstance(output, tuple):
-        output = output[0]
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) and found.ndim == 3 else None
-
-
-def _key(ids: Any) -> bytes:
-    return np.asarray(ids, dtype=np.int64).tobytes()
 
 
 def _loaded(path: str | os.PathLike[str]) -> nn.Module:

@@ -38,6 +38,14 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def logits_of(output: Any) -> Tensor | None:
+    """The logits [B, T, V] in what a causal LM returned, if it returned them."""
+    if isinstance(output, tuple):
+        output = output[0]
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) and found.ndim == 3 else None
+
+
 def next_token_labels(batch: Batch) -> Tensor:
     """Label of each position that has one, already shifted, [B, T-1]; -100 is ignored.
 
