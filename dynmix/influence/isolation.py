@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -32,9 +33,10 @@ def isolated(model: nn.Module) -> Iterator[None]:
     On exit, also after an exception, these are as they were: train/eval flag of every submodule, `requires_grad` and
     `.grad` of every parameter, every buffer, the random states of python, numpy and torch (CPU, CUDA, MPS). Inside,
     dropout and gradient checkpointing are off (both follow eval mode) and compiled modules run eagerly, because a
-    compiled graph does not see the hooks of this module.
+    compiled graph does not see the hooks of this module. What FSDP2 has gathered of its parameters it frees.
     """
     modules = list(model.modules())
+    _reshard(modules)
     training = [module.training for module in modules]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [dict(module._buffers) for module in modules]
@@ -47,6 +49,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         with random_state_kept(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        _reshard(modules)
         for module, flag, own in zip(modules, training, buffers, strict=True):
             module.training = flag
             module._buffers.clear()
@@ -59,6 +62,17 @@ def isolated(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
             if parameter.grad is not grad:
                 parameter.grad = grad
+
+
+def _reshard(modules: list[nn.Module]) -> None:
+    """A forward pass without a backward leaves FSDP2's root gathered, with the flags that its parameters had in it."""
+    if not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule  # which takes as long as torch itself
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Knows modules and their inputs and gradients; no hooks.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -28,7 +28,7 @@ def norm_gradients(layer: Layer, x: Tensor, gradient: Tensor, mask: Tensor) -> t
     for value in (1.0, 0.0):  # the output is affine in the weight, whatever else the norm does
         twin = copy.copy(layer.module)
         twin._parameters = {
-            name: None if p is None else nn.Parameter(x.new_full(p.shape, value if p is layer.weight else 0.0))
+            name: None if p is None else nn.Parameter(x.new_full(p.shape, value if name == "weight" else 0.0))
             for name, p in layer.module._parameters.items()
         }
         scaled.append(twin.forward(x))
@@ -44,6 +44,7 @@ def odd_router(layer: Layer, x: Tensor, output: Any, mask: Tensor) -> str | None
     if not isinstance(logits, Tensor) or logits.shape != (mask.numel(), len(layer.weight)) or not logits.requires_grad:
         return "its first output is no [tokens, experts] on the way to the loss"
     with torch.no_grad():
-        expected = F.linear(x.reshape(mask.numel(), -1), layer.weight, layer.bias)
+        own = layer.module._parameters  # as they are in this forward pass: a sharded model has others outside of it
+        expected = F.linear(x.reshape(mask.numel(), -1), cast(Tensor, own["weight"]), own.get("bias"))
         # A gradient of probabilities would be taken for one of logits.
         return None if torch.allclose(logits, expected, rtol=1e-2, atol=1e-3) else "its first output is no linear map"
