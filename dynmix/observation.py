@@ -31,6 +31,9 @@ class Influence:
         task_loss: float64[n_tasks], nats per token, or None.
         task_loss_standard_error: float64[n_tasks], over the task's sequences, or None.
         guards: those of `tasks` that a mixture must not do worse on but is not optimised for.
+        left_out: float64[n_tasks], where the tasks' gradients were held low-rank the share of each one's norm that is
+            missing, or None.
+        left_out_bound: float64[n_tasks, n_domains], the most that a score can be wrong for it, or None.
 
     Raises ValueError for shapes that do not fit the names, names that are empty or occur twice, negative errors.
     """
@@ -42,6 +45,8 @@ class Influence:
     task_loss: Array | None
     task_loss_standard_error: Array | None
     guards: tuple[str, ...]
+    left_out: Array | None
+    left_out_bound: Array | None
 
     def __init__(
         self,
@@ -52,6 +57,8 @@ class Influence:
         task_loss: ArrayLike | None = None,
         task_loss_standard_error: ArrayLike | None = None,
         guards: Sequence[str] = (),
+        left_out: ArrayLike | None = None,
+        left_out_bound: ArrayLike | None = None,
     ) -> None:
         tasks, domains = _names("tasks", tasks), _names("domains", domains)
         matrix, row = (len(tasks), len(domains)), (len(tasks),)
@@ -76,6 +83,9 @@ class Influence:
         set_field(self, "task_loss", loss)
         set_field(self, "task_loss_standard_error", loss_error)
         set_field(self, "guards", guards)
+        set_field(self, "left_out", None if left_out is None else _array("left_out", left_out, row))
+        bound = None if left_out_bound is None else _array("left_out_bound", left_out_bound, matrix)
+        set_field(self, "left_out_bound", bound)
 
     @property
     def optimised(self) -> NDArray[np.bool_]:
@@ -99,6 +109,8 @@ class Influence:
             "standard_error": self.standard_error,
             "task_loss": self.task_loss,
             "task_loss_standard_error": self.task_loss_standard_error,
+            "left_out": self.left_out,
+            "left_out_bound": self.left_out_bound,
         }
         lists = {name: _plain(values.tolist()) for name, values in arrays.items() if values is not None}
         return {"tasks": list(self.tasks), "domains": list(self.domains), "guards": list(self.guards), **lists}
@@ -117,6 +129,8 @@ class Influence:
             task_loss=plain.get("task_loss"),
             task_loss_standard_error=plain.get("task_loss_standard_error"),
             guards=plain.get("guards", ()),
+            left_out=plain.get("left_out"),
+            left_out_bound=plain.get("left_out_bound"),
         )
 
 

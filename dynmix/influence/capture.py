@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynmix.influence import storage
 from dynmix.influence.batch import (
     Batch,
     Batches,
@@ -34,6 +35,8 @@ from dynmix.influence.experts import Replaced, by_sequence, experts_forward
 from dynmix.influence.isolation import isolated, random_state_kept, unwrap
 from dynmix.influence.kinds import norm_gradients, odd_router, one_hot
 from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers, unmeasurable
+from dynmix.influence.storage import Offload
+from dynmix.ranks import Ranks
 
 __all__ = [
     "Batch",
@@ -88,7 +91,9 @@ class Capture:
     model's parameters.
 
     `head` is the name of the layer that predicts tokens, where the model says so. While `run` delivers, `sharing` says
-    of each layer of the batch which ones have its input, itself included.
+    of each layer of the batch which ones have its input, itself included. `tied` are embeddings by name, with their
+    module and the head that is measured for them. `offload` says where what is `stored` lives. `ranks` are the
+    processes that share the measurement, for those who run batches here; it runs what it is given.
 
     Create it before `isolated(model)`, which hides what is frozen, and run it inside.
 
@@ -104,8 +109,12 @@ class Capture:
         embeddings: bool = False,
         loss: Loss = next_token_loss,
         tick: Callable[[], object] | None = None,
+        ranks: Ranks | None = None,
+        offload: Offload = None,
     ) -> None:
         self.model = unwrap(model)
+        self.offload: Offload = offload
+        self.ranks = Ranks() if ranks is None else ranks
         self.loss = loss
         self.tick = tick or (lambda: None)
         self.coverage = 0.0
@@ -121,12 +130,12 @@ class Capture:
         output = getattr(self.model, "get_output_embeddings", lambda: None)()
         self.head = next((name for name, layer in self.layers.items() if layer.module is output), None)
         heads = {id(k.weight): name for name, k in self.layers.items() if k.kind == "linear" and k.bias is None}
-        self._tied = {
+        self.tied = {
             name: (layer.module, heads[id(layer.weight)])
             for name, layer in self.layers.items()
             if isinstance(layer.module, nn.Embedding) and id(layer.weight) in heads
         }
-        self.layers = {name: layer for name, layer in self.layers.items() if name not in self._tied}
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in self.tied}
         if not self.layers:
             raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
 
@@ -188,7 +197,7 @@ class Capture:
                 output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             elif output._is_view():
                 output = output.clone()  # a change in place rewrites a view's history and would lose the hook below
-            tied = self._tied.get(name)
+            tied = self.tied.get(name)
             owner = tied[1] if tied else name
             use = uses[owner]
             index = len(use.inputs)
@@ -236,7 +245,7 @@ class Capture:
 
         with torch.enable_grad():
             with ExitStack() as hooks:  # gone before the backward pass, which may run forwards again
-                tied = {name: module for name, (module, _) in self._tied.items()}
+                tied = {name: module for name, (module, _) in self.tied.items()}
                 modules = {name: layer.module for name, layer in self.layers.items() if layer.kind != "expert"}
                 for name, module in (modules | tied).items():
                     handle = module.register_forward_hook(
@@ -261,11 +270,26 @@ class Capture:
         self.tick()
         return losses.detach().cpu().double(), tokens.cpu().double()
 
+    def rerun(self, batch: Batch) -> None:
+        """`run`, and nothing comes of it."""
+        self.run(batch, lambda *_: None)
+
+    def device(self, layer: str) -> torch.device:
+        """Where the layer's gradient is."""
+        return self.layers[layer].weight.device
+
     def zeros(self, layer: str, n: int) -> Tensor:
         """n matrices of the layer's gradient, [n, out, in (+1)]; float32 at least."""
+        return self._zeros(layer, n, None)
+
+    def stored(self, layer: str, n: int) -> Tensor:
+        """The same, to be kept where `offload` says."""
+        return self._zeros(layer, n, self.offload)
+
+    def _zeros(self, layer: str, n: int, offload: Offload) -> Tensor:
         weight = self.layers[layer].weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.zeros(n, *self.layers[layer].shape, dtype=dtype, device=weight.device)
+        return storage.zeros(offload, (n, *self.layers[layer].shape), dtype, weight.device)
 
     def _shared(self, uses: dict[str, _Uses], sources: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
         groups: dict[Any, list[str]] = {}

@@ -58,6 +58,7 @@ class Carried:
                 self.used += 1
                 return self.fitted
         fitted = self.curvature.fit_after(self.fitted, capture, batches, sums)
+        capture.ranks.exchange("the fitted curvature", None)  # kept on all ranks or on none
         if fitted.finite:
             self.fitted, self.used = fitted, 1
         return fitted

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from dynmix.influence.capture import Batches, Capture
+from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
+from dynmix.influence.storage import let_go, on
 
 logger = logging.getLogger(__name__)
 
@@ -62,25 +65,8 @@ class FittedDataInf:
 
         A layer without any gradient in the batches gives 0. Raises ValueError if no sequence has a finite gradient.
         """
-        norms: dict[str, list[Tensor]] = {layer: [] for layer in gradients}  # |G_i|^2, [B] a batch
-        dots: dict[str, list[Tensor]] = {layer: [] for layer in gradients}  # <G_i, V>, [B, m] a batch
-        counts: list[Tensor] = []
-        for batch in self.batches:
-            seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-            def meet(layer: str, a: Tensor, g: Tensor, mask: Tensor, seen: dict[str, Any] = seen) -> None:
-                if layer in gradients:
-                    own = gradients_of(a, g)
-                    seen[layer] = own.squared_norms(), own.products(gradients[layer])
-
-            counts.append(self.capture.run(batch, meet)[1])
-            for layer, V in gradients.items():
-                n = len(counts[-1])
-                norm, dot = seen.get(layer) or (V.new_zeros(n), V.new_zeros(n, len(V)))
-                norms[layer].append(norm)
-                dots[layer].append(dot)
-        norm_of = {layer: torch.cat(parts) for layer, parts in norms.items()}
-        finite = torch.stack([norm.isfinite().cpu() for norm in norm_of.values()]).all(0)
+        norms, dots, counts = self._met(gradients)
+        finite = torch.stack([norm.isfinite() for norm in norms.values()]).all(0)
         used = int(finite.sum())
         if not used:
             raise ValueError("curvature: no sequence has a finite gradient")
@@ -88,26 +74,61 @@ class FittedDataInf:
             logger.warning(
                 "curvature: %d of %d sequences are not finite and were left out", len(finite) - used, len(finite)
             )
-        tokens = torch.cat(counts)[finite].mean().item()
+        tokens = counts[finite].mean().item()
         shares: dict[str, Tensor] = {}  # of each sequence's gradient in the sum, [m, n]
         scales: dict[str, float] = {}
         for layer, V in gradients.items():
-            keep = finite.to(V.device)
-            norm, dot = norm_of[layer].where(keep, 0), torch.cat(dots[layer]).where(keep[:, None], 0)
+            norm, dot = norms[layer].where(finite, 0).to(V), dots[layer].where(finite[:, None], 0).to(V)
             damping = self.damping * norm.sum().item() / used / V[0].numel()
             shares[layer] = -(dot / (damping + norm)[:, None]).mT / used if damping else torch.zeros_like(dot.mT)
             scales[layer] = tokens / damping if damping else 0.0
-        done = 0
+        first = 0
 
         def add(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
             if layer in gradients:
-                part = slice(done, done + len(g))
+                part = slice(first, first + len(g))
                 broken = ~finite[part].to(g.device)[:, None, None]
                 a = a.masked_fill(broken, 0) if a.is_floating_point() else a
-                gradients_of(a, g.masked_fill(broken, 0)).add_weighted(shares[layer][:, part], sums[layer])
+                with on(sums[layer], g.device) as to:
+                    gradients_of(a, g.masked_fill(broken, 0)).add_weighted(shares[layer][:, part], to)
 
-        sums = {layer: V.clone() for layer, V in gradients.items()}
-        for batch in self.batches:
-            done += len(self.capture.run(batch, add)[0])
-        for layer, total in sums.items():
+        ranks = self.capture.ranks
+        sums = {layer: self.capture.stored(layer, len(V)) for layer, V in gradients.items()}
+        if ranks.rank == 0:
+            for layer, V in gradients.items():
+                sums[layer].copy_(V)
+        turns = Turns(ranks, self.capture.rerun)
+        for turn in turns(self.batches):
+            if turn.mine:
+                first = turn.first
+                self.capture.run(turn.batch, add)
+        turns.gathered("DataInf's second pass", [])
+        for layer, total in ranks.sum("DataInf's sums", sums, self.capture.device).items():
             gradients[layer] = total.mul_(scales[layer])
+
+    def _met(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Of all sequences, on the CPU: |G_i|^2 [n] and <G_i, V> [n, m] by layer, and the scored tokens [n]."""
+        own: dict[int, tuple[dict[str, tuple[Tensor, Tensor]], Tensor]] = {}
+        turns = Turns(self.capture.ranks, self.capture.rerun)
+        for turn in turns(self.batches):
+            if not turn.mine:
+                continue
+            seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+            def meet(layer: str, a: Tensor, g: Tensor, mask: Tensor, seen: dict[str, Any] = seen) -> None:
+                if layer in gradients:
+                    G = gradients_of(a, g)
+                    seen[layer] = G.squared_norms(), G.products(gradients[layer].to(g.device))
+                    let_go(gradients[layer])
+
+            counts = self.capture.run(turn.batch, meet)[1]
+            own[turn.number] = {k: (norm.cpu(), dot.cpu()) for k, (norm, dot) in seen.items()}, counts
+        [found] = turns.gathered("DataInf's first pass", [own])
+        norms, dots = {}, {}
+        for layer, V in gradients.items():
+            parts = [
+                seen.get(layer) or (torch.zeros(len(c), dtype=V.dtype), torch.zeros(len(c), len(V), dtype=V.dtype))
+                for seen, c in found.values()
+            ]
+            norms[layer], dots[layer] = (torch.cat(some) for some in zip(*parts, strict=True))
+        return norms, dots, torch.cat([counts for _, counts in found.values()])

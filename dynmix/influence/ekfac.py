@@ -14,6 +14,7 @@ from dynmix.influence.batch import Batch, Batches
 from dynmix.influence.capture import Capture, Consume
 from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.factors import FittedFactors, Moments, Rotation, finite_sequences
+from dynmix.influence.storage import on
 from dynmix.influence.sums import Sums
 
 
@@ -35,7 +36,8 @@ class EKFAC(FactoredCurvature):
     def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
         moments = Moments(capture, self.largest_basis)
         total, length = self._read(capture, batches, lambda batch: moments.add)
-        factors = self._bases(moments, previous)
+        moments.add_up()
+        factors = self._bases(capture, moments, previous)
         rotation = Rotation(capture)
 
         def eigenvalues(batch: Batch) -> Consume:
@@ -53,7 +55,9 @@ class EKFAC(FactoredCurvature):
 
         self._read(capture, batches, eigenvalues, sums)
         for layer, stack in sums.gradients.items():
-            sums.gradients[layer] = factors[layer].restored(stack)
+            with on(stack, capture.device(layer)) as there:
+                there.copy_(factors[layer].restored(there))
+        capture.ranks.sum("eigenvalues", {layer: f.Lambda for layer, f in factors.items()}, capture.device)
         for layer, f in factors.items():
             f.Lambda /= total - moments.broken(layer)
         self._report(factors, moments, total)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches, next_token_loss
 from dynmix.influence.capture import Capture, Consume
-from dynmix.influence.factors import Factors, FittedFactors, Moments, eigenbasis
-from dynmix.influence.labels import with_sampled_labels
+from dynmix.influence.dealing import Turns
+from dynmix.influence.factors import Factors, FittedFactors, Moments, eigenbases
+from dynmix.influence.labels import label_generator, sampled_labels
 from dynmix.influence.sums import Sums, within_budget
 
 logger = logging.getLogger(__name__)
@@ -110,40 +111,59 @@ class FactoredCurvature(ABC):
         self, capture: Capture, batches: Batches, consumer: Callable[[Batch], Consume], sums: Sums | None = None
     ) -> tuple[int, float]:
         """One pass; return the number of sequences, and the scored tokens of a finite one."""
+
+        def labelled(batch: Batch, number: int) -> Batch:
+            # Drawn anew in each pass, and the same ones.
+            if self.labels == "empirical":
+                return batch
+            return sampled_labels(capture, batch, label_generator(capture, self.seed, number))
+
+        turns = Turns(capture.ranks, lambda batch: capture.rerun(labelled(batch, 0)))
+        own: dict[int, tuple[Tensor, Tensor]] = {}
+        for turn in turns(batches):
+            if turn.mine:
+                batch = labelled(turn.batch, turn.number)
+                own[turn.number] = capture.run(batch, consumer(batch))
+            if sums is not None:
+                sums.added(turn.batch, turn.number)
+        [found] = turns.gathered("the curvature's pass", [own])
+        if sums is not None:
+            sums.ended(found)
         total, scored, finite = 0, 0.0, 0
-        # Labels are drawn anew in each pass, and are the same ones.
-        own = with_sampled_labels(capture, batches, self.seed) if self.labels == "sampled" else batches
-        for batch in own:
-            losses, counts = capture.run(batch, consumer(batch))
-            if sums is not None and sums.waits_for(batch):
-                sums.met(batch, losses, counts)
+        for losses, counts in found.values():
             total, finite = total + len(losses), finite + int(losses.isfinite().sum())
             scored += counts[losses.isfinite()].sum().item()
         return total, scored / finite if finite else math.nan
 
-    def _bases(self, moments: Moments, previous: FittedFactors | None) -> dict[str, Factors]:
+    def _bases(self, capture: Capture, moments: Moments, previous: FittedFactors | None) -> dict[str, Factors]:
         """Averaged covariances, and their eigenvectors; eigenvalues of the curvature are yet to come."""
         before = {} if previous is None or not self.ema else previous.factors
         averaged: dict[tuple[int, int], Tensor] = {}
-        bases: dict[int, Tensor | None] = {}
+        matrices: dict[str, Tensor] = {}  # each once, by the first of its layers and the side
+        names: dict[int, str] = {}
 
-        def side(layer: str, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def side(name: str, new: Tensor, old: Tensor | None) -> Tensor:
             key = id(new), id(old)  # once for layers that share it
             if key not in averaged:
                 averaged[key] = new if old is None or old.shape != new.shape else old.lerp(new, 1 - self.ema)
             matrix = averaged[key]
-            if id(matrix) not in bases:
-                bases[id(matrix)] = eigenbasis(layer, matrix) if matrix.ndim == 2 else None
-            return matrix, bases[id(matrix)]
+            name = names.setdefault(id(matrix), name)
+            if matrix.ndim == 2:
+                matrices[name] = matrix
+            return matrix
 
-        factors = {}
-        sides = moments.sides()
-        for layer, (A, S) in sides.items():
+        sides = {}
+        for layer, (A, S) in moments.sides().items():
             old = before.get(layer)
-            A, QA = side(layer, A, None if old is None else old.A)
-            S, QS = side(layer, S, None if old is None else old.S)
-            factors[layer] = Factors(A, S, A.new_zeros(S.shape[0], A.shape[0]), QA, QS)
-        return factors
+            sides[layer] = (
+                side(f"inputs of {layer!r}", A, None if old is None else old.A),
+                side(f"outputs of {layer!r}", S, None if old is None else old.S),
+            )
+        bases = eigenbases(capture.ranks, matrices)
+        return {
+            layer: Factors(A, S, A.new_zeros(S.shape[0], A.shape[0]), bases.get(names[id(A)]), bases.get(names[id(S)]))
+            for layer, (A, S) in sides.items()
+        }
 
     def _report(self, factors: dict[str, Factors], moments: Moments, total: int) -> None:
         if broken := max((moments.broken(layer) for layer in factors), default=0):

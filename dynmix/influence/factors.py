@@ -9,16 +9,24 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dynmix.influence.base import LayerByLayer
 from dynmix.influence.capture import Capture
+from dynmix.influence.dealing import dealt_by_cost
 from dynmix.influence.gradients import EmbeddingGradients, LinearGradients, SequenceGradients
+from dynmix.influence.layers import Layer
+from dynmix.influence.storage import Offload, moved
+from dynmix.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
 
 WIDE = 4  # times the other side: rotating into the basis of such a side costs as many times the layer's own product
 
@@ -49,6 +57,10 @@ class Factors:
         x = matrix if self.QA is None else matrix @ self.QA.mT
         return x if self.QS is None else self.QS @ x
 
+    def on(self, device: torch.device) -> Factors:
+        """The same there."""
+        return Factors(**{part: None if x is None else x.to(device) for part, x in vars(self).items()})  # type: ignore[arg-type]
+
     def seen_from(self, other: Factors) -> Tensor:
         """The diagonal, in the bases of `other`, of the matrix that has these eigenvalues in these bases."""
         x = self.Lambda if (u := _squared_cosines(other.QS, self.QS)) is None else u @ self.Lambda
@@ -71,7 +83,7 @@ class FittedFactors(LayerByLayer):
         """H^-1 applied to gradients [..., out, in]. Directions without curvature or damping give 0 (pseudo-inverse)."""
         if layer not in self.factors:
             raise ValueError(f"layer {layer!r} had no gradient in the curvature batches: leave it out with `layers=`")
-        f = self.factors[layer]
+        f = self.factors[layer].on(matrix.device)
         eigenvalues = (f.Lambda + self.damping * f.Lambda.mean()) / self.tokens_per_sequence
         # Below the smallest normal number the reciprocal overflows. NaN compares false and stays NaN.
         inverse = torch.where(eigenvalues < torch.finfo(eigenvalues.dtype).tiny, 0.0, 1 / eigenvalues)
@@ -87,6 +99,21 @@ class FittedFactors(LayerByLayer):
             return moved.setdefault(id(tensor), tensor.to(device))
 
         factors = {layer: Factors(**{k: there(x) for k, x in vars(f).items()}) for layer, f in self.factors.items()}  # type: ignore[arg-type]
+        return FittedFactors(factors, self.damping, self.tokens_per_sequence)
+
+    def kept(self, offload: Offload) -> FittedFactors:
+        """The same where they are to live, and without what only a later fit would need."""
+        there: dict[int, Tensor] = {}
+
+        def put(tensor: Tensor | None) -> Tensor | None:
+            if tensor is not None and id(tensor) not in there:
+                there[id(tensor)] = moved(offload, tensor)
+            return None if tensor is None else there[id(tensor)]
+
+        factors = {}
+        for layer, f in self.factors.items():
+            empty, Lambda = f.Lambda.new_zeros(0), moved(offload, f.Lambda)
+            factors[layer] = Factors(empty, empty, Lambda, put(f.QA), put(f.QS))
         return FittedFactors(factors, self.damping, self.tokens_per_sequence)
 
     @property
@@ -118,7 +145,7 @@ class Moments:
         a, g, finite = finite_sequences(a, g)
         real = mask & finite[:, None]
         if layer not in self._outputs:
-            self._outputs[layer] = self._moment(layer, a, g, outputs=True)
+            self._outputs[layer] = self._moment(layer, g, outputs=True)
             self._broken[layer] = torch.zeros((), dtype=torch.long, device=g.device)
         if _is_embedding(a):
             self._outputs[layer].count(a, real)
@@ -126,16 +153,31 @@ class Moments:
             self._outputs[layer].add(_only(real, g), real)
         self._broken[layer] += len(finite) - finite.sum()
         if group not in self._inputs:
-            self._inputs[group] = self._moment(layer, a, g, outputs=False)
+            self._inputs[group] = self._moment(layer, g, outputs=False)
         if not known:
             self._inputs[group].add(_only(real, g if _is_embedding(a) else a), real)
+
+    def add_up(self) -> None:
+        """Take in what the other ranks have taken in, each of which has seen batches of its own."""
+        ranks, capture = self._capture.ranks, self._capture
+
+        def summed(what: str, moments: dict[K, _Moment], first: Callable[[K], str]) -> dict[K, _Moment]:
+            totals = {key: moment.total for key, moment in moments.items()}
+            tokens = {key: moment.tokens for key, moment in moments.items()}
+            totals = ranks.sum(what, totals, lambda key: capture.device(first(key)))
+            tokens = ranks.sum(f"tokens of {what}", tokens, lambda key: capture.device(first(key)))
+            return {key: _Moment(total, tokens[key]) for key, total in totals.items()}
+
+        self._inputs = summed("covariances of inputs", self._inputs, lambda group: group[0])
+        self._outputs = summed("covariances of outputs", self._outputs, lambda layer: layer)
+        self._broken = ranks.sum("sequences left out", self._broken, capture.device)
 
     def broken(self, layer: str) -> int:
         """How many sequences were left out of this layer."""
         return int(self._broken[layer])
 
     def sides(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> (A, S). Those of layers that always shared their input are the same object."""
+        """Layer -> (A, S), and give up the sums. Those of layers that always shared their input are the same object."""
         inputs: dict[tuple[tuple[str, ...], ...], Tensor] = {}
         found = {}
         for layer, outputs in self._outputs.items():
@@ -143,24 +185,30 @@ class Moments:
             if groups not in inputs:
                 inputs[groups] = _mean([self._inputs[group] for group in groups])
             found[layer] = inputs[groups], _mean([outputs])
+        self._inputs, self._outputs = {}, {}
         return found
 
-    def _moment(self, layer: str, a: Tensor, g: Tensor, *, outputs: bool) -> _Moment:
-        rows, columns = self._capture.layers[layer].shape
-        n, other = (rows, columns) if outputs else (columns, rows)
-        if _is_embedding(a):
-            return _Moment(g.new_zeros(n) if outputs else g.new_zeros(n, n))
-        largest = self._largest if layer == self._capture.head else max(self._largest, WIDE * other)
-        diagonal = n > largest or (outputs and self._capture.layers[layer].kind == "norm")
-        return _Moment(g.new_zeros(n) if diagonal else g.new_zeros(n, n))
+    def _moment(self, layer: str, g: Tensor, *, outputs: bool) -> _Moment:
+        head = layer == self._capture.head
+        return _Moment(g.new_zeros(side_shape(self._capture.layers[layer], self._largest, outputs=outputs, head=head)))
+
+
+def side_shape(layer: Layer, largest_basis: int, *, outputs: bool, head: bool) -> tuple[int, ...]:
+    """Of one side's covariance, [n, n], or its second moments, [n], if it keeps the identity as its basis."""
+    rows, columns = layer.shape
+    n, other = (rows, columns) if outputs else (columns, rows)
+    if layer.kind == "embedding":
+        return (n,) if outputs else (n, n)
+    largest = largest_basis if head else max(largest_basis, WIDE * other)
+    return (n,) if n > largest or (outputs and layer.kind == "norm") else (n, n)
 
 
 class _Moment:
     """A covariance [n, n], or second moments [n], summed; or how often each of n tokens occurs."""
 
-    def __init__(self, total: Tensor) -> None:
+    def __init__(self, total: Tensor, tokens: Tensor | None = None) -> None:
         self.total = total
-        self.tokens = torch.zeros((), dtype=torch.long, device=total.device)
+        self.tokens = torch.zeros((), dtype=torch.long, device=total.device) if tokens is None else tokens
 
     def add(self, x: Tensor, real: Tensor) -> None:
         self.tokens += real.sum()
@@ -232,20 +280,30 @@ class Rotation:
         return self._last[2]
 
 
-def eigenbasis(layer: str, matrix: Tensor) -> Tensor:
-    """Eigenvectors in columns; NaN throughout if the matrix is not finite or no solver succeeds."""
-    nothing = torch.full_like(matrix, math.nan)
+def eigenbases(ranks: Ranks, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Eigenvectors of each matrix, in columns, on all ranks: each of them has found some, and sent them round."""
+    owners = dealt_by_cost({name: len(matrix) ** 3 for name, matrix in matrices.items()}, ranks.size)
+    found = {
+        name: _eigenbasis(name, matrix) if owners[name] == ranks.rank else matrix.new_empty(matrix.shape)
+        for name, matrix in matrices.items()
+    }
+    ranks.broadcast("eigenvectors", found, owners)
+    return found
+
+
+def _eigenbasis(name: str, matrix: Tensor) -> Tensor:
+    """Eigenvectors in columns; the identity if no solver succeeds, NaN throughout if the matrix is not finite."""
     if not matrix.isfinite().all():
-        return nothing  # no sequence was finite: said once, for all layers
-    for candidate in (matrix, matrix.cpu().double()):
+        return torch.full_like(matrix, math.nan)  # no sequence was finite: said once, for all layers
+    for again in (False, True):
         try:
-            Q: Tensor = torch.linalg.eigh(candidate).eigenvectors
+            Q: Tensor = torch.linalg.eigh(matrix.cpu().double() if again else matrix).eigenvectors
         except RuntimeError:  # no convergence, or the device has no solver
             continue
         if Q.isfinite().all():
             return Q.to(matrix).contiguous()  # as it comes back from a file, whose products are to be the same bits
-    logger.warning("curvature: no eigenbasis for layer %r, every score will be NaN", layer)
-    return nothing
+    logger.warning("curvature: no eigenvectors found for the %s, it is seen in its own basis", name)
+    return torch.eye(len(matrix)).to(matrix)
 
 
 def _only(real: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.base import Curvature, SummingCurvature
+from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, SummingCurvature
 from dynmix.influence.capture import (
     Batch,
     Batches,
@@ -24,12 +24,20 @@ from dynmix.influence.capture import (
     isolated,
     next_token_loss,
 )
+from dynmix.influence.carried import Carried
+from dynmix.influence.datainf import FittedDataInf
+from dynmix.influence.dealing import Turns
 from dynmix.influence.ekfac import EKFAC
+from dynmix.influence.factors import FittedFactors
+from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
+from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
-from dynmix.influence.sets import ProbeSet
+from dynmix.influence.sets import ProbeSet, complete, end
 from dynmix.influence.sets import ratio_of_sums as ratio_of_sums  # part of this module's names
+from dynmix.influence.storage import Offload, check_offload, let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
+from dynmix.ranks import Ranks
 
 _ERROR_SEQUENCES = 8
 
@@ -46,6 +54,10 @@ def group_influence(
     error_sequences: int | None = _ERROR_SEQUENCES,
     loss: Loss = next_token_loss,
     tick: Callable[[], object] | None = None,
+    over_ranks: bool = False,
+    offload: Offload = None,
+    layer_groups: int = 1,
+    rank: int | None = None,
 ) -> Influence:
     """Influence of every domain on every task, with standard errors; leaves no trace in the model.
 
@@ -62,7 +74,7 @@ def group_influence(
 
     Args:
         model: a causal LM of transformers, or any module whose forward returns logits [B, T, V]; also inside DDP, FSDP2
-            or torch.compile. In a sharded run every process must be given the same batches.
+            or torch.compile.
         domains: batches of probe sequences by name. All sets are read more than once, so that they must be lists or
             DataLoaders, no generators. Batches of lists that the curvature is fitted on are not read again here.
         tasks: batches by name.
@@ -77,21 +89,32 @@ def group_influence(
             known to 1 / sqrt(2 n).)
         loss: what is differentiated, if not the next-token cross entropy.
         tick: called after each batch, for a progress bar.
+        over_ranks: share the work over the processes of torch.distributed, if there are several: every one of them must
+            call this, with the same arguments and the same batches in the same order, and gets the same influence,
+            equal to a single process's but for rounding. Every process must hold the whole model or an FSDP2 shard of
+            it. Without it a process measures alone, which for a sharded model all of them must do at once.
+        offload: where gradients, and factors once they are fitted, live while they are not used, which is a layer at a
+            time: None, on the layer's device; "cpu"; "disk", in files mapped into memory that go with the process.
+        layer_groups: measure so many parts of the layers one after the other, each with all passes, and add up.
+        rank: hold each task's preconditioned gradient, layer by layer, by so many singular vectors. The influence says
+            what that leaves out. The tasks are preconditioned one by one (which DataInf reads its batches for).
 
-    Memory: (2 * n_tasks + n_domains) gradients of the measured layers in float32, beside the curvature's factors.
+    Memory: (2 * n_tasks + n_domains) gradients of the measured layers in float32, beside the curvature's factors; see
+    `dynmix.influence.memory.peak_memory`. With `rank`, 2 + n_domains and the singular vectors.
 
     Raises:
-        ValueError: no domain or no task, one without batches or scored tokens, no layer to measure.
+        ValueError: no domain or no task, one without batches or scored tokens, no layer to measure; a curvature that
+            `offload` or `layer_groups` do not go with.
         TypeError: batches that can be read only once.
+        RuntimeError: another rank failed, with its words. (One that fails in a sharded model's own forward or backward
+            pass leaves the others waiting in it, until the process group's timeout.)
 
     Loss or gradients that are not finite raise nothing: the scores they reach are NaN, and a warning names the set.
     """
-    _check(domains, tasks, curvature_batches, error_sequences)
-    capture = Capture(model, layers=layers, loss=loss, tick=tick)
-    measured = _Measured(capture, domains, tasks, strata or {}, error_sequences)
-    with isolated(model):
-        measured.run(EKFAC() if curvature is None else curvature, curvature_batches, keep_scores=False)
-    return measured.influence()
+    how = _How(layers, curvature_batches, strata or {}, error_sequences, loss, tick, offload, layer_groups, rank)
+    ranks = Ranks(over_ranks)
+    with ranks.together():
+        return _measured(model, domains, tasks, curvature, how, ranks, keep_scores=False).influence()
 
 
 @dataclass(frozen=True)
@@ -121,38 +144,83 @@ def scored_groups(
     error_sequences: int | None = _ERROR_SEQUENCES,
     loss: Loss = next_token_loss,
     tick: Callable[[], object] | None = None,
+    over_ranks: bool = False,
+    offload: Offload = None,
+    layer_groups: int = 1,
+    rank: int | None = None,
 ) -> ScoredGroups:
     """`group_influence` with the scores of every domain sequence, all of which are read after the curvature."""
-    _check(domains, tasks, curvature_batches, error_sequences)
-    capture = Capture(model, layers=layers, loss=loss, tick=tick)
-    measured = _Measured(capture, domains, tasks, strata or {}, error_sequences)
-    with isolated(model):
-        measured.run(EKFAC() if curvature is None else curvature, curvature_batches, keep_scores=True)
-    scores = {domain.name: domain.products[:, : len(tasks)] for domain in measured.domains}
-    return ScoredGroups(measured.influence(), scores, {domain.name: domain.tokens for domain in measured.domains})
+    how = _How(layers, curvature_batches, strata or {}, error_sequences, loss, tick, offload, layer_groups, rank)
+    ranks = Ranks(over_ranks)
+    with ranks.together():
+        measured = _measured(model, domains, tasks, curvature, how, ranks, keep_scores=True)
+        scores = {domain.name: domain.products[:, ::2] for domain in measured.domains}
+        return ScoredGroups(measured.influence(), scores, {domain.name: domain.tokens for domain in measured.domains})
+
+
+@dataclass(frozen=True)
+class _How:
+    """The arguments of a measurement, but for what is measured."""
+
+    layers: LayerFilter
+    curvature_batches: Batches | None
+    strata: Mapping[str, int]
+    error_sequences: int | None
+    loss: Loss
+    tick: Callable[[], object] | None
+    offload: Offload
+    layer_groups: int
+    rank: int | None
+
+
+def _measured(
+    model: nn.Module,
+    domains: Mapping[str, Batches],
+    tasks: Mapping[str, Batches],
+    curvature: Curvature | None,
+    how: _How,
+    ranks: Ranks,
+    *,
+    keep_scores: bool,
+) -> _Measured:
+    """Measure part after part of the layers, and add up."""
+    curvature = EKFAC() if curvature is None else curvature
+    _check(domains, tasks, how)
+    if how.layer_groups > 1 and isinstance(curvature, Carried):
+        raise ValueError(
+            "layer_groups: factors that are carried on are of all layers at once: set ema=0, refresh_every=1"
+        )
+    whole: _Measured | None = None
+    for layers in layer_parts(model, how.layers, how.layer_groups):
+        capture = Capture(model, layers=layers, loss=how.loss, tick=how.tick, ranks=ranks, offload=how.offload)
+        part = _Measured(capture, domains, tasks, how)
+        with isolated(model):
+            part.run(curvature, keep_scores=keep_scores)
+        if whole is not None:
+            part.add(whole)
+        whole = part
+    assert whole is not None
+    return whole
 
 
 class _Measured:
     """One measurement, step by step."""
 
     def __init__(
-        self,
-        capture: Capture,
-        domains: Mapping[str, Batches],
-        tasks: Mapping[str, Batches],
-        strata: Mapping[str, int],
-        error_sequences: int | None,
+        self, capture: Capture, domains: Mapping[str, Batches], tasks: Mapping[str, Batches], how: _How
     ) -> None:
-        self.capture, self.error_sequences = capture, error_sequences
-        self.tasks = [ProbeSet("task", name, batches, strata.get(name)) for name, batches in tasks.items()]
+        self.capture, self.how = capture, how
+        self.tasks = [ProbeSet("task", name, batches, how.strata.get(name)) for name, batches in tasks.items()]
         self.domains = [ProbeSet("domain", name, batches) for name, batches in domains.items()]
         self.scores = np.zeros((len(tasks), len(domains)))
+        self.left_out = LeftOut(len(tasks), len(domains))
 
-    def run(self, curvature: Curvature, fit_on: Batches | None, *, keep_scores: bool) -> None:
+    def run(self, curvature: Curvature, *, keep_scores: bool) -> None:
         """Fit the curvature; tasks' gradients, preconditioned; domains' gradients; both sides' standard errors."""
-        capture, n_tasks = self.capture, len(self.tasks)
+        capture = self.capture
         lists = [side.batches for side in self.domains]
-        sums = Sums([()] * len(lists) if keep_scores else lists)
+        sums = Sums([()] * len(lists) if keep_scores else lists, capture.stored)
+        fit_on = self.how.curvature_batches
         if fit_on is None:
             fit_on = _Pool(lists)
             if all(isinstance(batches, list | tuple) for batches in lists):
@@ -161,30 +229,71 @@ class _Measured:
             inverse = curvature.fit_and_sum(capture, fit_on, sums)
         else:
             inverse = curvature.fit(capture, fit_on)
+        if isinstance(inverse, FittedFactors) and not isinstance(curvature, Carried):
+            inverse = inverse.kept(capture.offload)
 
-        towards: dict[str, Tensor] = {}
-        for index, task in enumerate(self.tasks):
-            task.sum_up(capture, towards, slice(2 * index, 2 * index + 2), 2 * n_tasks)
-        # Gradients first, contrasts after them.
-        order = [*range(0, 2 * n_tasks, 2), *range(1, 2 * n_tasks, 2)]
-        for layer, stack in towards.items():  # a layer at a time, so that none is there twice but one
-            towards[layer] = stack[order]
-        inverse.precondition_all(towards)
-
-        gradients = sums.gradients
+        towards = self._towards(inverse)
+        turns, some = Turns(capture.ranks, capture.rerun), None if keep_scores else self.how.error_sequences
         for index, domain in enumerate(self.domains):
-            met = {k: (loss, sums.tokens[index][k]) for k, loss in sums.losses[index].items()}
-            some = None if keep_scores else self.error_sequences
-            domain.sum_up(capture, gradients, slice(index, index + 1), len(self.domains), towards, met, some)
-        self.scores = _products(towards, gradients, n_tasks)
-        for domain in self.domains:
-            wanted = spread_rows(len(domain.tokens), self.error_sequences)
-            if len(domain.products) < len(wanted):
-                domain.products_of(capture, wanted, towards)
+            rows = slice(index, index + 1)
+            domain.sum_up(capture, turns, sums.gradients, rows, len(self.domains), towards, sums.met[index], some)
+        gradients = complete(self.domains, turns, capture, sums.gradients)
+        self.left_out.meet(gradients)
+        self.scores = _products(towards, gradients, capture)
+
+        wanted = self.how.error_sequences
+        spread = [(domain, spread_rows(len(domain.tokens), wanted)) for domain in self.domains]
+        self._vary([(domain, rows) for domain, rows in spread if len(domain.products) < len(rows)], towards)
         towards.clear()
-        inverse.precondition_all(gradients)
-        for task in self.tasks:
-            task.products_of(capture, spread_rows(len(task.tokens), self.error_sequences, task.stratum), gradients)
+        self._precondition(inverse, gradients)
+        self._vary([(t, spread_rows(len(t.tokens), wanted, t.stratum)) for t in self.tasks], gradients)
+
+    def add(self, other: _Measured) -> None:
+        """Take in the measurement of other layers."""
+        self.scores = other.scores + self.scores
+        self.left_out.add(other.left_out)
+        for own, theirs in zip([*self.tasks, *self.domains], [*other.tasks, *other.domains], strict=True):
+            own.products = theirs.products + own.products
+
+    def _towards(self, inverse: InverseCurvature) -> dict[str, Held]:
+        """The tasks' preconditioned gradients by layer, [2 * n_tasks, ...]: each one's, and a draw of its noise."""
+        if self.how.rank is None:
+            return dict(self._preconditioned(self.tasks, inverse))
+        found = []
+        for index, task in enumerate(self.tasks):
+            stacks, thin = self._preconditioned([task], inverse), dict[str, Held]()
+            for layer in list(stacks):
+                stack = stacks.pop(layer).to(self.capture.device(layer))
+                thin[layer], left_out = truncated(stack, self.how.rank, self.how.offload)
+                self.left_out.note(index, layer, stack[0], left_out[0])
+            found.append(thin)
+        return joined(found, self.how.offload)
+
+    def _preconditioned(self, tasks: list[ProbeSet], inverse: InverseCurvature) -> dict[str, Tensor]:
+        capture, towards = self.capture, dict[str, Tensor]()
+        turns = Turns(capture.ranks, capture.rerun)
+        for index, task in enumerate(tasks):
+            task.sum_up(capture, turns, towards, slice(2 * index, 2 * index + 2), 2 * len(tasks))
+        towards = complete(tasks, turns, capture, towards)
+        self._precondition(inverse, towards)
+        return towards
+
+    def _precondition(self, inverse: InverseCurvature, stacks: dict[str, Tensor]) -> None:
+        if not isinstance(inverse, LayerByLayer):
+            if self.how.offload == "cpu" and not isinstance(inverse, FittedDataInf):
+                raise ValueError(f"offload='cpu': {type(inverse).__name__} does not work layer by layer; leave it out")
+            inverse.precondition_all(stacks)
+            return
+        for layer, stack in stacks.items():
+            with on(stack, self.capture.device(layer)) as there:
+                there.copy_(inverse.precondition(layer, there))
+
+    def _vary(self, sets: list[tuple[ProbeSet, list[int]]], towards: Mapping[str, Held]) -> None:
+        """Read some sequences of each set once more, for their products."""
+        turns = Turns(self.capture.ranks, self.capture.rerun)
+        for own, rows in sets:
+            own.products_of(self.capture, turns, rows, towards)
+        end([own for own, _ in sets], turns)
 
     def influence(self) -> Influence:
         """Scores, errors and losses as arrays."""
@@ -192,24 +301,31 @@ class _Measured:
         over_task = np.stack([task.variance() for task in self.tasks])
         error = np.sqrt(_variance(over_domain, over_task, [task.tokens for task in self.tasks]))
         losses = [ratio_of_sums(task.losses[:, None], task.tokens, task.stratum) for task in self.tasks]
-        return Influence(
+        influence = Influence(
             scores=self.scores,
             tasks=[task.name for task in self.tasks],
             domains=[domain.name for domain in self.domains],
             standard_error=np.where(np.isnan(self.scores), np.nan, error),
             task_loss=np.concatenate([value for value, _ in losses]),
             task_loss_standard_error=np.sqrt(np.concatenate([variance for _, variance in losses])),
+            left_out=None if self.how.rank is None else self.left_out.relative,
+            left_out_bound=None if self.how.rank is None else self.left_out.bound,
         )
+        return self.capture.ranks.exchange("the influence", influence)[0]  # machines may round in their own ways
 
 
-def _products(towards: Mapping[str, Tensor], gradients: Mapping[str, Tensor], n_tasks: int) -> Array:
-    """<towards_i, gradients_j> summed over the layers, float64[n_tasks, n_domains]."""
-    total: Array = np.zeros((n_tasks, len(next(iter(gradients.values())))))
+def _products(towards: Mapping[str, Held], gradients: Mapping[str, Tensor], capture: Capture) -> Array:
+    """<towards_2i, gradients_j> summed over the layers, float64[n_tasks, n_domains]."""
+    n_tasks, n_domains = len(next(iter(towards.values()))) // 2, len(next(iter(gradients.values())))
+    total: Array = np.zeros((n_tasks, n_domains))
     for layer, gradient in gradients.items():
         if layer in towards:
+            device = capture.device(layer)
             # Row by row of the matrices, and the rows in float64: a single sum in float32 is that of a million terms.
-            rows = torch.einsum("toi,doi->otd", towards[layer][:n_tasks], gradient)
+            rows = torch.einsum("toi,doi->otd", towards[layer].to(device)[::2], gradient.to(device))
             total += rows.cpu().double().sum(0).numpy()
+            let_go(towards[layer])
+            let_go(gradient)
     return total
 
 
@@ -219,9 +335,8 @@ def _variance(over_domain: Array, over_task: Array, task_tokens: list[Array]) ->
     With independent noises x and y, (G + x)(g + y) varies by Gy, xg and xy. The variance over one side's sequences is
     seen with the other side's noise in it, so xy is in both: the contrasts' part of `over_domain` says how much.
     """
-    n_tasks = len(task_tokens)
     n = np.array([[np.count_nonzero(tokens)] for tokens in task_tokens], dtype=np.float64)
-    over_domain, both = over_domain[:n_tasks], over_domain[n_tasks:] * n / np.maximum(n - 1, 1)
+    over_domain, both = over_domain[::2], over_domain[1::2] * n / np.maximum(n - 1, 1)
     both = np.where(np.isfinite(both), both, 0.0)
     return over_domain + over_task - np.minimum(both, np.minimum(over_domain, over_task))
 
@@ -236,21 +351,19 @@ class _Pool:
         return chain.from_iterable(self._sets)
 
 
-def _check(
-    domains: Mapping[str, Batches],
-    tasks: Mapping[str, Batches],
-    curvature_batches: Batches | None,
-    error_sequences: int | None,
-) -> None:
+def _check(domains: Mapping[str, Batches], tasks: Mapping[str, Batches], how: _How) -> None:
     for kind, sets in (("domains", domains), ("tasks", tasks)):
         if not sets:
             raise ValueError(f"{kind} is empty: give at least one, by name")
         for name, batches in sets.items():
             _check_batches(f"{kind}[{name!r}]", batches)
-    if curvature_batches is not None:
-        _check_batches("curvature_batches", curvature_batches)
-    if error_sequences is not None and error_sequences < 2:
-        raise ValueError(f"error_sequences={error_sequences}: at least 2, or None for all")
+    if how.curvature_batches is not None:
+        _check_batches("curvature_batches", how.curvature_batches)
+    if how.error_sequences is not None and how.error_sequences < 2:
+        raise ValueError(f"error_sequences={how.error_sequences}: at least 2, or None for all")
+    if how.rank is not None and how.rank < 1:
+        raise ValueError(f"rank={how.rank}: at least 1, or None to hold the tasks' gradients whole")
+    check_offload(how.offload)
 
 
 def _check_batches(what: str, batches: Batches) -> None:

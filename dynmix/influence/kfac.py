@@ -53,7 +53,9 @@ class KFAC(FactoredCurvature):
             return consume
 
         total, length = self._read(capture, batches, covariances, sums)
-        factors = self._bases(moments, previous)
+        moments.add_up()
+        factors = self._bases(capture, moments, previous)
+        second = capture.ranks.sum("second moments", second, capture.device)
         for layer, f in factors.items():
             own = second.pop(layer) / (total - moments.broken(layer))
             if capture.layers[layer].kind == "norm":  # its gradient is no product of two sides, and this is all of it

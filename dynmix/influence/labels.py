@@ -5,12 +5,11 @@ Knows models and batches; nothing of what is done with the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from dynmix.influence.batch import Batch, Batches, next_token_labels, next_token_logits
+from dynmix.influence.batch import Batch, next_token_labels, next_token_logits
 from dynmix.influence.capture import Capture
 
 
@@ -25,8 +24,7 @@ def sampled_labels(capture: Capture, batch: Batch, generator: torch.Generator) -
     return {**batch, "labels": torch.cat([first, drawn], dim=1)}
 
 
-def with_sampled_labels(capture: Capture, batches: Batches, seed: int) -> Iterator[Batch]:
-    """The batches with labels drawn from the model, the same ones every time."""
-    generator = torch.Generator(next(capture.model.parameters()).device).manual_seed(seed)
-    for batch in batches:
-        yield sampled_labels(capture, batch, generator)
+def label_generator(capture: Capture, seed: int, number: int) -> torch.Generator:
+    """What the labels of batch `number` are drawn with: the same in every pass, whoever reads the batches before it."""
+    own = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+    return torch.Generator(next(capture.model.parameters()).device).manual_seed(own)

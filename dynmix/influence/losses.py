@@ -9,27 +9,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.capture import Batches, Loss, isolated, next_token_loss, unwrap
-from dynmix.influence.group import ratio_of_sums
+from dynmix.influence.capture import Batch, Batches, Loss, isolated, next_token_loss, unwrap
+from dynmix.influence.dealing import Turns
+from dynmix.influence.sets import ratio_of_sums
+from dynmix.observation import Array
+from dynmix.ranks import Ranks
 
 
 def task_losses(
-    model: nn.Module, tasks: Mapping[str, Batches], loss: Loss = next_token_loss
+    model: nn.Module, tasks: Mapping[str, Batches], loss: Loss = next_token_loss, *, over_ranks: bool = False
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return each task's mean loss in nats per token, and its standard error over the task's sequences.
 
-    Leaves no trace in the model. The standard error is infinite for a single sequence.
+    Leaves no trace in the model. The standard error is infinite for a single sequence. `over_ranks` as in
+    `group_influence`.
     """
     model = unwrap(model)
     device = next(model.parameters()).device
+    ranks = Ranks(over_ranks)
+
+    def run(batch: Batch) -> tuple[Array, Array]:
+        nats, tokens = loss(model, {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
+        return nats.double().cpu().numpy(), tokens.double().cpu().numpy()
+
     means, errors = {}, {}
-    with isolated(model), torch.no_grad():
-        for name, batches in tasks.items():
-            parts = [
-                loss(model, {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
-                for batch in batches
-            ]
-            nats, tokens = (np.concatenate([part[i].double().cpu().numpy() for part in parts]) for i in (0, 1))
+    with ranks.together(), isolated(model), torch.no_grad():
+        turns = Turns(ranks, run)
+        own = [{turn.number: run(turn.batch) for turn in turns(batches) if turn.mine} for batches in tasks.values()]
+        for name, found in zip(tasks, turns.gathered("the tasks' losses", own), strict=True):
+            nats, tokens = (np.concatenate(parts) for parts in zip(*found.values(), strict=True))
             mean, variance = ratio_of_sums(nats[:, None], tokens)
             means[name], errors[name] = float(mean[0]), float(np.sqrt(variance[0]))
     return means, errors

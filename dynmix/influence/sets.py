@@ -6,18 +6,30 @@ Knows batches and arrays; nothing of what the other side is, nor of the curvatur
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynmix.influence.capture import Batches, Capture, token_mask
+from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
+from dynmix.influence.low_rank import Held
 from dynmix.influence.probes import picked
+from dynmix.influence.storage import let_go, on
 from dynmix.observation import Array
 
 logger = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """Of one batch's sequences: losses and scored tokens, float64[B], and products, float64[B, n_towards]."""
+
+    losses: Array
+    tokens: Array
+    products: Array | None = None
 
 
 class ProbeSet:
@@ -26,6 +38,7 @@ class ProbeSet:
     Attributes:
         losses, tokens: float64[n_sequences], nats and scored tokens.
         products: float64[n, n_towards] of some of the sequences, with `product_tokens` float64[n].
+        found: number of the batch -> what this rank has found in the pass that is on.
     """
 
     def __init__(self, kind: str, name: str, batches: Batches, stratum: int | None = None) -> None:
@@ -33,102 +46,107 @@ class ProbeSet:
         self.losses = self.tokens = self.product_tokens = np.zeros(0)
         self.products = np.zeros((0, 0))
         self.sizes: list[int] = []
+        self.found: dict[int, Found] = {}
+        self._rows = slice(0)
 
     def sum_up(
         self,
         capture: Capture,
+        turns: Turns,
         gradients: dict[str, Tensor],
         rows: slice,
         n_rows: int,
-        towards: Mapping[str, Tensor] | None = None,
+        towards: Mapping[str, Held] | None = None,
         met: Mapping[int, tuple[Tensor, Tensor]] | None = None,
         varied: int | None = None,
     ) -> None:
-        """Add the gradient of the mean loss per token to `gradients`, layer -> [n_rows, out, in], at the first row.
+        """Add this rank's part of the loss's gradient to `gradients`, layer -> [n_rows, out, in], at the first row.
 
-        In a second row, if there is one, goes the same sum with the signs of the sequences alternating and the mean
-        taken out: one draw of the noise in the first. Sequences' gradients meet `towards` [n, out, in] in passing,
-        those of batches enough for `varied` sequences, None: all. Of the batches in `met` losses and tokens are given,
-        and their gradients have been added.
+        In a second row, if there is one, goes the same sum with the signs of the sequences alternating. Sequences'
+        gradients meet `towards` [n, out, in] in passing, those of batches enough for `varied` sequences, None: all. Of
+        the batches in `met` losses and tokens are given, and their gradients have been added. See `complete`.
         """
         met = met or {}
+        self._rows = rows
+        self.found = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
         chosen = None if varied is None else _spread_batches(self.batches, met, varied)
-        losses, tokens, found = [], [], []
-        done = 0
-        for number, batch in enumerate(self.batches):
-            if number in met:
-                loss, count = met[number]
-            else:
-                meeting = towards if chosen is None or number in chosen else None
-                product = _Products(meeting)
+        for turn in turns(self.batches, but=met):
+            if not turn.mine:
+                continue
+            meeting = towards if chosen is None or turn.number in chosen else None
+            product = _Products(meeting)
 
-                def consume(
-                    layer: str,
-                    a: Tensor,
-                    g: Tensor,
-                    mask: Tensor,
-                    meeting: Mapping[str, Tensor] | None = meeting,
-                    product: _Products = product,
-                    done: int = done,
-                ) -> None:
-                    if layer not in gradients:
-                        gradients[layer] = capture.zeros(layer, n_rows)
-                    to, own = gradients[layer][rows], gradients_of(a, g)
-                    other = None if meeting is None else meeting.get(layer)
+            def consume(
+                layer: str,
+                a: Tensor,
+                g: Tensor,
+                mask: Tensor,
+                meeting: Mapping[str, Held] | None = meeting,
+                product: _Products = product,
+                first: int = turn.first,
+            ) -> None:
+                if layer not in gradients:
+                    gradients[layer] = capture.stored(layer, n_rows)
+                own, held = gradients_of(a, g), None if meeting is None else meeting.get(layer)
+                other = None if held is None else held.to(g.device)
+                with on(gradients[layer][rows], g.device) as to:
                     if len(to) == 1 and other is None:
                         own.add_sum(to[0])
                     else:
-                        weights = torch.as_tensor(np.stack([np.ones(len(g)), _signs(done, len(g))][: len(to)])).to(g)
+                        weights = torch.as_tensor(np.stack([np.ones(len(g)), _signs(first, len(g))][: len(to)])).to(g)
                         product.add(own.add_weighted(weights, to, other))
+                let_go(held)
 
-                loss, count = capture.run(batch, consume)
-                if meeting is not None:
-                    found.append((product.total(len(loss)), count.numpy()))
-            losses.append(loss.numpy())
-            tokens.append(count.numpy())
-            done += len(loss)
-        if not losses:
+            loss, count = capture.run(turn.batch, consume)
+            products = None if meeting is None else product.total(len(loss))
+            self.found[turn.number] = Found(loss.numpy(), count.numpy(), products)
+
+    def products_of(self, capture: Capture, turns: Turns, rows: list[int], towards: Mapping[str, Held]) -> None:
+        """Read this rank's share of these of the sequences again, for their products with `towards` alone."""
+        for turn in turns(picked(self.batches, self.sizes, rows)):
+            if not turn.mine:
+                continue
+            product = _Products(towards)
+
+            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor, product: _Products = product) -> None:
+                if layer in towards:
+                    product.add(gradients_of(a, g).products(towards[layer].to(g.device)))
+                    let_go(towards[layer])
+
+            loss, count = capture.run(turn.batch, consume)
+            self.found[turn.number] = Found(loss.numpy(), count.numpy(), product.total(len(loss)))
+
+    def take(self, found: Mapping[int, Found]) -> None:
+        """End a pass: what was found in it, by the number of the batch, in order."""
+        if not found:
             raise ValueError(
                 f"{self.kind} {self.name!r} has no batches in this pass: it must give the same ones every time"
             )
-        self.sizes = [len(some) for some in losses]
-        self.losses, self.tokens = np.concatenate(losses), np.concatenate(tokens)
-        if found:
-            self.products, self.product_tokens = (np.concatenate(part) for part in zip(*found, strict=True))
-        self._normalise(gradients, rows)
+        self.found = {}
+        products = [(own.products, own.tokens) for own in found.values() if own.products is not None]
+        if products:
+            self.products, self.product_tokens = (np.concatenate(part) for part in zip(*products, strict=True))
+        if not self.sizes:  # the first pass is over all of them
+            self.sizes = [len(own.losses) for own in found.values()]
+            self.losses = np.concatenate([own.losses for own in found.values()])
+            self.tokens = np.concatenate([own.tokens for own in found.values()])
 
-    def _normalise(self, gradients: dict[str, Tensor], rows: slice) -> None:
+    def normalise(self, gradients: Mapping[str, Tensor]) -> None:
+        """Make the sum a mean over the tokens, and of the signed sum, less that mean, one draw of the noise in it."""
         scored = self.tokens.sum()
         if scored == 0:
             raise ValueError(f"{self.kind} {self.name!r} has no scored token: every label is -100 or masked")
         signed = float(_signs(0, len(self.tokens)) @ self.tokens)
         finite = bool(np.isfinite(self.losses).all())
         for stack in gradients.values():
-            own = stack[rows]
+            own = stack[self._rows]
             own[0] /= scored
             for contrast in own[1:]:
                 contrast.sub_(own[0] * signed).div_(scored)
             finite = finite and bool(own[0].isfinite().all())
+            let_go(stack)
         if not finite:
             logger.warning("%s %r: a loss or gradient is not finite, its influence is NaN", self.kind, self.name)
-
-    def products_of(self, capture: Capture, rows: list[int], towards: Mapping[str, Tensor]) -> None:
-        """Read these of the sequences again, for their products with `towards` alone."""
-        found = []
-        for batch in picked(self.batches, self.sizes, rows):
-            product = _Products(towards)
-
-            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor, product: _Products = product) -> None:
-                if layer in towards:
-                    product.add(gradients_of(a, g).products(towards[layer]))
-
-            loss, count = capture.run(batch, consume)
-            found.append((product.total(len(loss)), count.numpy()))
-        if not found:
-            raise ValueError(
-                f"{self.kind} {self.name!r} has no batches in this pass: it must give the same ones every time"
-            )
-        self.products, self.product_tokens = (np.concatenate(part) for part in zip(*found, strict=True))
 
     def variance(self) -> Array:
         """Of the products' sum a token, over all sequences of the set, as those with products say; [n_towards]."""
@@ -140,6 +158,24 @@ class ProbeSet:
         number = np.count_nonzero(self.tokens) / max(1, int(np.count_nonzero(self.product_tokens)))
         scaled: Array = variance * share**2 * number
         return scaled
+
+
+def complete(
+    sets: Sequence[ProbeSet], turns: Turns, capture: Capture, gradients: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """End a pass of `ProbeSet.sum_up` over the sets: each takes what all ranks found; the gradients of mean losses."""
+    end(sets, turns)
+    gradients = capture.ranks.sum("gradients", gradients, capture.device)
+    for own in sets:
+        own.normalise(gradients)
+    return gradients
+
+
+def end(sets: Sequence[ProbeSet], turns: Turns) -> None:
+    """End a pass over the sets: each takes what all ranks found in it."""
+    what = f"the pass over {', '.join(f'{own.kind} {own.name!r}' for own in sets)}"
+    for own, found in zip(sets, turns.gathered(what, [own.found for own in sets]), strict=True):
+        own.take(found)
 
 
 def _spread_batches(batches: Batches, but: Mapping[int, object], sequences: int) -> set[int] | None:
@@ -157,7 +193,7 @@ def _spread_batches(batches: Batches, but: Mapping[int, object], sequences: int)
 class _Products:
     """The products of one batch's sequences, added up over the layers in float64 on the CPU."""
 
-    def __init__(self, towards: Mapping[str, Tensor] | None) -> None:
+    def __init__(self, towards: Mapping[str, Held] | None) -> None:
         self._width = len(next(iter(towards.values()))) if towards else 0
         self._parts: list[Tensor] = []
 

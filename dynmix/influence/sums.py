@@ -6,12 +6,13 @@ not be read again. Knows batches and arrays; no model, no curvature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches
+from dynmix.influence.storage import on
 
 
 class Sums:
@@ -20,35 +21,49 @@ class Sums:
     A batch is known by being the same object, which only lists and tuples promise; batches of other containers (a
     DataLoader) are never waited for.
 
+    Args:
+        sets: the batches of each.
+        stored: makes zeros for a layer [n, out, in]; None: beside the gradients.
+
     Attributes:
-        gradients: layer -> [n_sets, out, in].
-        losses, tokens: for each set, number of the batch -> what `Capture.run` returned for it.
+        gradients: layer -> [n_sets, out, in], of the batches that this rank has run.
+        met: for each set, number of the batch -> the losses and tokens that `Capture.run` returned for it, on any rank.
     """
 
-    def __init__(self, sets: Sequence[Batches]) -> None:
+    def __init__(self, sets: Sequence[Batches], stored: Callable[[str, int], Tensor] | None = None) -> None:
+        self._stored = stored
         self.gradients: dict[str, Tensor] = {}
-        self.losses: list[dict[int, Tensor]] = [{} for _ in sets]
-        self.tokens: list[dict[int, Tensor]] = [{} for _ in sets]
+        self.met: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in sets]
         self._where: dict[int, list[tuple[int, int]]] = {}
+        self._added: dict[int, list[tuple[int, int]]] = {}
         for index, batches in enumerate(sets):
             for number, batch in enumerate(batches if isinstance(batches, list | tuple) else ()):
                 self._where.setdefault(id(batch), []).append((index, number))
 
     def waits_for(self, batch: Batch) -> bool:
         """Whether it is a batch of a set, and was not met yet."""
-        return any(number not in self.losses[index] for index, number in self._where.get(id(batch), ()))
+        return id(batch) in self._where
 
     def add(self, layer: str, batch: Batch, gradient: Tensor) -> None:
         """Add the gradient of the batch's summed loss, [out, in], to the sets that hold it."""
         if layer not in self.gradients:
-            self.gradients[layer] = gradient.new_zeros(len(self.losses), *gradient.shape)
+            n = len(self.met)
+            new = self._stored(layer, n) if self._stored else gradient.new_zeros(n, *gradient.shape)
+            self.gradients[layer] = new
         for index, _ in self._where[id(batch)]:
-            self.gradients[layer][index] += gradient
+            with on(self.gradients[layer][index], gradient.device) as total:
+                total += gradient
 
-    def met(self, batch: Batch, losses: Tensor, tokens: Tensor) -> None:
-        """Every layer's gradient of the batch has been added; from here on it is waited for no more."""
-        for index, number in self._where[id(batch)]:
-            self.losses[index][number], self.tokens[index][number] = losses, tokens
+    def added(self, batch: Batch, number: int) -> None:
+        """Every layer's gradient of batch `number` of a pass is added, on some rank; it is waited for no more."""
+        if (places := self._where.pop(id(batch), None)) is not None:
+            self._added[number] = places
+
+    def ended(self, found: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """The pass is over: number of the batch -> losses and tokens."""
+        for number, places in self._added.items():
+            for index, own in places:
+                self.met[index][own] = found[number]
 
 
 def within_budget(batches: Batches, tokens: int | None) -> Batches:

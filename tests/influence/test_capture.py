@@ -1,11 +1,7 @@
 import logging
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -311,19 +307,3 @@ def test_custom_loss_of_a_classifier() -> None:
     gradients = captured(model, batch, loss=loss)
     weight, bias = torch.autograd.grad(loss(model, batch)[0].sum(), list(model[2].parameters()))
     torch.testing.assert_close(gradients["2"].sum(0), torch.cat([weight, bias[:, None]], 1))
-
-
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_distributed_training_is_bit_identical(wrapper: str, tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("distributed_worker.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = [sys.executable, str(worker), wrapper, str(tmp_path / "rendezvous")]
-    processes = [
-        subprocess.Popen([*arguments, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

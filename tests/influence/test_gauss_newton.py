@@ -100,7 +100,7 @@ def test_factors_with_the_models_own_labels_are_close_to_it(tiny_lm: Models, tok
     )
     for scores in (ekfac, kfac):
         assert np.corrcoef(exact, scores)[0, 1] > max(0.85, np.corrcoef(exact, none)[0, 1])
-        assert 0.7 < scores @ exact / (exact @ exact) < 1.4
+        assert 0.7 < scores @ exact / (exact @ exact) < 1.6  # few sequences, of one draw each
 
 
 def test_refusals_and_warnings(tiny_lm: Models, token_batches: Batcher, caplog: pytest.LogCaptureFixture) -> None:
