@@ -106,6 +106,15 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> Batch:
     return batch
 
 
+def split(batches: Iterable[Batch], size: int) -> list[Batch]:
+    """Return the batches with those of more than `size` sequences cut into such of at most as many."""
+    return [
+        {key: x[i : i + size] if len(x) == len(batch["input_ids"]) else x for key, x in batch.items()}
+        for batch in batches
+        for i in range(0, len(batch["input_ids"]), size)
+    ]
+
+
 def scored_sequence(batches: Sequence[Batch], name: str) -> Batch:
     """Return the first sequence that has a scored token, as a batch of one; raise ValueError if there is none."""
     for batch in batches:

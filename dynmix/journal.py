@@ -28,7 +28,7 @@ class Seconds(TypedDict):
 class Row(TypedDict):
     """What is written down at a stage boundary, and once more (`kind="final"`) when the run ends.
 
-    Every key is always present, but for one that earlier versions did not write. A number that was NaN or infinite is
+    Every key is always present, but for those that earlier versions did not write. A number that was NaN or infinite is
     `None`: JSON has no other word for it.
     Losses and gains are in nats per token; influence is in nats per token per unit of weight, and positive helps.
     """
@@ -60,6 +60,9 @@ class Row(TypedDict):
     message: str  # the decision in words
     error: str | None  # why the previous weights were kept
     seconds: Seconds
+    left_out: NotRequired[dict[str, float | None] | None]  # task -> share of its gradient that a low rank leaves out
+    left_out_bound: NotRequired[list[list[float | None]] | None]  # [n_tasks][n_domains], what a score can be wrong by
+    warnings: NotRequired[list[str]]  # what was logged as such while it was measured and decided
 
 
 class Journal:

@@ -44,12 +44,15 @@ def make_row(
     message: str = "",
     again: Sequence[NewEpoch] = (),
     seconds: Mapping[str, float] | None = None,
+    warnings: Sequence[str] = (),
 ) -> Row:
     """Return the row of the last published stage, or the final one; `position`: samples trained on before it."""
     schedule, final = dataset.schedule, kind == "final"
     drawn = dict(zip(dataset.domains, schedule.counts(position).tolist(), strict=True))
     errors = None if influence is None else influence.standard_error
     seconds = seconds or {}
+    missing = None if influence is None else influence.left_out
+    bound = None if influence is None else influence.left_out_bound
     return Row(
         kind=kind,
         stage=schedule.num_stages - 1,
@@ -80,6 +83,9 @@ def make_row(
             "propose": seconds.get("propose", 0.0),
             "snapshot": seconds.get("snapshot", 0.0),
         },
+        left_out=None if missing is None else dict(zip(tasks, missing.tolist(), strict=True)),
+        left_out_bound=None if bound is None else bound.tolist(),
+        warnings=list(warnings),
     )
 
 

@@ -292,3 +292,9 @@ def test_a_guard_is_marked_and_one_on_other_sequences_each_time_is_not_compared(
     assert not re.search(held_out, losses)
     assert re.search(held_out + " <small>guard</small>", influence)
     assert "1 task ·" in text
+
+
+def test_what_was_warned_of_is_told_beside_the_decision(tmp_path: Path) -> None:
+    path = write_journal(tmp_path / "journal.jsonl", ["a", "b"], ["t"], stages=2, warnings=["out of <memory>"])
+    page = Page(write_report(path, tmp_path / "report.html").read_text())
+    assert page.text.count("Warning: out of <memory>") == 3
