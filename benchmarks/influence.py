@@ -1,6 +1,6 @@
 """What a measurement costs over its floor F: one forward and backward pass over the same domain and task sequences.
 
-    python benchmarks/influence.py [--rounds 3] [--shrink 1] [--kronfluence]
+    python benchmarks/influence.py [--rounds 3] [--shrink 1] [--kronfluence] [--memory]
 
 A Llama of hidden size 256 and 4 layers, 8 domains x 64 and 4 tasks x 32 sequences of 256 tokens. F is a training step's
 forward and backward pass without its optimizer. The lines are ratios to F in processor time, measured in turn in one
@@ -9,15 +9,22 @@ process, beside the ratio that the matrix products alone would have. `--shrink 4
 `--kronfluence` runs kronfluence instead, where it can be imported, and the measurement beside it, on the blocks' linear
 layers alone (it would take the covariance of the whole vocabulary), with the same damping: how long each takes, and how
 far the scores are apart where the factors are the same.
+
+`--memory` prints peaks of the resident set instead, over what there was before, each of a process of its own: what is
+said before the start, what is measured with as many sequences and with a quarter of them, and with `--kronfluence` what
+its per-sample mode takes for all pairs, with the queries' gradients of one batch held at a time, and with all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynmix import EKFAC, Identity, Layers, group_influence
 from dynmix.influence.capture import measurable_layers
+from dynmix.influence.memory import peak_memory
 
 DOMAINS, DOMAIN_SEQUENCES, TASKS, TASK_SEQUENCES, LENGTH, MICRO_BATCH, VOCAB = 8, 64, 4, 32, 256, 8, 4096
 
@@ -45,7 +53,7 @@ def build(shrink: int) -> tuple[LlamaForCausalLM, Sets, Sets]:
 
     def batches(sequences: int) -> Batches:
         shape = (MICRO_BATCH, LENGTH)
-        count = sequences // shrink // MICRO_BATCH
+        count = max(1, sequences // shrink // MICRO_BATCH)
         return [{"input_ids": torch.randint(0, VOCAB, shape, generator=generator)} for _ in range(count)]
 
     torch.manual_seed(0)
@@ -92,7 +100,7 @@ def products(model: LlamaForCausalLM, share: float, again: float) -> float:
 
 
 def kronfluence_scores(
-    model: LlamaForCausalLM, domains: Sets, tasks: Sets, folder: str, aggregate: bool
+    model: LlamaForCausalLM, domains: Sets, tasks: Sets, folder: str, aggregate: bool, query_batch: int = MICRO_BATCH
 ) -> torch.Tensor:
     """Mean over pairs of sequences of its score, [n_tasks, n_domains].
 
@@ -102,6 +110,7 @@ def kronfluence_scores(
         tasks: all of them are the queries.
         folder: for its files.
         aggregate: whether it sums the queries' gradients, which it can do of a whole task alone: a call each.
+        query_batch: queries whose gradients it holds at once; for each so many it reads the training data anew.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -144,7 +153,7 @@ def kronfluence_scores(
     scores = []
     for name, queries in sets.items():
         analyzer.compute_pairwise_scores(
-            name, "factors", queries, train, MICRO_BATCH, MICRO_BATCH, score_args=arguments, overwrite_output_dir=True
+            name, "factors", queries, train, query_batch, MICRO_BATCH, score_args=arguments, overwrite_output_dir=True
         )
         found = analyzer.load_pairwise_scores(name)["all_modules"].double()
         scores.append(found / len(queries) if aggregate else found)
@@ -192,12 +201,60 @@ def beside_kronfluence(domains: Sets, tasks: Sets, shrink: int) -> None:
     Console().print(table)
 
 
+def resident(key: str) -> int:
+    """KiB of this process's resident set: VmRSS is now, VmHWM its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def peak_of(what: str, shrink: int) -> float:
+    """MiB by which the resident set grows, at its peak; to be called in a process of its own."""
+    torch.set_num_threads(1)
+    model, domains, tasks = build(shrink)
+    blocks = Layers(exclude="lm_head")
+    batches = [batch for own in domains.values() for batch in own]
+    model(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
+    model.zero_grad()
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    if what == "dynmix, said":
+        one = {"input_ids": batches[0]["input_ids"][:1]}
+        said = peak_memory(model, one, domains=DOMAINS, tasks=TASKS, micro_batch=MICRO_BATCH, layers=blocks)
+        return said.total / 2**20
+    if what == "dynmix":
+        group_influence(model, domains, tasks, layers=blocks)
+    else:
+        queries = MICRO_BATCH if what.endswith("a batch") else TASKS * TASK_SEQUENCES // shrink
+        with tempfile.TemporaryDirectory() as folder:
+            kronfluence_scores(model, domains, tasks, folder, aggregate=False, query_batch=queries)
+    return (resident("VmHWM") - before) / 1024
+
+
+def memory(shrink: int, kronfluence: bool) -> None:
+    """Print the peaks."""
+    runs = [("dynmix, said", shrink), ("dynmix", 4 * shrink), ("dynmix", shrink)]
+    if kronfluence:
+        runs += [
+            ("kronfluence, all pairs, queries of a batch", shrink),
+            ("kronfluence, all pairs, all queries", shrink),
+        ]
+    for what, divisor in runs:
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            peak = process.apply(peak_of, (what, divisor))
+        print(f"{what:45}{DOMAINS * DOMAIN_SEQUENCES // divisor:6} domain sequences {peak:8.0f} MiB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shrink", type=int, default=1)
     parser.add_argument("--kronfluence", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
+    if arguments.memory:
+        memory(arguments.shrink, arguments.kronfluence)
+        return
     model, domains, tasks = build(arguments.shrink)
     if arguments.kronfluence:
         beside_kronfluence(domains, tasks, arguments.shrink)
