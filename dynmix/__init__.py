@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynmix.controller import MixtureController
     from dynmix.groups import open_groups
+    from dynmix.in_run import InRun
     from dynmix.influence.curvature import EKFAC, KFAC, AdamDiagonal, DataInf, GaussNewton, Identity
     from dynmix.influence.group import group_influence
     from dynmix.influence.layers import Layers
@@ -32,6 +33,7 @@ __all__ = [
     "FlatTokens",
     "GaussNewton",
     "Identity",
+    "InRun",
     "Influence",
     "Layers",
     "Mixer",
@@ -60,6 +62,7 @@ _HOME = {
     "FlatTokens": "dynmix.mixture.flat",
     "GaussNewton": "dynmix.influence.curvature",
     "Identity": "dynmix.influence.curvature",
+    "InRun": "dynmix.in_run",
     "Influence": "dynmix.observation",
     "KFAC": "dynmix.influence.curvature",
     "Layers": "dynmix.influence.layers",

@@ -8,27 +8,34 @@ stage gets does not depend on when the work is done, since a stage starts at a d
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from dynmix.budget import EpochBudget
 from dynmix.decider import Decider
 from dynmix.drawn import DrawnMixtures
+from dynmix.heard import warnings_heard
+from dynmix.in_run import InRun, InRunInfluence
 from dynmix.influence.capture import LayerFilter, unwrap
 from dynmix.influence.curvature import EKFAC, Curvature
+from dynmix.influence.memory import PeakMemory
+from dynmix.influence.storage import Offload
 from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixture.accounting import NewEpoch, UsedUp, in_words, new_epochs, used_up
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
-from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
+from dynmix.ranks import from_rank_0, gathered, is_rank_0, on_every_rank
 from dynmix.record import Losses, log_keys, losses_of, make_row
 from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
@@ -70,6 +77,10 @@ class MixtureController:
             with an influence; raise it for short stages, as mixers that learn from the training loss like them.
         layers: which linear layers are measured, as `group_influence` takes it; None: all, and where the whole corpus
             is scored, `dynmix.influence.sample.last_layers`.
+        in_run: have the training's own backward passes measure the domains, in the last steps of each stage; None:
+            passes of their own do, at the boundary. The journal's task losses are then those at the boundary, and the
+            influence is measured against the tasks as they were when the window began.
+        offload, layer_groups, rank: ways to take less memory for an influence at a boundary, see `group_influence`.
 
     Raises:
         ValueError: what the arguments say is impossible, with the argument's name, before anything is trained.
@@ -95,6 +106,10 @@ class MixtureController:
         keep: int = 2,
         loss_every: int = 1,
         layers: LayerFilter = None,
+        in_run: InRun | None = None,
+        offload: Offload = None,
+        layer_groups: int = 1,
+        rank: int | None = None,
     ):
         if stage_steps < 2:
             raise ValueError(
@@ -117,7 +132,13 @@ class MixtureController:
             sample_sequences=sample_sequences,
             micro_batch=micro_batch,
             layers=layers,
+            offload=offload,
+            layer_groups=layer_groups,
+            rank=rank,
         )
+        self.in_run: InRunInfluence | None = None
+        if in_run is not None:
+            self.in_run = InRunInfluence(in_run, self.measurement, dataset, self.decider.needs, stage_steps)
         self.sampler: Sampler | None = None
         if "samples" in self.decider.needs:
             self.sampler = Sampler(
@@ -138,10 +159,13 @@ class MixtureController:
         self.folder: RunFolder | None = None
         if output is not None:
             self.write_to(output)
+        self.memory: PeakMemory | None = None  # what a measurement takes, known when the run begins
         self.batch_size = 0  # samples an optimizer step, over all ranks; known when the run is planned
         self._planned = 0  # samples of the whole run
+        self._warnings: list[str] = []  # what was warned of since the journal's last row
         self._untold: list[NewEpoch | UsedUp] = []  # what the log is yet to tell of the stages that are published
         self.resumed = self._watched = False
+        self._window: Mapping[str, Any] | None = None  # of an in-run influence, in the state that was loaded
         self._factors: str | None = None  # the file of the curvature's, if it carries any on
         self._dataset_state: tuple[tuple[int, int | None], dict[str, Any]] | None = None
 
@@ -200,8 +224,15 @@ class MixtureController:
                 f"{self.measurement.curvature}: factors that are carried from stage to stage are kept in files: pass "
                 "output=, a folder"
             )
+        if self.in_run is not None and self.folder is None:
+            raise ValueError("in_run= keeps the tasks' gradients in files: pass output=, a folder")
         self.batch_size = batch_size
         if isinstance(self.dataset, MixtureDataset):
+            if batch_size % (group := self.dataset.homogeneous):
+                raise ValueError(
+                    f"batch_size={batch_size}: a step takes whole groups of the homogeneous={group} samples of one "
+                    "domain that stand in a row"
+                )
             self.dataset.plan_steps(batch_size)
         self._planned = len(self.dataset) if max_steps is None else min(len(self.dataset), max_steps * batch_size)
         if schedule.num_stages > 1 and not self.resumed:
@@ -237,8 +268,13 @@ class MixtureController:
             model: the model that trains, unwrapped or wrapped.
             step: optimizer steps already done.
         """
+        with warnings_heard(self._warnings):
+            return self._begin(model, step)
+
+    def _begin(self, model: nn.Module, step: int) -> dict[str, float] | None:
         self.watch(model)
         influence, drawn = self.measurement.rehearse(model) if self.decider.needs & MEASURED else (None, None)
+        self._say_memory(model)
         schedule = self.dataset.schedule
         first = schedule.starts[0]  # that is known: a state may have left out the oldest stages
         upper = self.budget.upper(first, self.stage_steps * self.batch_size)
@@ -252,6 +288,9 @@ class MixtureController:
                     f"the state is older than step {step}: the stage of sample {self._boundary()} is not in it; resume "
                     "model and mixture from the same checkpoint"
                 )
+            if self.in_run is not None and self.folder is not None and self._window is not None:
+                window = self._window_from(int(self._window["began"]))
+                self.in_run.resume(model, self.folder, self._window, step, window)
             again = self._look_ahead(step * self.batch_size)
             self._untold = self._to_tell(again, step * self.batch_size)
             return self._decide(model, step) if self._is_due(step) else None
@@ -269,15 +308,45 @@ class MixtureController:
             data_logger.warning("stage 0 will read again: %s", in_words(again))
         return logs
 
+    def _say_memory(self, model: nn.Module) -> None:
+        if not self.decider.needs & MEASURED or self.in_run is not None:
+            return
+        try:
+            self.memory = self.measurement.peak_memory(model)
+        except Exception as failure:  # it is but an estimate
+            logger.warning("what a measurement will take of memory is not known: %s", _words(failure))
+            return
+        if is_rank_0():
+            tqdm.write(f"dynmix: a measurement takes about {self.memory}", file=sys.stderr)
+
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
         self.dataset.pulse()
         self._tell(step)
         self.decider.observe(step, self.batch_size)
         logs = self.sampler.step_ended(model, step) if self.sampler is not None else {}
-        if self._is_due(step):
-            logs |= self._decide(model, step)
+        with warnings_heard(self._warnings):
+            if self.in_run is not None:
+                self.in_run.step_ended(step, self.batch_size)
+            if self._is_due(step):
+                logs |= self._decide(model, step)
+            if self.in_run is not None:
+                self._arm(self.in_run, model, step)
         return logs or None
+
+    def _arm(self, in_run: InRunInfluence, model: nn.Module, step: int) -> None:
+        """Open the window of an in-run influence, if it is time: it ends as the next stage is decided."""
+        stage, carried = self.dataset.schedule.num_stages, self.measurement.carried
+        begins = self._boundary() - (in_run.options.window + 1) * self.batch_size
+        if self.folder is None or step * self.batch_size != begins or self._boundary() >= self.total:
+            return
+        in_run.arm(model, self.folder, stage, self.keep, step, self._window_from(step))
+        if carried is not None:
+            self._factors = self.folder.save_factors(carried, stage, self.keep)
+
+    def _window_from(self, step: int) -> range:
+        """Positions from the end of a step to the end of the stage that is to be decided next."""
+        return range(step * self.batch_size, self._boundary() + self.stage_steps * self.batch_size)
 
     def _look_ahead(self, position: int) -> list[NewEpoch]:
         """Which domains will begin to be read again from `position` on. Raises ValueError if one cannot be read."""
@@ -317,10 +386,12 @@ class MixtureController:
         """Measure the task losses once more and close the journal; return what a tracker should log."""
         if self.decider.watch is not None:
             self.decider.watch.detach()
+        if self.in_run is not None:
+            self.in_run.close()
         loss, error = None, None
         seconds: dict[str, float] = {}
         try:
-            with _timed(seconds, "measure"):
+            with _timed(seconds, "measure"), warnings_heard(self._warnings):
                 loss = self.measurement.losses(model)
         except Exception as failure:  # the trained model is about to be saved: nothing here is worth losing it
             error = _words(failure)
@@ -345,6 +416,8 @@ class MixtureController:
             "dataset": self._dataset_state[1],
             "mixer": self.decider.state_dict(),
             "curvature": self._factors,
+            "in_run": None if self.in_run is None else self.in_run.state_dict(),
+            "shrunk_to": self.measurement.shrunk_to,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -372,12 +445,16 @@ class MixtureController:
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
         self._factors = state.get("curvature")
+        if (sequences := state.get("shrunk_to")) is not None:
+            self.measurement.shrink(sequences)
         if self._factors is not None and self.measurement.carried is not None and self.folder is not None:
             self.measurement.carried.load(self.folder.factors / self._factors)
         self.batch_size = batch_size
         self.resumed = True
+        self._window = state.get("in_run")
         if self.folder is not None:
-            self.folder.rewind(self.dataset.schedule.num_stages)
+            stages = self.dataset.schedule.num_stages
+            self.folder.rewind(stages, measured=stages + (self._window is not None))
 
     # -- a boundary --------------------------------------------------------------------------------------------------
 
@@ -399,14 +476,20 @@ class MixtureController:
         seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
         influence, gradient, samples, loss, error = None, None, None, None, None
         probes: Probes | None = None
+        before = 0.0  # seconds that measuring took before the boundary
         drawn: DrawnMixtures | None = None
         upper = self.budget.upper(start, min(following, self.total) - start)
         try:
             with _timed(seconds, "measure"):
-                if self.decider.needs & MEASURED:
+                probes = None if self.in_run is None else self.in_run.probes
+                in_run = None if self.in_run is None else self.in_run.influence(model)
+                if in_run is not None:
+                    influence, before = in_run
+                elif self.decider.needs & MEASURED:
                     probes = self.measurement.probes(start, following - start, prior)
-                if probes and self.decider.needs & {"influence", "measure"}:
-                    influence, drawn = self.measurement.influence(model, probes, prior)
+                    if self.decider.needs & {"influence", "measure"}:
+                        influence, drawn = self.measurement.influence(model, probes, prior)
+                if influence is not None:
                     _check_finite(influence)
                 if probes and "gradient" in self.decider.needs:
                     gradient = self.measurement.gradient(model, probes)
@@ -414,7 +497,7 @@ class MixtureController:
                     _check_finite(gradient)
                 if self.sampler is not None and self.mixer.wants_samples(schedule.num_stages, prior):
                     samples = self.sampler.scores(model, step, (self.total - start) * self.dataset.sequence_length)
-                if influence is not None:
+                if influence is not None and in_run is None:
                     loss = losses_of(influence)
                 elif schedule.num_stages % self.loss_every == 0:
                     loss = self.measurement.losses(model)
@@ -457,6 +540,7 @@ class MixtureController:
             self._factors = self.folder.save_factors(self.measurement.carried, schedule.num_stages - 1, self.keep)
         if probes is not None:
             self.measurement.warn_of_repeated(probes, start, min(following, self.total))
+        seconds["measure"] += before
         if self.folder is not None and self.keep:
             stage = schedule.num_stages - 1
             facts = {"stage": stage, "step": step, "samples": step * self.batch_size}
@@ -494,10 +578,12 @@ class MixtureController:
         return {
             "mixer": self.mixer.describe(),
             **self.measurement.describe(),
+            "in_run": None if self.in_run is None else repr(self.in_run.options),
             "stage_steps": self.stage_steps,
             "batch_size": self.batch_size,
             "samples": self.total,
             "max_epochs": self.budget.max_epochs,
+            "peak_memory": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
             "model": type(model).__name__,
             "dataset": _stages_of(self.dataset),
         }
@@ -515,6 +601,10 @@ class MixtureController:
             start = self.dataset.schedule.starts[-1]
             again = new_epochs(self.dataset.schedule, start, position) if start < position else []
         found["again"] = again
+        heard = dict.fromkeys(words for own in gathered(self._warnings) for words in own)
+        self._warnings.clear()
+        error = found.get("error")
+        found["warnings"] = [words for words in heard if not (error and words.endswith(error))]  # told once in a row
         row = make_row(kind, self.dataset, rows, guards, mixer, step=step, position=position, loss=loss, **found)
         if self.folder is not None:
             self.folder.append(row)

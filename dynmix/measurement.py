@@ -4,17 +4,16 @@ Knows the dataset and the model; nothing of what is decided from it or of when.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from dynmix.batches import Batch, as_batches, collate, scored_sequence
+from dynmix.batches import Batch, as_batches, collate, scored_sequence, split
 from dynmix.drawn import DrawnMixtures
 from dynmix.influence.capture import LayerFilter, random_state_kept
 from dynmix.influence.carried import Carried
@@ -22,10 +21,15 @@ from dynmix.influence.curvature import Curvature, Identity
 from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.group import group_influence, scored_groups
 from dynmix.influence.losses import task_losses
+from dynmix.influence.memory import PeakMemory, peak_memory
+from dynmix.influence.storage import Offload, check_offload
+from dynmix.influence.task_gradients import TaskGradients, sequence_products, task_gradients
 from dynmix.mixture.probe import probe_rows, repeated
 from dynmix.mixture.schedule import Ints
 from dynmix.mixture.stream import Mixture, MixtureStream
-from dynmix.observation import Influence
+from dynmix.observation import Array, Influence
+from dynmix.ranks import Ranks
+from dynmix.retry import T, within_memory
 
 logger = logging.getLogger("dynmix")
 
@@ -50,6 +54,9 @@ class Probes:
 class Measurement:
     """Measures the influence of every domain on every task, and the tasks' losses.
 
+    Where memory runs out, on any rank, a measurement starts again with batches of half as many sequences, down to one;
+    they stay as small for the rest of the run.
+
     Args: as in `dynmix.controller.MixtureController`; `needs` is what the mixer asks for, and all that is measured.
 
     Raises:
@@ -70,6 +77,9 @@ class Measurement:
         sample_sequences: int,
         micro_batch: int,
         layers: LayerFilter,
+        offload: Offload = None,
+        layer_groups: int = 1,
+        rank: int | None = None,
     ):
         for argument, value in {
             "probe_sequences": probe_sequences,
@@ -77,6 +87,8 @@ class Measurement:
             "task_sequences": task_sequences,
             "sample_sequences": sample_sequences,
             "micro_batch": micro_batch,
+            "layer_groups": layer_groups,
+            "rank": rank,
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"{argument}={value}: at least 1")
@@ -85,10 +97,18 @@ class Measurement:
         if isinstance(guards, str) and guards != "domains":
             raise ValueError(f"guards={guards!r}: {{name: batches}}, 'domains' or None")
         self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch
+        check_offload(offload)
+        self.held: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
+        self.shrunk_to: int | None = None  # sequences a batch at most, once memory has run out
         self.curvature: Curvature = curvature
         self.carried: Carried | None = None  # what a curvature keeps from stage to stage
         if isinstance(curvature, FactoredCurvature):
             if curvature.ema or curvature.refresh_every > 1:
+                if layer_groups > 1:
+                    raise ValueError(
+                        f"layer_groups={layer_groups}: factors that are carried from stage to stage are of all layers "
+                        "at once; leave ema and refresh_every as they are, or layer_groups at 1"
+                    )
                 self.curvature = self.carried = Carried(curvature)
             if curvature.factor_tokens is not None:
                 curvature_sequences = max(1, curvature.factor_tokens // dataset.sequence_length)
@@ -115,6 +135,11 @@ class Measurement:
                 for name, source in sources.items()
             }
 
+    def shrink(self, sequences: int) -> None:
+        """Take at most so many sequences a batch from now on."""
+        self.shrunk_to, self.micro_batch = sequences, min(self.micro_batch, sequences)
+        self.sets = {name: split(batches, sequences) for name, batches in self.sets.items()}
+
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
         return {
@@ -123,6 +148,7 @@ class Measurement:
             "probe_sequences": self.probe_sequences,
             "curvature_sequences": self.curvature_sequences,
             "micro_batch": self.micro_batch,
+            **self.held,
             "sets": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.sets.items()},
             "guards": list(self.guards),
         }
@@ -135,9 +161,24 @@ class Measurement:
             sets[HELD_OUT] = domains[self.dataset.domains[0]]
         return self._measured(model, domains, sets, Identity(), 0, layers=self.layers)
 
+    def peak_memory(self, model: nn.Module) -> PeakMemory:
+        """Say what an influence takes beside the model; runs the longest kind of sequence through it."""
+        first = [self._batches(self.dataset.domains[0], np.zeros(1, dtype=np.int64)), *self._rows({}).values()]
+        longest = max((batches[0] for batches in first), key=lambda batch: batch["input_ids"].shape[1])
+        return peak_memory(
+            model,
+            split([longest], 1)[0],
+            domains=len(self.dataset.domains),
+            tasks=len(self._rows({})) + bool(self.held_out_sequences),
+            micro_batch=self._largest_batch,
+            curvature=self.curvature,
+            layers=self.layers,
+            **self.held,
+        )
+
     def losses(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
         """Return task or guard -> loss in nats per token, and -> its standard error."""
-        return task_losses(model, self.sets)
+        return self._within_memory(lambda: task_losses(model, self.sets, over_ranks=True))
 
     def probes(self, start: int, window: int, prior: Mapping[str, float]) -> Probes:
         """Return rows of each domain that the `window` samples from `start` on will not train on, if it has so many."""
@@ -159,27 +200,66 @@ class Measurement:
 
         The curvature is fitted in the proportions of `prior`.
         """
-        shares = self._curvature_shares(prior)
-        sets = self._rows(probes.held_out)
-        domains, pooled = {}, []
-        for name, rows in probes.domains.items():
-            own = domains[name] = self._batches(name, rows[: self.probe_sequences])
-            # The same batches where they are whole ones of both: those are read once.
-            count = len(own) if shares[name] >= self.probe_sequences else shares[name] // self.micro_batch
-            read = sum(len(batch["input_ids"]) for batch in own[:count])
-            pooled += own[:count] + self._batches(name, rows[read : shares[name]])
+        return self._within_memory(lambda: self._influence(model, probes, prior))
+
+    def _influence(
+        self, model: nn.Module, probes: Probes, prior: Mapping[str, float]
+    ) -> tuple[Influence, DrawnMixtures | None]:
+        sets, (domains, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
         options: dict[str, Any] = {"layers": self.layers, "curvature_batches": pooled, "strata": self._strata}
+        options |= self.held
         passes = self.curvature.passes * len(pooled)
-        with self._progress(passes, domains, sets) as tick:
+        with self._progress(passes, domains, sets, self.held["layer_groups"]) as tick:
             return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
+
+    def task_gradients(self, model: nn.Module, probes: Probes, prior: Mapping[str, float], folds: int) -> TaskGradients:
+        """Return the preconditioned gradients of what is a row of the influence, with the curvature as `influence`."""
+        options: dict[str, Any] = {"folds": folds, "layers": self.layers, "strata": self._strata, "over_ranks": True}
+
+        def measure() -> TaskGradients:
+            sets, (_, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
+            with self._progress(self.curvature.passes * len(pooled), {}, sets) as tick:
+                return task_gradients(model, sets, self.curvature, pooled, tick=tick, **options)
+
+        return self._within_memory(measure)
+
+    def products(
+        self, model: nn.Module, gradients: TaskGradients, probes: Probes, domains: Collection[str]
+    ) -> dict[str, tuple[Array, Array]]:
+        """Return the products of these domains' probes with the tasks' gradients, as `sequence_products`."""
+
+        def measure() -> dict[str, tuple[Array, Array]]:
+            sets = {name: self._batches(name, probes.domains[name][: self.probe_sequences]) for name in domains}
+            with self._progress(0, sets, {}) as tick:
+                return sequence_products(model, gradients, sets, tick=tick, over_ranks=True)
+
+        return self._within_memory(measure)
+
+    def marked(self, influence: Influence) -> Influence:
+        """Return the influence with the names of its rows that are guards."""
+        guards = tuple(name for name in influence.tasks if name in self.guards)
+        return replace(influence, guards=guards) if guards else influence
 
     def gradient(self, model: nn.Module, probes: Probes) -> Influence:
         """Return the products of the domains' gradients with the sets' own: an influence without a curvature."""
+        return self._within_memory(lambda: self._gradient(model, probes))
+
+    def _gradient(self, model: nn.Module, probes: Probes) -> Influence:
         sets = self._rows(probes.held_out)
         domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
-        with self._progress(0, domains, sets) as tick:
-            return self._marked(
-                group_influence(model, domains, sets, Identity(), layers=self.layers, strata=self._strata, tick=tick)
+        with self._progress(0, domains, sets, self.held["layer_groups"]) as tick:
+            return self.marked(
+                group_influence(
+                    model,
+                    domains,
+                    sets,
+                    Identity(),
+                    layers=self.layers,
+                    strata=self._strata,
+                    tick=tick,
+                    over_ranks=True,
+                    **self.held,
+                )
             )
 
     def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
@@ -194,6 +274,28 @@ class Measurement:
                     "sequences; shorten the stage or bound the domain with max_epochs",
                     n, len(rows), name, self.dataset.sizes[name],
                 )  # fmt: skip
+
+    def _within_memory(self, measure: Callable[[], T]) -> T:
+        carried = self.carried
+        before = None if carried is None else (carried.fitted, carried.used)
+
+        def from_the_start() -> T:
+            if carried is not None and before is not None:
+                carried.fitted, carried.used = before
+            return measure()
+
+        return within_memory(from_the_start, self._halve)
+
+    def _halve(self) -> int | None:
+        if (largest := self._largest_batch) == 1:
+            return None
+        self.shrink(largest // 2)
+        return largest // 2
+
+    @property
+    def _largest_batch(self) -> int:
+        sizes = [len(batch["input_ids"]) for batches in self.sets.values() for batch in batches]
+        return max(self.micro_batch, *sizes)  # batches that are given as such may be larger
 
     def _probe_rows(self, number: int, domain: str, count: int, start: int, window: int) -> Ints:
         if isinstance(self.dataset, MixtureStream):
@@ -212,30 +314,38 @@ class Measurement:
         self, model: nn.Module, domains: Sets, sets: Sets, curvature: Curvature, seed: int, **options: Any
     ) -> tuple[Influence, DrawnMixtures | None]:
         if "measure" not in self.needs:
-            return self._marked(group_influence(model, domains, sets, curvature, **options)), None
-        found = scored_groups(model, domains, sets, curvature, **options)
+            return self.marked(group_influence(model, domains, sets, curvature, over_ranks=True, **options)), None
+        found = scored_groups(model, domains, sets, curvature, over_ranks=True, **options)
         drawn = DrawnMixtures(found.scores, found.tokens, self.sample_sequences, seed)
-        return self._marked(found.influence), drawn
-
-    def _marked(self, influence: Influence) -> Influence:
-        guards = tuple(name for name in influence.tasks if name in self.guards)
-        return replace(influence, guards=guards) if guards else influence
+        return self.marked(found.influence), drawn
 
     @property
     def _strata(self) -> dict[str, int]:
         return {HELD_OUT: self.held_out_sequences} if self.held_out_sequences else {}
 
     @contextmanager
-    def _progress(self, passes: int, domains: Sets, sets: Sets) -> Iterator[Callable[[], None]]:
-        batches = passes + sum(map(len, domains.values())) + 2 * sum(map(len, sets.values()))
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        with tqdm(total=batches, desc="measuring", unit="batch", leave=False, delay=2, disable=not first) as bar:
+    def _progress(self, passes: int, domains: Sets, sets: Sets, times: int = 1) -> Iterator[Callable[[], None]]:
+        batches = times * (passes + sum(map(len, domains.values())) + 2 * sum(map(len, sets.values())))
+        ranks = Ranks(shared=True)
+        share, hidden = -(-batches // ranks.size), ranks.rank > 0
+        with tqdm(total=share, desc="measuring", unit="batch", leave=False, delay=2, disable=hidden) as bar:
 
             def tick() -> None:
                 self.dataset.pulse()
                 bar.update()
 
             yield tick
+
+    def _batches_of(self, probes: Probes, prior: Mapping[str, float]) -> tuple[dict[str, list[Batch]], list[Batch]]:
+        """Each domain's batches, and those of all of them that the curvature is fitted on."""
+        shares, domains, pooled = self._curvature_shares(prior), dict[str, list[Batch]](), list[Batch]()
+        for name, rows in probes.domains.items():
+            own = domains[name] = self._batches(name, rows[: self.probe_sequences])
+            # The same batches where they are whole ones of both: those are read once.
+            count = len(own) if shares[name] >= self.probe_sequences else shares[name] // self.micro_batch
+            read = sum(len(batch["input_ids"]) for batch in own[:count])
+            pooled += own[:count] + self._batches(name, rows[read : shares[name]])
+        return domains, pooled
 
     def _curvature_shares(self, prior: Mapping[str, float]) -> dict[str, int]:
         """Return domain -> sequences the curvature is fitted on; they sum to `curvature_sequences`."""

@@ -6,20 +6,21 @@ cannot be written is logged and does not end a run.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dynmix.influence.carried import Carried
+from dynmix.influence.task_gradients import TaskGradients
 from dynmix.journal import Journal, Row
 from dynmix.ranks import is_rank_0
 from dynmix.snapshot import save_snapshot
 
 logger = logging.getLogger("dynmix")
 
-_FILES = ("journal.jsonl", "config.json", "snapshots", "factors", "peaks", "checkpoints", "scores", "groups")
+_FILES = ("journal.jsonl", "config.json", "snapshots", "factors", "peaks", "checkpoints", "scores", "groups", "in_run")
 
 
 class RunFolder:
@@ -29,10 +30,11 @@ class RunFolder:
         path: the folder.
         groups: where the index files of domains that enter the run are kept.
         factors: where the curvature's factors are kept, if they are carried from stage to stage.
+        in_run: where the tasks' gradients are kept that an in-run influence meets.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.groups, self.factors = path, path / "groups", path / "factors"
+        self.path, self.groups, self.factors, self.in_run = path, path / "groups", path / "factors", path / "in_run"
         self._journal = Journal(path / "journal.jsonl")
 
     def set_aside(self) -> None:
@@ -62,25 +64,31 @@ class RunFolder:
             except OSError as failure:
                 logger.error("a row of %s was not written, training goes on: %s", self._journal.path, failure)
 
-    def rewind(self, stages: int) -> None:
-        """Drop the journal's rows from stage number `stages` on, and their factors: they will be written again."""
+    def rewind(self, stages: int, measured: int) -> None:
+        """Drop the journal's rows from stage number `stages` on, and files of measurements from `measured` on."""
         if is_rank_0():
             self._journal.truncate(stages)
-            for file in self.factors.glob("stage-*.safetensors"):
-                if int(file.stem[6:]) >= stages:
-                    file.unlink()
+            for folder in (self.factors, self.in_run):
+                for file in _by_stage(folder):
+                    if int(file.stem[6:]) >= measured:
+                        file.unlink()
 
     def save_factors(self, carried: Carried, stage: int, keep: int) -> str | None:
         """Save the curvature's factors as those of a stage, and keep the newest few; return the file's name, if any."""
-        if carried.fitted is None:
-            return None
+        return None if carried.fitted is None else self._save(carried.save, self.factors, stage, keep)
+
+    def save_task_gradients(self, gradients: TaskGradients, stage: int, keep: int) -> str:
+        """Save what an in-run influence meets before a stage, and keep the newest few; return the file's name."""
+        return self._save(gradients.save, self.in_run, stage, keep)
+
+    def _save(self, save: Callable[[Path], None], folder: Path, stage: int, keep: int) -> str:
         name = f"stage-{stage:04d}.safetensors"
         if is_rank_0():
             try:
-                carried.save(self.factors / name)
+                save(folder / name)
             except OSError as failure:
-                logger.error("the factors of stage %d were not saved, training goes on: %s", stage, failure)
-            for old in sorted(self.factors.glob("stage-*.safetensors"))[: -max(2, keep)]:
+                logger.error("%s of stage %d was not saved, training goes on: %s", folder.name, stage, failure)
+            for old in _by_stage(folder)[: -max(2, keep)]:
                 old.unlink()
         return name
 
@@ -90,3 +98,7 @@ class RunFolder:
             save_snapshot(model, self.path / "snapshots", stage, facts, keep)
         except OSError as failure:
             logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
+
+
+def _by_stage(folder: Path) -> list[Path]:
+    return sorted(folder.glob("stage-*.safetensors"))

@@ -559,3 +559,21 @@ def test_factors_that_are_carried_from_stage_to_stage_survive_a_kill(tmp_path):
         start(tmp_path / "killed", before[-1], first=12)
     with pytest.raises(ValueError, match="carried from stage to stage are kept in files: pass output="):
         run(controller(dataset(), curvature=EKFAC(ema=0.5)))
+
+
+def test_what_a_measurement_takes_is_said_before_and_what_a_low_rank_leaves_out_is_journaled(tmp_path, capsys):
+    def influence(name, **options):
+        torch.manual_seed(0)
+        run(controller(dataset(), output=tmp_path / name, keep=0, **options), steps=4)
+        return Journal(tmp_path / name / "journal.jsonl").rows()[1]
+
+    plain, low = influence("plain"), influence("low", offload="disk", layer_groups=2, rank=4)
+    assert capsys.readouterr().err.count("dynmix: a measurement takes about") == 2
+    config = json.loads((tmp_path / "low" / "config.json").read_text())
+    assert config["peak_memory"]["total"] > 0
+    assert (config["offload"], config["layer_groups"], config["rank"]) == ("disk", 2, 4)
+    assert plain["left_out"] is None
+    assert 0 < low["left_out"]["t"] < 1
+    apart = np.abs(np.subtract(low["influence"], plain["influence"]))
+    assert (apart <= np.array(low["left_out_bound"]) * (1 + 1e-3)).all()
+    assert (apart > 0).any()

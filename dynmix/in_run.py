@@ -1,0 +1,259 @@
+"""In-run influence in a run: when it is measured, of what, what of it a checkpoint holds, and when it is given up.
+
+Knows the dataset, the measurement and the hooks; nothing of what is decided from an influence. A failure here never
+ends a run: the stage is then measured at its boundary, as without it.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dynmix.influence.in_run import ParameterProducts, Seen, TokenProducts
+from dynmix.influence.tally import Tally
+from dynmix.influence.task_gradients import TaskGradients
+from dynmix.measurement import Measurement, Probes
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.stream import Mixture
+from dynmix.observation import Influence
+from dynmix.ranks import gathered
+from dynmix.run_folder import RunFolder
+from dynmix.step_samples import StepSamples
+
+logger = logging.getLogger("dynmix")
+
+
+@dataclass(frozen=True)
+class InRun:
+    """Domains are measured by the training's own backward passes in the last steps of a stage, not by passes of theirs.
+
+    Before the window the curvature is fitted and each task's preconditioned gradient is taken; in the window every
+    training gradient meets them. The scores are those of the model's path through the window, in training mode, against
+    the tasks as they were at its beginning; the training itself stays bit for bit what it is without.
+
+    Where the micro-batches of a `MixtureDataset(homogeneous=...)` hold one domain each, a gradient is looked at as it
+    reaches its parameter: two operations a parameter, task and fold. With `every`, micro-batches may be mixed, and each
+    sequence's gradient is put together in every so many steps, which takes about as long as the gradients of the
+    weights.
+
+    Args:
+        window: optimizer steps, at most `stage_steps` - 2.
+        folds: parts that each task's gradient is kept in, whose spread is the task's share of the standard error; at
+            least 2. Memory: so many times the number of tasks and guards gradients of the measured layers in float32,
+            on the model's device, during the window, and as much in the run's folder for each of the newest stages.
+        every: None for micro-batches of one domain; or of mixed ones, the steps from one that is looked at to the next.
+        least: a domain of which fewer micro-batches (sequences, of mixed ones) were seen than these is measured on its
+            probes besides, so that every score is finite.
+
+    Raises:
+        ValueError: numbers that are too small.
+    """
+
+    window: int
+    folds: int = 4
+    every: int | None = None
+    least: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value, smallest in (("window", self.window, 1), ("folds", self.folds, 2), ("least", self.least, 2)):
+            if value < smallest:
+                raise ValueError(f"InRun({name}={value}): at least {smallest}")
+        if self.every is not None and not 1 <= self.every <= self.window:
+            raise ValueError(f"InRun(every={self.every}): from 1 to window={self.window} steps")
+
+
+class InRunInfluence:
+    """The in-run influence of one run.
+
+    Args:
+        options: as given.
+        measurement: what measures tasks, and domains that were hardly seen.
+        dataset: what is trained on.
+        needs: of the mixer.
+        stage_steps: optimizer steps a stage.
+
+    Raises:
+        ValueError: a mixer, dataset or stage that it does not go with, with the remedy.
+    """
+
+    def __init__(
+        self, options: InRun, measurement: Measurement, dataset: Mixture, needs: frozenset[str], stage_steps: int
+    ) -> None:
+        if "influence" not in needs or (others := needs & {"gradient", "measure", "samples"}):
+            asked = f"needs {sorted(others)}" if "influence" in needs else "needs no influence"
+            raise ValueError(f"in_run= gives an influence and nothing else, and this mixer {asked}: leave in_run= out")
+        if not isinstance(dataset, MixtureDataset):
+            raise ValueError("in_run= finds a step's samples by position, which a MixtureStream has not: leave it out")
+        if options.window > stage_steps - 2:
+            raise ValueError(f"InRun(window={options.window}): at most stage_steps - 2 = {stage_steps - 2} steps")
+        if options.every is None and dataset.homogeneous == 1:
+            raise ValueError(
+                "in_run= needs micro-batches of one domain: MixtureDataset(homogeneous=...), the sequences of one, or "
+                "InRun(every=...) for mixed ones"
+            )
+        self.options, self.measurement, self.dataset = options, measurement, dataset
+        self._window: _Window | None = None
+
+    @property
+    def probes(self) -> Probes | None:
+        """What the tasks were measured beside, while a window is open."""
+        return None if self._window is None else self._window.probes
+
+    def arm(self, model: nn.Module, folder: RunFolder, stage: int, keep: int, step: int, ahead: range) -> None:
+        """Open the window of a stage that is to be decided: measure the tasks, and look at what follows.
+
+        Every process calls this, and the methods below.
+
+        Args:
+            model: as it is now.
+            folder: where the tasks' gradients are kept.
+            stage: number of the stage.
+            keep: newest of these files that are kept, 2 at least: a checkpoint of the window needs its own.
+            step: optimizer steps done.
+            ahead: positions from here to the end of that stage, none of which should hold a probe.
+        """
+        clock = time.perf_counter()
+        window, problem = None, None
+        try:
+            prior = self.dataset.schedule.weights_at(ahead.start)
+            probes = self.measurement.probes(ahead.start, len(ahead), prior)
+            gradients = self.measurement.task_gradients(model, probes, prior, self.options.folds)
+            file = folder.save_task_gradients(gradients, stage, keep)
+            window = self._opened(model, gradients, file, step, probes)
+        except Exception as failure:
+            problem = failure
+        self._open(window, problem, step)
+        if self._window is not None:
+            self._window.seconds += time.perf_counter() - clock
+
+    def resume(self, model: nn.Module, folder: RunFolder, state: Mapping[str, Any], step: int, ahead: range) -> None:
+        """Go on with the window of a checkpoint. Arguments as in `arm`; `ahead` as it was when the window opened."""
+        window, problem = None, None
+        try:
+            probes = self.measurement.probes(ahead.start, len(ahead), self.dataset.schedule.weights_at(ahead.start))
+            gradients = TaskGradients.load(folder.in_run / state["file"])
+            window = self._opened(model, gradients, state["file"], int(state["began"]), probes)
+            window.tally.load_state_dict(state["seen"])
+            window.skipped = int(state["skipped"])
+        except Exception as failure:
+            problem = failure
+        self._open(window, problem, step)
+
+    def step_ended(self, step: int, batch_size: int) -> None:
+        """Count what was seen in the optimizer step that ended."""
+        window = self._window
+        if window is None:
+            return
+        if window.watch.active:
+            clock = time.perf_counter()
+            own, problem = Tally(len(window.tally.table), window.tally.folds), None
+            try:
+                if seen := window.watch.take():
+                    stop = min(step * batch_size, len(self.dataset))
+                    samples = StepSamples(self.dataset, (step - 1) * batch_size, stop)
+                    for micro_batch in seen:
+                        self._count(own, micro_batch, samples)
+            except Exception as failure:
+                problem = failure
+            tables, skipped = zip(*self._agreed(problem, (own.table, window.watch.skipped)), strict=True)
+            window.tally.table += np.sum(tables, axis=0)
+            window.skipped += sum(skipped)
+            window.watch.skipped = 0
+            window.seconds += time.perf_counter() - clock
+        self._look_on(step)
+
+    def influence(self, model: nn.Module) -> tuple[Influence, float] | None:
+        """Close the window; return what was seen in it, and the seconds that it took; None if none is open.
+
+        Domains that were hardly seen are measured on their probes besides.
+        """
+        window = self._window
+        if window is None:
+            return None
+        self.close()
+        if isinstance(window.watch, ParameterProducts) and (silent := window.watch.silent):
+            logger.warning("in-run influence: no gradient reached %s in the window", ", ".join(silent[:8]))
+        if window.skipped:
+            logger.warning("in-run influence: %d micro-batches were not finite and left out", window.skipped)
+        units = zip(self.dataset.domains, window.tally.units.tolist(), strict=True)
+        if rare := [name for name, seen in units if seen < self.options.least]:
+            found = self.measurement.products(model, window.gradients, window.probes, rare)
+            for name, (products, tokens) in found.items():
+                window.tally.add(self.dataset.domains.index(name), products, tokens)
+        influence = window.tally.influence(window.gradients, self.dataset.domains)
+        return self.measurement.marked(influence), window.seconds
+
+    def close(self) -> None:
+        """Look no longer."""
+        if self._window is not None:
+            self._window.watch.detach()
+        self._window = None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what an open window has seen, JSON-able; None without one."""
+        window = self._window
+        if window is None:
+            return None
+        seen, skipped = window.tally.state_dict(), window.skipped
+        return {"file": window.file, "began": window.began, "seen": seen, "skipped": skipped}
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _opened(self, model: nn.Module, gradients: TaskGradients, file: str, began: int, probes: Probes) -> "_Window":
+        gradients = gradients.on(model)
+        watch = (ParameterProducts if self.options.every is None else TokenProducts)(model, gradients)
+        return _Window(gradients, Tally(len(self.dataset.domains), gradients.folds), watch, probes, file, began)
+
+    def _open(self, window: "_Window | None", problem: Exception | None, step: int) -> None:
+        self._window = window
+        self._agreed(problem)
+        self._look_on(step)
+
+    def _look_on(self, step: int) -> None:
+        """Whether to look at the step that comes."""
+        if self._window is not None:
+            self._window.watch.active = (step - self._window.began) % (self.options.every or 1) == 0
+
+    def _count(self, own: Tally, seen: Seen, samples: StepSamples) -> None:
+        of_sequences = samples.domains(seen.input_ids)
+        if self.options.every is not None:
+            for (domain, *_), products, tokens in zip(of_sequences, seen.products, seen.tokens, strict=True):
+                if tokens:
+                    own.add(domain, products[None], tokens[None])
+            return
+        common = set(of_sequences[0]).intersection(*of_sequences)  # a text may be in several domains
+        if not common:
+            raise ValueError(
+                f"a micro-batch of {len(of_sequences)} sequences holds several domains, and homogeneous="
+                f"{self.dataset.homogeneous} of one stand in a row: let each micro-batch be consecutive positions, as "
+                "many as homogeneous= or a part of them, or use InRun(every=...)"
+            )
+        own.add(min(common), seen.products, seen.tokens)
+
+    def _agreed(self, problem: Exception | None, value: Any = None) -> list[Any]:
+        """Every rank's value. If one of them has a problem, all of them give the window up."""
+        found = gathered((None if problem is None else f"{type(problem).__name__}: {problem}", value))
+        if words := [each for each, _ in found if each is not None]:
+            self.close()
+            logger.warning(
+                "no in-run influence for the coming stage, which is measured at its boundary instead: %s", words[0]
+            )
+        return [each for _, each in found]
+
+
+@dataclass
+class _Window:
+    """The last steps of a stage."""
+
+    gradients: TaskGradients
+    tally: Tally
+    watch: ParameterProducts | TokenProducts
+    probes: Probes
+    file: str  # of the gradients, in the run's folder
+    began: int  # optimizer steps done then
+    seconds: float = 0.0  # beside the training's own
+    skipped: int = 0  # micro-batches that were not finite

@@ -1,0 +1,107 @@
+"""Sums over micro-batches by domain, small enough for a checkpoint, and the influence that they make.
+
+Knows arrays; nothing of where the products come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dynmix.influence.sets import ratio_of_sums
+from dynmix.influence.task_gradients import TaskGradients
+from dynmix.observation import Array, Influence
+
+
+class Tally:
+    """Per domain, over what was seen of it in units (micro-batches or sequences) with products p and scored tokens n:
+
+    their number, sums of n, of n^2, of p and n p by row, and of p p^T by task.
+
+    Attributes:
+        table: float64[n_domains, width], which adds up over processes.
+    """
+
+    def __init__(self, domains: int, folds: Sequence[int]) -> None:
+        self.folds = tuple(folds)
+        rows = sum(folds)
+        widths = [1, 1, 1, rows, rows, *(k * k for k in folds)]
+        self._ends = np.cumsum(widths)[:-1]
+        self.table: Array = np.zeros((domains, sum(widths)))
+
+    def add(self, domain: int, products: Array, tokens: Array) -> None:
+        """Count units of a domain: products [k, n_rows] of their summed losses, scored tokens [k]."""
+        by_task = np.split(products, np.cumsum(self.folds)[:-1], axis=1)
+        self.table[domain] += np.concatenate(
+            [
+                [len(tokens), tokens.sum(), (tokens**2).sum()],
+                products.sum(0),
+                tokens @ products,
+                *((p.T @ p).ravel() for p in by_task),
+            ]
+        )
+
+    @property
+    def units(self) -> Array:
+        """How many were seen of each domain, [n_domains]."""
+        return self.table[:, 0]
+
+    def influence(self, gradients: TaskGradients, domains: Sequence[str]) -> Influence:
+        """Score of a task and a domain: the sum of products over the sum of tokens. NaN for a domain not seen.
+
+        The standard error covers the choice of the domain's units and, by the spread of the folds, that of the task's
+        sequences; what both see, the product of the two noises, counts once. Each is a ratio of sums, by the delta
+        method; the curvature is taken as given.
+        """
+        shape = len(gradients.tasks), len(domains)
+        scores, error = np.full(shape, np.nan), np.full(shape, np.nan)
+        for j, row in enumerate(self.table):
+            for i, (rows, p, of_domain) in enumerate(self._by_task(row, gradients.rows)):
+                k, share = len(p), gradients.tokens[rows] / gradients.tokens[rows].sum()
+                scores[i, j] = p.sum()
+                over_domain = of_domain(np.ones(k))
+                _, over_task = ratio_of_sums(p[:, None], share)
+                both = k / (k - 1) * sum(map(of_domain, np.eye(k) - share[:, None])) if k > 1 else 0.0
+                both = min(both, over_domain, over_task[0])
+                error[i, j] = np.sqrt(over_domain + over_task[0] - (both if np.isfinite(both) else 0.0))
+        return Influence(
+            scores=scores,
+            tasks=gradients.tasks,
+            domains=domains,
+            standard_error=error,
+            task_loss=gradients.loss,
+            task_loss_standard_error=gradients.loss_standard_error,
+        )
+
+    def _by_task(self, row: Array, rows: Sequence[slice]) -> Iterator[tuple[slice, Array, Callable[[Array], float]]]:
+        """Of a domain that was seen, task by task: its rows, p a token of each, and the variance of c^T p a token."""
+        count, n, squares, p, np_, *grams = np.split(row, self._ends)
+        if not n[0]:
+            return
+        for some, gram in zip(rows, grams, strict=True):
+
+            def variance(c: Array, p: Array = p[some], np_: Array = np_[some], gram: Array = gram) -> float:
+                if count[0] < 2:
+                    return np.inf
+                ratio = c @ p / n[0]
+                residuals = c @ gram.reshape(len(c), -1) @ c - 2 * ratio * (c @ np_) + ratio**2 * squares[0]
+                return float(count[0] / (count[0] - 1) * max(0.0, residuals) / n[0] ** 2)
+
+            yield some, p[some] / n[0], variance
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows of domains that were seen, JSON-able."""
+        seen = np.flatnonzero(self.units).tolist()
+        return {"seen": seen, "rows": self.table[seen].tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. Raises ValueError if it is of other tasks or domains."""
+        table = np.zeros_like(self.table)
+        rows = np.array(state["rows"], dtype=np.float64).reshape(len(state["seen"]), -1)
+        if rows.size and (rows.shape[1] != table.shape[1] or max(state["seen"]) >= len(table)):
+            raise ValueError(f"{rows.shape[1]} sums a domain were saved, and here there are {table.shape[1]}")
+        if rows.size:
+            table[state["seen"]] = rows
+        self.table = table
