@@ -1,0 +1,186 @@
+"""What a training step costs with in-run influence over one without it, and whether the scores are those of a boundary.
+
+    python benchmarks/in_run.py [--rounds 3] [--sequences 64] [--folds 4] [--agreement]
+
+A Llama of hidden size 256 and 4 layers trains on 8 domains in micro-batches of 8 sequences of 256 tokens; 4 tasks of 32
+sequences, EK-FAC factors from 64. Steps with and without alternate in one process, in processor time; what is measured
+before the window (factors, the tasks' gradients) is counted over a stage of 200 steps, whose window is all of it or its
+last 50 steps.
+
+`--agreement` trains on the demonstration's text instead and compares the scores of a window with those of a measurement
+at its end, on probes: a correlation, and how large the differences are in their standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynmix import EKFAC, InRun, MixtureDataset, TiKMiXD, TokenStore
+from dynmix.callbacks import MixtureHook
+from dynmix.demo.corpus import build_corpus, train_tokenizer
+from dynmix.influence.in_run import ParameterProducts
+from dynmix.influence.tally import Tally
+from dynmix.influence.task_gradients import task_gradients
+from dynmix.journal import Journal
+from dynmix.step_samples import StepSamples
+
+DOMAINS, TASKS, TASK_SEQUENCES, FACTOR_SEQUENCES, MICRO_BATCH, STAGE_STEPS = 8, 4, 32, 64, 8, 200
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Of the processor, with one thread those of the clock but for what others take of the machine."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def llama(vocab: int, hidden: int, layers: int, length: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=length,
+        )
+    )
+
+
+def cost(rounds: int, sequences: int, folds: int, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    stores = {
+        f"domain{k}": TokenStore.write(folder / f"d{k}", [rng.integers(0, 4096, 257, np.uint16) for _ in range(400)])
+        for k in range(DOMAINS)
+    }
+    data = MixtureDataset(
+        stores, "uniform", num_samples=10**6, sequence_length=256, block=sequences, homogeneous=MICRO_BATCH
+    )
+    model = llama(4096, 256, 4, 256).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    loader = iter(DataLoader(data, batch_size=MICRO_BATCH))
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        for _ in range(sequences // MICRO_BATCH):
+            batch = next(loader)
+            loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+            (loss * MICRO_BATCH / sequences).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+
+    def probes(n: int, start: int) -> list[dict[str, torch.Tensor]]:
+        rows = data.look(start, start + n).batch()
+        assert rows is not None
+        return [{"input_ids": ids} for ids in torch.split(rows["input_ids"], MICRO_BATCH)]
+
+    tasks = {f"task{i}": probes(TASK_SEQUENCES, 10_000 + 1000 * i) for i in range(TASKS)}
+    factors = probes(FACTOR_SEQUENCES, 20_000)
+    step()
+    start = time.process_time()
+    gradients = task_gradients(model, tasks, EKFAC(), factors, folds=folds)
+    before = time.process_time() - start
+    tally = Tally(DOMAINS, gradients.folds)
+
+    def watched() -> None:
+        step()
+        samples = StepSamples(data, (done - 1) * sequences, done * sequences)
+        for seen in watch.take():
+            [(domain, *_), *_] = samples.domains(seen.input_ids)
+            tally.add(domain, seen.products, seen.tokens)
+
+    plain, with_it = [], []
+    for _ in range(rounds):
+        plain.append(seconds(step))
+        watch = ParameterProducts(model, gradients)
+        with_it.append(seconds(watched))
+        watch.detach()
+    base, looked = statistics.median(plain), statistics.median(with_it)
+    table = Table(f"a step of {sequences} sequences, {TASKS} tasks in {folds} folds", "over a step without")
+    table.add_row("a step that is looked at", f"{looked / base:.3f}")
+    table.add_row("factors and tasks' gradients, before the window", f"{before / base:.2f}")
+    for window in (STAGE_STEPS - 2, 50):
+        spent = STAGE_STEPS * base + window * (looked - base) + before
+        table.add_row(f"a stage of {STAGE_STEPS} steps, window {window}", f"{spent / (STAGE_STEPS * base):.3f}")
+    Console().print(table)
+
+
+def agreement(folder: Path, steps: int = 120, window: int = 40) -> None:
+    corpus = build_corpus()
+    tokenizer = train_tokenizer((text for texts in corpus.domains.values() for text in texts), 1024)
+
+    def store(name: str, texts: list[str]) -> TokenStore:
+        return TokenStore.write(folder / name, [np.asarray(tokenizer(text)["input_ids"]) for text in texts])
+
+    data = MixtureDataset(
+        {name: store(name, texts) for name, texts in corpus.domains.items()},
+        "uniform",
+        num_samples=2 * steps * 32,
+        sequence_length=128,
+        block=32,
+        homogeneous=4,
+    )
+    tasks = {name: store(f"task-{name}", texts) for name, texts in corpus.tasks.items()}
+    model = llama(1024, 128, 2, 128).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    hook = MixtureHook(
+        model, data, tasks, TiKMiXD(), steps, batch_size=32, output=folder / "run", in_run=InRun(window), keep=0
+    )
+    control = hook.controller
+    for number, batch in enumerate(DataLoader(data, batch_size=4), 1):
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss / 8
+        loss.backward()
+        if number % 8:
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
+        hook.step()
+        if hook.steps == steps - 1:
+            break
+    prior = data.schedule.weights_at(0)
+    expected, _ = control.measurement.influence(model, control.measurement.probes(steps * 32, steps * 32, prior), prior)
+    row = list(Journal(folder / "run" / "journal.jsonl").rows())[-1]
+    found, error = np.array(row["influence"], float), np.array(row["standard_error"], float)
+    assert expected.standard_error is not None
+    apart = (found - expected.scores) / np.hypot(error, expected.standard_error)
+    table = Table("task", "correlation over domains", "median |difference| / standard error")
+    for i, name in enumerate(expected.tasks):
+        table.add_row(
+            name, f"{np.corrcoef(found[i], expected.scores[i])[0, 1]:.3f}", f"{np.median(np.abs(apart[i])):.2f}"
+        )
+    both = np.corrcoef(found.ravel(), expected.scores.ravel())[0, 1]
+    table.add_row("all", f"{both:.3f}", f"{np.median(np.abs(apart)):.2f}")
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=64, help="an optimizer step, over all its micro-batches")
+    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--agreement", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if given.agreement:
+            agreement(Path(folder))
+        else:
+            cost(given.rounds, given.sequences, given.folds, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
