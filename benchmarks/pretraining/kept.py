@@ -1,0 +1,34 @@
+"""Results that are made once: a file is there whole or not at all, so that whatever is interrupted goes on.
+
+Knows files and JSON; nothing of what is kept.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write(file: Path, content: Any) -> None:
+    """Write JSON beside and rename it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_text(json.dumps(content, indent=1))
+    os.replace(beside, file)
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """Return what the file holds; made and written first if it is not there."""
+    if not file.exists():
+        write(file, make())
+    return json.loads(file.read_text())
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write down what the folder's results were made with, or see that it is the same. Exits where it is not."""
+    file, own = folder / "settings.json", json.loads(json.dumps(settings))
+    known = kept(file, lambda: own)
+    if changed := [key for key in own if known.get(key) != own[key]]:
+        words = "; ".join(f"{key} was {known.get(key)!r} and is {own[key]!r}" for key in changed)
+        raise SystemExit(f"{folder} has results of other settings ({words}): choose another --output, or delete it")
