@@ -1,0 +1,151 @@
+"""Small pretraining runs that judge mixing methods at equal compute, and the tables and figures of RESULTS.md.
+
+    python -m benchmarks.pretraining run --output runs/bench [--methods natural,tikmix-d] [--seeds 0,1,2]
+                                         [--budget small] [--device cpu]
+    python -m benchmarks.pretraining sweep --output runs/bench [--which curvature,stages]
+    python -m benchmarks.pretraining claims --output runs/bench [--folder runs/fidelity]
+    python -m benchmarks.pretraining results --output runs/bench [--fidelity runs/fidelity]
+
+A cell is a method, a seed and a budget: a small Llama trained from new parameters on the domains of `--corpus` until a
+budget of floating-point operations is spent, those of proxies, references and measurements included. Cells are kept in
+`OUTPUT/BUDGET/METHOD/SEED`; a killed one goes on from its last state, and the same command does what is missing.
+`run` goes by seeds first, so that whatever time there was, methods can be compared.
+
+Mixers see one half of the examples of the tasks; the other half judges. Tasks of `--unseen-tasks` and domains of
+`--unseen-domains` are kept from training and mixers altogether. A method may have options,
+`tikmix-d[curvature=KFAC,stages=8]`: `sweep` runs those that decide the defaults. `claims` replicates what the paper
+says of influences, and `results` writes RESULTS.md of whatever has been run.
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .kept import check_settings
+from .settings import BUDGETS
+
+CORPUS = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[3] / "shared")) / "corpus"
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
+
+Output = Annotated[Path, typer.Option(help="Folder of all cells.")]
+CorpusOption = Annotated[Path, typer.Option("--corpus", help="Folder with domains/, tasks/ and tokenizers/.")]
+BudgetOption = Annotated[str, typer.Option("--budget", help=f"One of {', '.join(BUDGETS)}.")]
+SeedsOption = Annotated[str, typer.Option("--seeds", help="By commas.")]
+
+
+@app.command()
+def run(
+    output: Output,
+    methods: Annotated[str | None, typer.Option(help="By commas outside of brackets; default: all.")] = None,
+    seeds: SeedsOption = "0,1,2",
+    budget: BudgetOption = "small",
+    corpus: CorpusOption = CORPUS,
+    device: str = "cpu",
+    unseen_tasks: Annotated[str, typer.Option(help="Kept from the mixers, by commas.")] = "blimp,piqa",
+    unseen_domains: Annotated[str, typer.Option(help="Kept from training.")] = "movie_reviews,wikipedia",
+) -> None:
+    """Run the cells that are missing."""
+    from .methods import METHODS
+
+    names = METHODS if methods is None else _split(methods)
+    _run(output, names, seeds, budget, corpus, device, unseen_tasks, unseen_domains)
+
+
+@app.command()
+def sweep(
+    output: Output,
+    which: Annotated[str | None, typer.Option(help="By commas; default: all.")] = None,
+    seeds: SeedsOption = "0,1,2",
+    budget: BudgetOption = "small",
+    corpus: CorpusOption = CORPUS,
+    device: str = "cpu",
+    unseen_tasks: str = "blimp,piqa",
+    unseen_domains: str = "movie_reviews,wikipedia",
+) -> None:
+    """Run the variants of TiKMiX-D that decide its defaults, and the traps, beside `natural` and `tikmix-d`."""
+    from .sweep import SWEEPS
+
+    chosen = list(SWEEPS) if which is None else which.split(",")
+    if unknown := [name for name in chosen if name not in SWEEPS]:
+        raise SystemExit(f"no sweep {unknown[0]!r}: there are {', '.join(SWEEPS)}")
+    names = ["natural", "tikmix-d", *(name for each in chosen for name in SWEEPS[each])]
+    _run(output, names, seeds, budget, corpus, device, unseen_tasks, unseen_domains)
+
+
+@app.command()
+def claims(
+    output: Output,
+    folder: Annotated[
+        Path | None, typer.Option(help="Of the windows, that of fidelity.py; default: OUTPUT/claims.")
+    ] = None,
+    mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
+    samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
+    sequences: Annotated[int, typer.Option(help="Of each of them.")] = 64,
+    curvatures: Annotated[str, typer.Option(help="By commas.")] = "EKFAC",
+    corpus: CorpusOption = CORPUS,
+    device: str = "cpu",
+) -> None:
+    """Replicate the paper's claims; needs cells of tikmix-d and regmix for the overhead alone."""
+    from .claims import run_claims
+    from .corpus import Corpus
+    from .kept import write
+    from .windows import Settings, Windows
+
+    folder, settings = folder or output / "claims", Settings()
+    windows = Windows(Corpus(corpus, folder, length=settings.size.length), folder, settings, device)
+    found = run_claims(windows, output, mixtures, sequences, samples, curvatures.split(","))
+    write(output / "claims.json", {"claims": found})
+    for claim in found:
+        print(f"{claim['claim']}: {claim['here']} (paper: {claim['paper']}; {claim['on']})")
+
+
+@app.command()
+def results(
+    output: Output,
+    file: Annotated[Path, typer.Option(help="The page; figures go beside it.")] = Path("benchmarks/RESULTS.md"),
+    fidelity: Annotated[Path | None, typer.Option(help="Folder of benchmarks/fidelity.py.")] = None,
+) -> None:
+    """Write RESULTS.md and its figures from the cells and claims that there are."""
+    from .results import write_results
+
+    write_results(output, file, fidelity)
+
+
+def _split(methods: str) -> list[str]:
+    import re
+
+    return re.findall(r"[^,\[]+(?:\[[^\]]*\])?", methods)
+
+
+def _run(
+    output: Path, methods: list[str] | tuple[str, ...], seeds: str, budget: str, corpus: Path, device: str,
+    unseen_tasks: str, unseen_domains: str,
+) -> None:  # fmt: skip
+    from .cells import run_cell
+    from .corpus import Corpus
+    from .criteria import Split
+    from .methods import Bench, Method
+
+    if budget not in BUDGETS:
+        raise SystemExit(f"no budget {budget!r}: there are {', '.join(BUDGETS)}")
+    chosen = BUDGETS[budget]
+    for name in methods:
+        Method.parse(name)
+    data = Corpus(corpus, output, length=chosen.size.length, without=_names(unseen_domains))
+    split = Split.of(data, _names(unseen_tasks))
+    check_settings(output / budget, asdict(chosen) | {"corpus": data.facts, "split": asdict(split), "device": device})
+    bench = Bench(data, split, chosen, device)
+    for seed in map(int, seeds.split(",")):
+        for name in methods:
+            run_cell(bench, name, seed, output / budget / name / str(seed))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+if __name__ == "__main__":
+    app()

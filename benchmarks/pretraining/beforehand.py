@@ -1,0 +1,139 @@
+"""Methods that train small models first: DoReMi, DoGE, RegMix and MDE, and what that spends.
+
+Each returns fixed weights for the target run. Its share of the budget is the same for all of them.
+"""
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynmix import MixtureDataset
+from dynmix.callbacks import MixtureHook
+from dynmix.laws import Experts, LightGBM, Ridge, WithExperts, best_mixture
+from dynmix.laws.runs import read_runs
+from dynmix.mixers.doge import DoGE
+from dynmix.mixers.doremi import DoReMi
+from dynmix.proxies import run_proxies, small_llama
+from dynmix.proxies.plan import Training as ProxyTraining
+
+from .cost import Spent
+from .loop import step_flops, train
+from .methods import Bench
+from .training import Training
+
+MAX_EPOCHS = 4.0  # of a domain in the target run
+
+
+def weights_of(bench: Bench, method: str, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
+    """Domain -> weight of the target run, found with so many operations, which are added to `spent`."""
+    found: dict[str, Callable[..., dict[str, float]]] = {
+        "doremi": _doremi, "doge": _doge, "regmix": _regmix, "mde": _mde,
+    }  # fmt: skip
+    return found[method](bench, seed, folder, spent, operations)
+
+
+def _proxy(bench: Bench, seed: int) -> Training:
+    return Training(bench.budget.proxy, len(bench.corpus.tokenizer), seed, bench.device)
+
+
+def _stream(bench: Bench, weights: Any, operations: float, seed: int) -> MixtureDataset:
+    size = bench.budget.proxy
+
+    def made(steps: int) -> MixtureDataset:
+        return MixtureDataset(
+            bench.corpus.stores, weights, num_samples=steps * size.batch, sequence_length=size.length, seed=seed,
+            block=size.batch,
+        )  # fmt: skip
+
+    return made(max(4, 1 + int(operations / step_flops(_proxy(bench, seed), made(1)))))
+
+
+def _run(training: Training, dataset: MixtureDataset, hook: Any, spent: Spent, operations: float, state: Path) -> None:
+    """Train a proxy; all that it spends is spent beforehand."""
+    own = Spent()
+    train(training, dataset, hook, own, operations, state, title=state.stem, save_every=500)
+    spent.flops["before"] += own.total
+    spent.seconds["before"] += sum(own.seconds.values())
+
+
+def _doremi(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
+    """A reference on the natural mixture, a proxy with minimax weights, and their mean (arXiv 2305.10429)."""
+    reference = _proxy(bench, seed)
+    _run(reference, _stream(bench, "natural", operations / 2, seed), None, spent, operations / 2, folder / "ref.pt")
+    training, mixer = _proxy(bench, seed), DoReMi()
+    dataset = _stream(bench, "uniform", operations / 2, seed)
+    hook = MixtureHook(
+        training.model, dataset, bench.tasks, mixer, 2, batch_size=training.size.batch, reference=reference.model,
+        keep=0, loss_every=10**9,
+    )  # fmt: skip
+    _run(training, dataset, hook, spent, operations / 2, folder / "proxy.pt")
+    return mixer.mean
+
+
+def _doge(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
+    """A proxy whose domains are weighted by their gradients' alignment, and the mean of the weights (2310.15393)."""
+    budget, training, mixer = bench.budget, _proxy(bench, seed), DoGE()
+    dataset = _stream(bench, "uniform", operations, seed)
+    hook = MixtureHook(
+        training.model, dataset, bench.tasks, mixer, budget.loss_steps, batch_size=training.size.batch,
+        probe_sequences=budget.probe_sequences, task_sequences=budget.task_sequences, micro_batch=16, keep=0,
+        loss_every=10**9,
+    )  # fmt: skip
+    _run(training, dataset, hook, spent, operations, folder / "proxy.pt")
+    return mixer.mean
+
+
+def _regmix(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
+    """Boosted trees on the losses of random mixtures (arXiv 2407.01492)."""
+    done = _proxies(bench, seed, folder, spent, operations, bench.budget.mixtures[0], experts=False)
+    runs = read_runs(done.table)
+    return _best(bench, LightGBM().fit(runs.W, runs.L), runs)
+
+
+def _mde(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
+    """Ridge regression on weights and on the losses of the experts' ensemble (arXiv 2502.15950)."""
+    done = _proxies(bench, seed, folder, spent, operations, bench.budget.mixtures[1], experts=True)
+    experts, runs = Experts.open(done.experts), read_runs(done.table)
+    runs = runs.ordered(experts.names, experts.targets)
+    return _best(bench, WithExperts(Ridge(), experts).fit(runs.W, runs.L), runs)
+
+
+def _best(bench: Bench, law: Any, runs: Any) -> dict[str, float]:
+    tokens = bench.tokens
+    best = best_mixture(
+        law, tokens=np.array([tokens[name] for name in runs.domains], dtype=np.float64),
+        total_tokens=bench.budget.steps * bench.budget.size.step_tokens, max_epochs=MAX_EPOCHS, compare=runs.W,
+    )  # fmt: skip
+    return dict(zip(runs.domains, best.weights.tolist(), strict=True))
+
+
+def _proxies(
+    bench: Bench, seed: int, folder: Path, spent: Spent, operations: float, mixtures: int, experts: bool
+) -> Any:
+    """Proxies of sampled mixtures, of equal length. (Seconds of those that an earlier call trained are not known.)"""
+    size, runs = bench.budget.proxy, mixtures + experts * len(bench.corpus.stores)
+    dataset = MixtureDataset(bench.corpus.stores, "natural", num_samples=size.batch, sequence_length=size.length)
+    a_step = step_flops(_proxy(bench, seed), dataset)
+    scored = sum(len(task[i]["input_ids"]) for task in bench.tasks.values() for i in range(len(task)))
+    judging = a_step / 3 * scored / size.step_tokens  # a forward pass is a third of a step
+    steps = max(1, int((operations / runs - judging) / a_step))
+    before = _child_seconds()
+    done = run_proxies(
+        bench.corpus.stores, bench.tasks, folder / "proxies",
+        model=small_llama(len(bench.corpus.tokenizer), size.hidden, size.layers, size.heads, size.length),
+        training=ProxyTraining(steps * size.step_tokens, size.length, size.batch, size.rate, seed),
+        mixtures=mixtures, experts=experts, jobs=1, threads=1,
+    )  # fmt: skip
+    if done.failed:
+        raise SystemExit(f"proxies failed: {done.failed}")
+    spent.seconds["before"] += _child_seconds() - before
+    spent.flops["before"] += runs * (steps * a_step + judging)
+    return done
+
+
+def _child_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,148 @@
+"""TiKMiX's own claims at small scale (arXiv 2508.17677), each with its number beside the paper's.
+
+They share the checkpoints, windows and influences of `benchmarks/fidelity.py`: its folder, if there is one, is used.
+Knows windows and cells; draws nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+
+from dynmix import TiKMiXD, group_influence
+
+from .kept import kept
+from .tables import Cells
+from .windows import Windows, make_curvature
+
+Array = NDArray[np.float64]
+
+
+def perturbed(weights: Mapping[str, float], count: int, seed: int) -> list[dict[str, float]]:
+    """Mixtures whose weights are the given ones times factors of 0.5 to 2, made to sum to 1 (Appendix D)."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        scaled = {name: weight * generator.uniform(0.5, 2.0) for name, weight in weights.items()}
+        found.append({name: value / sum(scaled.values()) for name, value in scaled.items()})
+    return found
+
+
+def figure4(windows: Windows, mixtures: int, curvature: str) -> dict[str, Any]:
+    """Total influence against realised loss, over random mixtures trained from one checkpoint (Figure 4)."""
+    generator, natural = np.random.default_rng(4), windows.natural
+    alpha = np.array(list(natural.values())) * len(natural)  # a Dirichlet around the natural mixture, and broad
+    drawn = [dict(zip(natural, w.tolist(), strict=True)) for w in generator.dirichlet(alpha, mixtures)]
+    losses = [windows.mixed(f"mixture-{k:02d}", weights, 0) for k, weights in enumerate(drawn)]
+    influence, _ = windows.influence(curvature)
+    scale = np.abs(influence.scores).max(axis=1)
+    total = [
+        float((windows.gains(influence.scores, weights, list(influence.domains)) / scale).sum()) for weights in drawn
+    ]
+    base = windows.base(0)
+    change = [float(np.mean([base[task] - loss[task] for task in influence.tasks])) for loss in losses]
+    r = float(pearsonr(total, change).statistic)
+    return {
+        "claim": f"Figure 4: total influence against the tasks' mean gain ({curvature})",
+        "here": f"Pearson {r:.3f}, Spearman {spearmanr(total, change).statistic:.3f}",
+        "paper": "Pearson 0.789",
+        "on": f"{mixtures} mixtures, windows of {windows.settings.window} steps",
+        "points": [total, change],
+    }
+
+
+def additivity(windows: Windows, mixtures: int, sequences: int, curvature: str) -> dict[str, Any]:
+    """Influence of samples of mixtures against the weighted sum of the domains' (Appendix D)."""
+    influence, _ = windows.influence(curvature)
+    natural, domains = windows.natural, list(influence.domains)
+    recipe = TiKMiXD(confidence=0).propose(influence, natural).weights
+    drawn = perturbed(recipe, mixtures, 0)
+    predicted = influence.scores @ np.array([[w[name] for name in domains] for w in drawn]).T
+
+    def measure() -> list[list[float]]:
+        training, s = windows.checkpoint(), windows.settings
+        sets = {f"{k}": windows.sequences(weights, sequences, 5000 + k) for k, weights in enumerate(drawn)}
+        found = group_influence(
+            training.model, sets, windows.task_batches(), make_curvature(curvature, training),
+            curvature_batches=windows.sequences("natural", s.curvature_sequences, 2001),
+        )  # fmt: skip
+        return [row.tolist() for row in found.scores]
+
+    measured = np.array(kept(windows.folder / f"influence/mixed-{curvature}-{mixtures}-{sequences}.json", measure))
+    each = {t: float(pearsonr(p, m).statistic) for t, p, m in zip(influence.tasks, predicted, measured, strict=True)}
+    return {
+        "claim": f"Appendix D: influence of a mixed sample against the weighted sum ({curvature})",
+        "here": "Pearson " + ", ".join(f"{task} {r:.3f}" for task, r in each.items()),
+        "paper": "Pearson ARC 0.845, HellaSwag 0.848, TriviaQA 0.931",
+        "on": f"{mixtures} mixtures x {sequences} sequences, domains from {windows.settings.probes}",
+    }
+
+
+def _agreement(a: Array, b: Array, measure: Callable[..., Any] = spearmanr) -> float:
+    return float(np.mean([measure(x, y).statistic for x, y in zip(a, b, strict=True)]))
+
+
+def stability(windows: Windows, curvature: str) -> dict[str, Any]:
+    """Rank correlation of a task's influences between checkpoints, and between two measurements of one."""
+    count = windows.settings.checkpoints
+    found = [windows.influence(curvature, checkpoint=k)[0].scores for k in range(count)]
+    again = windows.influence(curvature, seed=2)[0].scores
+    pairs = ", ".join(f"{_agreement(a, b):.3f}" for a, b in pairwise(found))
+    return {
+        "claim": f"rank stability of influences from stage to stage ({curvature})",
+        "here": f"Spearman {pairs}; the same checkpoint measured twice {_agreement(found[-1], again):.3f}",
+        "paper": "strong temporal stability (no number)",
+        "on": f"{count} checkpoints in {windows.settings.steps} steps, mean over tasks",
+    }
+
+
+def probe_tokens(windows: Windows, curvature: str, counts: tuple[int, ...]) -> dict[str, Any]:
+    """How far measurements on few probes agree with one on the most (Table 2)."""
+    most = windows.influence(curvature, probes=counts[-1], seed=3)[0].scores
+    length, parts = windows.settings.size.length, []
+    for count in counts[:-1]:
+        scores = windows.influence(curvature, probes=count, seed=1)[0].scores
+        parts.append(f"{count * length:,}: {_agreement(scores, most):.3f}")
+    return {
+        "claim": f"Table 2: probe tokens a domain that are enough ({curvature})",
+        "here": "Spearman by tokens " + ", ".join(parts),
+        "paper": "0.1B tokens in all do as well as 0.5B",
+        "on": f"against other {counts[-1] * length:,} tokens a domain, mean over tasks",
+    }
+
+
+def overhead(cells: Cells) -> dict[str, Any] | None:
+    """Operations that TiKMiX-D spends on mixing over RegMix's."""
+
+    def extra(method: str) -> list[float]:
+        spent = [cell["spent"]["flops"] for cell in cells.cells.get(method, {}).values()]
+        return [flops["before"] + flops["mixing"] for flops in spent]
+
+    ours, theirs = extra("tikmix-d"), extra("regmix")
+    if not ours or not theirs:
+        return None
+    return {
+        "claim": "overhead of TiKMiX-D over RegMix's",
+        "here": f"{100 * np.mean(ours) / np.mean(theirs):.0f} % of the operations",
+        "paper": "about 20 %",
+        "on": f"{len(ours)} and {len(theirs)} seeds",
+    }
+
+
+def run_claims(
+    windows: Windows, output: Path, mixtures: int, sequences: int, samples: int, curvatures: list[str]
+) -> list[dict[str, Any]]:
+    """All of them; the overhead where the cells are there."""
+    found: list[dict[str, Any] | None] = []
+    for curvature in curvatures:
+        found.append(figure4(windows, mixtures, curvature))
+        found.append(additivity(windows, samples, sequences, curvature))
+        found.append(stability(windows, curvature))
+    found.append(probe_tokens(windows, curvatures[0], (4, 8, 16, 32, 64, 128)))
+    for settings in sorted(output.glob("*/settings.json")):
+        found.append(overhead(Cells.read(settings.parent)))
+    return [claim for claim in found if claim is not None]

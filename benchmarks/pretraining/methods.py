@@ -1,0 +1,167 @@
+"""The methods by name, and what each does before and during a run.
+
+A name may have options: `tikmix-d[curvature=KFAC,stages=8]`. Knows the package's mixers as any user does, and a bench;
+runs no target model.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynmix import Layers, MixtureDataset, Task
+from dynmix.batches import as_batches
+from dynmix.mixers.base import Run
+from dynmix.mixers.registry import make_mixer
+from dynmix.mixture.packing import PackedSequences
+from dynmix.mixture.store import TokenStore
+from dynmix.mixture.view import RowView
+
+from .corpus import Corpus
+from .criteria import Split
+from .settings import Budget
+from .training import Training
+from .windows import BLOCKS, make_curvature
+
+STATIC = ("natural", "uniform", "temperature", "unimax")
+BY_LOSS = ("odm", "ado", "loss-proportional")
+BY_PROXIES = ("doremi", "doge", "regmix", "mde")
+BY_INFLUENCE = ("tikmix-d", "tikmix-m")
+METHODS = (*STATIC, "odm", *BY_PROXIES, *BY_INFLUENCE, "automixer")
+
+LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
+NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its options."""
+
+    name: str
+    options: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Method":
+        """Read `name` or `name[key=value,...]`."""
+        match = re.fullmatch(r"([a-z-]+)(?:\[([\w=.,+-]+)\])?", text)
+        known = (*STATIC, *BY_LOSS, *BY_PROXIES, *BY_INFLUENCE, "automixer")
+        if match is None or match[1] not in known:
+            raise SystemExit(f"no method {text!r}: there are {', '.join(known)}, and name[key=value,...]")
+        options = dict(part.split("=", 1) for part in match[2].split(",")) if match[2] else {}
+        own = {"curvature", "layers", "stages", "probes", "tasks", "guards", *NUMBERS}
+        if unknown := sorted(set(options) - own):
+            raise SystemExit(f"{text}: no option {unknown[0]!r}; there are {', '.join(sorted(own))}")
+        return cls(match[1], options)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells of a budget have in common."""
+
+    corpus: Corpus
+    split: Split
+    budget: Budget
+    device: str
+
+    def task(self, name: str) -> Task:
+        """A task as mixers see it."""
+        return self.corpus.task(name, "measured", self.budget.examples)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Those that are optimised."""
+        return {name: self.task(name) for name in self.split.optimised}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Of each domain."""
+        return {name: len(TokenStore.open(path).tokens) for name, path in self.corpus.stores.items()}
+
+
+def static_weights(bench: Bench, name: str, steps: int) -> dict[str, float]:
+    """Weights of a static mixer."""
+    size, tokens = bench.budget.size, bench.tokens
+    natural = {domain: count / sum(tokens.values()) for domain, count in tokens.items()}
+    weights = make_mixer(name).start(Run(tokens, steps * size.step_tokens, natural))
+    assert weights is not None
+    return dict(weights)
+
+
+def domains_of(bench: Bench, method: Method, steps: int) -> Mapping[str, Any]:
+    """The data of a run: the stores, and for AutoMixer an even sample of them, as large as can be scored."""
+    if method.name != "automixer":
+        return bench.corpus.stores
+    size = bench.budget.size
+    parts = {name: PackedSequences(TokenStore.open(path), size.length) for name, path in bench.corpus.stores.items()}
+    share = min(1.0, bench.budget.pool * steps * size.batch / sum(map(len, parts.values())))
+    views = {}
+    for name, rows in parts.items():
+        chosen = np.unique(np.linspace(0, len(rows) - 1, max(2, round(share * len(rows)))).astype(np.int64))
+        views[name] = RowView([rows], np.zeros(len(chosen), np.int64), chosen)
+    return views
+
+
+def hook_options(bench: Bench, method: Method, training: Training, folder: Path, steps: int) -> dict[str, Any] | None:
+    """Arguments of `MixtureHook` beside model and dataset; None for a mixture that stays."""
+    name, options, budget = method.name, method.options, bench.budget
+    common: dict[str, Any] = {
+        "tasks": tasks_of(bench, options.get("tasks", "all")),
+        "batch_size": budget.size.batch,
+        "max_steps": steps,
+        "output": folder,
+        "micro_batch": 16,
+        "keep": 0,
+        "loss_every": 10**9,
+    }
+    if name in BY_LOSS:
+        return common | {"mixer": name, "stage_steps": budget.loss_steps}
+    common |= {
+        "stage_steps": max(2, budget.steps // int(options.get("stages", budget.stages))),
+        "probe_sequences": int(options.get("probes", budget.probe_sequences)),
+        "task_sequences": budget.task_sequences,
+        "curvature_sequences": budget.curvature_sequences,
+    }
+    if name == "automixer":
+        return common | {"mixer": name}
+    if name not in BY_INFLUENCE:
+        return None
+    numbers = {key: float(options[key]) for key in NUMBERS if key in options}
+    mixer: dict[str, Any] = {"name": name, **({"direct": numbers} if name == "tikmix-m" else numbers)}
+    return common | {
+        "mixer": mixer,
+        "curvature": make_curvature(options.get("curvature", "EKFAC"), training),
+        "layers": LAYERS[options.get("layers", "all")],
+        "guards": None if options.get("guards") == "none" else "domains",
+    }
+
+
+def tasks_of(bench: Bench, which: str) -> dict[str, Any]:
+    """The tasks of a run: all that are optimised, or the traps `rot13` and `one-document`."""
+    tasks: dict[str, Any] = dict(bench.tasks)
+    first = next(iter(tasks.values()))
+    if which == "rot13":  # a text like no domain's
+        import codecs
+
+        turned = [replace(r, gold=codecs.encode(r.gold, "rot13"), context="", choices=()) for r in first.records]
+        tasks["rot13"] = Task("rot13", turned, bench.corpus.tokenizer, max_length=bench.corpus.length)
+    elif which == "one-document":
+        text = bench.corpus.text(bench.split.domains[0], 10**9)
+        one = Task("one-document", text.records[:1], bench.corpus.tokenizer, max_length=bench.corpus.length)
+        tasks["one-document"] = as_batches(
+            one, name="one-document", sequence_length=bench.corpus.length, micro_batch=16, sequences=8
+        )
+    elif which != "all":
+        raise SystemExit(f"tasks={which}: all, rot13 or one-document")
+    return tasks
+
+
+def make_dataset(bench: Bench, method: Method, weights: Any, steps: int, seed: int) -> MixtureDataset:
+    """The stream of a run."""
+    size = bench.budget.size
+    return MixtureDataset(
+        domains_of(bench, method, steps), weights, num_samples=steps * size.batch, sequence_length=size.length,
+        seed=seed, block=size.batch,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""RESULTS.md: put together from what was run, and saying what was not. Knows files; runs nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import figures
+from .methods import METHODS
+from .sweep import SWEEPS
+from .tables import PRIOR, Cells, by_budget, by_set, costs, efficiency, markdown, overview, sampled
+
+HEAD = """# Results
+
+Written by `python -m benchmarks.pretraining results` from what was run; nothing in it is typed by hand. Losses are
+nats a token (lower is better), mean over seeds; in brackets the difference to the natural mixture with the same seed
+and its 95 % interval over the seeds (Student's t). All runs of a table spent the same number of floating-point
+operations, those of proxies, references, probes and measurements included: a method that pays for its mixture trains on
+fewer tokens. Mixers saw one half of the examples of the optimised tasks; all figures are of the other half, of tasks
+that no mixer was told of, and of text that nothing was trained on.
+"""
+
+
+def write_results(output: Path, file: Path, fidelity: Path | None = None) -> None:
+    """Draw everything that there is below `output` into `file` and the folder `results` beside it."""
+    parts, drawn = [HEAD], file.parent / "results"
+    budgets: dict[str, Cells] = {}
+    for folder in sorted(path.parent for path in output.glob("*/settings.json")):
+        cells = Cells.read(folder)
+        if not cells.cells:
+            continue
+        plain = Cells(cells.settings, {name: own for name, own in cells.cells.items() if "[" not in name})
+        if plain.cells:
+            budgets[folder.name] = plain
+            parts += _budget(folder.name, plain, drawn)
+        parts += _sweeps(cells)
+    if not budgets:
+        parts.append("## Pretraining runs\n\nNot run.\n")
+    if len(budgets) > 1:
+        parts.append("## By budget\n")
+        parts += [f"{group}:\n\n{by_budget(budgets, group)}\n" for group in ("optimised tasks", "unseen tasks")]
+    claims, foreseen = output / "claims.json", fidelity / "fidelity.json" if fidelity else None
+    parts.append("## What influence foresees\n")
+    parts.append(_fidelity(json.loads(foreseen.read_text())) if foreseen and foreseen.exists() else "Not run.\n")
+    parts.append("## The paper's claims\n")
+    parts.append(_claims(json.loads(claims.read_text())["claims"], drawn) if claims.exists() else "Not run.\n")
+    file.write_text("\n".join(parts))
+
+
+def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
+    settings = cells.settings
+    figures.curves(cells, drawn / f"curves-{name}.svg")
+    figures.trade(cells, drawn / f"trade-{name}.svg")
+    size = settings["size"]
+    missing = [
+        f"{method} (seed {seed})" for method in METHODS for seed in range(3) if seed not in cells.cells.get(method, {})
+    ]
+    return [
+        f"## Budget `{name}`\n",
+        f"A Llama with hidden size {size['hidden']} and {size['layers']} layers; {settings['steps']} steps of "
+        f"{size['batch']} sequences of {size['length']} tokens where nothing else is paid for; "
+        f"{len(settings['split']['domains'])} domains; {settings['stages']} stages, measured on "
+        f"{settings['probe_sequences']} sequences a domain and {settings['task_sequences']} a task; "
+        f"{100 * settings['proxy_share']:.0f} % of the operations for proxies where there are any; "
+        f"device {settings['device']}.\n",
+        overview(cells) + "\n",
+        f"![loss by tokens](results/curves-{name}.svg)\n\n![trade](results/trade-{name}.svg)\n",
+        f"Share of the natural run's tokens at which a method is where that run ends (on {settings['curve_examples']} "
+        "examples a task, read off the runs' own curves, whose learning rate is still high there):\n",
+        efficiency(cells) + "\n",
+        "What is spent (`beforehand`: proxies and references; `in the run`: probes, measurements, decisions):\n",
+        costs(cells) + "\n",
+        "What was sampled, in percent. `noise` and `web_dup` (near-duplicates) are the traps:\n",
+        sampled(cells) + "\n",
+        "By set, nats a token:\n",
+        by_set(cells, "loss") + "\n",
+        "By set, bits a byte:\n",
+        by_set(cells, "bits") + "\n",
+        ("Not run: " + ", ".join(missing) + ".\n") if missing else "",
+    ]
+
+
+def _sweeps(cells: Cells) -> list[str]:
+    parts = []
+    for title, names in SWEEPS.items():
+        found = {name: cells.cells[name] for name in (PRIOR, "tikmix-d", *names) if name in cells.cells}
+        if set(found) & set(names):
+            parts += [f"### Sweep: {title}\n", overview(Cells(cells.settings, found)) + "\n"]
+    return parts
+
+
+def _fidelity(found: dict[str, Any]) -> str:
+    text = f"`python benchmarks/fidelity.py`, whose docstring says what the columns are: {found['title']}.\n\n"
+    rows = [[f"{v:.3f}" if isinstance(v, float) else v or "" for v in row] for row in found["rows"]]
+    return text + markdown(found["head"], rows) + "\n"
+
+
+def _claims(found: list[dict[str, Any]], drawn: Path) -> str:
+    lines = ["| claim | here | the paper | on |", "|---|---|---|---|"]
+    lines += [f"| {c['claim']} | {c['here']} | {c['paper']} | {c['on']} |" for c in found]
+    for number, claim in enumerate(c for c in found if "points" in c):
+        name = f"figure4-{number}.svg"
+        x, y = claim["points"]
+        figures.scatter(x, y, ("total influence", "mean gain, nats", claim["here"]), drawn / name)
+        lines.append(f"\n![{claim['claim']}](results/{name})")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,209 @@
+"""Cells as numbers and the tables that are made of them, in Markdown. Knows results; runs nothing."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+
+from .criteria import PAIRS
+
+CONTROLS = ("noise", "web_dup")  # domains that nobody wants learnt
+PRIOR = "natural"
+
+Cell = dict[str, Any]
+Measure = Callable[[Cell], float]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All results of a budget.
+
+    Attributes:
+        settings: that all of them were made with.
+        cells: method -> seed -> what `run_cell` returned.
+    """
+
+    settings: dict[str, Any]
+    cells: dict[str, dict[int, Cell]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Cells":
+        """Read a budget's folder."""
+        found: dict[str, dict[int, Cell]] = {}
+        for file in sorted(folder.glob("*/*/cell.json")):
+            cell = json.loads(file.read_text())
+            found.setdefault(cell["method"], {})[int(cell["seed"])] = cell
+        return cls(json.loads((folder / "settings.json").read_text()), dict(sorted(found.items())))
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Column -> the sets whose mean it is."""
+        split = self.settings["split"]
+        own = [name for name in split["domains"] if name not in CONTROLS]
+        return {
+            "optimised tasks": split["optimised"],
+            "unseen tasks": split["unseen_tasks"],
+            "domains' own text": [f"text/{name}" for name in own],
+            "unseen domains' text": [f"text/{name}" for name in split["unseen_domains"]],
+        }
+
+    def mean(self, group: str, unit: str = "loss") -> Measure:
+        """Mean of a group's sets."""
+
+        def of(cell: Cell) -> float:
+            values = [cell["final"][name][unit] for name in self.groups[group] if name in cell["final"]]
+            return float(np.mean(values))
+
+        return of
+
+
+def one(name: str, unit: str) -> Measure:
+    """A set's own figure."""
+    return lambda cell: float(cell["final"][name][unit])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval by Student's t; NaN of a single value."""
+    n = len(values)
+    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    return float(np.mean(values)), float(half)
+
+
+def against_prior(cells: Cells, method: str, measure: Measure) -> str:
+    """Mean of a method, and its difference to the prior with the interval over the seeds that both have."""
+    own, prior = cells.cells[method], cells.cells.get(PRIOR, {})
+    text = f"{np.mean([measure(cell) for cell in own.values()]):.3f}"
+    if method == PRIOR or not (both := sorted(set(own) & set(prior))):
+        return text
+    mean, half = interval([measure(own[seed]) - measure(prior[seed]) for seed in both])
+    return f"{text} ({mean:+.3f}" + (f" ± {half:.3f})" if np.isfinite(half) else ")")
+
+
+def share_of_tokens(cell: Cell, prior: Cell, names: Sequence[str]) -> float:
+    """Tokens at which a run's mean loss first is the prior's final one, over the prior's tokens; NaN: never."""
+
+    def curve(of: Cell) -> tuple[list[float], list[float]]:
+        points = of["curve"]
+        return [p["tokens"] for p in points], [float(np.mean([p["loss"][name] for name in names])) for p in points]
+
+    aim = curve(prior)[1][-1]
+    tokens, losses = curve(cell)
+    for k, loss in enumerate(losses):
+        if loss <= aim:
+            if k == 0:
+                return float(tokens[0] / prior["tokens"])
+            part = (losses[k - 1] - aim) / (losses[k - 1] - loss)
+            return float((tokens[k - 1] + part * (tokens[k] - tokens[k - 1])) / prior["tokens"])
+    return float("nan")
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def order(cells: Cells) -> list[str]:
+    """Methods, the best on the optimised tasks first."""
+    mean = cells.mean("optimised tasks")
+    return sorted(cells.cells, key=lambda name: float(np.mean([mean(cell) for cell in cells.cells[name].values()])))
+
+
+def overview(cells: Cells) -> str:
+    """A row a method: losses by group, pairs, tokens, cost."""
+    rows = []
+    for name in order(cells):
+        own = list(cells.cells[name].values())
+        row = [f"`{name}`", str(len(own)), *(against_prior(cells, name, cells.mean(group)) for group in cells.groups)]
+        if PAIRS in own[0]["final"]:
+            row.append(f"{100 * np.mean([cell['final'][PAIRS]['accuracy'] for cell in own]):.1f} %")
+        row.append(f"{np.mean([cell['tokens'] for cell in own]) / 1e6:.2f}M")
+        rows.append(row)
+    pairs = [f"{PAIRS} pairs"] if rows and len(rows[0]) == len(cells.groups) + 4 else []
+    return markdown(["method", "seeds", *cells.groups, *pairs, "tokens trained"], rows)
+
+
+def by_set(cells: Cells, unit: str) -> str:
+    """A column a method, a row a set."""
+    names = order(cells)
+    sets = [name for group in cells.groups.values() for name in group]
+    some = next(iter(next(iter(cells.cells.values())).values()))["final"]
+    rows = [
+        [f"`{each}`", *(f"{np.mean([one(each, unit)(c) for c in cells.cells[name].values()]):.3f}" for name in names)]
+        for each in sets
+        if each in some
+    ]
+    return markdown(["set", *names], rows)
+
+
+def efficiency(cells: Cells) -> str:
+    """Share of the prior's tokens at which methods are where it ends, by group of tasks."""
+    prior = cells.cells.get(PRIOR, {})
+    rows = []
+    for name in order(cells):
+        both = sorted(set(cells.cells[name]) & set(prior))
+        if name == PRIOR or not both:
+            continue
+        row = [f"`{name}`"]
+        for group in ("optimised tasks", "unseen tasks"):
+            shares = [share_of_tokens(cells.cells[name][s], prior[s], cells.groups[group]) for s in both]
+            reached = [share for share in shares if np.isfinite(share)]
+            text = f"{100 * np.mean(reached):.0f} %" if reached else "-"
+            row.append(
+                text
+                + (
+                    f" (not reached on {len(both) - len(reached)} of {len(both)} seeds)"
+                    if len(reached) < len(both)
+                    else ""
+                )
+            )
+        rows.append(row)
+    return markdown(["method", "optimised tasks", "unseen tasks"], rows)
+
+
+def by_budget(budgets: Mapping[str, Cells], group: str) -> str:
+    """A row a method, a column a budget: whole runs of another length, each with its own learning rates."""
+    names = sorted({name for cells in budgets.values() for name in cells.cells if "[" not in name})
+    rows = [
+        [
+            f"`{name}`",
+            *(
+                against_prior(cells, name, cells.mean(group)) if name in cells.cells else "-"
+                for cells in budgets.values()
+            ),
+        ]
+        for name in names
+    ]
+    return markdown(["method", *budgets], rows)
+
+
+def costs(cells: Cells) -> str:
+    """What methods spend on their mixture, in operations and seconds."""
+    rows = []
+    for name in order(cells):
+        own = [cell["spent"] for cell in cells.cells[name].values()]
+        row = [f"`{name}`"]
+        for unit, scale in (("flops", 1e12), ("seconds", 1.0)):
+            parts = {key: np.mean([spent[unit][key] for spent in own]) for key in ("training", "before", "mixing")}
+            extra = parts["before"] + parts["mixing"]
+            row += [f"{parts[key] / scale:,.1f}" for key in parts] + [f"{100 * extra / sum(parts.values()):.1f} %"]
+        rows.append(row)
+    head = [f"{what}, {unit}" for unit in ("TFLOP", "s") for what in ("training", "beforehand", "in the run", "share")]
+    return markdown(["method", *head], rows)
+
+
+def sampled(cells: Cells) -> str:
+    """Share of what was trained on, by domain."""
+    names = [name for name in order(cells) if name != "automixer"]
+    domains = cells.settings["split"]["domains"]
+    rows = [
+        [f"`{d}`", *(f"{100 * np.mean([c['sampled'].get(d, 0) for c in cells.cells[n].values()]):.1f}" for n in names)]
+        for d in domains
+    ]
+    return markdown(["domain, %", *names], rows)
