@@ -5,11 +5,12 @@ import os
 # Before torch is imported: the models are tiny, and threads that wait for each other in them cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
 import multiprocessing
 import runpy
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def shared() -> Path:
     if not root.is_dir():
         pytest.skip(f"no reference data at {root}: set $DYNMIX_SHARED to the folder that has it")
     return root
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """What the command line logs is for its own process: in that of the tests it is as before."""
+    log = logging.getLogger("dynmix")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 class Processes:

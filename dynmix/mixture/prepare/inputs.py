@@ -237,7 +237,7 @@ def _cut_text(file: File, piece: int) -> Iterator[Piece]:
             lines.seek(min(start + piece, file.size) - 1)
             lines.readline(_BLOCK)
             while (part := lines.readline(_BLOCK)) and not part.isspace():
-                _check_line(file.name, f"after byte {start}", lines.tell() - start - piece, "text with blank lines")
+                _check_line(file.name, f"after byte {start}", lines.tell() - start - piece, "paragraph", "blank lines")
             stop = lines.tell()
             yield FileParagraphs(file.name, stop - start, start)
             start = stop
@@ -272,9 +272,9 @@ def _decompress(file: IO[bytes], path: Path) -> IO[bytes]:
     return io.BufferedReader(stream, _BLOCK)
 
 
-def _check_line(name: str, where: str, size: int, wanted: str = "one JSON object a line") -> None:
+def _check_line(name: str, where: str, size: int, kind: str = "line", wanted: str = "one JSON object a line") -> None:
     if size > _LINE_BYTES:
-        raise PrepareError(f"{name}, {where}: a document of over {_LINE_BYTES:,} bytes; want {wanted}")
+        raise PrepareError(f"{name}, {where}: a {kind} of over {_LINE_BYTES:,} bytes; want {wanted}")
 
 
 def _cut_parquet(file: File, fields: Fields, piece: int) -> Iterator[Piece]:
