@@ -163,6 +163,7 @@ class MixtureController:
         self.batch_size = 0  # samples an optimizer step, over all ranks; known when the run is planned
         self._planned = 0  # samples of the whole run
         self._warnings: list[str] = []  # what was warned of since the journal's last row
+        self._clock: float | None = None  # when this process wrote its last row
         self._untold: list[NewEpoch | UsedUp] = []  # what the log is yet to tell of the stages that are published
         self.resumed = self._watched = False
         self._window: Mapping[str, Any] | None = None  # of an in-run influence, in the state that was loaded
@@ -606,8 +607,11 @@ class MixtureController:
         error = found.get("error")
         found["warnings"] = [words for words in heard if not (error and words.endswith(error))]  # told once in a row
         row = make_row(kind, self.dataset, rows, guards, mixer, step=step, position=position, loss=loss, **found)
+        if self._clock is not None:
+            row["seconds"]["training"] = time.perf_counter() - self._clock - sum(found["seconds"].values())
         if self.folder is not None:
             self.folder.append(row)
+        self._clock = None if kind == "final" else time.perf_counter()
         return log_keys(row)
 
 

@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class Seconds(TypedDict):
-    """Wall-clock seconds a stage boundary took, by part."""
+    """Wall-clock seconds a stage boundary took, by part, and what the training before it took."""
 
     measure: float
     propose: float
     snapshot: float
+    training: NotRequired[float]  # since the row before; absent where another process wrote that one
 
 
 class Row(TypedDict):
