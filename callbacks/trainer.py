@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from dynmix.callbacks.loop import check_micro_batch
+from dynmix.callbacks.weights_table import log_weights_table
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
@@ -103,6 +104,9 @@ class MixtureCallback(TrainerCallback):
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._log(self.controller.finish(model_of(kwargs), state.global_step), control)
             self._finished = True
+            if self._trainer is not None and self.controller.folder is not None and state.is_world_process_zero:
+                journal = self.controller.folder.path / "journal.jsonl"
+                log_weights_table(journal, self._trainer.callback_handler.callbacks)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell the controller that a checkpoint was saved."""
