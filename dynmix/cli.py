@@ -19,6 +19,7 @@ from dynmix.commands.prepare import prepare
 from dynmix.commands.propose import propose
 from dynmix.commands.proxies import proxies
 from dynmix.commands.regroup import regroup
+from dynmix.commands.report import report
 from dynmix.commands.score import score
 from dynmix.commands.train import train
 
@@ -38,31 +39,8 @@ def main(
     logging.getLogger("dynmix").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-@app.command()
-@command
-def report(
-    run: Annotated[Path, typer.Argument(help="Run folder, or its journal.jsonl.")],
-    baseline: Annotated[Path | None, typer.Option(help="A second run to compare with.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Default: report.html in the run folder.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print where the page is as JSON.")] = False,
-) -> None:
-    """Draw a run's journal as one HTML page."""
-    from dynmix.report import write_report
-
-    def journal(path: Path) -> Path:
-        inside = path / "dynmix" if (path / "dynmix").is_dir() else path
-        return inside / "journal.jsonl" if path.is_dir() else path
-
-    source = journal(run)
-    page = write_report(
-        source, output or source.parent / "report.html", baseline=None if baseline is None else journal(baseline)
-    )
-    print_json({"report": page}) if json else typer.echo(str(page))
-
-
-app.command()(inspect)
+for each in (report, inspect):
+    app.command()(each)
 
 
 @app.command()

@@ -24,6 +24,8 @@ FORBIDDEN = {
     },
     "dynmix/mixers": {"torch", "transformers", "dynmix.mixture", "dynmix.influence", "dynmix.controller"},
     "dynmix/report.py": {"torch", "transformers", "dynmix.controller", "dynmix.mixture", "dynmix.influence"},
+    "dynmix/report_figures.py": {"torch", "transformers", "dynmix.controller", "dynmix.mixture", "dynmix.influence"},
+    "dynmix/report_rows.py": {"torch", "transformers", "dynmix.controller", "dynmix.mixture", "dynmix.influence"},
     "dynmix/journal.py": {"torch", "transformers", "dynmix"},
     "dynmix/observation.py": {"torch", "transformers", "dynmix"},
     "dynmix/controller.py": {"transformers", "accelerate", "dynmix.callbacks"},

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmix.journal import Journal
-from dynmix.report import Run, _apart, _scaled, _unit, write_report
+from dynmix.report import _scaled, write_report
+from dynmix.report_figures import _apart, power_of_1000
+from dynmix.report_rows import Run
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -272,7 +274,7 @@ def test_labels_keep_their_order_and_distance_and_move_only_when_they_must(heigh
 
 @given(st.floats(1e-12, 1e12))
 def test_a_scaled_number_is_the_number(value: float) -> None:
-    unit, power = _unit(value)
+    unit, power = power_of_1000(value)
     assert 0.999 < value / unit < 1001
     assert _scaled((value, math.nan)).endswith(f"10{power}" if power else f"{value:.2f}")
 
@@ -298,3 +300,28 @@ def test_what_was_warned_of_is_told_beside_the_decision(tmp_path: Path) -> None:
     path = write_journal(tmp_path / "journal.jsonl", ["a", "b"], ["t"], stages=2, warnings=["out of <memory>"])
     page = Page(write_report(path, tmp_path / "report.html").read_text())
     assert page.text.count("Warning: out of <memory>") == 3
+
+
+def test_cost_is_a_share_of_the_time_that_is_known(tmp_path: Path) -> None:
+    journal = write_journal(tmp_path / "run.jsonl", ["a", "b"], ["qa"], stages=2)
+    assert Run.read(journal).overhead is None
+    page, _ = draw(journal)
+    assert "Training" not in page.cells
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    rows[1]["seconds"]["training"], rows[2]["seconds"]["training"] = 30.0, 14.25  # the first row has none before it
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Run.read(journal).overhead == pytest.approx(2 * 1.875 / (2 * 1.875 + 44.25))
+    page, _ = draw(journal)
+    assert "7.8\u202f%" in page.text
+    assert {"30.000", "14.250", "44.250"} <= set(page.cells)
+
+
+def test_what_a_low_rank_leaves_out_and_new_epochs_are_told(tmp_path: Path) -> None:
+    journal = write_journal(tmp_path / "run.jsonl", ["a", "b"], ["qa"], stages=2, left_out={"qa": 0.031})
+    assert "qa" in Run.read(journal).tasks
+    page, _ = draw(journal)
+    assert any("3.1\u202f% left out" in cell for cell in page.cells)
+    journal = write_journal(tmp_path / "next.jsonl", ["a", "b"], ["qa"], new_epochs={"a": [(2, 1500), (3, 9000)]})
+    page, _ = draw(journal)
+    assert "a: epoch 2 from sample 1,500, epoch 3 from sample 9,000" in page.text
+    assert "left out" not in page.text
