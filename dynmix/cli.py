@@ -39,8 +39,8 @@ def main(
     logging.getLogger("dynmix").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-for each in (report, inspect):
-    app.command()(each)
+app.command()(report)
+app.command()(inspect)
 
 
 @app.command()
