@@ -3,10 +3,12 @@
 `conftest.Processes` puts `script`, `arguments`, `environment` and `log` among the globals.
 """
 
+import gc
 import os
 import runpy
 import sys
 
+gc.freeze()  # what the server has imported is no garbage
 os.environ.update(globals()["environment"])
 sys.argv = [globals()["script"], *globals()["arguments"]]
 output = os.open(globals()["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -5,12 +5,13 @@ import os
 # Before torch is imported: the models are tiny, and threads that wait for each other in them cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import logging
 import multiprocessing
 import runpy
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,25 @@ settings.register_profile("here", deadline=None, max_examples=30)
 settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "here"))
+
+
+# What has been imported is no garbage, and so much that the collector takes half a second to look through it, as every
+# Trainer asks it to. So it waits until all is imported, and does not look at it again.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Import the tests, and what they test, without looking for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_look_through() -> None:
+    """Hide from the collector what is there before a file's first test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +63,10 @@ def log_level() -> Iterator[None]:
     log.setLevel(level)
 
 
+# Before the server starts, which the first test of any that asks for "forkserver" does.
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "transformers.trainer", "dynmix.callbacks"])
+
+
 class Processes:
     """Runs scripts in processes of their own, which come with torch and transformers imported.
 
@@ -52,7 +76,6 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, 0
         self.context: Any = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch.distributed.fsdp", "transformers.trainer", "dynmix.callbacks"])
 
     def run(self, script: Path | str, *arguments: Any, ranks: int = 1, timeout: float = 300) -> tuple[int, str]:
         """Run `script` as one process, or as so many ranks of `torch.distributed`.
