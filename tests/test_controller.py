@@ -44,7 +44,8 @@ def dataset(rows=(200, 300), samples=100, weights="natural"):
 
 
 def controller(data, mixer=None, **options):
-    options = {"stage_steps": STEPS, "probe_sequences": 10, "curvature_sequences": 20} | options
+    sizes = {"probe_sequences": 10, "curvature_sequences": 20, "task_sequences": 12}
+    options = {"stage_steps": STEPS} | sizes | options
     return MixtureController(data, {"t": sequences(0, 6)}, mixer or TiKMiXD(), **options)
 
 

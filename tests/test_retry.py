@@ -43,7 +43,8 @@ def sequences(domain: int, rows: int):
 def controller(output, tasks=None, **options):
     domains = {"a": sequences(0, 200), "b": sequences(63, 300)}
     data = MixtureDataset(domains, {"a": 0.5, "b": 0.5}, num_samples=100, block=BATCH)
-    options = {"stage_steps": 5, "probe_sequences": 10, "curvature_sequences": 20, "keep": 0} | options
+    sizes = {"probe_sequences": 10, "curvature_sequences": 20, "task_sequences": 12}
+    options = {"stage_steps": 5, "keep": 0} | sizes | options
     return MixtureController(data, tasks or {"t": sequences(0, 6)}, TiKMiXD(), output=output, **options)
 
 

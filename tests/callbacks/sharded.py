@@ -37,6 +37,7 @@ def main(output: Path) -> None:
         stage_steps=training.STAGE_STEPS,
         probe_sequences=8,
         curvature_sequences=16,
+        task_sequences=12,
         output=output,
         keep=1,
     )

@@ -74,7 +74,7 @@ class Loop:
             batch_size=8,
             output=output,
             in_run=in_run,
-            **{"probe_sequences": 8, "curvature_sequences": 16, "keep": 0},
+            **{"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0},
         )
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         for step in range(STEPS - 1):

@@ -13,7 +13,7 @@ from dynmix.callbacks import MixtureHook
 from dynmix.journal import Journal
 from dynmix.mixture.schedule import Undecided
 
-OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
+OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0}
 
 
 class Loop:

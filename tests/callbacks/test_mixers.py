@@ -14,7 +14,14 @@ ARGUMENTS = {
     "fixed": {"weights": WEIGHTS},
     "staged": {"stages": [WEIGHTS, {"web": 0.5, "code": 0.5, "noise": 0.0}, {"web": 0.1, "code": 0.1, "noise": 0.8}]},
     "tikmix-d": {"confidence": 0.0},  # with these few sequences everything else is noise
-    "tikmix-m": {"mixtures": 24, "surrogate": "ridge", "direct": {"confidence": 0.0}},
+    "tikmix-m": {
+        "mixtures": 16,
+        "rounds": 1,
+        "iterations": 4,
+        "samples": 32,
+        "surrogate": "ridge",
+        "direct": {"confidence": 0.0},
+    },
     "ado": {"warmup": 2},  # and 40 steps more until there is a curve to fit: here it only observes
 }
 FROM_THE_FIRST_SAMPLE = {"natural", "uniform", "temperature", "unimax", "fixed", "staged"}

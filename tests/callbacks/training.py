@@ -52,7 +52,7 @@ def model(dropout: float = 0.1) -> LlamaForCausalLM:
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
         attention_dropout=dropout,
@@ -102,7 +102,7 @@ def run(
     settings: dict[str, Any] = {
         "per_device_train_batch_size": BATCH,
         "max_steps": steps,
-        "learning_rate": 1e-2,
+        "learning_rate": 5e-3,
         "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "logging_steps": 1,
@@ -117,7 +117,13 @@ def run(
             data,
             tasks=tasks(),
             mixer=mixer or TiKMiXD(confidence=0.0),  # so that each stage moves, whatever the noise
-            **{"stage_steps": STAGE_STEPS, "probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
+            **{
+                "stage_steps": STAGE_STEPS,
+                "probe_sequences": 8,
+                "curvature_sequences": 16,
+                "task_sequences": 12,
+                "keep": 0,
+            }
             | (options or {}),
         )
     ]

@@ -4,6 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
+from dynmix.demo import corpus
 from dynmix.demo.run import DemoSettings, run_demo
 from dynmix.journal import Journal
 
@@ -15,7 +16,9 @@ SMALL = DemoSettings(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
-    run_demo(folder, seed=1, settings=SMALL, console=Console(file=printed, width=140))
+    with pytest.MonkeyPatch.context() as patch:  # less text of every domain
+        patch.setattr(corpus, "_CAPS", {name: size // 4 for name, size in corpus._CAPS.items()})
+        run_demo(folder, seed=1, settings=SMALL, console=Console(file=printed, width=140))
     return folder, printed.getvalue()
 
 
