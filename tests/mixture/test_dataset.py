@@ -218,7 +218,7 @@ def swap_at(dataset: MixtureDataset, boundary: int, **options: Any) -> list[int]
     return order
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_a_stage_published_while_workers_wait_begins_at_its_position(
     method: str, stores: dict[str, TokenStore]
 ) -> None:
@@ -346,7 +346,7 @@ def test_a_loaded_state_reaches_workers() -> None:
     twin = make(weights="uniform")
     twin.load_state_dict(dataset.state_dict())
     ours = first_tokens(DataLoader(dataset, batch_size=8))
-    assert first_tokens(DataLoader(twin, batch_size=8, num_workers=1, multiprocessing_context="spawn")) == ours
+    assert first_tokens(DataLoader(twin, batch_size=8, num_workers=1, multiprocessing_context="forkserver")) == ours
 
 
 def test_a_state_of_other_data_is_refused() -> None:

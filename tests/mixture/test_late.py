@@ -20,6 +20,7 @@ from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
 
 LENGTH = 16
+NEW = "forkserver"  # a process that is given what it needs, as a spawned one is, and that has torch imported
 first = {"a": 0.25, "b": 0.75}
 second = {"a": 0.1, "b": 0.2, "x": 0.7}
 third = {"a": 0.0, "b": 0.0, "x": 0.5, "y/z": 0.5}
@@ -119,7 +120,7 @@ def swapped(dataset: MixtureDataset, folder: Path, **options: Any) -> list[tuple
     return found
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", NEW])
 def test_workers_that_wait_at_the_boundary_see_the_domain_that_joins(method: str, folder: Path) -> None:
     expected = swapped(make(folder), folder)
     shutil.rmtree(folder / "index")
@@ -186,9 +187,9 @@ def in_a_new_process(folder: Path, text: str, out: Any) -> None:
 def test_a_state_continues_the_stream_in_a_new_process(folder: Path) -> None:
     dataset = grown(folder)
     text = json.dumps(dataset.state_dict())
-    spawn = multiprocessing.get_context("spawn")
-    out = spawn.Queue()
-    process = spawn.Process(target=in_a_new_process, args=(folder, text, out))
+    context: Any = multiprocessing.get_context(NEW)
+    out = context.Queue()
+    process = context.Process(target=in_a_new_process, args=(folder, text, out))
     process.start()
     assert out.get(timeout=60) == (read(dataset, 40), text)
     process.join(60)
@@ -312,7 +313,7 @@ def test_a_file_that_changes_before_a_worker_opens_it_is_refused(folder: Path) -
     dataset = grown(folder)
     (folder / "index" / "x.npy").unlink()
     assert read(dataset, 100, 140) == read(whole(folder), 100, 140)  # mapped already
-    loader = DataLoader(dataset, batch_size=10, sampler=range(100, 140), num_workers=1, multiprocessing_context="spawn")
+    loader = DataLoader(dataset, batch_size=10, sampler=range(100, 140), num_workers=1, multiprocessing_context=NEW)
     with pytest.raises(ValueError, match=r"domain 'x'.*x.npy: no such file"):
         list(loader)
 
@@ -511,7 +512,7 @@ def test_data_in_memory_is_refused_where_workers_run_that_would_not_see_it(folde
     dataset.extend({"new": in_memory(folder)})
     dataset.publish(with_new, start=96)
     expected = read(dataset)
-    loader = DataLoader(dataset, batch_size=10, sampler=range(100, 160), num_workers=1, multiprocessing_context="spawn")
+    loader = DataLoader(dataset, batch_size=10, sampler=range(100, 160), num_workers=1, multiprocessing_context=NEW)
     assert order(loader) == expected[100:160]
 
 

@@ -260,7 +260,7 @@ def read_on(made: MixtureSchedule, ready: Any, out: Any) -> None:
 def test_a_process_started_before_finds_the_same() -> None:
     made = one_epoch()
     made.hold(100)
-    processes: Any = multiprocessing.get_context("spawn")
+    processes: Any = multiprocessing.get_context("forkserver")
     ready, out = processes.Event(), processes.Queue()
     reader = processes.Process(target=read_on, args=(made, ready, out), daemon=True)
     reader.start()

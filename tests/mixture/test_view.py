@@ -95,7 +95,7 @@ def test_views_are_domains_like_others(stores: list[TokenStore], tmp_path: Path)
     for item, other in zip(ours.__getitems__(list(range(600))), expected, strict=True):
         assert item["domain"] == other["domain"]
         assert torch.equal(item["input_ids"], other["input_ids"])
-    for method in ("fork", "spawn"):
+    for method in ("fork", "forkserver"):
         loader = DataLoader(ours, batch_size=100, num_workers=1, multiprocessing_context=method, timeout=60)
         assert [ids.tolist() for batch in loader for ids in batch["input_ids"]] == [
             item["input_ids"].tolist() for item in expected
