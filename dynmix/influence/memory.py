@@ -90,7 +90,7 @@ class PeakMemory:
 
 def peak_memory(
     model: nn.Module,
-    sequence: Batch,
+    sequence: Batch | None,
     *,
     domains: int,
     tasks: int,
@@ -107,7 +107,8 @@ def peak_memory(
     Args:
         model, curvature, layers, loss, offload, layer_groups, rank: as in `group_influence`. Of a curvature that is not
             dynmix's own nothing is known, and nothing counted.
-        sequence: a batch of one sequence, as long as the longest.
+        sequence: a batch of one sequence, as long as the longest. None: nothing is run, so that the model may be on the
+            meta device; a micro-batch is not counted, and layers that share their input are as if they did not.
         domains, tasks: how many.
         micro_batch: sequences of the largest batch.
     """
@@ -126,9 +127,11 @@ def peak_memory(
         ) -> None:
             groups[layer] = capture.sharing[layer]
 
-        with isolated(model), alive:
-            capture.run(sequence, consume)
-        sequences = micro_batch // len(token_mask(sequence))
+        sequences = micro_batch
+        if sequence is not None:
+            with isolated(model), alive:
+                capture.run(sequence, consume)
+            sequences //= len(token_mask(sequence))
         parts.append(
             _of(capture, groups, curvature, alive.peak * sequences, micro_batch, domains, tasks, offload, rank)
         )

@@ -5,7 +5,7 @@ Knows the constructors of the library and of transformers, and which value of a 
 
 import types
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from dynmix.callbacks import MixtureCallback
+from dynmix.in_run import InRun
 from dynmix.influence.base import Curvature
 from dynmix.influence.curvature import EKFAC, KFAC, AdamDiagonal, DataInf, GaussNewton, Identity
 from dynmix.influence.layers import Layers
@@ -170,6 +171,7 @@ def make_dataset(
         when_exhausted=data.when_exhausted,  # type: ignore[arg-type]  # checked there
         packing=data.packing,  # type: ignore[arg-type]
         boundaries=data.boundaries,  # type: ignore[arg-type]
+        homogeneous=data.homogeneous,
         tokenizer=tokenizer,
         cache_dir=cache,
     )
@@ -187,6 +189,7 @@ def check_parts(recipe: Recipe) -> None:
     make_mixer(recipe.mixer)
     _curvature(recipe.measurement, None)
     _layers(recipe.measurement)
+    _in_run(recipe.measurement)
     if isinstance(weights := recipe.data.weights, Mapping):
         try:
             normalized(weights, tuple(recipe.domains))
@@ -213,6 +216,10 @@ def make_callback(
         task_sequences=asked.task_sequences,
         sample_sequences=asked.sample_sequences,
         micro_batch=asked.micro_batch,
+        offload=asked.offload,
+        layer_groups=asked.layer_groups,
+        rank=asked.rank,
+        in_run=_in_run(asked),
         keep=recipe.stages.keep,
         loss_every=recipe.stages.loss_every,
         output=Path(recipe.output) / "dynmix",
@@ -235,6 +242,13 @@ def _curvature(measurement: Measurement, optimizer: Any) -> Curvature | None:
     if measurement.curvature is None:
         return None
     return curvature(*named("measurement.curvature", measurement.curvature), optimizer)
+
+
+def _in_run(measurement: Measurement) -> InRun | None:
+    try:
+        return None if measurement.in_run is None else InRun(**asdict(measurement.in_run))
+    except ValueError as problem:
+        raise RecipeError(f"measurement.in_run: {problem}") from None
 
 
 def _layers(measurement: Measurement) -> Any:

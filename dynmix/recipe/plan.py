@@ -14,8 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from dynmix.influence.capture import measurable_layers
-from dynmix.influence.carried import Carried
-from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.memory import peak_memory
 from dynmix.influence.sample import last_layers
 from dynmix.measurement import HELD_OUT
 from dynmix.mixers.static import Fixed, Natural, Static, Temperature, Uniform, UniMax
@@ -70,8 +69,10 @@ class Plan:
         flops: of the training, 6 a parameter and token.
         measurement_tokens: that one boundary takes through the model, forward and backward.
         measurement_share: FLOPs of all boundaries over `flops`.
+        in_run: whether the training's own backward passes measure the domains; what that takes is in the share.
         memory: what is known of the memory, in bytes: `training` (parameters, gradients and two moments), and at a
-            boundary `gradients` and `factors` of the measurement. Activations come on top of both.
+            boundary `gradients` and `factors` of the measurement, `fitting` (what making the factors takes besides)
+            and how much of all is `elsewhere`, by `offload`. Activations come on top of both.
         scoring: FLOPs over `flops` of scoring the corpus for every task, for mixers that do.
     """
 
@@ -89,6 +90,7 @@ class Plan:
     sets: dict[str, int]
     measurement_tokens: int
     measurement_share: float
+    in_run: bool
     memory: dict[str, float]
     scoring: float | None
 
@@ -107,25 +109,23 @@ def make_plan(run: Run) -> Plan:
     total, stage = controller.total, recipe.stages.steps * batch
     length, parameters = dataset.sequence_length, sum(p.numel() for p in model.parameters())
     starts = range(0, total, stage)
-    measured, factors = 0, 0
+    measured, beside = 0, 0.0
     measurement = controller.measurement
     measures = bool(controller.decider.needs & {"influence", "gradient", "measure"})
-    layers = measurable_layers(model)
+    matrices = sum(layer.shape[0] * layer.shape[1] for layer in measurable_layers(model).values())
     if measures:
         sets = measurement.sets.values()
-        read = 2 * sum(int(each["input_ids"].numel()) for batches in sets for each in batches)
-        read += 2 * length * measurement.held_out_sequences * len(dataset.domains)
-        drawn = measurement.curvature.passes * measurement.curvature_sequences
-        measured = read + length * (measurement.probe_sequences * len(dataset.domains) + drawn)
-        curvature = measurement.curvature
-        kind = curvature.curvature if isinstance(curvature, Carried) else curvature
-        if isinstance(kind, FactoredCurvature):
-            factors = sum(_factors(*layer.shape, kind.largest_basis) for layer in layers.values())
-    rows = 2 * (len(measurement.sets) + bool(measurement.held_out_sequences)) + len(dataset.domains)
-    matrices = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+        read = sum(int(each["input_ids"].numel()) for batches in sets for each in batches)
+        read += length * measurement.held_out_sequences * len(dataset.domains)
+        measured = length * measurement.curvature.passes * measurement.curvature_sequences + read
+        if controller.in_run is None:
+            measured += read + length * measurement.probe_sequences * len(dataset.domains)
+            measured *= measurement.held["layer_groups"]
+        else:
+            beside = _in_run_flops(run, matrices)
     flops, boundaries = 6.0 * parameters * total * length, len(starts) - 1
     # A measurement takes the gradients of layers' outputs, and products with their inputs: no more than training does.
-    share = 6.0 * parameters * measured * boundaries / flops
+    share = (6.0 * parameters * measured + beside) * boundaries / flops
     size = torch.empty(0, dtype=getattr(torch, recipe.model.dtype)).element_size()
     return Plan(
         model=type(model).__name__,
@@ -149,8 +149,9 @@ def make_plan(run: Run) -> Plan:
         | ({HELD_OUT: measurement.held_out_sequences * len(dataset.domains)} if measurement.held_out_sequences else {}),
         measurement_tokens=measured,
         measurement_share=share,
+        in_run=controller.in_run is not None,
         memory={"training": 4.0 * size * parameters}
-        | ({"gradients": 4.0 * rows * matrices, "factors": float(factors)} if measures else {}),
+        | (_memory(run, model) if measures else {}),
         scoring=_scoring(run, model, flops) if controller.sampler is not None else None,
     )  # fmt: skip
 
@@ -171,10 +172,40 @@ def _domains(run: Run, total: int, first: int) -> dict[str, DomainPlan]:
     return found
 
 
-def _factors(rows: int, columns: int, largest: int) -> int:
-    """Bytes of a layer's bases and eigenvalues in float32; the covariances are gone by the time these are whole."""
-    sides = [side for side in (rows, columns) if side <= largest or side <= 4 * min(rows, columns)]
-    return 4 * (sum(side * side for side in sides) + rows * columns)
+def _in_run_flops(run: Run, matrices: int) -> float:
+    """FLOPs of a window: products of the training's gradients with those of the tasks, by micro-batch or sequence."""
+    controller, arguments = run.callback.controller, run.arguments
+    assert controller.in_run is not None
+    options, batch = controller.in_run.options, run.recipe.batch_size
+    products = 2.0 * matrices * options.folds * _rows(run)
+    if options.every is None:
+        return options.window * batch / arguments.per_device_train_batch_size * products
+    steps = -(-options.window // options.every)
+    return steps * batch * (products + 2.0 * matrices * run.dataset.sequence_length)
+
+
+def _memory(run: Run, model: Any) -> dict[str, float]:
+    """Bytes at a boundary; before the window of an in-run influence."""
+    controller = run.callback.controller
+    measurement, in_run = controller.measurement, controller.in_run
+    held = dict(measurement.held) if in_run is None else {}
+    if held.get("offload") == "cpu" and run.arguments.device.type == "cpu":
+        held["offload"] = None
+    peak = peak_memory(
+        model, None, domains=len(run.dataset.domains), tasks=_rows(run), micro_batch=measurement.micro_batch,
+        curvature=measurement.curvature, layers=measurement.layers, **held,
+    )  # fmt: skip
+    gradients, rows = peak.gradients, _rows(run)
+    if in_run is not None:
+        gradients = gradients * in_run.options.folds * rows // (2 * rows + len(run.dataset.domains))
+    found = {"gradients": gradients, "factors": peak.factors, "fitting": peak.fitting, "elsewhere": peak.elsewhere}
+    return {name: float(size) for name, size in found.items() if size or name in ("gradients", "factors")}
+
+
+def _rows(run: Run) -> int:
+    """Rows of the influence: tasks, and guards if the mixer needs them."""
+    measurement = run.callback.controller.measurement
+    return len(measurement.sets) + bool(measurement.held_out_sequences)
 
 
 def _scoring(run: Run, model: Any, flops: float) -> float:
@@ -224,6 +255,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         say(
             f"a measurement reads {plan.measurement_tokens:,} tokens; all {last} together take about "
             f"{100 * plan.measurement_share:.1f} % of the run's FLOPs"
+            + (", with what the training's own backward passes do for it" if plan.in_run else "")
         )
     elif plan.scoring is None:
         say(f"nothing is measured at the boundaries but the task losses: {plan.mixer} needs nothing else")
@@ -232,5 +264,5 @@ def print_plan(plan: Plan, console: Console) -> None:
     say(
         "memory, activations aside: "
         + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in plan.memory.items())
-        + (" (gradients and factors: of a measurement, where training's is all there)" if len(plan.memory) > 1 else "")
+        + (" (all but the first: of a measurement, where training's is all there)" if len(plan.memory) > 1 else "")
     )

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -74,11 +74,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def structured(kind: type[T], values: Any, where: str) -> T:
     """`values` as an instance of a dataclass of the schema. Raises RecipeError, beginning with `where`."""
-    for each in fields(cast(Any, kind)):
-        section = values.get(each.name) if is_dataclass(each.type) else None
-        if section is not None and not isinstance(section, Mapping):
-            names = ", ".join(own.name for own in fields(cast(Any, each.type)))
-            raise RecipeError(f"{where}: {each.name}={section!r}: a mapping with keys of {names} is expected")
+    _check_sections(kind, values, where)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), values)
         if missing := sorted(map(str, OmegaConf.missing_keys(merged))):
@@ -112,6 +108,22 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
         )
         return [each for own in found for each in own]
     return [] if before == now else [f"{key} was {before!r} and is {now!r}"]
+
+
+def _check_sections(kind: Any, values: Any, where: str, above: str = "") -> None:
+    """Raises RecipeError for a value where a mapping is expected; the library's message would not name the key."""
+    for each in fields(kind):
+        section = next((own for own in (each.type, *get_args(each.type)) if is_dataclass(own)), None)
+        follows = OmegaConf.is_config(values) and OmegaConf.is_interpolation(values, each.name)
+        if section is None or follows or get_origin(each.type) is dict:
+            continue
+        value, key = values.get(each.name), f"{above}{each.name}"
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            names = ", ".join(own.name for own in fields(section))
+            raise RecipeError(f"{where}: {key}={value!r}: a mapping with keys of {names} is expected")
+        _check_sections(section, value, where, f"{key}.")
 
 
 def _expanded(tree: DictConfig) -> DictConfig:

@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from transformers import (
     PreTrainedConfig,
@@ -60,17 +59,20 @@ from dynmix.recipe.build import (
 from dynmix.recipe.checkpoints import newest_checkpoint
 from dynmix.recipe.console import PrintStages, QuietProgress
 from dynmix.recipe.names import RecipeError
-from dynmix.recipe.read import differences, structured, to_plain, to_yaml
+from dynmix.recipe.read import differences, read_recipe, structured, to_plain, to_yaml
 from dynmix.recipe.schema import Recipe, TaskFile
 from dynmix.recipe.sources import domain_sources, task_sources
 
 logger = logging.getLogger("dynmix")
 
-# What may change from one call to the next: it does not change what is computed.
+# What may change from one call to the next: it does not change what is computed, but for rounding.
 _FREE = {
     "output",
     "data.cache_dir",
     "stages.keep",
+    "measurement.micro_batch",
+    "measurement.offload",
+    "measurement.layer_groups",
     *(
         f"training.{name}"
         for name in (
@@ -238,17 +240,17 @@ class _Stop(TrainerCallback):
 
 
 def _check_folder(recipe: Recipe) -> None:
-    """Raises RecipeError where the folder has the files of another recipe, or of no recipe."""
+    """Raises RecipeError where the folder has what was trained by another recipe, or by no recipe."""
     folder = Path(recipe.output)
     file = folder / "recipe.yaml"
+    trained = sorted([*folder.glob("checkpoint-*"), *folder.glob("model")])
     if not file.exists():
-        if folder.is_dir() and (others := sorted([*folder.glob("checkpoint-*"), *folder.glob("model")])):
-            raise RecipeError(f"output: {folder} has {others[0].name} and no recipe.yaml: give another folder")
+        if trained:
+            raise RecipeError(f"output: {folder} has {trained[0].name} and no recipe.yaml: give another folder")
         return
-    try:
-        before = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, OSError) as problem:
-        raise RecipeError(f"output: {file} is damaged: {' '.join(str(problem).split())}") from None
+    if not trained and not (folder / "proxy").exists():  # a call that failed as it began, and may have been mended
+        return
+    before = to_plain(read_recipe(file))  # what an older version did not know has its default
     found = [each for each in differences(before, to_plain(recipe)) if each.partition(" was ")[0] not in _FREE]
     if found:
         raise RecipeError(

@@ -54,6 +54,7 @@ class Data:
         weights: of the first stage: "natural", "uniform", or domain -> weight, which sum to 1.
         max_epochs: how often a domain may be read, for all or by name; None: no limit.
         when_exhausted, packing, boundaries: as in `MixtureDataset`.
+        homogeneous: sequences of one domain that stand in a row, so that micro-batches are of one domain.
         groups: folder that `dynmix regroup` wrote, instead of `domains` and `weights`.
         cache_dir: where tokenised text and copies of remote files are kept; None: `tokens` in the run folder.
     """
@@ -64,6 +65,7 @@ class Data:
     when_exhausted: str | None = None
     packing: str = "concat"
     boundaries: str | None = None
+    homogeneous: int = 1
     groups: str | None = None
     cache_dir: str | None = None
 
@@ -102,6 +104,21 @@ class Stages:
 
 
 @dataclass
+class InRun:
+    """The training's own backward passes measure the domains; arguments of `dynmix.InRun`.
+
+    Attributes:
+        window: last optimizer steps of a stage that are looked at.
+        folds, every, least: as there; without `every` micro-batches hold one domain each (`data.homogeneous`).
+    """
+
+    window: int = MISSING
+    folds: int = 4
+    every: int | None = None
+    least: int = 8
+
+
+@dataclass
 class Measurement:
     """What a measurement takes; arguments of `MixtureController`.
 
@@ -110,6 +127,8 @@ class Measurement:
             None: the mixer's usual one.
         layers: regular expression on layers' names, or the arguments of `Layers`; None: the mixer's usual ones.
         probe_sequences, curvature_sequences, task_sequences, sample_sequences, micro_batch: as there.
+        offload, layer_groups, rank: ways to take less memory, as there.
+        in_run: None: the domains are measured by passes of their own, at the boundary.
     """
 
     curvature: Any = None
@@ -119,6 +138,10 @@ class Measurement:
     task_sequences: int | None = 128
     sample_sequences: int = 512
     micro_batch: int = 8
+    offload: str | None = None
+    layer_groups: int = 1
+    rank: int | None = None
+    in_run: InRun | None = None
 
 
 @dataclass

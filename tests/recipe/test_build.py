@@ -65,6 +65,7 @@ def test_trainer_arguments_that_are_none(world, word, message):
         ("measurement.curvature={name: ekfac, damp: 1}", "no key 'damp'; did you mean 'damping'?"),
         ("measurement.curvature={name: ekfac, damping: -1}", "damping must be finite"),
         ("measurement.layers={exclud: a}", "no key 'exclud'; did you mean 'exclude'?"),
+        ("measurement.in_run={window: 3, every: 9}", "measurement.in_run: InRun(every=9): from 1 to window=3"),
         ("data.weights={web: 0.5, code: 0.6}", "data.weights: weights sum to 1.1, not 1"),
         ("data.weights={web: 1.0}", "data.weights: weights do not match the domains: missing ['code']"),
     ],

@@ -8,6 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import dynmix.measurement
+from dynmix import InRun
 from dynmix.cli import app
 from dynmix.mixture.store import TokenStore
 from dynmix.recipe.plan import make_plan, print_plan
@@ -81,6 +82,37 @@ def test_memory_is_of_the_parameters_and_of_the_measured_layers(recipe):
     rows = 2 * 2 + 2  # a task and the guard, with their contrasts, and two domains
     assert plan.memory["gradients"] == 4 * rows * layers
     assert plan.memory["factors"] > 0
+
+
+def test_ways_to_take_less_memory_reach_the_measurement_and_its_price(recipe):
+    whole = make_plan(build_run(recipe()))
+    run = build_run(recipe("measurement={offload: disk, layer_groups: 2, rank: 1, probe_sequences: 6}"))
+    assert run.callback.controller.measurement.held == {"offload": "disk", "layer_groups": 2, "rank": 1}
+    for less, name in (("layer_groups=4", "factors"), ("layer_groups=4", "gradients"), ("rank=1", "gradients")):
+        plan = make_plan(build_run(recipe(f"measurement.{less}")))
+        assert plan.memory[name] < whole.memory[name]
+        assert plan.measurement_tokens == whole.measurement_tokens * (4 if less == "layer_groups=4" else 1)
+    assert "elsewhere" not in make_plan(build_run(recipe("measurement.offload=cpu", "training.use_cpu=true"))).memory
+    disk = make_plan(build_run(recipe("measurement.offload=disk"))).memory
+    assert disk["elsewhere"] == disk["gradients"] + disk["factors"]
+
+
+def test_an_in_run_influence_reads_no_probes_and_its_products_are_in_the_price(recipe):
+    words = ("measurement.in_run={window: 1, folds: 2}", "data.homogeneous=2", "training.per_device_train_batch_size=2")
+    run, whole = build_run(recipe(*words)), make_plan(build_run(recipe()))
+    assert run.dataset.homogeneous == 2
+    assert run.callback.controller.in_run.options == InRun(window=1, folds=2)
+    plan = make_plan(run)
+    tasks = 8 * (4 + plan.sets["held-out"])
+    assert plan.measurement_tokens == tasks + 8 * 2 * 10  # once; and two passes that fit the curvature
+    matrices, rows = 4 * 16 * 16 + 3 * 16 * 32 + 30 * 16, 2
+    assert plan.memory["gradients"] == 4 * 2 * rows * matrices
+    beside = 2 * 2 * matrices * 2 * rows  # two micro-batches, two operations a weight, fold and row
+    boundaries = 2 * (6 * plan.parameters * plan.measurement_tokens + beside)
+    assert plan.measurement_share == pytest.approx(boundaries / plan.flops)
+    assert plan.measurement_tokens < whole.measurement_tokens
+    mixed = make_plan(build_run(recipe("measurement.in_run={window: 1, folds: 2, every: 1}")))
+    assert mixed.measurement_share > plan.measurement_share  # every sequence's gradient is put together
 
 
 def test_it_is_printed_with_every_domain_and_boundary_and_trains_nothing(recipe):

@@ -3,9 +3,11 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 from typer.testing import CliRunner
@@ -15,7 +17,8 @@ import dynmix.recipe.run as runs
 from dynmix.cli import app
 from dynmix.journal import Journal
 from dynmix.proxies.run import Proxies
-from dynmix.recipe.read import example
+from dynmix.recipe.names import RecipeError
+from dynmix.recipe.read import example, read_recipe, to_plain, to_yaml
 
 SIZE = ("hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2")
 TINY = [f"model.config.{each}" for each in SIZE]
@@ -28,11 +31,16 @@ SHORT = [
 HELD_OUT = ["domains.web.held_out=0.2", "domains.code.held_out=0.2"]
 
 
-def train(name: str, *overrides: str):
-    """Run `dynmix train` on a recipe of the package, in the working folder."""
+def _file(name: str) -> Path:
+    """A recipe of the package, in the working folder."""
     file = Path(f"{name}.yaml")
     file.write_text(example(name))
-    return CliRunner().invoke(app, ["train", str(file), *SHORT, *overrides])
+    return file
+
+
+def train(name: str, *overrides: str):
+    """Run `dynmix train` on it."""
+    return CliRunner().invoke(app, ["train", str(_file(name)), *SHORT, *overrides])
 
 
 def parameters(folder: str) -> dict[str, str]:
@@ -173,3 +181,23 @@ def test_a_folder_with_checkpoints_of_no_recipe_is_left_alone(world):
     assert done.exit_code == 2
     assert "no recipe.yaml" in done.output
     assert [path.name for path in Path("run").iterdir()] == ["checkpoint-5"]
+
+
+def test_a_recipe_may_be_mended_until_something_is_trained_by_it(world):
+    recipe = read_recipe(_file("staged"), [*SHORT, *HELD_OUT, *TINY, "output=run"])
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text(to_yaml(replace(recipe, seed=1)))
+    runs._check_folder(recipe)
+    for name in ("checkpoint-3", "model", "proxy"):
+        Path("run", name).mkdir()
+        with pytest.raises(RecipeError, match="a run of another recipe: seed was 1 and is 0"):
+            runs._check_folder(recipe)
+        less = replace(recipe, seed=1, measurement=replace(recipe.measurement, micro_batch=1, layer_groups=2))
+        runs._check_folder(less)  # which is but for rounding the same run
+        Path("run", name).rmdir()
+    # A recipe that was written before there were these keys.
+    old = to_plain(recipe)
+    del old["measurement"]["layer_groups"], old["data"]["homogeneous"]
+    Path("run/recipe.yaml").write_text(yaml.safe_dump(old))
+    Path("run/checkpoint-3").mkdir()
+    runs._check_folder(recipe)
