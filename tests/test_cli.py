@@ -1,5 +1,15 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import tqdm
 from typer.testing import CliRunner
 
+import dynmix.laws.auto
+import dynmix.laws.optimise
 from dynmix.cli import app
 from dynmix.mixers.registry import mixer_names
 
@@ -26,3 +36,59 @@ def test_a_demo_with_a_mixer_that_is_not_there_or_needs_a_reference_is_refused_a
         assert done.exit_code == 1
         assert message in done.output
         assert not (tmp_path / "run").exists()
+
+
+def test_importing_the_package_and_its_commands_loads_nothing_that_takes_time():
+    code = (
+        "import sys, json, dynmix, dynmix.cli; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "accelerate", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "matplotlib"}
+    heavy |= {"lightgbm", "lightning", "ray", "datasets", "omegaconf"}
+    assert not heavy & {*json.loads(done.stdout)}
+
+
+def test_fit_shows_how_far_it_is(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": False})
+            bars.append(self)
+
+    for module in (dynmix.laws.auto, dynmix.laws.optimise):
+        monkeypatch.setattr(module, "tqdm", Bar)
+    runs = tmp_path / "runs.csv"
+    lines = [f"{w},{1 - w},{3 + (w - 0.3) ** 2}" for w in (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)]
+    runs.write_text("\n".join(["weight/web,weight/code,loss/web", *lines]))
+    assert run(app, ["fit", str(runs), "--law", "ridge"]).exit_code == 0
+    assert [(bar.desc, bar.n) for bar in bars] == [
+        ("comparing laws", 5), ("fitting to all runs", 1), ("searching the best mixture", bars[-1].total)
+    ]  # fmt: skip
+    assert bars[0].total == 5
+    assert all(bar.delay == 2 for bar in bars)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted: checkpoint-40 is kept"), ("1", "")])
+def test_ctrl_c_ends_one_of_several_processes_at_once_even_where_python_does_not_come_round(tmp_path, rank, said):
+    """As in a collective: the main thread is in C, where it waits for a lock that it has itself."""
+    for name in ("checkpoint-7/trainer_state.json", "checkpoint-40/trainer_state.json", "checkpoint-50/optimizer.pt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    code = """if True:
+        import ctypes, os, sys, dynmix.commands.train as train
+        train.end_at_once(lambda: train._kept(sys.argv[1]) if os.environ["RANK"] == "0" else "")
+        print("ready", flush=True)
+        library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+        library.pthread_mutex_lock(lock)
+        library.pthread_mutex_lock(lock)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"RANK": rank},
+    )  # fmt: skip
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert errors.strip().partition(",")[0] == said

@@ -9,10 +9,10 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from dynmix.commands.interrupt import INTERRUPTED
+
 P = ParamSpec("P")
 T = TypeVar("T")
-
-INTERRUPTED = 130
 
 
 def command(function: Callable[P, T]) -> Callable[P, T]:

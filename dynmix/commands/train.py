@@ -1,11 +1,13 @@
 """`dynmix train`: a recipe in, a run out."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dynmix.commands import command, print_json
+from dynmix.commands.interrupt import end_at_once
 
 
 @command
@@ -38,6 +40,8 @@ def train(
     if recipe is None:
         raise typer.BadParameter("give a recipe; --examples lists some to begin with", param_hint="RECIPE")
     asked = read_recipe(recipe, overrides or [])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        end_at_once(lambda: _kept(asked.output) if os.environ.get("RANK") == "0" else "")
 
     import torch.distributed as dist
     from rich.console import Console
@@ -62,3 +66,12 @@ def train(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _kept(output: str) -> str:
+    steps = [
+        path.parent.name.removeprefix("checkpoint-") for path in Path(output).glob("checkpoint-*/trainer_state.json")
+    ]
+    newest = max(map(int, filter(str.isdecimal, steps)), default=None)
+    kept = "there is no checkpoint yet" if newest is None else f"checkpoint-{newest} is kept"
+    return f"interrupted: {kept}, and the same command goes on from {'the beginning' if newest is None else 'it'}"
