@@ -1,11 +1,12 @@
 """AutoLaw: the law, or the average of a few, that predicts left-out runs best, and why. Knows no test set."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from dynmix.laws.base import Array, Law, spread
 
@@ -100,17 +101,21 @@ class AutoLaw(Law):
             )
             misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
         else:
-            for name, law in laws.items():
-                self.scores_[name], predicted = _cross_validate(law, W, L[:, judged], fold)
-                if predicted is not None:
-                    left_out[name] = predicted
+            count = int(fold.max()) + 1
+            with tqdm(total=len(laws) * count, desc="comparing laws", unit="fit", leave=False, delay=2) as bar:
+                for number, (name, law) in enumerate(laws.items(), start=1):
+                    self.scores_[name], predicted = _cross_validate(law, W, L[:, judged], fold, bar.update)
+                    bar.update(number * count - bar.n)  # one that failed has left out folds
+                    if predicted is not None:
+                        left_out[name] = predicted
             if not left_out:
                 failures = "; ".join(f"{name}: {score.failure}" for name, score in self.scores_.items())
                 raise ValueError(f"no law could be fitted to every fold: {failures}")
             chosen, mean, own, self.why_ = self._choose(L[:, judged], left_out)
             misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
             misses[:, judged], std[:, judged] = L[:, judged] - mean, own
-        self.laws_ = {name: clone(laws[name]).fit(W, L) for name in chosen}
+        last = tqdm(chosen, desc="fitting to all runs", unit="law", leave=False, delay=2)
+        self.laws_ = {name: clone(laws[name]).fit(W, L) for name in last}
         self.left_out_ = L - misses
         self.seen_ = np.all([law.seen_ for law in self.laws_.values()], axis=0)
         self._scale_uncertainty(L, misses, std)
@@ -194,7 +199,9 @@ def _splits(fold: NDArray[np.intp]) -> Iterator[NDArray[np.bool_]]:
         yield fold == k
 
 
-def _cross_validate(law: Law, W: Array, L: Array, fold: NDArray[np.intp]) -> tuple[Score, tuple[Array, Array] | None]:
+def _cross_validate(
+    law: Law, W: Array, L: Array, fold: NDArray[np.intp], tick: Callable[[], object]
+) -> tuple[Score, tuple[Array, Array] | None]:
     from sklearn.base import clone
 
     start = time.perf_counter()
@@ -210,6 +217,7 @@ def _cross_validate(law: Law, W: Array, L: Array, fold: NDArray[np.intp]) -> tup
             mean[np.ix_(rows, own)], std[np.ix_(rows, own)] = _with_std(fitted, W[out])
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as failure:
             return _failed(time.perf_counter() - start, str(failure)), None
+        tick()
     if not np.isfinite(mean).all():
         bad = "a target has too few runs outside a fold, or a prediction is not finite"
         return _failed(time.perf_counter() - start, bad), None

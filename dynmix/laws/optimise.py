@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
 from dynmix.laws.base import Array, Law, check_mixtures
 from dynmix.laws.bounds import Bounds
@@ -91,7 +92,8 @@ def best_mixture(
     scattered = rng.dirichlet(np.full(k, 0.5), size=64 * starts)
     candidates = np.array([bounds.nearest(w) for w in (np.full(k, 1 / k), *seen, *scattered)])
     order = np.argsort(value(candidates), kind="stable")[:starts]
-    found = [_descend(value, w, bounds, rng) for w in candidates[order]]
+    bar = tqdm(candidates[order], desc="searching the best mixture", unit="start", leave=False, delay=2)
+    found = [_descend(value, w, bounds, rng) for w in bar]
     w = found[int(np.argmin(value(np.array(found))))]
     if smoothing:
         w = bounds.nearest((1 - smoothing) * w + smoothing / k)
