@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-lowest lint docs clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,14 @@ demo: $(VENV)/.installed  ## A semi-dynamic pretraining run beside its static pr
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-lowest:  ## What meets transformers and accelerate, with the oldest of them that pyproject.toml declares
+	$(PYTHON) -m venv build/venv-lowest
+	build/venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	# That transformers' own Trainer cannot load an optimizer's state in several processes on CPUs.
+	build/venv-lowest/bin/python -m pytest tests/callbacks tests/influence tests/recipe tests/test_docs.py \
+		tests/test_tasks.py --deselect \
+		tests/callbacks/test_trainer.py::test_a_run_goes_on_with_other_processes_workers_and_batches
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -213,14 +213,22 @@ def test_files_targets_extras_and_links_are_there(page):
     text = page.read_text()
     for script in re.findall(r"python (benchmarks/\w+\.py)", text):
         assert (ROOT / script).is_file(), script
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     shell = "".join(block.text for block in blocks(page) if block.language == "bash")
-    asked = re.findall(r"`make ([a-z]+)", text) + re.findall(r"^make ([a-z]+)", shell, re.MULTILINE)
+    asked = re.findall(r"`make ([a-z-]+)", text) + re.findall(r"^make ([a-z-]+)", shell, re.MULTILINE)
     assert set(asked) <= set(targets)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(re.findall(r"pip install '[^']*\[([a-z-]+)\]'", text)) <= set(extras)
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / target).is_file(), f"{name_of(page)} links to {target}"
+
+
+def test_the_lowest_versions_are_the_declared_ones():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pinned = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    for name in ("transformers", "accelerate"):
+        [lowest] = [each.removeprefix(f"{name}>=") for each in declared if each.startswith(f"{name}>=")]
+        assert [each for each in pinned if each.startswith(f"{name}==")] == [f"{name}=={lowest}"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
