@@ -27,6 +27,13 @@ def lightning(training):
     return module
 
 
+@pytest.fixture(scope="module")
+def whole(lightning, tmp_path_factory):
+    """A run from its beginning to its end: its folder, and what another must agree with."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, lightning.run(folder)
+
+
 def in_a_loop(training, output: Path, accumulation: int = 1) -> dict:
     dataset, model, order = training.dataset(), training.model(dropout=0.0), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -62,19 +69,19 @@ def test_it_is_the_run_of_a_loop_with_the_hook(accumulation, workers, lightning,
 
 
 @pytest.mark.parametrize("stopped", [8, 9])  # in a stage, and where the next is decided
-def test_it_goes_on_from_a_checkpoint_bit_for_bit(stopped, lightning, tmp_path):
-    whole = lightning.run(tmp_path / "whole")
+def test_it_goes_on_from_a_checkpoint_bit_for_bit(stopped, lightning, whole, tmp_path):
+    folder, uncut = whole
     first = lightning.run(tmp_path / "cut", stop_at=stopped)
     rest = lightning.run(tmp_path / "cut", resume=True)
-    assert first["order"] + rest["order"] == whole["order"]
-    assert rest["stages"] == whole["stages"]
-    assert rest["parameters"] == whole["parameters"]
-    rows = [Journal(tmp_path / name / "dynmix/journal.jsonl").rows() for name in ("cut", "whole")]
+    assert first["order"] + rest["order"] == uncut["order"]
+    assert rest["stages"] == uncut["stages"]
+    assert rest["parameters"] == uncut["parameters"]
+    rows = [Journal(path / "dynmix/journal.jsonl").rows() for path in (tmp_path / "cut", folder)]
     assert [row["weights"] for row in rows[0]] == [row["weights"] for row in rows[1]]
 
 
-def test_two_processes_take_the_same_samples_and_decide_alike(lightning, processes, tmp_path):
-    one = lightning.run(tmp_path / "one")
+def test_two_processes_take_the_same_samples_and_decide_alike(whole, processes, tmp_path):
+    _, one = whole
     script = Path(__file__).with_name("lightning_run.py")
     status, printed = processes.run(script, tmp_path / "two", json.dumps({"processes": 2}), ranks=2)
     assert status == 0, printed
