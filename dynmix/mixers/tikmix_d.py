@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2, norm
 
-from dynmix.mixers.base import Mixer, Proposal, bounds
+from dynmix.mixers.base import Mixer, Proposal, Run, bounds
+from dynmix.mixers.memory import Memory
 from dynmix.mixers.problem import Array, Problem, slackest
 from dynmix.mixers.simplex import cap, normalized
 from dynmix.mixers.solvers import GAP, solve_clarabel, solve_dual, solve_slsqp
@@ -56,6 +57,10 @@ class TiKMiXD(Mixer):
             Eq. 6 prints it, and warns where that flips a sign.
         confidence: in standard deviations of a normal distribution, one-sided (1: 84 %, 2: 98 %); 0 takes the scores as
             exact, as the paper does. Without standard errors they are taken as exact too.
+        memory: in a run, how much of what earlier boundaries said is kept at each, in [0, 1): an average of the
+            influences, weighted by their precision, decides (see `dynmix.mixers.memory`). 0: each decides alone, as the
+            paper's single one.
+        guard_weight: of a guard's row in the objective beside a task's of 1; 0 makes guards a constraint alone.
         guard_slack: by how much a guard may fall below the prior's influence, in units of that guard's largest
             influence: one number for all, or by name. Guards are held by their scores, without `confidence`.
         lower, upper: domain -> least and largest weight it may get, or one number for all.
@@ -75,6 +80,8 @@ class TiKMiXD(Mixer):
         *,
         normalization: Literal["absmax", "paper"] = "absmax",
         confidence: float = 1.0,
+        memory: float = 0.8,
+        guard_weight: float = 0.0,
         guard_slack: float | Mapping[str, float] = 0.0,
         lower: float | Mapping[str, float] | None = None,
         upper: float | Mapping[str, float] | None = None,
@@ -82,21 +89,34 @@ class TiKMiXD(Mixer):
     ):
         if normalization not in ("absmax", "paper"):
             raise ValueError(f"normalization={normalization!r}: 'absmax' or 'paper'")
-        settings = {"alpha": alpha, "beta": beta, "gamma": gamma, "confidence": confidence, "guard_slack": guard_slack}
+        settings: dict[str, Any] = {"alpha": alpha, "beta": beta, "gamma": gamma, "confidence": confidence}
+        settings |= {"memory": memory, "guard_weight": guard_weight, "guard_slack": guard_slack}
         for name, value in (settings | {"lower": lower, "upper": upper, "max_change": max_change}).items():
             for number in value.values() if isinstance(value, Mapping) else [value]:
                 real = isinstance(number, Real) and not isinstance(number, bool)
                 optional = number is None and name not in settings
                 if not optional and not (real and 0 <= cast(float, number) < np.inf):
                     raise ValueError(f"{name}={value!r}: a finite number of at least 0 is needed")
+        if not memory < 1:
+            raise ValueError(f"memory={memory!r}: below 1, where 0 remembers nothing")
         self.alpha, self.beta, self.gamma = float(alpha), float(beta), float(gamma)
         self.normalization: Literal["absmax", "paper"] = normalization
-        self.confidence, self.guard_slack, self.max_change = float(confidence), guard_slack, max_change
+        self.confidence, self.memory, self.guard_weight = float(confidence), float(memory), float(guard_weight)
+        self.guard_slack, self.max_change = guard_slack, max_change
         self.lower, self.upper = lower, upper
+        self._memory = Memory(0.0)  # until a run starts, every proposal stands alone
 
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "TiKMiXD", **vars(self)}
+    def start(self, run: Run) -> None:
+        """Remember this run, and no other. See `Mixer.start`."""
+        self._memory = Memory(self.memory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the boundaries so far said."""
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._memory.load_state_dict(state)
 
     def propose(
         self,
@@ -107,6 +127,8 @@ class TiKMiXD(Mixer):
         lower: Mapping[str, float] | None = None,
     ) -> Proposal:
         """Return the weights that solve Eq. 7; never worse than `prior` on any task by the influence given.
+
+        In a run, once `start` was called, the influence given is averaged with those before as `memory` says.
 
         Bounds come first. Where they cut the prior, gains are counted from the best mixture that they leave, as long as
         that is as good as the prior on every task, else from the prior moved inside; the message says so. A task counts
@@ -132,6 +154,17 @@ class TiKMiXD(Mixer):
                 f"TiKMiXD decides from the influence, not from {type(influence).__name__}: pass the Influence measured "
                 "at this boundary"
             )
+        return self.decide(self._memory.add(influence), prior, upper, lower=lower)
+
+    def decide(
+        self,
+        influence: Influence,
+        prior: Mapping[str, float],
+        upper: Mapping[str, float] | None = None,
+        *,
+        lower: Mapping[str, float] | None = None,
+    ) -> Proposal:
+        """Return what `propose` does of this influence alone; remembers nothing."""
         if not influence.optimised.any():
             raise ValueError(f"there is no task to optimise for, only guards: {list(influence.tasks)}")
         posed = self._pose(influence, prior, upper, lower)
@@ -177,7 +210,7 @@ class TiKMiXD(Mixer):
         if bad := influence.not_finite:
             return _Posed(None, wanted, inside, f"influence not finite on {bad}: prior kept")
         self._warn_of_flips(influence)
-        S, tasks = influence.scores, influence.optimised
+        S, weight = influence.scores, np.where(influence.optimised, 1.0, self.guard_weight)
         scale = np.abs(S).max(axis=1)
         E = self._uncertainty(influence)
         unknown = ~np.isfinite(E).all(axis=0)
@@ -195,7 +228,7 @@ class TiKMiXD(Mixer):
         C = S / divided
         divisor = row_scales(S, self.normalization)
         problem = Problem(
-            A=(S / divisor[:, None])[tasks],
+            A=(weight[:, None] * S / divisor[:, None])[weight > 0],
             C=C,
             floor=C @ wanted - slack,
             start=inside,
@@ -205,7 +238,7 @@ class TiKMiXD(Mixer):
             beta=self.beta,
             gamma=self.gamma,
             R=self._radius(int(moving.sum())) * E / divided,
-            cost=np.where(tasks, self.beta * scale / np.abs(divisor), 0.0),
+            cost=self.beta * weight * scale / np.abs(divisor),
             centre=wanted,
         )
         if problem.violation(inside) == 0:

@@ -189,7 +189,7 @@ class TiKMiXM(Mixer):
         self._proposals += 1
         posed = self.direct.problem(influence, prior, upper)
         if posed is None or not influence.optimised.any():  # nothing can be told from this influence
-            return self.direct.propose(influence, prior, upper)
+            return self.direct.decide(influence, prior, upper)
         given = normalized(prior, influence.domains)
         inside = into(given, posed.lower, posed.upper)
         least, most = (
@@ -198,8 +198,8 @@ class TiKMiXM(Mixer):
         )
         problem = self.direct.problem(influence, prior, most, least)
         if problem is None:
-            return self.direct.propose(influence, prior, most, lower=least)
-        found = np.array([*self.direct.propose(influence, prior, most, lower=least).weights.values()])
+            return self.direct.decide(influence, prior, most, lower=least)
+        found = np.array([*self.direct.decide(influence, prior, most, lower=least).weights.values()])
 
         target = _Target(influence, measure, self.direct.normalization)
         constraint = _Pareto(problem if self.pareto else None)
@@ -288,7 +288,7 @@ class TiKMiXM(Mixer):
         if not self._warned:
             logger.warning("TiKMiX-M: %s; pass measure= to find mixture effects", why)
             self._warned = True
-        answer = self.direct.propose(influence, prior, upper)
+        answer = self.direct.decide(influence, prior, upper)
         return Proposal(
             answer.weights,
             answer.solver,

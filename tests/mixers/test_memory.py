@@ -1,0 +1,109 @@
+"""The average over a run's influences against one written out over all of them."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynmix import TiKMiXD
+from dynmix.mixers.base import Run
+from dynmix.mixers.memory import Memory
+from dynmix.observation import Influence
+
+TASKS, DOMAINS = ("code", "maths"), ("books", "python", "web")
+PRIOR = dict.fromkeys(DOMAINS, 1 / 3)
+
+
+def influences(count: int, seed: int, *, errors: bool = True) -> list[Influence]:
+    generator = np.random.default_rng(seed)
+    made = []
+    for scale in generator.uniform(0.1, 100, count):  # nats of one stage are not those of the next
+        scores = scale * generator.normal(size=(2, 3))
+        made.append(Influence(scores, TASKS, DOMAINS, scale * generator.uniform(0.1, 2, (2, 3)) if errors else None))
+    return made
+
+
+def written_out(seen: list[Influence], kept: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error of the last influence's rows, in its nats."""
+    scores, errors = np.zeros((2, 3)), np.zeros((2, 3))
+    for i in range(2):
+        top = [np.abs(one.scores[i]).max() for one in seen]
+        relative = [one.standard_error[i] / t for one, t in zip(seen, top, strict=True)]
+        weights = [kept ** (len(seen) - 1 - k) / np.mean(e**2) for k, e in enumerate(relative)]
+        parts = [w / sum(weights) for w in weights]
+        for j in range(3):
+            values = [one.scores[i, j] / t for one, t in zip(seen, top, strict=True)]
+            scores[i, j] = top[-1] * sum(p * v for p, v in zip(parts, values, strict=True))
+            errors[i, j] = top[-1] * np.sqrt(sum((p * e[j]) ** 2 for p, e in zip(parts, relative, strict=True)))
+    return scores, errors
+
+
+@given(count=st.integers(1, 6), seed=st.integers(0, 10**6), kept=st.floats(0.01, 0.99))
+def test_the_average_is_that_of_all_influences_by_their_precision(count: int, seed: int, kept: float) -> None:
+    memory, seen = Memory(kept), influences(count, seed)
+    for one in seen:
+        found = memory.add(one)
+    scores, errors = written_out(seen, kept)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-9)
+    np.testing.assert_allclose(found.standard_error, errors, rtol=1e-9)
+
+
+@given(seed=st.integers(0, 10**6), errors=st.booleans())
+def test_a_run_that_is_resumed_remembers_the_same(seed: int, errors: bool) -> None:
+    first, second, third = influences(3, seed, errors=errors)
+    memory, resumed = Memory(0.5), Memory(0.5)
+    for one in (first, second):
+        memory.add(one)
+    resumed.load_state_dict(json.loads(json.dumps(memory.state_dict())))
+    assert np.array_equal(resumed.add(third).scores, memory.add(third).scores)
+
+
+def test_a_measurement_that_is_noise_moves_little() -> None:
+    sure, noise = (Influence([[1.0, 0, 0]], ["t"], DOMAINS, np.full((1, 3), error)) for error in (0.1, 10.0))
+    memory = Memory(0.9)
+    memory.add(sure)
+    other = Influence([[0.0, 1, 0]], ["t"], DOMAINS, noise.standard_error)
+    np.testing.assert_allclose(memory.add(other).scores, [[1, 0, 0]], atol=1e-3)
+
+
+def test_nothing_is_remembered_of_what_is_not_finite_or_of_other_domains() -> None:
+    memory = Memory(0.5)
+    first, second = influences(2, 0)
+    memory.add(first)
+    broken = Influence(np.full((2, 3), np.nan), TASKS, DOMAINS)
+    unknown = Influence(second.scores, TASKS, DOMAINS, np.full((2, 3), np.inf))
+    before = memory.state_dict()
+    assert memory.add(broken) is broken
+    assert memory.add(unknown) is unknown
+    assert memory.state_dict() == before
+    others = Influence(second.scores, TASKS, ("books", "python", "news"))
+    np.testing.assert_allclose(memory.add(others).scores, others.scores)
+
+
+def test_tikmix_d_decides_by_what_it_remembers_of_a_run() -> None:
+    seen, run = influences(3, 3), Run(dict.fromkeys(DOMAINS, 100), 100, PRIOR)
+    mixer, memory = TiKMiXD(memory=0.7, confidence=0), Memory(0.7)
+    mixer.start(run)
+    for one in seen:
+        found = mixer.propose(one, PRIOR)
+        assert found == TiKMiXD(confidence=0).propose(memory.add(one), PRIOR)
+    alone = TiKMiXD(confidence=0).propose(seen[-1], PRIOR)
+    assert found.weights != pytest.approx(alone.weights, abs=1e-3)
+    mixer.start(run)
+    assert mixer.state_dict() == {}
+    assert mixer.propose(seen[-1], PRIOR).weights == pytest.approx(alone.weights, abs=1e-6)
+
+
+def test_outside_of_a_run_nothing_is_remembered() -> None:
+    first, second = influences(2, 4)
+    mixer = TiKMiXD()
+    mixer.propose(first, PRIOR)
+    assert mixer.propose(second, PRIOR) == TiKMiXD().propose(second, PRIOR)
+    assert mixer.state_dict() == {}
+
+
+def test_memory_is_a_share() -> None:
+    with pytest.raises(ValueError, match=r"memory=1\.0: below 1"):
+        TiKMiXD(memory=1.0)
