@@ -151,12 +151,14 @@ def foreseen(windows: Windows, gauss_newton: bool) -> dict[str, tuple[Array, flo
     """Curvature -> scores float64[n_tasks, n_domains] and processor seconds."""
     names = (*CURVATURES, *(["GaussNewton"] if gauss_newton else []))
     made = {name: windows.influence(name) for name in names}
+    few = windows.settings.probes // 4  # where damping decides how much of their noise comes through
+    made |= {f"{name}, {few} probes": windows.influence(name, probes=few) for name in ("EKFAC:1", "EKFAC:0.1")}
     found = {name: (influence.scores, seconds) for name, (influence, seconds) in made.items()}
     file = windows.folder / "influence/kronfluence.json"
     if file.exists():
-        ours, seconds = windows.influence("EKFAC", blocks=True)
+        ours, seconds = windows.influence("EKFAC:0.1", blocks=True)  # the damping of theirs
         theirs = kept(file, dict)
-        found["EKFAC, blocks alone"] = ours.scores, seconds
+        found["EKFAC:0.1, blocks alone"] = ours.scores, seconds
         found["kronfluence, blocks alone"] = np.array(theirs["scores"]), theirs["seconds"]
     return found
 

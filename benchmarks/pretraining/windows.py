@@ -39,7 +39,7 @@ Array = NDArray[np.float64]
 Batch = dict[str, Tensor]
 
 BLOCKS = Layers(exclude="lm_head")
-CURVATURES = ("EKFAC", "KFAC", "AdamDiagonal", "DataInf", "Identity")
+CURVATURES = ("EKFAC:1", "EKFAC:0.1", "EKFAC:10", "KFAC:1", "KFAC:0.1", "AdamDiagonal", "DataInf", "Identity")
 SLOW = ("GaussNewton",)
 
 
@@ -203,15 +203,17 @@ class Windows:
 
 
 def make_curvature(name: str, training: Training) -> Any:
-    """A curvature by its name; `AdamDiagonal` is that of the training's own optimizer."""
+    """A curvature by its name, with its damping after a colon; `AdamDiagonal` is that of the training's optimizer."""
+    kind, _, damping = name.partition(":")
+    own: dict[str, Any] = {"damping": float(damping)} if damping else {}
     made: dict[str, Callable[[], Any]] = {
-        "EKFAC": EKFAC,
-        "KFAC": KFAC,
+        "EKFAC": lambda: EKFAC(**own),
+        "KFAC": lambda: KFAC(**own),
         "AdamDiagonal": lambda: AdamDiagonal(training.optimizer),
         "DataInf": DataInf,
         "Identity": Identity,
         "GaussNewton": lambda: GaussNewton(tolerance=0.05, iterations=8, probes=2),
     }
-    if name not in made:
-        raise SystemExit(f"no curvature {name!r}: there are {', '.join(made)}")
-    return made[name]()
+    if kind not in made:
+        raise SystemExit(f"no curvature {name!r}: there are {', '.join(made)}, EKFAC and KFAC also with :damping")
+    return made[kind]()
