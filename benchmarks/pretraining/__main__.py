@@ -65,13 +65,13 @@ def sweep(
     unseen_tasks: str = "blimp,piqa",
     unseen_domains: str = "movie_reviews,wikipedia",
 ) -> None:
-    """Run the variants of TiKMiX-D that decide its defaults, and the traps, beside `natural` and `tikmix-d`."""
-    from .sweep import SWEEPS
+    """Run the variants of TiKMiX-D that decide its defaults, and the traps, beside the prior and what they vary."""
+    from .sweep import BASE, SWEEPS
 
     chosen = list(SWEEPS) if which is None else which.split(",")
     if unknown := [name for name in chosen if name not in SWEEPS]:
         raise SystemExit(f"no sweep {unknown[0]!r}: there are {', '.join(SWEEPS)}")
-    names = ["natural", "tikmix-d", *(name for each in chosen for name in SWEEPS[each])]
+    names = ["natural", BASE, *(name for each in chosen for name in SWEEPS[each])]
     _run(output, names, seeds, budget, corpus, device, unseen_tasks, unseen_domains)
 
 
@@ -84,7 +84,7 @@ def claims(
     mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
     samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
     sequences: Annotated[int, typer.Option(help="Of each of them.")] = 64,
-    curvatures: Annotated[str, typer.Option(help="By commas.")] = "EKFAC",
+    curvatures: Annotated[str, typer.Option(help="By commas.")] = "EKFAC:1",
     corpus: CorpusOption = CORPUS,
     device: str = "cpu",
 ) -> None:

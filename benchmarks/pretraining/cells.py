@@ -40,8 +40,8 @@ def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any
 
     spent, steps = Spent(), budget.steps
     weights: Any = "natural"
-    if method.name in STATIC:
-        weights = static_weights(bench, method.name, steps)
+    if method.name in STATIC or "start" in method.options:
+        weights = static_weights(bench, method.options.get("start", method.name), steps)
     elif method.name in BY_PROXIES:
         found = kept(folder / "before.json", before)
         weights, spent.flops["before"], spent.seconds["before"] = found["weights"], found["flops"], found["seconds"]

@@ -1,7 +1,7 @@
 """The methods by name, and what each does before and during a run.
 
-A name may have options: `tikmix-d[curvature=KFAC,stages=8]`. Knows the package's mixers as any user does, and a bench;
-runs no target model.
+A name may have options: `tikmix-d[curvature=KFAC:1,stages=8]`; `start` is the static mixer of its first stage. Knows
+the package's mixers as any user does, and a bench; runs no target model.
 """
 
 import re
@@ -30,10 +30,10 @@ STATIC = ("natural", "uniform", "temperature", "unimax")
 BY_LOSS = ("odm", "ado", "loss-proportional")
 BY_PROXIES = ("doremi", "doge", "regmix", "mde")
 BY_INFLUENCE = ("tikmix-d", "tikmix-m")
-METHODS = (*STATIC, "odm", *BY_PROXIES, *BY_INFLUENCE, "automixer")
+METHODS = (*STATIC, "odm", *BY_PROXIES, "tikmix-d", "tikmix-d[start=unimax]", "tikmix-m", "automixer")
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
-NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack")
+NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Method:
     @classmethod
     def parse(cls, text: str) -> "Method":
         """Read `name` or `name[key=value,...]`."""
-        match = re.fullmatch(r"([a-z-]+)(?:\[([\w=.,+-]+)\])?", text)
+        match = re.fullmatch(r"([a-z-]+)(?:\[([\w=.,:+-]+)\])?", text)
         known = (*STATIC, *BY_LOSS, *BY_PROXIES, *BY_INFLUENCE, "automixer")
         if match is None or match[1] not in known:
             raise SystemExit(f"no method {text!r}: there are {', '.join(known)}, and name[key=value,...]")
         options = dict(part.split("=", 1) for part in match[2].split(",")) if match[2] else {}
-        own = {"curvature", "layers", "stages", "probes", "tasks", "guards", *NUMBERS}
+        own = {"curvature", "layers", "stages", "probes", "tasks", "guards", "start", "examples", *NUMBERS}
         if unknown := sorted(set(options) - own):
             raise SystemExit(f"{text}: no option {unknown[0]!r}; there are {', '.join(sorted(own))}")
         return cls(match[1], options)
@@ -121,18 +121,18 @@ def hook_options(bench: Bench, method: Method, training: Training, folder: Path,
     common |= {
         "stage_steps": max(2, budget.steps // int(options.get("stages", budget.stages))),
         "probe_sequences": int(options.get("probes", budget.probe_sequences)),
-        "task_sequences": budget.task_sequences,
+        "task_sequences": int(options.get("examples", budget.task_sequences)),
         "curvature_sequences": budget.curvature_sequences,
     }
     if name == "automixer":
         return common | {"mixer": name}
     if name not in BY_INFLUENCE:
         return None
-    numbers = {key: float(options[key]) for key in NUMBERS if key in options}
+    numbers = {"confidence": budget.confidence} | {key: float(options[key]) for key in NUMBERS if key in options}
     mixer: dict[str, Any] = {"name": name, **({"direct": numbers} if name == "tikmix-m" else numbers)}
     return common | {
         "mixer": mixer,
-        "curvature": make_curvature(options.get("curvature", "EKFAC"), training),
+        "curvature": make_curvature(options["curvature"], training) if "curvature" in options else None,
         "layers": LAYERS[options.get("layers", "all")],
         "guards": None if options.get("guards") == "none" else "domains",
     }

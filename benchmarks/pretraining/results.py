@@ -6,7 +6,7 @@ from typing import Any
 
 from . import figures
 from .methods import METHODS
-from .sweep import SWEEPS
+from .sweep import BASE, SWEEPS
 from .tables import PRIOR, Cells, by_budget, by_set, costs, efficiency, markdown, overview, sampled
 
 HEAD = """# Results
@@ -28,7 +28,7 @@ def write_results(output: Path, file: Path, fidelity: Path | None = None) -> Non
         cells = Cells.read(folder)
         if not cells.cells:
             continue
-        plain = Cells(cells.settings, {name: own for name, own in cells.cells.items() if "[" not in name})
+        plain = Cells(cells.settings, {name: own for name, own in cells.cells.items() if name in METHODS})
         if plain.cells:
             budgets[folder.name] = plain
             parts += _budget(folder.name, plain, drawn)
@@ -82,7 +82,7 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
 def _sweeps(cells: Cells) -> list[str]:
     parts = []
     for title, names in SWEEPS.items():
-        found = {name: cells.cells[name] for name in (PRIOR, "tikmix-d", *names) if name in cells.cells}
+        found = {name: cells.cells[name] for name in (PRIOR, BASE, *names) if name in cells.cells}
         if set(found) & set(names):
             parts += [f"### Sweep: {title}\n", overview(Cells(cells.settings, found)) + "\n"]
     return parts

@@ -14,6 +14,7 @@ class Budget:
         steps: of a run that spends nothing on its mixture; any other gets the same operations all in all.
         stages: of methods that measure.
         probe_sequences, task_sequences, curvature_sequences: of a measurement, as `MixtureController` takes them.
+        confidence: of TiKMiX-D. At 1, its default, what so few sequences say would leave the first mixture as it is.
         loss_steps: optimizer steps a stage, of methods that learn from the training loss.
         proxy: size of the proxies' models.
         proxy_share: of all operations, what methods with proxies spend on them.
@@ -30,6 +31,7 @@ class Budget:
     probe_sequences: int = 16
     task_sequences: int = 32
     curvature_sequences: int = 64
+    confidence: float = 0.25
     loss_steps: int = 10
     proxy: Size = field(default_factory=lambda: Size(hidden=32, layers=2, heads=2, batch=8, rate=5e-3))
     proxy_share: float = 0.2
@@ -47,6 +49,12 @@ BUDGETS = {
         steps=48, probe_sequences=4, task_sequences=8, curvature_sequences=8, loss_steps=4,
         proxy=Size(hidden=16, layers=1, heads=1, batch=2, rate=5e-3), proxy_share=0.5, mixtures=(4, 3),
         examples=16, curve_examples=8, curve=3, characters=2_000,
+    ),
+    "swift": Budget(
+        size=Size(hidden=64, layers=2, heads=2, batch=16, rate=5e-3),
+        steps=500, stages=5, probe_sequences=6, task_sequences=24, curvature_sequences=32,
+        proxy=Size(hidden=32, layers=1, heads=2, batch=8, rate=7e-3),
+        examples=120, curve_examples=32, curve=6, characters=12_000,
     ),
     "half": Budget(steps=200),
     "small": Budget(),

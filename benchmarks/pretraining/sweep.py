@@ -1,15 +1,27 @@
-"""The variants of TiKMiX-D that decide its defaults, and the traps."""
+"""The variants of TiKMiX-D that decide its defaults, and the traps.
+
+All start from UniMax: what a variant decides shows more clearly where the mixture begins near the best static one.
+"""
+
+BASE = "tikmix-d[start=unimax]"
+
+
+def _variants(key: str, *values: object) -> list[str]:
+    return [f"tikmix-d[start=unimax,{key}={value}]" for value in values]
+
 
 SWEEPS = {
-    "curvature": [f"tikmix-d[curvature={name}]" for name in ("KFAC", "AdamDiagonal", "DataInf", "Identity")],
-    "layers": [f"tikmix-d[layers={name}]" for name in ("blocks", "embeddings", "norms")],
-    "probes": [f"tikmix-d[probes={n}]" for n in (4, 8, 32, 64)],
-    "stages": [f"tikmix-d[stages={n}]" for n in (2, 8, 16)],
-    "alpha": [f"tikmix-d[alpha={n}]" for n in (0, 0.3, 3)],
-    "beta": [f"tikmix-d[beta={n}]" for n in (0.3, 3)],
-    "gamma": [f"tikmix-d[gamma={n}]" for n in (0.3, 3)],
-    "confidence": [f"tikmix-d[confidence={n}]" for n in (0, 0.5, 2)],
-    "largest step": [f"tikmix-d[max_change={n}]" for n in (0.02, 0.05, 0.1)],
-    "guards": ["tikmix-d[guards=none]"],
-    "traps": ["tikmix-d[tasks=rot13]", "tikmix-d[tasks=one-document]"],
+    "curvature": _variants("curvature", "EKFAC:0.1", "EKFAC:10", "KFAC:1", "AdamDiagonal", "DataInf", "Identity"),
+    "layers": _variants("layers", "blocks", "embeddings", "norms"),
+    "probes": _variants("probes", 4, 8, 16, 32, 64),
+    "stages": _variants("stages", 2, 3, 8, 16),
+    "alpha": _variants("alpha", 0, 0.3, 3),
+    "beta": _variants("beta", 0.3, 3),
+    "gamma": _variants("gamma", 0.3, 3),
+    "confidence": _variants("confidence", 0, 0.5, 1),
+    "memory": _variants("memory", 0, 0.5, 0.95),
+    "largest step": _variants("max_change", 0.02, 0.05, 0.1),
+    "guards": [*_variants("guards", "none"), *_variants("guard_weight", 1)],
+    "start": ["tikmix-d"],
+    "traps": _variants("tasks", "rot13", "one-document"),
 }

@@ -169,7 +169,7 @@ def efficiency(cells: Cells) -> str:
 
 def by_budget(budgets: Mapping[str, Cells], group: str) -> str:
     """A row a method, a column a budget: whole runs of another length, each with its own learning rates."""
-    names = sorted({name for cells in budgets.values() for name in cells.cells if "[" not in name})
+    names = sorted({name for cells in budgets.values() for name in cells.cells})
     rows = [
         [
             f"`{name}`",
