@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dynmix.ahead import Ahead
 from dynmix.budget import EpochBudget
 from dynmix.decider import Decider
 from dynmix.drawn import DrawnMixtures
@@ -31,7 +32,7 @@ from dynmix.influence.memory import PeakMemory
 from dynmix.influence.storage import Offload
 from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
-from dynmix.mixture.accounting import NewEpoch, UsedUp, in_words, new_epochs, used_up
+from dynmix.mixture.accounting import new_epochs
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
@@ -41,7 +42,6 @@ from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
 
 logger = logging.getLogger("dynmix")
-data_logger = logging.getLogger("dynmix.mixture")
 
 MEASURED = frozenset({"influence", "gradient", "measure"})  # what takes probes at a boundary
 
@@ -164,7 +164,7 @@ class MixtureController:
         self._planned = 0  # samples of the whole run
         self._warnings: list[str] = []  # what was warned of since the journal's last row
         self._clock: float | None = None  # when this process wrote its last row
-        self._untold: list[NewEpoch | UsedUp] = []  # what the log is yet to tell of the stages that are published
+        self._ahead = Ahead(dataset)
         self.resumed = self._watched = False
         self._window: Mapping[str, Any] | None = None  # of an in-run influence, in the state that was loaded
         self._factors: str | None = None  # the file of the curvature's, if it carries any on
@@ -292,8 +292,8 @@ class MixtureController:
             if self.in_run is not None and self.folder is not None and self._window is not None:
                 window = self._window_from(int(self._window["began"]))
                 self.in_run.resume(model, self.folder, self._window, step, window)
-            again = self._look_ahead(step * self.batch_size)
-            self._untold = self._to_tell(again, step * self.batch_size)
+            self._ahead = Ahead(self.dataset)
+            self._ahead.look(step * self.batch_size, self.total)
             return self._decide(model, step) if self._is_due(step) else None
         if self.folder is not None:
             self.folder.set_aside()
@@ -305,8 +305,7 @@ class MixtureController:
         with _timed(seconds, "measure"):
             loss = self.measurement.losses(model)
         logs = self._write_down("stage", step, 0, loss, seconds=seconds)
-        if again := [each for each in self._untold if isinstance(each, NewEpoch)]:
-            data_logger.warning("stage 0 will read again: %s", in_words(again))
+        self._ahead.warn()
         return logs
 
     def _say_memory(self, model: nn.Module) -> None:
@@ -323,7 +322,7 @@ class MixtureController:
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
         self.dataset.pulse()
-        self._tell(step)
+        self._ahead.tell(step * self.batch_size, step)
         self.decider.observe(step, self.batch_size)
         logs = self.sampler.step_ended(model, step) if self.sampler is not None else {}
         with warnings_heard(self._warnings):
@@ -348,35 +347,6 @@ class MixtureController:
     def _window_from(self, step: int) -> range:
         """Positions from the end of a step to the end of the stage that is to be decided next."""
         return range(step * self.batch_size, self._boundary() + self.stage_steps * self.batch_size)
-
-    def _look_ahead(self, position: int) -> list[NewEpoch]:
-        """Which domains will begin to be read again from `position` on. Raises ValueError if one cannot be read."""
-        schedule = self.dataset.schedule
-        stop = min(schedule.end or self.total, self.total)
-        if position >= stop:
-            return []
-        drawn = schedule.counts(stop) - schedule.counts(position)
-        gone = self.dataset.gone if isinstance(self.dataset, MixtureDataset) else ()
-        if needed := [name for name in gone if drawn[schedule.names.index(name)]]:
-            raise ValueError(
-                f"{needed} are drawn {position}..{stop}, and are not among the domains of this run: list them until "
-                "the boundary of a stage that gives them no weight"
-            )
-        return new_epochs(schedule, position, stop)
-
-    def _to_tell(self, again: list[NewEpoch], position: int) -> list[NewEpoch | UsedUp]:
-        schedule = self.dataset.schedule
-        return sorted([*again, *used_up(schedule, position, min(schedule.end or self.total, self.total))])
-
-    def _tell(self, step: int) -> None:
-        """Say in the log what became of domains in a step, read again or used up, and which stage begins then."""
-        position, schedule = step * self.batch_size, self.dataset.schedule
-        while self._untold and self._untold[0].position < position:
-            what = self._untold.pop(0)
-            if is_rank_0():
-                data_logger.warning("%s, in step %d", what, step)
-        if position in schedule.starts[-2:] and is_rank_0():
-            data_logger.info("the stage of position %d begins with step %d", position, step + 1)
 
     def saved(self, step: int) -> None:
         """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
@@ -596,8 +566,7 @@ class MixtureController:
         rows = list(self.measurement.sets) if measured is None else list(measured.tasks)
         guards = [name for name in rows if name in self.measurement.guards]
         if kind == "stage":
-            again = self._look_ahead(position)
-            self._untold = [*self._untold, *self._to_tell(again, position)]
+            again = self._ahead.look(position, self.total)
         else:
             start = self.dataset.schedule.starts[-1]
             again = new_epochs(self.dataset.schedule, start, position) if start < position else []

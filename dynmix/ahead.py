@@ -1,0 +1,64 @@
+"""What the stages that are published will do to domains: which are read again, and which are used up.
+
+Told in the log as training comes by, since a warning of thousands of steps before is one that nobody remembers. Knows
+a dataset's schedule; no model, no mixer and no journal.
+"""
+
+import logging
+
+from dynmix.mixture.accounting import NewEpoch, UsedUp, in_words, new_epochs, used_up
+from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.stream import Mixture
+from dynmix.ranks import is_rank_0
+
+logger = logging.getLogger("dynmix.mixture")
+
+
+class Ahead:
+    """The events of a dataset's stages, in the order of their positions.
+
+    Args:
+        dataset: whose schedule is looked at.
+    """
+
+    def __init__(self, dataset: Mixture):
+        self.dataset = dataset
+        self._untold: list[NewEpoch | UsedUp] = []
+
+    def look(self, position: int, total: int) -> list[NewEpoch]:
+        """Take down what comes from `position` to the end of the last stage; return what begins to be read again.
+
+        Args:
+            position, total: samples; of the place from which on, and of the whole run.
+
+        Raises:
+            ValueError: a domain is drawn that this run has not got.
+        """
+        schedule = self.dataset.schedule
+        stop = min(schedule.end or total, total)
+        again: list[NewEpoch] = []
+        if position < stop:
+            drawn = schedule.counts(stop) - schedule.counts(position)
+            gone = self.dataset.gone if isinstance(self.dataset, MixtureDataset) else ()
+            if needed := [name for name in gone if drawn[schedule.names.index(name)]]:
+                raise ValueError(
+                    f"{needed} are drawn {position}..{stop}, and are not among the domains of this run: list them "
+                    "until the boundary of a stage that gives them no weight"
+                )
+            again = new_epochs(schedule, position, stop)
+        self._untold += sorted([*again, *used_up(schedule, position, stop)])
+        return again
+
+    def tell(self, position: int, step: int) -> None:
+        """Say what happened before `position`, which is the end of optimizer step `step`, and which stage begins."""
+        while self._untold and self._untold[0].position < position:
+            what = self._untold.pop(0)
+            if is_rank_0():
+                logger.warning("%s, in step %d", what, step)
+        if position in self.dataset.schedule.starts[-2:] and is_rank_0():
+            logger.info("the stage of position %d begins with step %d", position, step + 1)
+
+    def warn(self) -> None:
+        """Say what is still to come of domains that are read again."""
+        if again := [each for each in self._untold if isinstance(each, NewEpoch)]:
+            logger.warning("stage 0 will read again: %s", in_words(again))
