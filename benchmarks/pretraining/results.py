@@ -11,7 +11,7 @@ from .tables import PRIOR, Cells, by_budget, by_set, costs, efficiency, markdown
 
 HEAD = """# Results
 
-Written by `python -m benchmarks.pretraining results` from what was run; nothing in it is typed by hand. Losses are
+Written by `python -m benchmarks.pretraining results` from what was run; only "Reading" is typed by hand. Losses are
 nats a token (lower is better), mean over seeds; in brackets the difference to the natural mixture with the same seed
 and its 95 % interval over the seeds (Student's t). All runs of a table spent the same number of floating-point
 operations, those of proxies, references, probes and measurements included: a method that pays for its mixture trains on
@@ -22,7 +22,9 @@ that no mixer was told of, and of text that nothing was trained on.
 
 def write_results(output: Path, file: Path, fidelity: Path | None = None) -> None:
     """Draw everything that there is below `output` into `file` and the folder `results` beside it."""
-    parts, drawn = [HEAD], file.parent / "results"
+    parts, drawn, reading = [HEAD], file.parent / "results", file.parent / "READING.md"
+    if reading.exists():  # what somebody makes of it
+        parts.append(reading.read_text())
     budgets: dict[str, Cells] = {}
     for folder in sorted(path.parent for path in output.glob("*/settings.json")):
         cells = Cells.read(folder)
