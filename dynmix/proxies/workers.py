@@ -101,6 +101,7 @@ def _main() -> None:
     from dynmix.proxies.train import train_run
 
     disable_progress_bar()  # type: ignore[no-untyped-call] # a log has no use for it
+    gc.freeze()  # what is imported is no garbage, and takes half a second to look through
     out = Path(sys.argv[1])
     while True:
         request = requests.get()

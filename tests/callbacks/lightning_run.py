@@ -68,7 +68,7 @@ def run(
     module, dataset = Module(), training.dataset()
     made = MixtureCallback(
         dataset, training.tasks(), TiKMiXD(confidence=0.0), training.STAGE_STEPS, model=model,
-        probe_sequences=8, curvature_sequences=16, keep=0,
+        probe_sequences=8, curvature_sequences=16, task_sequences=12, keep=0,
     )  # fmt: skip
     loader = DataLoader(
         dataset,

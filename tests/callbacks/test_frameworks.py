@@ -16,7 +16,7 @@ from dynmix import MixtureDataset, TiKMiXD
 from dynmix.callbacks import MixtureCallback, MixtureHook
 from dynmix.journal import Journal
 
-OPTIONS: dict[str, Any] = {"probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
+OPTIONS: dict[str, Any] = {"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0}
 MIXER = TiKMiXD(confidence=0.0)
 
 

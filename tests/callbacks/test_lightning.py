@@ -13,7 +13,7 @@ from dynmix.journal import Journal
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
 
-OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "keep": 0}
+OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0}
 
 
 @pytest.fixture(scope="module")
