@@ -47,6 +47,7 @@ def train(
     evaluate: Callable[[], Any] | None = None,
     curve: int = 8,
     save_every: int = 50,
+    free: bool = False,
 ) -> list[dict[str, Any]]:
     """Train until `budget` operations are spent, and return the curve: what `evaluate` said at `curve` even points.
 
@@ -63,12 +64,16 @@ def train(
         evaluate: called on the way, at nobody's cost.
         curve: how often.
         save_every: steps.
+        free: what `hook` spends is written down, and not taken from the budget.
     """
     size = training.size
     first = spent.flops["before"]  # the run itself has what that has left
 
+    def paid() -> float:
+        return spent.total - free * spent.flops["mixing"]
+
     def done() -> float:
-        return (spent.total - first) / (budget - first)
+        return (paid() - first) / (budget - first)
 
     training.schedule = lambda step: cosine(done())
     if first >= budget:
@@ -89,9 +94,9 @@ def train(
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task(title, total=budget, completed=int(spent.total))
+        task = bar.add_task(title, total=budget, completed=int(paid()))
         for batch in loader:
-            if spent.total >= budget:
+            if paid() >= budget:
                 break
             before = spent.flops["training"]
             with spent.on("training", per_step):
@@ -106,7 +111,7 @@ def train(
             if training.steps % save_every == 0:
                 more = {"spent": asdict(spent), "curve": found, "per_step": per_step}
                 training.save(state, more | {"hook": None if hook is None else hook.state_dict()})
-            bar.update(task, completed=spent.total)
+            bar.update(task, completed=paid())
     if evaluate is not None:
         found.append({"tokens": training.steps * size.step_tokens, "loss": evaluate()})
     return found

@@ -1,7 +1,8 @@
 """The methods by name, and what each does before and during a run.
 
-A name may have options: `tikmix-d[curvature=KFAC:1,stages=8]`; `start` is the static mixer of its first stage. Knows
-the package's mixers as any user does, and a bench; runs no target model.
+A name may have options: `tikmix-d[curvature=KFAC:1,stages=8]`; `start` is the static mixer of its first stage,
+and what it spends on mixing is not taken from its budget with `free=yes`. Knows the package's mixers as any user does,
+and a bench; runs no target model.
 """
 
 import re
@@ -34,6 +35,8 @@ METHODS = (*STATIC, "odm", *BY_PROXIES, "tikmix-d", "tikmix-d[start=unimax]", "t
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory")
+WORDS = ("curvature", "layers", "stages", "probes", "examples", "tasks", "guards", "start", "free", "against")
+OPTIONS = {*NUMBERS, *WORDS}
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,8 @@ class Method:
         if match is None or match[1] not in known:
             raise SystemExit(f"no method {text!r}: there are {', '.join(known)}, and name[key=value,...]")
         options = dict(part.split("=", 1) for part in match[2].split(",")) if match[2] else {}
-        own = {"curvature", "layers", "stages", "probes", "tasks", "guards", "start", "examples", *NUMBERS}
-        if unknown := sorted(set(options) - own):
-            raise SystemExit(f"{text}: no option {unknown[0]!r}; there are {', '.join(sorted(own))}")
+        if unknown := sorted(set(options) - OPTIONS):
+            raise SystemExit(f"{text}: no option {unknown[0]!r}; there are {', '.join(sorted(OPTIONS))}")
         return cls(match[1], options)
 
 
@@ -128,8 +130,10 @@ def hook_options(bench: Bench, method: Method, training: Training, folder: Path,
         return common | {"mixer": name}
     if name not in BY_INFLUENCE:
         return None
-    numbers = {"confidence": budget.confidence} | {key: float(options[key]) for key in NUMBERS if key in options}
-    mixer: dict[str, Any] = {"name": name, **({"direct": numbers} if name == "tikmix-m" else numbers)}
+    asked: dict[str, Any] = {"confidence": budget.confidence}
+    asked |= {key: float(options[key]) for key in NUMBERS if key in options}
+    asked |= {key: options[key] for key in ("against",) if key in options}
+    mixer: dict[str, Any] = {"name": name, **({"direct": asked} if name == "tikmix-m" else asked)}
     return common | {
         "mixer": mixer,
         "curvature": make_curvature(options["curvature"], training) if "curvature" in options else None,

@@ -20,8 +20,10 @@ SWEEPS = {
     "gamma": _variants("gamma", 0.3, 3),
     "confidence": _variants("confidence", 0, 0.5, 1),
     "memory": _variants("memory", 0, 0.5, 0.95),
+    "against": _variants("against", "run"),
     "largest step": _variants("max_change", 0.02, 0.05, 0.1),
     "guards": [*_variants("guards", "none"), *_variants("guard_weight", 1)],
     "start": ["tikmix-d"],
+    "what decisions are worth": [*_variants("free", "yes"), "tikmix-d[start=unimax,free=yes,probes=32,examples=60]"],
     "traps": _variants("tasks", "rot13", "one-document"),
 }

@@ -60,6 +60,9 @@ class TiKMiXD(Mixer):
         memory: in a run, how much of what earlier boundaries said is kept at each, in [0, 1): an average of the
             influences, weighted by their precision, decides (see `dynmix.mixers.memory`). 0: each decides alone, as the
             paper's single one.
+        against: the mixture that gains are counted from, and that no task may fall below: `"stage"`, that of the stage
+            that ends, so that every proposal is an improvement by what was measured; or, in a run, `"run"`, that of
+            its first stage, so that a boundary may take back what an earlier and noisier one decided.
         guard_weight: of a guard's row in the objective beside a task's of 1; 0 makes guards a constraint alone.
         guard_slack: by how much a guard may fall below the prior's influence, in units of that guard's largest
             influence: one number for all, or by name. Guards are held by their scores, without `confidence`.
@@ -81,6 +84,7 @@ class TiKMiXD(Mixer):
         normalization: Literal["absmax", "paper"] = "absmax",
         confidence: float = 1.0,
         memory: float = 0.8,
+        against: Literal["stage", "run"] = "stage",
         guard_weight: float = 0.0,
         guard_slack: float | Mapping[str, float] = 0.0,
         lower: float | Mapping[str, float] | None = None,
@@ -89,6 +93,8 @@ class TiKMiXD(Mixer):
     ):
         if normalization not in ("absmax", "paper"):
             raise ValueError(f"normalization={normalization!r}: 'absmax' or 'paper'")
+        if against not in ("stage", "run"):
+            raise ValueError(f"against={against!r}: 'stage' or 'run'")
         settings: dict[str, Any] = {"alpha": alpha, "beta": beta, "gamma": gamma, "confidence": confidence}
         settings |= {"memory": memory, "guard_weight": guard_weight, "guard_slack": guard_slack}
         for name, value in (settings | {"lower": lower, "upper": upper, "max_change": max_change}).items():
@@ -104,11 +110,14 @@ class TiKMiXD(Mixer):
         self.confidence, self.memory, self.guard_weight = float(confidence), float(memory), float(guard_weight)
         self.guard_slack, self.max_change = guard_slack, max_change
         self.lower, self.upper = lower, upper
+        self.against: Literal["stage", "run"] = against
         self._memory = Memory(0.0)  # until a run starts, every proposal stands alone
+        self._first: Mapping[str, float] | None = None
 
     def start(self, run: Run) -> None:
         """Remember this run, and no other. See `Mixer.start`."""
         self._memory = Memory(self.memory)
+        self._first = run.weights if self.against == "run" else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the boundaries so far said."""
@@ -128,7 +137,8 @@ class TiKMiXD(Mixer):
     ) -> Proposal:
         """Return the weights that solve Eq. 7; never worse than `prior` on any task by the influence given.
 
-        In a run, once `start` was called, the influence given is averaged with those before as `memory` says.
+        In a run, once `start` was called, the influence given is averaged with those before as `memory` says, and
+        `against` says which prior it is.
 
         Bounds come first. Where they cut the prior, gains are counted from the best mixture that they leave, as long as
         that is as good as the prior on every task, else from the prior moved inside; the message says so. A task counts
@@ -154,7 +164,13 @@ class TiKMiXD(Mixer):
                 f"TiKMiXD decides from the influence, not from {type(influence).__name__}: pass the Influence measured "
                 "at this boundary"
             )
-        return self.decide(self._memory.add(influence), prior, upper, lower=lower)
+        remembered = self._memory.add(influence)
+        if self._first is None or influence.not_finite:
+            return self.decide(remembered, prior, upper, lower=lower)
+        found = self.decide(remembered, self._first, upper, lower=lower)
+        move = [found.weights[name] - prior[name] for name in influence.domains]
+        gain, error = predicted_gain(remembered, np.array(move))
+        return replace(found, predicted_gain=gain, predicted_gain_standard_error=error)
 
     def decide(
         self,

@@ -107,3 +107,21 @@ def test_outside_of_a_run_nothing_is_remembered() -> None:
 def test_memory_is_a_share() -> None:
     with pytest.raises(ValueError, match=r"memory=1\.0: below 1"):
         TiKMiXD(memory=1.0)
+
+
+def test_against_the_run_a_later_boundary_may_take_back_what_an_earlier_one_decided() -> None:
+    # At first the noise says that maths needs web; then it is known not to, and code would lose by a way back.
+    wrong = Influence([[0.0, 1.0, 0.2], [0.0, 0.0, 1.0]], TASKS, DOMAINS, np.full((2, 3), 0.3))
+    right = Influence([[0.0, 1.0, 0.9], [1.0, 0.0, -0.2]], TASKS, DOMAINS, np.full((2, 3), 1e-3))
+    run = Run(dict.fromkeys(DOMAINS, 100), 100, PRIOR)
+    found = {}
+    for against in ("stage", "run"):
+        mixer = TiKMiXD(confidence=0, against=against)  # type: ignore[arg-type]
+        mixer.start(run)
+        first = mixer.propose(wrong, PRIOR)
+        found[against] = mixer.propose(right, first.weights)
+    fresh = TiKMiXD(confidence=0).propose(right, PRIOR)
+    assert found["run"].weights == pytest.approx(fresh.weights, abs=1e-3)
+    assert found["stage"].weights != pytest.approx(fresh.weights, abs=1e-2)
+    move = np.array([found["run"].weights[name] - first.weights[name] for name in DOMAINS])
+    assert found["run"].predicted_gain["code"] == pytest.approx(float(right.scores[0] @ move), abs=1e-3)
