@@ -52,7 +52,8 @@ class TiKMiXM(Mixer):
 
     Args:
         direct: the TiKMiX-D whose bounds, normalisation and Pareto constraint hold, and whose answer is the search's
-            start; or its arguments, as a mapping; default `TiKMiXD()`.
+            start; or its arguments, as a mapping; default `TiKMiXD()`. Each boundary decides alone here, by its own
+            measurements: `memory` and `against` are not used.
         low, high: the box: a domain's weight is at least `low` and at most `high` times the prior's.
         mixtures: how many mixtures are measured, at least 16.
         rounds: how often the surrogate is fitted again to what was measured where the search looked.
