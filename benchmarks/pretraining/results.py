@@ -86,7 +86,9 @@ def _sweeps(cells: Cells) -> list[str]:
     for title, names in SWEEPS.items():
         found = {name: cells.cells[name] for name in (PRIOR, BASE, *names) if name in cells.cells}
         if set(found) & set(names):
-            parts += [f"### Sweep: {title}\n", overview(Cells(cells.settings, found)) + "\n"]
+            own = Cells(cells.settings, found)
+            parts += [f"### Sweep: {title}\n", overview(own) + "\n", "Share of the natural run's tokens:\n"]
+            parts.append(efficiency(own) + "\n")
     return parts
 
 
