@@ -9,6 +9,7 @@ import gc
 import logging
 import multiprocessing
 import runpy
+import signal
 import socket
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -62,6 +63,10 @@ def log_level() -> Iterator[None]:
     yield
     log.setLevel(level)
 
+
+# What a shell puts in the background does not hear Ctrl-C, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the server starts, which the first test of any that asks for "forkserver" does.
 multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "transformers.trainer", "dynmix.callbacks"])
