@@ -24,6 +24,10 @@ SWEEPS = {
     "largest step": _variants("max_change", 0.02, 0.05, 0.1),
     "guards": [*_variants("guards", "none"), *_variants("guard_weight", 1)],
     "start": ["tikmix-d"],
-    "what decisions are worth": [*_variants("free", "yes"), "tikmix-d[start=unimax,free=yes,probes=32,examples=60]"],
+    "what decisions are worth": [
+        *_variants("free", "yes"),
+        "tikmix-d[start=unimax,free=yes,probes=32,examples=60]",
+        "tikmix-d[start=unimax,free=yes,probes=32,examples=60,against=run]",
+    ],
     "traps": _variants("tasks", "rot13", "one-document"),
 }
