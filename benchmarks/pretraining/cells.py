@@ -54,7 +54,7 @@ def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any
     curve = train(
         training, dataset, hook, spent, operations, folder / "state.pt", title=f"{folder.parent.name}, seed {seed}",
         evaluate=lambda: judges.quick(training.model), curve=budget.curve, save_every=max(1, budget.steps // 8),
-        free="free" in method.options,
+        free=method.options.get("free") == "yes",
     )  # fmt: skip
     if hook is not None:
         hook.finish()
