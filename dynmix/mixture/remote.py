@@ -25,7 +25,7 @@ logger = logging.getLogger("dynmix.mixture")
 # What file systems call the version of a file, the most reliable first.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "content_md5", "md5", "crc32c", "blob_id", "generation", "version_id"),
-    *("LastModified", "last_modified", "updated", "mtime", "modified", "created"),
+    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "created"),
 )
 
 Choose = Callable[[list[str], str], list[str]]
@@ -88,9 +88,15 @@ def download(
         raise StoreError(f"{url}: no such file or folder, or nothing in it")
     chosen = choose(list(files), path)
     wanted = [name for first in chosen for name in ([f"{first[:-4]}.bin"] if first.endswith(".idx") else []) + [first]]
+    if f"{path}.bin" in chosen:  # a flat file is asked for by its whole name
+        wanted.append(f"{path}.idx")
     if missing := [name for name in wanted if name not in files]:
         raise StoreError(f"{url}: {missing[0]} is missing, a store is both files")
+    files = {name: _told(system, url, name, files[name]) for name in wanted}
     with one_at_a_time(folder, url):
+        for name in chosen:
+            if name.endswith(".bin"):  # a flat file, which a store may have been before
+                _copy(folder, url, f"{name[:-4]}.idx").unlink(missing_ok=True)
         stale = {name: _copy(folder, url, name) for name in wanted}
         stale = {name: copy for name, copy in stale.items() if not _is_current(copy, files[name])}
         _check_room(folder, url, sum(int(files[name].get("size") or 0) for name in stale))
@@ -108,6 +114,9 @@ def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
         found = dict(system.glob(path, detail=True))
         for name in [name for name, info in found.items() if info["type"] == "directory"]:
             found |= system.find(name, detail=True)
+    # To see whether there is a folder, that of http reads all of what is there.
+    elif path.endswith((".bin", ".idx", ".npy")) and system.isfile(path):
+        found = {path: system.info(path)}
     elif system.isdir(path):
         found = dict(system.find(path, detail=True))
     else:
@@ -117,6 +126,16 @@ def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
         if other not in found and system.isfile(other):
             found[other] = system.info(other)
     return {name: info for name, info in found.items() if info["type"] == "file"}
+
+
+def _told(system: Any, url: str, name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is told of a file: some file systems, as of http, tell no more than its name in a listing."""
+    if info.get("size") is not None:
+        return info
+    try:
+        return dict(system.info(name))
+    except Exception as error:  # every file system has errors of its own
+        raise StoreError(f"{url}: {name} cannot be reached: {type(error).__name__}: {error}") from error
 
 
 def _copy(folder: Path, url: str, name: str) -> Path:

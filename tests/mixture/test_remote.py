@@ -3,7 +3,10 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,3 +158,72 @@ def test_the_cache_is_where_it_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     assert cache_folder(tmp_path / "b") == tmp_path / "b"
     monkeypatch.delenv("DYNMIX_CACHE")
     assert cache_folder(None) == Path.home() / ".cache" / "dynmix"
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Of a folder; what is asked of `cut` breaks off in the middle."""
+
+    cut: str | None = None
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        if self.cut is not None and self.path.endswith(self.cut):
+            outputfile.write(source.read(3))
+            self.close_connection = True
+        else:
+            super().copyfile(source, outputfile)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder with the store code/a and the flat file flat/x.npy, and its address."""
+    pytest.importorskip("aiohttp", reason="fsspec reads http by it")
+    root = tmp_path / "root"
+    TokenStore.write(root / "code" / "a", [[1, 2], [3]])
+    (root / "flat").mkdir()
+    np.save(root / "flat" / "x.npy", np.arange(100, 300, dtype=np.uint16))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(root))) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield root, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_http(served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its listings tell names alone, and its times have a name of their own."""
+    (root, url), cache, flat = served, tmp_path / "cache", served[0] / "flat" / "x.npy"
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "cut", "/a.idx")
+        with pytest.raises(StoreError, match=r"the download of .*/code/a\.idx broke off: .*start again"):
+            open_path(f"{url}/code/a", cache_dir=cache)
+    for path in ("code/a", "code/a.bin", "code", "code/*.idx"):
+        assert tokens(f"{url}/{path}", cache) == [1, 2, 3]
+    looked: list[str] = []  # reads what is there as a page, however large
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.filesystem("http"), "isdir", lambda path: not looked.append(path))  # type: ignore[func-returns-value]
+        for path in ("code/a.bin", "code/a.idx", "code"):
+            assert tokens(f"{url}/{path}", cache) == [1, 2, 3]
+    assert looked == [f"{url}/code"]
+    for path, first in (("flat/x.npy", 100), ("flat/x.npy", 1000), ("flat", 2000), ("flat/*.npy", 3000)):
+        np.save(flat, np.arange(first, first + 200, dtype=np.uint16))  # as many bytes as before
+        os.utime(flat, (0, first * 1e6))
+        assert tokens(f"{url}/{path}", cache) == list(range(first, first + 200))
+    (root / "code" / "a.idx").unlink()
+    for path in ("code/a", "code/a.idx"):
+        with pytest.raises(StoreError, match=r"/code/a\.idx is missing, a store is both files|no such file"):
+            open_path(f"{url}/{path}", cache_dir=cache)
+    for path in ("nowhere", "code/none*"):
+        with pytest.raises(StoreError, match="no such file or folder"):
+            open_path(f"{url}/{path}", cache_dir=cache)
+
+
+def test_a_flat_file_does_not_take_the_index_of_a_store_that_was_there(
+    remote: MemoryFileSystem, tmp_path: Path
+) -> None:
+    assert tokens("memory://bucket/code/a.bin", tmp_path) == [1, 2, 3]
+    remote.rm("/bucket/code/a.idx")
+    with pytest.raises(StoreError, match=r"a\.idx is missing, a store is both files"):
+        open_path("memory://bucket/code/a", cache_dir=tmp_path)
+    remote.pipe("/bucket/code/a.bin", np.arange(100, 300, dtype=np.uint16).tobytes())
+    assert tokens("memory://bucket/code/a.bin", tmp_path) == list(range(100, 300))
