@@ -9,6 +9,7 @@ import logging
 import operator
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -248,18 +249,18 @@ class MixtureDataset(Dataset[Item]):
         """
         if not len(positions):
             return self._rows(np.empty(0, np.int64), np.empty(0, np.int64))
-        runs = self._reading.runs(positions, len(self))
-        stop, end = max(run[-1] for run in runs) + 1, self.schedule.end
+        runs = self._reading.runs(positions, self.__len__)
+        (start, stop), end = _bounds(runs), self.schedule.end
         # What was assigned ahead was decided then; an end may have been declared since.
-        if (end is not None and end < stop) or not self._ahead.holds(min(run[0] for run in runs), stop, self.schedule):
+        if (end is not None and end < stop) or not self._ahead.holds(start, stop, self.schedule):
             self._progress.wait(self.schedule, max(run.stop for run in runs), _WAITING)
             runs = self._within(runs)
-            stop = max(run[-1] for run in runs) + 1
-            self.schedule.check_decided(min(run[0] for run in runs), stop)
+            start, stop = _bounds(runs)
+            self.schedule.check_decided(start, stop)
         # Noted before the stages are looked at: who publishes sees either the note, or is seen.
         self._progress.note(len(positions), stop)
         items = self._items(runs)
-        for each in self._ahead.told:
+        for each in self._ahead.told_of(start, stop):
             if any(each.position in run for run in runs):
                 logger.warning("%s", each)
         if self._masked:
@@ -538,6 +539,12 @@ class MixtureDataset(Dataset[Item]):
         return self._late[content]
 
 
+def _bounds(runs: Sequence[range]) -> tuple[int, int]:
+    """The first position of one or two runs, and that behind their last."""
+    first, last = runs[0], runs[-1]
+    return min(first[0], last[0]), max(first[-1], last[-1]) + 1
+
+
 def _collate_of_loader(frame: FrameType | None) -> Callable[[Any], Any] | None:
     """What makes batches of a request, where a DataLoader's fetcher is its caller, or the caller of a `Subset`'s.
 
@@ -561,8 +568,12 @@ class _Ahead(NamedTuple):
     stop: int
     domain: Ints
     row: Ints
-    told: Sequence[NewEpoch | UsedUp]  # where domains begin to be read again, or are used up
+    told: Sequence[NewEpoch | UsedUp]  # where domains begin to be read again, or are used up, in order
 
     def holds(self, start: int, stop: int, schedule: MixtureSchedule) -> bool:
         """Whether the schedule still assigns [start, stop) as is said here."""
         return self.start <= start <= stop <= self.stop and self.generation == schedule.generation
+
+    def told_of(self, start: int, stop: int) -> Sequence[NewEpoch | UsedUp]:
+        """What is told of the positions [start, stop)."""
+        return self.told[bisect_left(self.told, (start,)) : bisect_left(self.told, (stop,))]

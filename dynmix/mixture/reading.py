@@ -5,7 +5,7 @@ Knows positions and the length of the stream; nothing of samples or stages.
 
 import operator
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -27,22 +27,22 @@ class InOrder:
         self._lowest, self._last = num_samples, -1
         self._steps_back: deque[bool] = deque(maxlen=8)
 
-    def runs(self, request: Sequence[int], length: int) -> list[range]:
+    def runs(self, request: Sequence[int], length_of: Callable[[], int]) -> list[range]:
         """The request as one ascending range, or two where it wraps from the end of the stream to its start.
 
         Args:
             request: positions, at least one.
-            length: of the stream, at which samplers wrap.
+            length_of: the stream, at which samplers wrap; asked where one may have.
 
         Raises:
             IndexError: a position outside the stream.
             ValueError: they are not equally spaced and ascending, or requests go back and forth.
         """
-        runs = self._ranges(request, length)
+        runs = self._ranges(request, length_of)
         self._check_passes(runs[0].start, runs[0].step)
         return runs
 
-    def _ranges(self, request: Sequence[int], length: int) -> list[range]:
+    def _ranges(self, request: Sequence[int], length_of: Callable[[], int]) -> list[range]:
         first, last = operator.index(request[0]), operator.index(request[-1])
         step = request[1] - first if len(request) > 1 else 1
         if 0 <= first <= last < self._num_samples and step > 0:
@@ -52,7 +52,7 @@ class InOrder:
         positions = np.asarray(request, np.int64)
         if (outside := positions[(positions < 0) | (positions >= self._num_samples)]).size:
             raise IndexError(f"position {outside[0]} is not in [0, {self._num_samples})")
-        steps = np.diff(positions)
+        steps, length = np.diff(positions), length_of()
         stride = int(steps[0]) % length if steps.size else 1
         wraps = np.flatnonzero(steps < 0)
         # Samplers that pad to equal shards go on from the start; more than half the stream is no stride, but a shuffle.
