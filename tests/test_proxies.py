@@ -1,5 +1,4 @@
 import csv
-import fcntl
 import json
 import shutil
 import signal
@@ -19,6 +18,7 @@ from transformers.trainer_utils import set_seed
 
 import dynmix.proxies.run as run_module
 import dynmix.proxies.train as train_module
+from dynmix.alone import alone
 from dynmix.laws import Experts, sample_mixtures
 from dynmix.laws.runs import read_runs
 from dynmix.mixture.dataset import MixtureDataset
@@ -271,7 +271,7 @@ def test_a_killed_parent_leaves_no_process_and_its_run_goes_on(world, tmp_path):
         parent.kill()
         parent.wait()
     try:
-        with run_module._alone(tmp_path):
+        with alone(tmp_path, "trains in it"):
             workers[0].wait(10)
     finally:
         if workers[0].is_running():
@@ -290,16 +290,8 @@ def test_an_interrupt_ends_the_workers(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         call(world, tmp_path / "out", jobs=2)
     assert not set(psutil.Process().children()) - before
-    with run_module._alone(tmp_path / "out"):
+    with alone(tmp_path / "out", "trains in it"):
         pass
-
-
-def test_a_folder_is_one_parents_at_a_time(world, finished, monkeypatch):
-    monkeypatch.setattr(run_module, "PATIENCE", 0.2)
-    with open(finished[0] / ".lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process trains proxies in it"):
-            call(world, finished[0])
 
 
 def until(condition, seconds=60):

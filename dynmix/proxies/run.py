@@ -7,14 +7,11 @@ Knows runs by name and what is done of them; how one is trained is `train`'s, an
 """
 
 import csv
-import fcntl
 import io
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
+from dynmix.alone import alone
 from dynmix.laws.base import Array
 from dynmix.laws.experts import Experts
 from dynmix.laws.sampling import sample_mixtures
@@ -33,8 +31,6 @@ from dynmix.proxies.train import read_result
 from dynmix.proxies.workers import Workers
 
 logger = logging.getLogger("dynmix.proxies")
-
-PATIENCE = 30.0  # seconds that processes of a killed parent may take to end
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def run_proxies(
     runs = planned_runs(plan, mixtures, experts)
     for note in repeated(plan, runs, max_epochs):
         logger.warning("%s", note)
-    with _alone(out) as lock:
+    with alone(out, "trains proxies in it") as lock:
         plan.keep(out)
         workers = Workers(out, jobs, threads or max(1, torch.get_num_threads() // jobs), _devices(), lock)
         failed = _train(plan, out, runs, workers, jobs)
@@ -198,23 +194,3 @@ def _devices() -> list[str]:
         return []
     own = os.environ.get("CUDA_VISIBLE_DEVICES")
     return own.split(",") if own else [str(number) for number in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[int]:
-    """Hold the folder, made if it is not there; yield the descriptor that holds it.
-
-    The workers hold it as well, so that those of a parent that was killed are gone before others begin.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise ValueError(f"{out}: another process trains proxies in it; wait until it is done") from None
-                time.sleep(0.1)
-        yield file.fileno()

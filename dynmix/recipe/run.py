@@ -20,7 +20,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ from transformers import (
     default_data_collator,
 )
 
+from dynmix.alone import alone
 from dynmix.callbacks import MixtureCallback
 from dynmix.journal import Journal
 from dynmix.mixture.dataset import MixtureDataset
@@ -162,7 +163,20 @@ def train(run: Run, console: Console | None = None) -> int:
 
     Raises:
         Interrupted: by SIGINT or SIGTERM; a checkpoint was saved, and the same call goes on from it.
+        ValueError: another process trains in the run folder.
     """
+    with ExitStack() as held:
+        on_every_rank(lambda: _hold(run.folder, held))
+        return _train(run, console)
+
+
+def _hold(folder: Path, held: ExitStack) -> None:
+    """Keep another call out: the processes of a killed launcher train on, unless they are ended, too."""
+    if is_rank_0():
+        held.enter_context(alone(folder, "trains in it"))
+
+
+def _train(run: Run, console: Console | None) -> int:
     folder, steps = run.folder, run.recipe.training["max_steps"]
     if (folder / "model").is_dir():
         logger.warning("%s: this run is done; its model is in %s", folder, folder / "model")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import dynmix.recipe.proxy as proxy
 import dynmix.recipe.run as runs
+from dynmix.alone import alone
 from dynmix.cli import app
 from dynmix.journal import Journal
 from dynmix.proxies.run import Proxies
@@ -181,6 +182,14 @@ def test_a_folder_with_checkpoints_of_no_recipe_is_left_alone(world):
     assert done.exit_code == 2
     assert "no recipe.yaml" in done.output
     assert [path.name for path in Path("run").iterdir()] == ["checkpoint-5"]
+
+
+def test_a_second_run_of_the_same_folder_is_kept_out_while_the_first_one_trains(world, monkeypatch):
+    monkeypatch.setattr("dynmix.alone.PATIENCE", 0.0)
+    with alone(Path("mine"), "trains in it"):
+        result = train("staged", *HELD_OUT, *TINY, "output=mine")
+    assert (result.exit_code, sorted(os.listdir("mine"))) == (1, [".lock", "tokens"])
+    assert f"mine: another process ({os.getpid()}) trains in it" in result.output
 
 
 def test_a_recipe_may_be_mended_until_something_is_trained_by_it(world):
