@@ -1,5 +1,6 @@
 """`dynmix train`: a recipe in, a run out."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,10 @@ import typer
 
 from dynmix.commands import command, print_json
 from dynmix.commands.interrupt import end_at_once
+
+logger = logging.getLogger("dynmix")
+
+_RANKED = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # of torchrun, of kinds of MPI
 
 
 @command
@@ -29,7 +34,7 @@ def train(
 ) -> None:
     """Train what a recipe describes; in a folder where it has begun, go on from the newest checkpoint, bit for bit.
 
-    On several processes: accelerate launch -m dynmix train recipe.yaml
+    On several processes: accelerate launch -m dynmix train recipe.yaml (without GPUs: --multi_gpu --num_processes 2)
     """
     from dynmix.recipe.read import example as example_text
     from dynmix.recipe.read import example_names, read_recipe
@@ -39,6 +44,10 @@ def train(
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe; --examples lists some to begin with", param_hint="RECIPE")
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and not _RANKED & os.environ.keys():
+        logger.warning(
+            "accelerate was asked for several processes and started one, as it does without GPUs: give --multi_gpu, too"
+        )
     asked = read_recipe(recipe, overrides or [])
     if os.environ.get("WORLD_SIZE", "1") != "1":
         end_at_once(lambda: _kept(asked.output) if os.environ.get("RANK") == "0" else "")
