@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from dynmix.mixers.regroup import Group
 from dynmix.mixture.packing import PackedSequences
@@ -23,6 +24,8 @@ from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
 from dynmix.scores import SampleScores
 from dynmix.scoring.corpus import Unit
+
+_ROWS = 1 << 20  # samples written at once: seconds of work
 
 
 def write_groups(
@@ -74,7 +77,10 @@ def write_groups(
         },
     }
     (folder / "groups.json").unlink(missing_ok=True)  # it would be of other groups
-    pq.write_table(table, beside := folder / f".{secrets.token_hex(4)}.tmp")
+    beside = folder / f".{secrets.token_hex(4)}.tmp"
+    with pq.ParquetWriter(beside, table.schema) as file:
+        for start in tqdm(range(0, len(table), _ROWS), desc="writing groups", unit="part", leave=False, delay=2):
+            file.write_table(table.slice(start, _ROWS))
     os.replace(beside, folder / "groups.parquet")
     beside.write_text(json.dumps(facts, indent=1) + "\n")
     os.replace(beside, folder / "groups.json")

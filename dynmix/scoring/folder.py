@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from dynmix.scores import Column, SampleScores
 
@@ -204,7 +205,8 @@ def _frame(out: str | os.PathLike[str], columns: list[tuple[str, Column]]) -> Sa
     domain, row, tokens = np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n, np.int64)
     scores = np.empty((n, len(columns)), np.float32)
     start = 0
-    for table in folder.tables(["id", "domain", "tokens", *(name for name, _ in columns)]):
+    tables = folder.tables(["id", "domain", "tokens", *(name for name, _ in columns)])
+    for table in tqdm(tables, total=folder.shards, desc="reading scores", unit="file", leave=False, delay=2):
         here = slice(start, start := start + len(table))
         coded = table["domain"].combine_chunks()
         number = np.array([names.index(name) for name in coded.dictionary.to_pylist()], np.int32)

@@ -1,9 +1,11 @@
 import json
+from importlib import import_module
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import typer
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from dynmix import TokenStore, open_groups
@@ -52,6 +54,21 @@ def test_groups_are_written_with_their_weights(scored, tmp_path):
         own = [row["influence"] for row in table if row["group"] == name]
         assert own == sorted(own, reverse=True)
         assert f"{name}: weight {weights[name]:.4f}, {len(own):,} samples" in done.output
+
+
+def test_it_shows_how_far_it_is(scored, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": False})
+            bars.append(self)
+
+    for name in ("dynmix.scoring.folder", "dynmix.mixers.regroup", "dynmix.groups"):
+        monkeypatch.setattr(import_module(name), "tqdm", Bar)
+    assert call(scored, tmp_path).exit_code == 0
+    assert [bar.desc for bar in bars] == ["reading scores", "blending scores", "grouping", "writing groups"]
+    assert all(0 < bar.n == bar.total for bar in bars)
 
 
 def test_by_perplexity_there_is_one_group(scored, tmp_path):
