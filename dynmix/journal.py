@@ -61,6 +61,8 @@ class Row(TypedDict):
     message: str  # the decision in words
     error: str | None  # why the previous weights were kept
     seconds: Seconds
+    decided_influence: NotRequired[list[list[float | None]] | None]  # what decided, where it is not `influence` alone
+    decided_standard_error: NotRequired[list[list[float | None]] | None]
     left_out: NotRequired[dict[str, float | None] | None]  # task -> share of its gradient that a low rank leaves out
     left_out_bound: NotRequired[list[list[float | None]] | None]  # [n_tasks][n_domains], what a score can be wrong by
     warnings: NotRequired[list[str]]  # what was logged as such while it was measured and decided
@@ -102,7 +104,7 @@ class Journal:
                 row = json.loads(line)
                 _check(row)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{self.path}:{number}: not a row of a journal: {error}") from error
+                raise ValueError(f"{self.path}:{number}: not a row of a journal, mend or remove it: {error}") from error
             rows.append(row)
         return rows
 
@@ -135,9 +137,9 @@ def _check(row: Any) -> None:
     if row["kind"] not in ("stage", "final"):
         raise ValueError(f"a journal row's 'kind' is 'stage' or 'final', got {row['kind']!r}")
     shape = (len(row["tasks"]), len(row["domains"]))
-    for key in ("influence", "standard_error"):
-        if row[key] is not None and np.shape(row[key]) != shape:
-            raise ValueError(f"a journal row's {key!r} has shape {np.shape(row[key])}; tasks x domains is {shape}")
+    for key in ("influence", "standard_error", "decided_influence", "decided_standard_error"):
+        if (found := row.get(key)) is not None and np.shape(found) != shape:
+            raise ValueError(f"a journal row's {key!r} has shape {np.shape(found)}; tasks x domains is {shape}")
 
 
 def _plain(value: Any) -> Any:

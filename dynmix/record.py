@@ -49,7 +49,7 @@ def make_row(
     """Return the row of the last published stage, or the final one; `position`: samples trained on before it."""
     schedule, final = dataset.schedule, kind == "final"
     drawn = dict(zip(dataset.domains, schedule.counts(position).tolist(), strict=True))
-    errors = None if influence is None else influence.standard_error
+    decided = proposal.decided_on if proposal else None
     seconds = seconds or {}
     missing = None if influence is None else influence.left_out
     bound = None if influence is None else influence.left_out_bound
@@ -64,8 +64,8 @@ def make_row(
         tasks=tasks,
         guards=guards,
         domains=list(dataset.domains),
-        influence=None if influence is None else influence.scores.tolist(),
-        standard_error=None if errors is None else errors.tolist(),
+        influence=_scores(influence),
+        standard_error=_errors(influence),
         task_loss=None if loss is None else dict(loss[0]),
         task_loss_standard_error=None if loss is None else dict(loss[1]),
         tokens={name: n * dataset.sequence_length for name, n in drawn.items()},
@@ -83,10 +83,20 @@ def make_row(
             "propose": seconds.get("propose", 0.0),
             "snapshot": seconds.get("snapshot", 0.0),
         },
+        decided_influence=_scores(decided),
+        decided_standard_error=_errors(decided),
         left_out=None if missing is None else dict(zip(tasks, missing.tolist(), strict=True)),
         left_out_bound=None if bound is None else bound.tolist(),
         warnings=list(warnings),
     )
+
+
+def _scores(influence: Influence | None) -> list[list[float | None]] | None:
+    return None if influence is None else influence.scores.tolist()
+
+
+def _errors(influence: Influence | None) -> list[list[float | None]] | None:
+    return None if influence is None or influence.standard_error is None else influence.standard_error.tolist()
 
 
 def log_keys(row: Row) -> dict[str, float]:

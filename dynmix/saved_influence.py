@@ -151,9 +151,11 @@ def _of_journal(source: Path, stage: int | None) -> tuple[Influence, dict[str, A
         which = "no stage" if stage is None else f"stage {stage} does not exist, or"
         raise ValueError(f"{source}: {which} has a measured influence")
     row = measured[-1]
-    errors = row["standard_error"]
+    scores, errors = row["influence"], row["standard_error"]
+    if row.get("decided_influence") is not None:
+        scores, errors = row["decided_influence"], row.get("decided_standard_error")
     return Influence(
-        scores=np.array(row["influence"], dtype=np.float64),
+        scores=np.array(scores, dtype=np.float64),
         tasks=row["tasks"],
         domains=row["domains"],
         # What was not finite is written as null: an error that is not known keeps the domain's weight.

@@ -10,6 +10,7 @@ import dynmix.run_folder
 from dynmix import EKFAC, Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
 from dynmix.mixers import Mixer, Proposal
+from dynmix.saved_influence import propose_from, read_influence
 
 NAMES = ("a", "b")
 BATCH, STEPS = 4, 5
@@ -410,6 +411,25 @@ def test_influence_reaches_the_journal_as_measured(tmp_path, monkeypatch):
     assert logs["dynmix/influence/t/a"] == 1.5
     assert logs["dynmix/task_loss/t"] == 2.0
     assert logs["dynmix/weight/a"] > 0.4
+
+
+def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_again(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+
+    def measure(model, domains, tasks, *args, **kwargs):
+        errors = generator.uniform(0.5, 1, (1, 2))
+        return Influence(generator.normal(size=(1, 2)), list(tasks), list(domains), errors, [2.0], [0.5])
+
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+    run(controller(dataset(), TiKMiXD(confidence=0), guards=None, output=tmp_path, keep=0))
+    rows = Journal(tmp_path / "journal.jsonl").rows()
+    alone = TiKMiXD(confidence=0).propose(Influence(rows[3]["influence"], ["t"], NAMES), rows[3]["weights_before"])
+    assert alone.weights != pytest.approx(rows[3]["weights"], abs=1e-3)
+    for row in rows[1:4]:
+        influence, facts = read_influence(tmp_path, row["stage"])
+        again = propose_from(influence, facts["weights"], "tikmix-d", {"confidence": 0})
+        assert again.weights == pytest.approx(row["weights"], abs=1e-6)
+        assert again.predicted_gain == pytest.approx(row["predicted_gain"])
 
 
 @pytest.mark.parametrize(

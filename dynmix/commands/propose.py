@@ -49,7 +49,7 @@ def propose(
         lower=numbers("--lower", lower),
     )  # fmt: skip
     content = {**asdict(found), "prior": before, "mixer": mixer}
-    content.pop("groups")
+    del content["groups"], content["decided_on"]
     if output is not None:
         write_json(output, content)
     if json:

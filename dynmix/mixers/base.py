@@ -63,6 +63,7 @@ class Proposal:
             guard's name (row-scaled: what the objective would gain if that row's floor were lower by one time its
             largest influence), or `"upper:<domain>"`, `"lower:<domain>"`, `"max_change:<domain>"` for a bound on a
             weight.
+        decided_on: the influence that decided, where that is not the one given, but an average with earlier ones.
         groups: new domains that enter with the next stage: name -> (numbers of domains, rows of them), int[n_sequences]
             each, as the dataset had them when the run began. `weights` then need not name the domains that get none.
     """
@@ -73,6 +74,7 @@ class Proposal:
     predicted_gain: dict[str, float] = field(default_factory=dict)
     predicted_gain_standard_error: dict[str, float] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)
+    decided_on: Influence | None = field(default=None, compare=False)
     groups: dict[str, tuple[Rows, Rows]] = field(default_factory=dict)
 
 

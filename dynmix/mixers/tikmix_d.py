@@ -165,9 +165,12 @@ class TiKMiXD(Mixer):
                 "at this boundary"
             )
         remembered = self._memory.add(influence)
-        if self._first is None or influence.not_finite:
-            return self.decide(remembered, prior, upper, lower=lower)
-        found = self.decide(remembered, self._first, upper, lower=lower)
+        against = prior if self._first is None or influence.not_finite else self._first
+        found = self.decide(remembered, against, upper, lower=lower)
+        if remembered is not influence:
+            found = replace(found, decided_on=remembered)
+        if against is prior:
+            return found
         move = [found.weights[name] - prior[name] for name in influence.domains]
         gain, error = predicted_gain(remembered, np.array(move))
         return replace(found, predicted_gain=gain, predicted_gain_standard_error=error)
