@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.logging import RichHandler
 
 from dynmix.commands import command, print_json
@@ -35,7 +36,8 @@ def main(
     ] = False,
 ) -> None:
     """Dynamic data mixing for language-model pretraining."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    to_stderr = RichHandler(console=Console(stderr=True), show_path=False)  # stdout is for what was asked for
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[to_stderr])
     logging.getLogger("dynmix").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
@@ -54,8 +56,6 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print where the page is, as JSON.")] = False,
 ) -> None:
     """Pretrain a small Llama with a dynamic mixture and with its static prior, on text of this Python installation."""
-    from rich.console import Console
-
     from dynmix.demo.run import run_demo
 
     page = run_demo(output, seed, console=Console(stderr=json), mixer=mixer)
@@ -67,8 +67,6 @@ def demo(
 @command
 def mixers(json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
     """List the mixers by name, with what each needs to have measured."""
-    from rich.console import Console
-
     from dynmix.tables import mixer_facts, mixer_table
 
     if json:

@@ -38,7 +38,7 @@ def inspect_path(path: Path) -> Found:
         (lambda p: p.suffix == ".jsonl" or (p / "journal.jsonl").is_file(), _run),
         (lambda p: (p / "trainer_state.json").exists() or p.name.startswith("checkpoint-"), _checkpoint),
         (lambda p: (p / "dynmix" / "journal.jsonl").is_file() or (p / "run.json").is_file(), _run),
-        (lambda p: p.suffix == ".json", _influence),
+        (lambda p: p.suffix == ".json" or (p / "influence.json").is_file(), _influence),
         (lambda p: p.is_dir() and any(p.glob("*.idx")), _stores),
         (lambda p: p.with_name(f"{_stem(p).name}.idx").is_file(), _store),
     ]

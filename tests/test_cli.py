@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -46,6 +47,14 @@ def test_importing_the_package_and_its_commands_loads_nothing_that_takes_time():
     heavy = {"torch", "transformers", "accelerate", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "matplotlib"}
     heavy |= {"lightgbm", "lightning", "ray", "datasets", "omegaconf"}
     assert not heavy & {*json.loads(done.stdout)}
+
+
+def test_what_is_logged_goes_to_stderr_and_leaves_json_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    (tmp_path / "journal.jsonl").write_text('{"kind": "sta')
+    done = run(app, ["inspect", str(tmp_path), "--json"])
+    assert "half-written" in done.stderr
+    assert "half-written" not in done.stdout
 
 
 def test_fit_shows_how_far_it_is(tmp_path, monkeypatch):

@@ -63,6 +63,8 @@ def in_words(problem: Exception) -> str:
             "the disk is full: what was saved before is whole; make room and give the same command again "
             f"({_first_line(said)})"
         )
+    if isinstance(problem, OSError) and problem.filename is not None and problem.strerror:
+        return f"{problem.filename}: {problem.strerror.lower()}"
     if isinstance(problem, ValueError | OSError | ImportError | ArithmeticError):
         return said or type(problem).__name__
     return f"{type(problem).__name__}: {_first_line(said)} (`dynmix --verbose ...` shows where)"

@@ -49,7 +49,8 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(f"{file}: no such recipe; make one: dynmix train --example tikmix-d > {file.name}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as problem:
-        raise RecipeError(f"{file}: not to be read as YAML: {_line(problem)}") from None
+        tabs = "; YAML is indented by spaces, and never by tabs" if "start any token" in str(problem) else ""
+        raise RecipeError(f"{file}: not to be read as YAML: {_line(problem)}{tabs}") from None
     if not isinstance(tree, DictConfig):
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values")
     tree = _expanded(tree)

@@ -7,6 +7,7 @@ import typer
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+from dynmix.cli import app as cli
 from dynmix.commands import command
 from dynmix.recipe.names import RecipeError
 
@@ -30,6 +31,7 @@ def run_that_raises(problem: BaseException | None, *words: str):
         (ValueError("tasks.web: it is empty"), 1, "error: tasks.web: it is empty"),
         (RecipeError("mixr: no key"), 2, "error: mixr: no key"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.csv"), 1, "a.csv: no such file or directory"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 22400 vs 22288"), 1, "disk is full"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "lower measurement.micro_batch"),
@@ -57,3 +59,16 @@ def test_a_misuse_is_exit_code_2():
 def test_with_verbose_what_was_raised_goes_through(caplog):
     with caplog.at_level(logging.INFO, logger="dynmix"):
         assert isinstance(run_that_raises(KeyError("x")).exception, KeyError)
+
+
+def test_that_accelerate_started_one_process_where_several_were_asked_for_is_told(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for told, names in ((True, ()), (False, ("WORLD_SIZE",)), (False, ("PMI_SIZE",))):
+        with monkeypatch.context() as environment:
+            environment.delenv("WORLD_SIZE", raising=False)
+            for name in names:
+                environment.setenv(name, "2")
+            caplog.clear()
+            assert CliRunner().invoke(cli, ["train", "none.yaml"]).exit_code == 2
+            assert ("give --multi_gpu" in caplog.text) == told

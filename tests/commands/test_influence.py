@@ -58,6 +58,7 @@ def test_the_matrix_is_group_influence_s_and_is_saved_and_drawn(measured):
 def test_a_table_for_people(measured):
     done = call("inspect", measured[0] / "out/influence.json")
     assert done.exit_code == 0
+    assert call("inspect", measured[0] / "out").output.splitlines()[-4:] == done.output.splitlines()[-4:]
     assert [line.split()[0] for line in done.output.splitlines()[-4:-1]] == ["code", "noise", "web"]
 
 

@@ -92,6 +92,7 @@ def test_what_is_wrong_is_named_with_what_is_right(tmp_path, words, message):
         ("output: run\n", "'stages.steps' is missing"),
         ("- 1\n", "a recipe is a mapping"),
         ("a: [\n", "not to be read as YAML"),
+        ("domains:\n\tweb: stores/web\n", "never by tabs"),
         ("seed: 1\nseed: 2\n", "duplicate key seed"),
         (None, "no such recipe; make one: dynmix train --example"),
     ],
