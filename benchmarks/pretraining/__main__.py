@@ -18,14 +18,14 @@ says of influences, and `results` writes RESULTS.md of whatever has been run.
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .kept import check_settings
-from .settings import BUDGETS
+from .settings import BUDGETS, Budget
 
 CORPUS = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[3] / "shared")) / "corpus"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -84,6 +84,10 @@ def claims(
     mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
     samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
     sequences: Annotated[int, typer.Option(help="Of each of them.")] = 64,
+    size: Annotated[str | None, typer.Option(help="Budget whose model it is; default: that of fidelity.py.")] = None,
+    steps: Annotated[int, typer.Option(help="Of the run up to the last checkpoint.")] = 120,
+    window: Annotated[int, typer.Option(help="Steps of a window.")] = 12,
+    probes: Annotated[int, typer.Option(help="Sequences of each domain.")] = 32,
     curvatures: Annotated[str, typer.Option(help="By commas.")] = "EKFAC:1",
     corpus: CorpusOption = CORPUS,
     device: str = "cpu",
@@ -94,7 +98,10 @@ def claims(
     from .kept import write
     from .windows import Settings, Windows
 
-    folder, settings = folder or output / "claims", Settings()
+    folder = folder or output / "claims"
+    settings = Settings(steps=steps, warm_up=steps // 5, window=window, probes=probes)
+    if size is not None:
+        settings = replace(settings, size=_budget(size).size)
     windows = Windows(Corpus(corpus, folder, length=settings.size.length), folder, settings, device)
     found = run_claims(windows, output, mixtures, sequences, samples, curvatures.split(","))
     write(output / "claims.json", {"claims": found})
@@ -129,9 +136,7 @@ def _run(
     from .criteria import Split
     from .methods import Bench, Method
 
-    if budget not in BUDGETS:
-        raise SystemExit(f"no budget {budget!r}: there are {', '.join(BUDGETS)}")
-    chosen = BUDGETS[budget]
+    chosen = _budget(budget)
     for name in methods:
         Method.parse(name)
     data = Corpus(corpus, output, length=chosen.size.length, without=_names(unseen_domains))
@@ -141,6 +146,12 @@ def _run(
     for seed in map(int, seeds.split(",")):
         for name in methods:
             run_cell(bench, name, seed, output / budget / name / str(seed))
+
+
+def _budget(name: str) -> Budget:
+    if name not in BUDGETS:
+        raise SystemExit(f"no budget {name!r}: there are {', '.join(BUDGETS)}")
+    return BUDGETS[name]
 
 
 def _names(text: str) -> tuple[str, ...]:

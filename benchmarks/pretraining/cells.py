@@ -31,14 +31,15 @@ def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any
     a_step = step_flops(
         Training(budget.size, vocabulary, seed, bench.device), make_dataset(bench, plain, "natural", 1, seed)
     )
-    operations = budget.steps * a_step
+    share = float(method.options.get("share", 1))
+    operations = share * budget.steps * a_step
 
     def before() -> dict[str, Any]:
         spent = Spent()
         weights = weights_of(bench, method.name, seed, folder, spent, budget.proxy_share * operations)
         return {"weights": weights, "flops": spent.flops["before"], "seconds": spent.seconds["before"]}
 
-    spent, steps = Spent(), budget.steps
+    spent, steps = Spent(), round(share * budget.steps)
     weights: Any = "natural"
     if method.name in STATIC or "start" in method.options:
         weights = static_weights(bench, method.options.get("start", method.name), steps)

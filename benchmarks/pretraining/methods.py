@@ -1,8 +1,8 @@
 """The methods by name, and what each does before and during a run.
 
-A name may have options: `tikmix-d[curvature=KFAC:1,stages=8]`; `start` is the static mixer of its first stage,
-and what it spends on mixing is not taken from its budget with `free=yes`. Knows the package's mixers as any user does,
-and a bench; runs no target model.
+A name may have options: `tikmix-d[curvature=KFAC:1,stages=8]`; `start` is the static mixer of its first stage, what
+it spends on mixing is not taken from its budget with `free=yes`, and `share=0.5` gives it half of that budget. Knows
+the package's mixers as any user does, and a bench; runs no target model.
 """
 
 import re
@@ -35,7 +35,7 @@ METHODS = (*STATIC, "odm", *BY_PROXIES, "tikmix-d", "tikmix-d[start=unimax]", "t
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory")
-WORDS = ("curvature", "layers", "stages", "probes", "examples", "tasks", "guards", "start", "free", "against")
+WORDS = ("curvature", "layers", "stages", "probes", "examples", "tasks", "guards", "start", "free", "share", "against")
 OPTIONS = {*NUMBERS, *WORDS}
 
 
@@ -121,7 +121,7 @@ def hook_options(bench: Bench, method: Method, training: Training, folder: Path,
     if name in BY_LOSS:
         return common | {"mixer": name, "stage_steps": budget.loss_steps}
     common |= {
-        "stage_steps": max(2, budget.steps // int(options.get("stages", budget.stages))),
+        "stage_steps": max(2, steps // int(options.get("stages", budget.stages))),
         "probe_sequences": int(options.get("probes", budget.probe_sequences)),
         "task_sequences": int(options.get("examples", budget.task_sequences)),
         "curvature_sequences": budget.curvature_sequences,

@@ -15,9 +15,9 @@ Written by `python -m benchmarks.pretraining results` from what was run; only "R
 nats a token (lower is better), mean over seeds; in brackets the difference to the natural mixture with the same seed
 and its 95 % interval over the seeds (Student's t). All runs of a table spent the same number of floating-point
 operations, those of proxies, references, probes and measurements included: a method that pays for its mixture trains on
-fewer tokens; only where a name says `free=yes` are measurements not charged. Mixers saw one half of the examples of the
-optimised tasks; all figures are of the other half, of tasks that no mixer was told of, and of text that nothing was
-trained on.
+fewer tokens; only where a name says `free=yes` are measurements not charged, and only one with `share=` has less to
+spend. Mixers saw one half of the examples of the optimised tasks; all figures are of the other half, of tasks that no
+mixer was told of, and of text that nothing was trained on.
 """
 
 

@@ -56,6 +56,13 @@ BUDGETS = {
         proxy=Size(hidden=32, layers=1, heads=2, batch=8, rate=7e-3),
         examples=120, curve_examples=32, curve=6, characters=12_000,
     ),
+    # The same model for eight times as long, so that a measurement takes the share of the run that it has in use.
+    "steady": Budget(
+        size=Size(hidden=64, layers=2, heads=2, batch=16, rate=5e-3),
+        steps=4000, stages=5, probe_sequences=16, task_sequences=48, curvature_sequences=32,
+        proxy=Size(hidden=32, layers=1, heads=2, batch=8, rate=7e-3),
+        examples=120, curve_examples=64, curve=10, characters=12_000,
+    ),
     "half": Budget(steps=200),
     "small": Budget(),
     "double": Budget(steps=800),

@@ -29,5 +29,6 @@ SWEEPS = {
         "tikmix-d[start=unimax,free=yes,probes=32,examples=60]",
         "tikmix-d[start=unimax,free=yes,probes=32,examples=60,against=run]",
     ],
+    "half of the operations": _variants("share", 0.5),
     "traps": _variants("tasks", "rot13", "one-document"),
 }
