@@ -106,7 +106,7 @@ def said_of(done):
         ({"frequency": 3}, "frequency=3"),
         ({"jobs": 0}, "jobs=0"),
         ({"batch_size": 500, "sequence_length": 200, "tokens": 100_000}, "domain 'code' has not one whole sequence"),
-        ({"out": "{world}/tasks/copy.jsonl"}, "File exists"),
+        ({"out": "{world}/tasks/copy.jsonl"}, "copy.jsonl: file exists"),
     ],
 )
 def test_what_is_wrong_is_one_clear_line(world, tmp_path, changes, message):
