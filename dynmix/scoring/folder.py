@@ -70,8 +70,9 @@ class ScoreFolder:
             ValueError: it has scores without a `scoring.json`, or with a damaged one.
         """
         folder, file = Path(path), Path(path) / "scoring.json"
-        there = file.exists()
+        # Scores first: they are written after scoring.json, so who sees them sees that too, beside other processes.
         scored = next((one for names in ("scores-*", "parts/*/*") for one in folder.glob(f"{names}.parquet")), None)
+        there = file.exists()
         if scored and not there:
             raise ValueError(f"{scored} is there without {file.name}: give an empty folder")
         found = _differences(cls(path).config, config) if there else []
@@ -90,7 +91,7 @@ class ScoreFolder:
 
     def write(self, checkpoint: str, shard: int, table: pa.Table) -> None:
         """Keep a shard's scores by one checkpoint, and make a whole of the parts if they are all there."""
-        self._keep(self._part(checkpoint, shard), shard, table)
+        self._keep(self._part(checkpoint, shard), table)
         self.join([shard])
 
     def join(self, shards: Iterable[int]) -> None:
@@ -107,7 +108,7 @@ class ScoreFolder:
                     for name in table.column_names[3:]:
                         whole = whole.append_column(name, table[name])
                 order = sorted(whole.column_names[3:], key=lambda name: name.startswith("loss/"))
-                self._keep(self._whole(shard), shard, whole.select([*whole.column_names[:3], *order]))
+                self._keep(self._whole(shard), whole.select([*whole.column_names[:3], *order]))
             if self._whole(shard).exists():
                 for part in parts:
                     part.unlink(missing_ok=True)
@@ -143,14 +144,10 @@ class ScoreFolder:
     def _whole(self, shard: int) -> Path:
         return self.path / f"scores-{shard:05d}.parquet"
 
-    def _keep(self, file: Path, shard: int, table: pa.Table) -> None:
+    def _keep(self, file: Path, table: pa.Table) -> None:
         content = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata({_KEY: self._digest}), content)
-        try:
-            _write(file, content.getvalue(), beside=self.path / "parts")
-        except FileNotFoundError:
-            if not self._whole(shard).exists():  # else another process finished all and tidied up
-                raise
+        _write(file, content.getvalue(), beside=self.path / "parts")
 
     def _read(self, file: Path, columns: list[str] | None = None) -> pa.Table:
         try:
@@ -232,15 +229,24 @@ def frame(
 
 
 def _write(file: Path, content: bytes | pa.Buffer, beside: Path) -> None:
-    """Write a file into a folder beside and rename it: whole or absent, however many processes write the same."""
-    beside.mkdir(parents=True, exist_ok=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = beside / f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    with open(draft, "xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, file)
+    """Write a file into a folder beside and rename it: whole or absent, however many processes write the same.
+
+    Another process may tidy up meanwhile, and folders vanish between any two lines; it does so once, at its end.
+    """
+    for attempt in range(100):
+        try:
+            beside.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = beside / f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+            with open(draft, "xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(draft, file)
+            return
+        except (FileExistsError, FileNotFoundError):  # mkdir says the first if what was there has gone again
+            if attempt == 99:
+                raise
 
 
 def _digest(config: Config) -> bytes:

@@ -1,4 +1,6 @@
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +44,40 @@ def test_what_is_written_is_read_in_order(tmp_path):
     assert losses.scores[:, 1].tolist() == pa.concat_tables(parts["y.0"])["loss/y.0"].to_pylist()
     assert found.domain.tolist() == [0, 0, 1, 1]
     assert found.row.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_folders_that_another_process_tidies_away_are_made_again(tmp_path, monkeypatch, moment):
+    """Between any two of the calls that a file takes: mkdir (and its is_dir), open, fsync, rename."""
+    folder, events = ScoreFolder.begin(tmp_path, CONFIG), iter(range(1000))
+
+    def first_tidied(call):
+        def called(*args, **kwargs):
+            if next(events) == moment:
+                shutil.rmtree(tmp_path / "parts", ignore_errors=True)
+            return call(*args, **kwargs)
+
+        return called
+
+    for owner, name in ((os, "mkdir"), (Path, "is_dir"), (os, "getpid"), (os, "fsync"), (os, "replace")):
+        monkeypatch.setattr(owner, name, first_tidied(getattr(owner, name)))
+    folder.write("x", 0, part("x", ["t", "u.v"], 0))
+    assert next(events) > moment
+    monkeypatch.undo()
+    folder.write("y.0", 0, part("y.0", ["t"], 0))
+    assert folder.missing == [1]
+
+
+def test_scores_that_another_process_wrote_meanwhile_are_not_without_a_configuration(tmp_path, monkeypatch):
+    glob = Path.glob
+
+    def late(self, pattern):
+        monkeypatch.undo()
+        write_all(ScoreFolder.begin(tmp_path, CONFIG), 0)
+        return glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", late)
+    assert ScoreFolder.begin(tmp_path, CONFIG).missing == [1]
 
 
 def test_two_that_join_the_same_parts_do_so_once(tmp_path, monkeypatch):
