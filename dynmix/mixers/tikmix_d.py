@@ -67,7 +67,8 @@ class TiKMiXD(Mixer):
         guard_slack: by how much a guard may fall below the prior's influence, in units of that guard's largest
             influence: one number for all, or by name. Guards are held by their scores, without `confidence`.
         lower, upper: domain -> least and largest weight it may get, or one number for all.
-        max_change: by how much a weight may differ from the prior's; where bounds move the prior, from where they do.
+        max_change: by how much a weight may differ from that of the stage that ends, whatever gains are counted
+            from; where bounds move that mixture, from where they do.
 
     Raises:
         ValueError: what is no number, is negative or not finite, an unknown normalization.
@@ -166,7 +167,7 @@ class TiKMiXD(Mixer):
             )
         remembered = self._memory.add(influence)
         against = prior if self._first is None or influence.not_finite else self._first
-        found = self.decide(remembered, against, upper, lower=lower)
+        found = self.decide(remembered, against, upper, lower=lower, present=prior)
         if remembered is not influence:
             found = replace(found, decided_on=remembered)
         if against is prior:
@@ -182,11 +183,15 @@ class TiKMiXD(Mixer):
         upper: Mapping[str, float] | None = None,
         *,
         lower: Mapping[str, float] | None = None,
+        present: Mapping[str, float] | None = None,
     ) -> Proposal:
-        """Return what `propose` does of this influence alone; remembers nothing."""
+        """Return what `propose` does of this influence alone; remembers nothing.
+
+        `present`: the mixture that `max_change` is counted from; None: the prior.
+        """
         if not influence.optimised.any():
             raise ValueError(f"there is no task to optimise for, only guards: {list(influence.tasks)}")
-        posed = self._pose(influence, prior, upper, lower)
+        posed = self._pose(influence, prior, upper, lower, present)
         problem, note = posed.problem, posed.note
         if problem is None:
             return self._answer(influence, posed.wanted, posed.inside, "prior", note)
@@ -215,6 +220,7 @@ class TiKMiXD(Mixer):
         prior: Mapping[str, float],
         upper: Mapping[str, float] | None,
         lower: Mapping[str, float] | None,
+        present: Mapping[str, float] | None = None,
     ) -> "_Posed":
         domains = influence.domains
         wanted = normalized(prior, domains)
@@ -224,8 +230,10 @@ class TiKMiXD(Mixer):
             raise ValueError(f"lower bounds above the upper ones: {', '.join(crossed)}")
         inside = cap(wanted, high, low)
         widest = low, high
-        if self.max_change is not None:  # of where the bounds leave the prior, so that the two always fit together
-            low, high = np.maximum(low, inside - self.max_change), np.minimum(high, inside + self.max_change)
+        if self.max_change is not None:  # of where the bounds leave the mixture, so that the two always fit together
+            now = inside if present is None else cap(normalized(present, domains), high, low)
+            low, high = np.maximum(low, now - self.max_change), np.minimum(high, now + self.max_change)
+            inside = inside if present is None else cap(wanted, high, low)
         if bad := influence.not_finite:
             return _Posed(None, wanted, inside, f"influence not finite on {bad}: prior kept")
         self._warn_of_flips(influence)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynmix import TiKMiXD
@@ -125,3 +125,22 @@ def test_against_the_run_a_later_boundary_may_take_back_what_an_earlier_one_deci
     assert found["stage"].weights != pytest.approx(fresh.weights, abs=1e-2)
     move = np.array([found["run"].weights[name] - first.weights[name] for name in DOMAINS])
     assert found["run"].predicted_gain["code"] == pytest.approx(float(right.scores[0] @ move), abs=1e-3)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=25)
+def test_against_the_run_the_largest_change_is_from_the_stage_that_ends(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    m = int(rng.integers(2, 8))
+    names = tuple(f"d{j}" for j in range(m))
+    first = rng.dirichlet(np.ones(m)) * (rng.random(m) < 0.8) + 1e-3 * (np.arange(m) == 0)
+    weights = dict(zip(names, (first / first.sum()).tolist(), strict=True))
+    mixer = TiKMiXD(confidence=0.25, max_change=0.03, against="run")
+    mixer.start(Run(dict.fromkeys(names, 100), 100, weights))
+    far = dict(zip(names, rng.dirichlet(np.ones(m)).tolist(), strict=True))
+    prior = weights
+    for _ in range(4):
+        found = mixer.propose(Influence(rng.normal(size=(2, m)), ("t", "u"), names, np.full((2, m), 0.1)), prior)
+        assert max(abs(found.weights[name] - prior[name]) for name in names) <= 0.03 + 1e-9
+        # As where something else had decided in between, and then on from there.
+        prior = far if prior is weights else dict(found.weights)
