@@ -7,8 +7,8 @@ forward and backward pass without its optimizer. The lines are ratios to F in pr
 process, beside the ratio that the matrix products alone would have. `--shrink 4` takes a quarter of the sequences.
 
 `--kronfluence` runs kronfluence instead, where it can be imported, and the measurement beside it, on the blocks' linear
-layers alone (it would take the covariance of the whole vocabulary), with the same damping: how long each takes, and how
-far the scores are apart where the factors are the same.
+layers alone (it would take the covariance of the whole vocabulary), with the same damping and, for "the same factors",
+with eigenvectors sought in float64 as it does: how long each takes, and how far the scores are apart.
 
 `--memory` prints peaks of the resident set instead, over what there was before, each of a process of its own: what is
 said before the start, what is measured with as many sequences and with a quarter of them, and with `--kronfluence` what
@@ -172,8 +172,8 @@ def beside_kronfluence(domains: Sets, tasks: Sets, shrink: int) -> None:
     def timed(name: str, action: Callable[[], torch.Tensor]) -> None:
         spent[name] = seconds(lambda: scores.setdefault(name, action()))
 
-    def ours(fit_on: Batches) -> torch.Tensor:
-        found = group_influence(build(shrink)[0], domains, tasks, EKFAC(), layers=blocks, curvature_batches=fit_on)
+    def ours(fit_on: Batches, curvature: EKFAC) -> torch.Tensor:
+        found = group_influence(build(shrink)[0], domains, tasks, curvature, layers=blocks, curvature_batches=fit_on)
         return torch.from_numpy(found.scores * (LENGTH - 1))  # of sums over tokens, by the curvature of sequences
 
     def theirs(aggregate: bool) -> torch.Tensor:
@@ -191,8 +191,8 @@ def beside_kronfluence(domains: Sets, tasks: Sets, shrink: int) -> None:
     timed("F", floor)
     timed("kronfluence, all pairs of sequences", lambda: theirs(False))
     timed("kronfluence, a task's queries summed", lambda: theirs(True))
-    timed("dynmix, the same factors", lambda: ours(batches))
-    timed("dynmix, factors from 128 sequences", lambda: ours(few))
+    timed("dynmix, the same factors", lambda: ours(batches, EKFAC(eigh_dtype="float64")))
+    timed("dynmix, factors from 128 sequences", lambda: ours(few, EKFAC()))
     exact = scores["kronfluence, all pairs of sequences"]
     table = Table("blocks' linear layers, EK-FAC", "time / F", "largest difference / largest score")
     for name, found in scores.items():

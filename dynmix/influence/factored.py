@@ -43,6 +43,8 @@ class FactoredCurvature(ABC):
         ema: weight of the factors before, where there are any (from stage to stage of a run): 0 forgets them. Bases are
             those of the averaged covariances, and the earlier eigenvalues are seen from them.
         refresh_every: a run fits anew at every so many boundaries, and uses the factors as they are in between.
+        eigh_dtype: in which the eigenvectors are sought; "float64" is tried too where "float32" fails. In float32 those
+            of nearly equal eigenvalues are any of many, and scores differ by 1e-3 between solvers; in float64 by 1e-5.
 
     Factors are float32 at least, float64 for a float64 model. Sequences with a loss or gradient that is not finite are
     left out, with a warning.
@@ -55,6 +57,7 @@ class FactoredCurvature(ABC):
     factor_tokens: int | None = None
     ema: float = 0.0
     refresh_every: int = 1
+    eigh_dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
         if not (self.damping >= 0 and math.isfinite(self.damping)):
@@ -67,6 +70,8 @@ class FactoredCurvature(ABC):
             raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}")
+        if self.eigh_dtype not in ("float32", "float64"):
+            raise ValueError(f'eigh_dtype must be "float32" or "float64", got {self.eigh_dtype!r}')
 
     def fit(self, capture: Capture, batches: Batches) -> FittedFactors:
         """Factors of these batches alone."""
@@ -159,7 +164,7 @@ class FactoredCurvature(ABC):
                 side(f"inputs of {layer!r}", A, None if old is None else old.A),
                 side(f"outputs of {layer!r}", S, None if old is None else old.S),
             )
-        bases = eigenbases(capture.ranks, matrices)
+        bases = eigenbases(capture.ranks, matrices, getattr(torch, self.eigh_dtype))
         return {
             layer: Factors(A, S, A.new_zeros(S.shape[0], A.shape[0]), bases.get(names[id(A)]), bases.get(names[id(S)]))
             for layer, (A, S) in sides.items()

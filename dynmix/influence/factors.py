@@ -280,25 +280,29 @@ class Rotation:
         return self._last[2]
 
 
-def eigenbases(ranks: Ranks, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Eigenvectors of each matrix, in columns, on all ranks: each of them has found some, and sent them round."""
+def eigenbases(ranks: Ranks, matrices: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Eigenvectors of each matrix, in columns, on all ranks: each of them has found some, and sent them round.
+
+    They are sought in `dtype` at least, and are of the matrix's own.
+    """
     owners = dealt_by_cost({name: len(matrix) ** 3 for name, matrix in matrices.items()}, ranks.size)
     found = {
-        name: _eigenbasis(name, matrix) if owners[name] == ranks.rank else matrix.new_empty(matrix.shape)
+        name: _eigenbasis(name, matrix, dtype) if owners[name] == ranks.rank else matrix.new_empty(matrix.shape)
         for name, matrix in matrices.items()
     }
     ranks.broadcast("eigenvectors", found, owners)
     return found
 
 
-def _eigenbasis(name: str, matrix: Tensor) -> Tensor:
+def _eigenbasis(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Eigenvectors in columns; the identity if no solver succeeds, NaN throughout if the matrix is not finite."""
     if not matrix.isfinite().all():
         return torch.full_like(matrix, math.nan)  # no sequence was finite: said once, for all layers
-    for again in (False, True):
+    first = matrix.device, torch.promote_types(matrix.dtype, dtype)
+    for device, precision in (first, (torch.device("cpu"), torch.float64)):
         try:
-            Q: Tensor = torch.linalg.eigh(matrix.cpu().double() if again else matrix).eigenvectors
-        except RuntimeError:  # no convergence, or the device has no solver
+            Q: Tensor = torch.linalg.eigh(matrix.to(device, precision)).eigenvectors
+        except (RuntimeError, TypeError):  # no convergence, or the device has no solver or no float64
             continue
         if Q.isfinite().all():
             return Q.to(matrix).contiguous()  # as it comes back from a file, whose products are to be the same bits

@@ -26,7 +26,8 @@ class KFAC(FactoredCurvature):
     over tokens make the curvature of a token, which is about as many times too small for the gradient G of a whole
     sequence as that has tokens, by how much exactly depends on the layer. One pass over the batches.
 
-    Args: as in `FactoredCurvature`: damping, labels, seed, largest_basis, factor_tokens, ema, refresh_every.
+    Args: as in `FactoredCurvature`: damping, labels, seed, largest_basis, factor_tokens, ema, refresh_every,
+        eigh_dtype.
     """
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dynmix.influence import factors
 from dynmix.influence.capture import Batches, Capture, isolated, next_token_labels, next_token_loss
-from dynmix.influence.curvature import EKFAC, Identity
+from dynmix.influence.curvature import EKFAC, KFAC, Identity
 from dynmix.influence.factors import FittedFactors
 from dynmix.influence.labels import sampled_labels
 
@@ -240,7 +240,27 @@ def test_eigenvectors_are_retried_in_float64(
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("curvature", [EKFAC, KFAC])
+def test_eigenvectors_are_sought_in_the_precision_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tiny_lm: Models, token_batches: Batcher, curvature: type[EKFAC] | type[KFAC]
+) -> None:
+    model, eigh, seen = tiny_lm("llama"), torch.linalg.eigh, []
+
+    def watched(matrix: Tensor) -> Any:
+        seen.append(matrix)
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    for dtype in ("float32", "float64"):
+        seen.clear()
+        factors = curvature(eigh_dtype=dtype).fit(Capture(model, loss=next_token_loss), token_batches(4)).factors  # type: ignore[arg-type]
+        assert {str(matrix.dtype) for matrix in seen} == {f"torch.{dtype}"}
+        assert {f.QA.dtype for f in factors.values() if f.QA is not None} == {torch.float32}
+
+
 def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="eigh_dtype"):
+        EKFAC(eigh_dtype="bfloat16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damping"):
         EKFAC(damping=-1.0)
     with pytest.raises(ValueError, match="labels"):
