@@ -7,7 +7,7 @@ from typing import Any
 from . import figures
 from .methods import METHODS
 from .sweep import BASE, SWEEPS
-from .tables import PRIOR, Cells, by_budget, by_set, costs, efficiency, markdown, overview, sampled
+from .tables import PRIOR, Cells, by_budget, by_set, costs, efficiency, markdown, overview, sampled, sweeps
 
 HEAD = """# Results
 
@@ -35,7 +35,7 @@ def write_results(output: Path, file: Path, fidelity: Path | None = None) -> Non
         if plain.cells:
             budgets[folder.name] = plain
             parts += _budget(folder.name, plain, drawn)
-        parts += _sweeps(cells)
+        parts += _sweeps(folder.name, cells)
     if not budgets:
         parts.append("## Pretraining runs\n\nNot run.\n")
     if len(budgets) > 1:
@@ -82,15 +82,27 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
     ]
 
 
-def _sweeps(cells: Cells) -> list[str]:
-    parts = []
-    for title, names in SWEEPS.items():
-        found = {name: cells.cells[name] for name in (PRIOR, BASE, *names) if name in cells.cells}
-        if set(found) & set(names):
-            own = Cells(cells.settings, found)
-            parts += [f"### Sweep: {title}\n", overview(own) + "\n", "Share of the natural run's tokens:\n"]
-            parts.append(efficiency(own) + "\n")
-    return parts
+def _sweeps(name: str, cells: Cells) -> list[str]:
+    table = sweeps(cells, BASE, SWEEPS)
+    if not table:
+        return []
+    shown = [name for names in SWEEPS.values() for name in names if name in cells.cells]
+    own = Cells(cells.settings, {name: cells.cells[name] for name in dict.fromkeys((PRIOR, BASE, *shown))})
+    return [
+        f"### Variants of `{BASE}` in `{name}`\n",
+        f"Difference to `{BASE}` with the same seeds, nats a token (less is better), and its 95 % interval:\n",
+        table + "\n",
+        "Share of the natural run's tokens at which they are where that run ends:\n",
+        efficiency(own) + "\n",
+        *_traps(cells),
+    ]
+
+
+def _traps(cells: Cells) -> list[str]:
+    found = {name: cells.cells[name] for name in (PRIOR, BASE, *SWEEPS["traps"]) if name in cells.cells}
+    if not set(found) & set(SWEEPS["traps"]):
+        return []
+    return ["What was sampled in the traps, in percent:\n", sampled(Cells(cells.settings, found)) + "\n"]
 
 
 def _fidelity(found: dict[str, Any]) -> str:

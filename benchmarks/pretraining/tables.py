@@ -75,13 +75,19 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def against_prior(cells: Cells, method: str, measure: Measure) -> str:
-    """Mean of a method, and its difference to the prior with the interval over the seeds that both have."""
-    own, prior = cells.cells[method], cells.cells.get(PRIOR, {})
-    text = f"{np.mean([measure(cell) for cell in own.values()]):.3f}"
-    if method == PRIOR or not (both := sorted(set(own) & set(prior))):
-        return text
-    mean, half = interval([measure(own[seed]) - measure(prior[seed]) for seed in both])
-    return f"{text} ({mean:+.3f}" + (f" ± {half:.3f})" if np.isfinite(half) else ")")
+    """Mean of a method, and its difference to the prior over the seeds that both have."""
+    text = f"{np.mean([measure(cell) for cell in cells.cells[method].values()]):.3f}"
+    apart = difference(cells, method, PRIOR, measure)
+    return f"{text} ({apart})" if apart and method != PRIOR else text
+
+
+def difference(cells: Cells, method: str, other: str, measure: Measure) -> str:
+    """A method's mean difference to another, with the interval over the seeds that both have; empty if none."""
+    own, theirs = cells.cells[method], cells.cells.get(other, {})
+    if not (both := sorted(set(own) & set(theirs))):
+        return ""
+    mean, half = interval([measure(own[seed]) - measure(theirs[seed]) for seed in both])
+    return f"{mean:+.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else "")
 
 
 def share_of_tokens(cell: Cell, prior: Cell, names: Sequence[str]) -> float:
@@ -127,6 +133,18 @@ def overview(cells: Cells) -> str:
         rows.append(row)
     pairs = [f"{PAIRS} pairs"] if rows and len(rows[0]) == len(cells.groups) + 4 else []
     return markdown(["method", "seeds", *cells.groups, *pairs, "tokens trained"], rows)
+
+
+def sweeps(cells: Cells, base: str, variants: Mapping[str, Sequence[str]]) -> str:
+    """A row a variant that was run: by how much it differs from what it varies; empty if there is none."""
+    rows = []
+    for title, names in variants.items():
+        for name in names:
+            if both := set(cells.cells.get(name, {})) & set(cells.cells.get(base, {})):
+                apart = [difference(cells, name, base, cells.mean(group)) for group in cells.groups]
+                varied = f"[{name.removeprefix(base[:-1] + ',')}" if name.startswith(base[:-1]) else name
+                rows.append([title, f"`{varied}`", str(len(both)), *apart])
+    return markdown(["sweep", "variant", "seeds", *cells.groups], rows) if rows else ""
 
 
 def by_set(cells: Cells, unit: str) -> str:
