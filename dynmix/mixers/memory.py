@@ -34,27 +34,30 @@ class Memory:
     def add(self, influence: Influence) -> Influence:
         """Return the average with this influence, with its standard errors.
 
-        An influence that is not finite throughout, or of other tasks or domains than before, is given back as it is;
-        the latter, and nothing before it, is remembered.
+        A score whose error is not finite (its domain or task has a single sequence) adds nothing: what was known of it
+        stays, and where nothing was it is given back as it is. An influence with scores that are not finite, or of
+        other tasks or domains than before, is given back whole; the latter, and nothing before it, is remembered.
         """
         E = influence.standard_error
-        known = E is None or bool(np.isfinite(E).all())
-        if self.kept == 0 or influence.not_finite or not known:
+        if self.kept == 0 or influence.not_finite:
             return influence
         names = [list(influence.tasks), list(influence.domains)]
         if names != self._names:
             self._names, self._sums = names, {}
         scale = np.maximum(np.abs(influence.scores).max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        variance = np.zeros_like(influence.scores) if E is None else (E / scale) ** 2
-        noise = variance.mean(axis=1, keepdims=True)
-        precision = 1 / np.maximum(noise, 1e-12) if E is not None else np.ones_like(noise)
+        known = np.isfinite(np.zeros_like(influence.scores) if E is None else E)
+        variance = np.zeros_like(influence.scores) if E is None else (np.where(known, E, 0) / scale) ** 2
+        noise = variance.sum(axis=1, keepdims=True) / np.maximum(known.sum(axis=1, keepdims=True), 1)
+        precision = known / np.maximum(noise, 1e-12) if E is not None else np.ones_like(variance)
         new = {"weight": precision, "score": precision * influence.scores / scale, "variance": precision**2 * variance}
         for key, value in new.items():
             decay = self.kept**2 if key == "variance" else self.kept
             self._sums[key] = decay * self._sums[key] + value if key in self._sums else value
-        weight = self._sums["weight"]
-        errors = None if E is None else scale * np.sqrt(self._sums["variance"]) / weight
-        return replace(influence, scores=scale * self._sums["score"] / weight, standard_error=errors)
+        some = self._sums["weight"] > 0
+        weight = np.where(some, self._sums["weight"], 1.0)
+        scores = np.where(some, scale * self._sums["score"] / weight, influence.scores)
+        errors = None if E is None else np.where(some, scale * np.sqrt(self._sums["variance"]) / weight, np.inf)
+        return replace(influence, scores=scores, standard_error=errors)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered, JSON-able; empty where nothing is."""

@@ -73,13 +73,30 @@ def test_nothing_is_remembered_of_what_is_not_finite_or_of_other_domains() -> No
     first, second = influences(2, 0)
     memory.add(first)
     broken = Influence(np.full((2, 3), np.nan), TASKS, DOMAINS)
-    unknown = Influence(second.scores, TASKS, DOMAINS, np.full((2, 3), np.inf))
     before = memory.state_dict()
     assert memory.add(broken) is broken
-    assert memory.add(unknown) is unknown
     assert memory.state_dict() == before
     others = Influence(second.scores, TASKS, ("books", "python", "news"))
     np.testing.assert_allclose(memory.add(others).scores, others.scores)
+
+
+def test_a_score_without_an_error_adds_nothing_and_leaves_the_others_their_memory() -> None:
+    """A domain of one sequence, as long as it has but one."""
+    never, memory = Memory(0.5), Memory(0.5)
+    for one in influences(3, 5):
+        assert one.standard_error is not None
+        smaller = Influence(one.scores[:, :2], TASKS, DOMAINS[:2], one.standard_error[:, :2])
+        scores = np.column_stack([smaller.scores, 0.1 * smaller.scores[:, 0]])  # does not change the scale
+        found = memory.add(Influence(scores, TASKS, DOMAINS, one.standard_error * [1, 1, np.inf]))
+        expected = never.add(smaller)
+        np.testing.assert_allclose(found.scores[:, :2], expected.scores, rtol=1e-9)
+        np.testing.assert_allclose(found.standard_error[:, :2], expected.standard_error, rtol=1e-9)
+        assert found.scores[:, 2].tolist() == scores[:, 2].tolist()
+        assert np.isinf(found.standard_error[:, 2]).all()
+    known = memory.add(Influence(scores, TASKS, DOMAINS, one.standard_error))
+    assert np.isfinite(known.standard_error).all()
+    kept = memory.add(Influence(2 * scores, TASKS, DOMAINS, one.standard_error * [1, 1, np.inf]))
+    np.testing.assert_allclose(kept.scores[:, 2], 2 * known.scores[:, 2], rtol=1e-9)  # in the nats of the last
 
 
 def test_tikmix_d_decides_by_what_it_remembers_of_a_run() -> None:
