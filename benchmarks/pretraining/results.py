@@ -117,6 +117,6 @@ def _claims(found: list[dict[str, Any]], drawn: Path) -> str:
     for number, claim in enumerate(c for c in found if "points" in c):
         name = f"figure4-{number}.svg"
         x, y = claim["points"]
-        figures.scatter(x, y, ("total influence", "mean gain, nats", claim["here"].split(";")[0]), drawn / name)
+        figures.scatter(x, y, ("predicted mean gain, nats", "realised", claim["here"].split(";")[0]), drawn / name)
         lines.append(f"\n![{claim['claim']}](results/{name})")
     return "\n".join(lines) + "\n"
