@@ -33,7 +33,7 @@ from dynmix.influence.batch import (
 )
 from dynmix.influence.experts import Replaced, by_sequence, experts_forward
 from dynmix.influence.isolation import isolated, random_state_kept, unwrap
-from dynmix.influence.kinds import norm_gradients, odd_router, one_hot
+from dynmix.influence.kinds import norm_gradients, odd_linear, odd_router, one_hot
 from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers, unmeasurable
 from dynmix.influence.storage import Offload
 from dynmix.ranks import Ranks
@@ -136,6 +136,7 @@ class Capture:
             if isinstance(layer.module, nn.Embedding) and id(layer.weight) in heads
         }
         self.layers = {name: layer for name, layer in self.layers.items() if name not in self.tied}
+        self._apart = _sharing_a_weight(self.layers)
         if not self.layers:
             raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
 
@@ -153,6 +154,7 @@ class Capture:
         mask = token_mask(batch)
         uses: dict[str, _Uses] = {name: _Uses() for name in self.layers}
         lost: dict[str, str] = {}
+        blind: set[str] = set()  # called where no gradient is taken
         versions: dict[str, int] = {}
         sources: dict[str, Tensor] = {}  # inputs as the model has them, kept while a second layer may get one
         ready: dict[tuple[str, ...], tuple[Tensor, set[str]]] = {}  # shared inputs, and who still needs them
@@ -182,6 +184,8 @@ class Capture:
             if waiting:
                 ready[group] = a, waiting
             g = _joined(gradients, real)
+            if a.is_floating_point():  # a router may compute in another type than the model's
+                g = g.to(a)
             if isinstance(layer.module, nn.Embedding):
                 a = a.squeeze(-1)
                 if layer.module.padding_idx is not None:  # a row that never trains
@@ -206,6 +210,8 @@ class Capture:
                 use.tokens.append(tokens)
 
             def arrived(gradient: Tensor) -> None:
+                if owner not in uses:  # left out since, for another of its uses
+                    return
                 if tied:
                     use.inputs[index], gradient = gradient, one_hot(tied[0], a.squeeze(-1)).to(gradient)
                 elif self.layers[name].kind == "norm":
@@ -221,12 +227,21 @@ class Capture:
             a: Tensor = args[0] if args else next(iter(kwargs.values()))
             layer = self.layers.get(name)
             kind = "embedding" if layer is None else layer.kind
+            if not torch.is_grad_enabled():  # the model itself has no gradient through this use
+                blind.add(name)
+                return output
             if kind == "router" and layer is not None:
                 if reason := odd_router(layer, a, output, mask):
                     lost[name] = reason
                 else:
                     follow(name, a, output if isinstance(output, Tensor) else output[0])
                 return None  # the output's other parts were made from it: it cannot be replaced
+            if layer is not None and kind == "linear" and (reason := odd_linear(layer, a, output)):
+                lost[name] = reason
+                return output
+            if kind == "norm" and len(args) + len(kwargs) > 1:
+                lost[name] = "it takes more than one input"
+                return output
             if kind == "embedding" and len(a) == 1 < len(mask) and a.shape[1:] == mask.shape[1:]:
                 # Positions, the same in every sequence, looked up once for all of them.
                 a, output = a.expand(mask.shape), output.expand(*mask.shape, -1)
@@ -260,7 +275,7 @@ class Capture:
                 for name, module in experts.items():
                     hooks.enter_context(Replaced(module, experts_forward(module, partial(watch, name))))
                 losses, tokens = self.loss(self.model, batch)
-            self._settle(lost, called={name for name, use in uses.items() if use.inputs})
+            self._settle(lost, blind, called={name for name, use in uses.items() if use.inputs})
             uses = {name: use for name, use in uses.items() if name in self.layers}
             self.sharing = self._shared(uses, sources)
             sources.clear()
@@ -299,7 +314,7 @@ class Capture:
             groups.setdefault(key, []).append(name)
         return {name: tuple(group) for group in groups.values() for name in group}
 
-    def _settle(self, lost: dict[str, str], called: set[str]) -> None:
+    def _settle(self, lost: dict[str, str], blind: set[str], called: set[str]) -> None:
         if self._settled:
             if lost:
                 name, reason = next(iter(lost.items()))
@@ -307,7 +322,11 @@ class Capture:
             return
         # An expert that no token came to may see some in the next batch.
         kept = {name for name in self.layers if name in called or self.layers[name].kind == "expert"}
-        silent = {name: "never called" for name in self.layers if name not in kept and name not in lost}
+        silent = {
+            name: "called without gradients" if name in blind else "never called"
+            for name in self.layers
+            if name not in kept and name not in lost
+        }
         left_out = lost | silent
         self.layers = {name: layer for name, layer in self.layers.items() if name not in left_out}
         if not self.layers:
@@ -324,7 +343,21 @@ class Capture:
             )
         if unknown := [name for name in self._unknown if name not in told]:
             logger.warning("%d modules have matrices of no known kind, not measured: %s", len(unknown), _some(unknown))
-        told.update(left_out, self._unknown)
+        if apart := [group for group in self._apart if not told.issuperset(group)]:
+            logger.warning(
+                "%s have one weight but are measured apart, without the products between their uses: leave all but one "
+                "out with `layers=`",
+                "; ".join(" and ".join(group) for group in apart),
+            )
+        told.update(left_out, self._unknown, *self._apart)
+
+
+def _sharing_a_weight(layers: dict[str, Layer]) -> list[list[str]]:
+    """Names of layers of different modules that hold the same parameter."""
+    groups: dict[tuple[int, int | None], list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault((id(layer.weight), layer.expert), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _joined(parts: list[Tensor], mask: Tensor) -> Tensor:

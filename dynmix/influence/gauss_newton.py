@@ -63,6 +63,8 @@ class GaussNewton:
             raise ValueError("GaussNewton is that of the next-token loss: it needs the default loss")
         if any(hasattr(p, "full_tensor") for p in capture.model.parameters()):
             raise ValueError("GaussNewton needs a model in one piece, not a sharded one")
+        if capture.tied:
+            raise ValueError(f"GaussNewton sees no table and head as one: leave out {', '.join(capture.tied)}")
         for batch in batches:  # the first one settles which layers are measured
             capture.run(batch, lambda *_: None)
             break

@@ -26,6 +26,10 @@ class SequenceGradients(Protocol):
         """<G_b, towards_i>, [B, n], for matrices [n, ...] of the layer's shape."""
         ...
 
+    def token_products(self, towards: Tensor) -> Tensor:
+        """<g_bt a_bt^T, towards_i>, [B, T, n], whose sum over the tokens is `products`."""
+        ...
+
     def squared_norms(self) -> Tensor:
         """|G_b|^2, [B]."""
         ...
@@ -72,6 +76,11 @@ class LinearGradients:
         for part, rows, G in self._parts():
             found[part].addmm_(G.flatten(1), towards[:, rows].flatten(1).mT)
         return found
+
+    def token_products(self, towards: Tensor) -> Tensor:
+        """<left^T g_bt a_bt^T right, towards_i>, [B, T, n]."""
+        g, a = (x if basis is None else x @ basis for x, basis in ((self.g, self.left), (self.a, self.right)))
+        return torch.stack([((g @ matrix) * a).sum(2) for matrix in towards], dim=2)
 
     def squared_norms(self) -> Tensor:
         """|G_b|^2, [B]."""
@@ -130,6 +139,10 @@ class EmbeddingGradients:
     def products(self, towards: Tensor) -> Tensor:
         """<G_b, towards_i>, [B, n], for towards [n, rows, width]: a look-up a token."""
         return torch.stack([(table[self.ids] * self.g).sum((1, 2)) for table in towards], dim=1)
+
+    def token_products(self, towards: Tensor) -> Tensor:
+        """<onehot(ids_bt) g_bt^T, towards_i>, [B, T, n]."""
+        return torch.stack([(table[self.ids] * self.g).sum(2) for table in towards], dim=2)
 
     def squared_norms(self) -> Tensor:
         """|G_b|^2, [B]: tokens of one id add up before they are squared."""

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+_PLAIN = bool | int | float | str | None
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel and torch.compile."""
@@ -30,17 +32,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Everything inside happens to a model in eval mode without trainable parameters, and leaves no trace.
 
-    On exit, also after an exception, these are as they were: train/eval flag of every submodule, `requires_grad` and
-    `.grad` of every parameter, every buffer, the random states of python, numpy and torch (CPU, CUDA, MPS). Inside,
+    On exit, also after an exception, these are as they were: train/eval flag of every submodule and whatever else it
+    counts in plain numbers and words, `requires_grad` and `.grad` of every parameter, every buffer, embeddings that
+    renormalise what is looked up, the random states of python, numpy and torch (CPU, CUDA, MPS). Inside,
     dropout and gradient checkpointing are off (both follow eval mode) and compiled modules run eagerly, because a
     compiled graph does not see the hooks of this module. What FSDP2 has gathered of its parameters it frees.
     """
     modules = list(model.modules())
     _reshard(modules)
-    training = [module.training for module in modules]
+    plain = [{k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)} for module in modules]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [dict(module._buffers) for module in modules]
     contents = [(b, b.clone()) for own in buffers for b in own.values() if b is not None]
+    tables = [m.weight for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None]
+    contents += [(table, table.detach().clone()) for table in tables]
     try:
         for module in modules:
             module.training = False  # not .eval(): adapters override it to merge weights
@@ -50,8 +55,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         _reshard(modules)
-        for module, flag, own in zip(modules, training, buffers, strict=True):
-            module.training = flag
+        for module, numbers, own in zip(modules, plain, buffers, strict=True):
+            vars(module).update(numbers)
             module._buffers.clear()
             module._buffers.update(own)
         with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dynmix.influence.layers import Layer
 
@@ -43,8 +44,26 @@ def odd_router(layer: Layer, x: Tensor, output: Any, mask: Tensor) -> str | None
     logits = output if isinstance(output, Tensor) else output[0]
     if not isinstance(logits, Tensor) or logits.shape != (mask.numel(), len(layer.weight)) or not logits.requires_grad:
         return "its first output is no [tokens, experts] on the way to the loss"
+    return None if _is_linear_map(layer, x.reshape(mask.numel(), -1), logits) else "its first output is no linear map"
+
+
+def odd_linear(layer: Layer, x: Tensor, output: Any) -> str | None:
+    """Why a layer cannot be measured whose class has a forward of its own: it must return what a linear layer does."""
+    if not isinstance(output, Tensor):
+        return "its output is no tensor"
+    if type(layer.module).forward in (nn.Linear.forward, Conv1D.forward) or _is_linear_map(layer, x, output):
+        return None
+    return "its output is no linear map of its input"
+
+
+def _is_linear_map(layer: Layer, x: Tensor, output: Tensor) -> bool:
+    """Whether it is, to the precision of a coarse type: what routers cast, and quantised layers round, is one still."""
+    own = layer.module._parameters  # as they are in this forward pass: a sharded model has others outside of it
+    weight, bias = cast(Tensor, own["weight"]), own.get("bias")
+    if layer.transposed:
+        weight = weight.mT
     with torch.no_grad():
-        own = layer.module._parameters  # as they are in this forward pass: a sharded model has others outside of it
-        expected = F.linear(x.reshape(mask.numel(), -1), cast(Tensor, own["weight"]), own.get("bias"))
-        # A gradient of probabilities would be taken for one of logits.
-        return None if torch.allclose(logits, expected, rtol=1e-2, atol=1e-3) else "its first output is no linear map"
+        expected = F.linear(x.to(output), weight.to(output), None if bias is None else bias.to(output))
+        # Of a router a gradient of probabilities would be taken for one of logits.
+        apart, most = (output - expected).abs().max(), expected.abs().max()
+        return expected.shape == output.shape and bool(apart <= 0.02 * most + 1e-6)

@@ -139,7 +139,9 @@ def _layers_of(name: str, module: nn.Module) -> Iterator[tuple[str, Layer]]:
     weight: nn.Parameter | None = getattr(module, "weight", None)
     bias: nn.Parameter | None = getattr(module, "bias", None)
     if isinstance(module, nn.Linear | Conv1D):
-        yield name, Layer(module, "linear", cast(nn.Parameter, weight), bias, transposed=isinstance(module, Conv1D))
+        if not isinstance(weight, nn.Parameter):
+            return  # computed of others, as by torch's parametrizations
+        yield name, Layer(module, "linear", weight, bias, transposed=isinstance(module, Conv1D))
     elif isinstance(module, nn.Embedding):
         if type(module).forward is nn.Embedding.forward:  # others change what they looked up
             yield name, Layer(module, "embedding", cast(nn.Parameter, weight))

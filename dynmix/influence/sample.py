@@ -151,6 +151,31 @@ class SampleScorer:
         with np.errstate(invalid="ignore", divide="ignore"):
             return SampleInfluence(total / tokens[:, None], self.tasks, losses / tokens, tokens.astype(np.int64))
 
+    def by_token(self, batch: Batch) -> Array:
+        """Score every token of one batch: float64[B, T, n_tasks], whose sum over a sequence's tokens is its score.
+
+        A token's part is what of the sequence's gradient goes through its position: the products of its inputs and
+        output gradients, which have in them what later tokens' losses say of it. Memory: as many scores as
+        B * T * n_tasks.
+
+        Raises:
+            ValueError: stacked experts are measured, which see tokens without their positions.
+        """
+        if experts := [name for name, layer in self._capture.layers.items() if layer.kind == "expert"]:
+            raise ValueError(f"no scores by token through stacked experts: leave out {experts[0]!r} and its like")
+        B, T = batch["input_ids"].shape
+        products: list[Tensor] = []
+
+        def meet(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+            found = gradients_of(a, g).token_products(self._towards[layer])
+            products.append(found.view(B, -1, T, len(self.tasks)).sum(1))  # of a layer that is used several times
+
+        with isolated(self._capture.model):
+            _, tokens = self._capture.run(batch, meet)
+        total = sum((p.cpu().double().numpy() for p in products), np.zeros((B, T, len(self.tasks))))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(total / tokens.numpy()[:, None, None])
+
 
 def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
     """The vocabulary's matrix where it predicts, and the linear layers of the last `blocks` transformer blocks.

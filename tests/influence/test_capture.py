@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from dynmix.influence.capture import (
     Batch,
     Capture,
+    Layers,
     isolated,
     next_token_labels,
     next_token_loss,
@@ -307,3 +308,88 @@ def test_custom_loss_of_a_classifier() -> None:
     gradients = captured(model, batch, loss=loss)
     weight, bias = torch.autograd.grad(loss(model, batch)[0].sum(), list(model[2].parameters()))
     torch.testing.assert_close(gradients["2"].sum(0), torch.cat([weight, bias[:, None]], 1))
+
+
+class Scaled(nn.Linear):
+    """A subclass that does something else with its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight, dim=1), self.bias)
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, y.softmax(-1)
+
+
+class Named(nn.Linear):
+    """A subclass that is a linear layer still, in the precision of another type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16()).to(x.dtype)
+
+
+class GatedNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return F.rms_norm(x * gate.sigmoid(), x.shape[-1:], self.weight)
+
+
+class Odd(nn.Module):
+    """Layers that only look like linear ones and norms, and some that are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.plain, self.head = nn.Embedding(97, 8), nn.Linear(8, 8), nn.Linear(8, 97)
+        self.scaled, self.pair, self.named, self.norm = Scaled(8, 8), Pair(8, 8), Named(8, 8), GatedNorm(8)
+        self.watched, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.second.weight = self.plain.weight
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        x = self.plain(self.table(input_ids))
+        with torch.no_grad():
+            self.watched(x)
+        x = self.second(self.computed(self.named(self.pair(self.scaled(x))[0])))
+        return self.head(self.norm(x, x))
+
+
+def test_what_only_looks_like_a_known_layer_is_named_and_left_out(
+    token_batches: Batcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Odd()
+    [batch] = token_batches(3)
+    found = captured(model, batch, layers=Layers(norms=True))
+    assert set(found) == {"plain", "second", "named", "head"}
+    for name, reason in {
+        "scaled": "no linear map of its input",
+        "pair": "its output is no tensor",
+        "watched": "called without gradients",
+        "norm": "more than one input",
+        "computed": "no known kind",
+        "plain and second": "one weight but are measured apart",
+    }.items():
+        assert name in caplog.text
+        assert reason in caplog.text
+    for row in range(3):
+        head, named = by_autograd(model, batch, ["head", "named"], row)
+        torch.testing.assert_close(found["head"][row], head)
+        assert (found["named"][row] - named).norm() < 0.02 * named.norm()  # rounded to bfloat16 on its way
+
+
+def test_isolated_restores_what_modules_count_and_tables_that_renormalise(tiny_lm: Models) -> None:
+    """A rotary embedding that grew for long probes would turn shorter sequences otherwise from then on."""
+    model = nn.ModuleDict({"table": nn.Embedding(9, 4, max_norm=0.1), "lm": tiny_lm("llama")})
+    rotary = model["lm"].model.rotary_emb
+    before, weight = rotary.max_seq_len_cached, model["table"].weight.detach().clone()
+    with isolated(model):
+        rotary.max_seq_len_cached = 7 * before
+        model["table"](torch.arange(9))
+        assert not torch.equal(model["table"].weight, weight)
+    assert rotary.max_seq_len_cached == before
+    assert torch.equal(model["table"].weight, weight)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -104,6 +106,21 @@ def test_experts_routers_norms_and_embeddings_equal_autograd(token_batches: Batc
     )
     everything = sum(p.numel() for name, p in model.named_parameters() if "sinks" not in name)
     assert covered == everything
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_routers_that_compute_in_float32_whatever_the_model_does(token_batches: Batcher, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    settings = {key: value for key, value in TINY.items() if key != "head_dim"}
+    model = GraniteMoeForCausalLM(GraniteMoeConfig(**settings, num_local_experts=4, num_experts_per_tok=2)).to(dtype)
+    model.set_experts_implementation("eager")  # the fused ones know no float64
+    [batch], every = token_batches(3), Layers()
+    found = {name: g for name, g in sequence_sums(model, batch, every).items() if name.endswith("router")}
+    assert len(found) == 2
+    for row in range(3):
+        for name, expected in by_autograd(model, batch, list(found), row, every).items():
+            apart = (found[name][row] - expected.float()).norm()
+            assert apart < (0.1 if dtype == torch.bfloat16 else 1e-5) * expected.float().norm()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

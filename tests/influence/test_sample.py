@@ -166,3 +166,45 @@ def test_refusals(tiny_lm: Models, token_batches: Batcher) -> None:
         sample_influence(model, samples, {"a": []})
     with pytest.raises(ValueError, match="selects no trainable linear layer"):
         sample_influence(model, samples, {"a": samples}, layers="nothing")
+
+
+@pytest.mark.parametrize("curvature", [Identity(), EKFAC(), DataInf()])
+def test_scores_by_token_add_up_to_those_of_sequences(tiny_lm: Models, token_batches: Batcher, curvature: Any) -> None:
+    model = tiny_lm("llama", tied=True, dtype=torch.float64).eval()
+    batches = token_batches(8, ragged=True)
+    tasks = {"t": token_batches(4, seed=1), "u": token_batches(4, seed=2)}
+    everything = r"^(?!.*nothing)"  # the embedding, which is one with the head, too
+    scorer = SampleScorer(model, tasks, batches, curvature=curvature, layers=everything)
+    for batch in batches:
+        by_token = scorer.by_token(batch)
+        assert by_token.shape == (*batch["input_ids"].shape, 2)
+        np.testing.assert_allclose(by_token.sum(1), scorer(batch).scores, rtol=1e-8, atol=1e-12)
+        assert (by_token[batch["attention_mask"].numpy() == 0] == 0).all()
+
+
+def test_scores_by_token_are_products_of_a_layers_inputs_and_output_gradients(
+    tiny_lm: Models, token_batches: Batcher
+) -> None:
+    model = tiny_lm("gpt2", dtype=torch.float64).eval()
+    [batch], tasks = token_batches(3), {"t": token_batches(4, seed=1)}
+    name = "transformer.h.1.mlp.c_proj"
+    found = SampleScorer(model, tasks, [batch], curvature=Identity(), layers=name.replace(".", r"\.")).by_token(batch)
+    towards = gradient(model, tasks["t"], [f"{name}.weight", f"{name}.bias"])
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _, a, y: seen.extend([a[0], y]))
+    nats, tokens = next_token_loss(model, batch)
+    hook.remove()
+    a, (g,) = seen[0], torch.autograd.grad(nats.sum(), [seen[1]])
+    for row in range(3):
+        for t in range(a.shape[1]):
+            own = torch.cat([torch.outer(a[row, t], g[row, t]).flatten(), g[row, t]])  # GPT-2 keeps [in, out]
+            np.testing.assert_allclose(found[row, t, 0], (own @ towards / tokens[row]).item(), rtol=1e-8, atol=1e-12)
+
+
+def test_scores_by_token_refuse_stacked_experts(token_batches: Batcher) -> None:
+    from tests.influence.test_layers import build
+
+    model, batches = build("mixtral"), token_batches(4)
+    scorer = SampleScorer(model, {"t": batches}, batches, curvature=Identity(), layers="experts")
+    with pytest.raises(ValueError, match="through stacked experts"):
+        scorer.by_token(batches[0])
