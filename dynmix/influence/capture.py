@@ -185,7 +185,7 @@ class Capture:
                 ready[group] = a, waiting
             g = _joined(gradients, real)
             if a.is_floating_point():  # a router may compute in another type than the model's
-                g = g.to(a)
+                g = g.to(a.dtype)
             if isinstance(layer.module, nn.Embedding):
                 a = a.squeeze(-1)
                 if layer.module.padding_idx is not None:  # a row that never trains
@@ -236,7 +236,12 @@ class Capture:
                 else:
                     follow(name, a, output if isinstance(output, Tensor) else output[0])
                 return None  # the output's other parts were made from it: it cannot be replaced
-            if layer is not None and kind == "linear" and (reason := odd_linear(layer, a, output)):
+            if (
+                layer is not None
+                and kind == "linear"
+                and not self._settled
+                and (reason := odd_linear(layer, a, output))
+            ):
                 lost[name] = reason
                 return output
             if kind == "norm" and len(args) + len(kwargs) > 1:

@@ -155,8 +155,7 @@ class SampleScorer:
         """Score every token of one batch: float64[B, T, n_tasks], whose sum over a sequence's tokens is its score.
 
         A token's part is what of the sequence's gradient goes through its position: the products of its inputs and
-        output gradients, which have in them what later tokens' losses say of it. Memory: as many scores as
-        B * T * n_tasks.
+        output gradients, which have in them what later tokens' losses say of it.
 
         Raises:
             ValueError: stacked experts are measured, which see tokens without their positions.

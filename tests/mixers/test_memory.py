@@ -93,6 +93,8 @@ def test_a_score_without_an_error_adds_nothing_and_leaves_the_others_their_memor
         np.testing.assert_allclose(found.standard_error[:, :2], expected.standard_error, rtol=1e-9)
         assert found.scores[:, 2].tolist() == scores[:, 2].tolist()
         assert np.isinf(found.standard_error[:, 2]).all()
+    before = memory.add(Influence(scores, TASKS, DOMAINS, np.full((2, 3), np.inf)))  # nothing new: what was known stays
+    np.testing.assert_allclose(before.scores[:, :2], found.scores[:, :2], rtol=1e-9)
     known = memory.add(Influence(scores, TASKS, DOMAINS, one.standard_error))
     assert np.isfinite(known.standard_error).all()
     kept = memory.add(Influence(2 * scores, TASKS, DOMAINS, one.standard_error * [1, 1, np.inf]))
