@@ -15,7 +15,7 @@ a perfect prediction could reach, by how far two windows with other data agree. 
 in the folder as soon as it is there: the same command goes on. `--kronfluence` adds kronfluence's scores by EK-FAC, on
 the blocks' layers alone, to the folder, where that can be imported; they are shown from then on, beside ours for the
 same layers. `--gauss-newton` adds the exact matrix, by eight conjugate gradient steps a solve, which leave a residual
-that a solver would go on with (six times as long as EK-FAC).
+that a solver would go on with; its processor time stands beside the others'.
 """
 
 import os
