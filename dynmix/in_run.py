@@ -44,7 +44,8 @@ class InRun:
         window: optimizer steps, at most `stage_steps` - 2.
         folds: parts that each task's gradient is kept in, whose spread is the task's share of the standard error; at
             least 2. Memory: so many times the number of tasks and guards gradients of the measured layers in float32,
-            on the model's device, during the window, and as much in the run's folder for each of the newest stages.
+            and four more where micro-batches hold one domain, on the model's device, during the window; and but for
+            those as much in the run's folder for each of the newest stages.
         every: None for micro-batches of one domain; or of mixed ones, the steps from one that is looked at to the next.
         least: a domain of which fewer micro-batches (sequences, of mixed ones) were seen than these is measured on its
             probes besides, so that every score is finite.

@@ -30,11 +30,21 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     accepted = set(inspect.signature(unwrap(model).forward).parameters)
     if accepted <= {"args", "kwargs"}:  # a wrapper that hands on what it gets, as PEFT's
         accepted = {"input_ids", "attention_mask", "position_ids"}
+    if not accepted & set(batch):
+        raise TypeError(
+            f"{type(unwrap(model)).__name__}.forward takes {', '.join(sorted(accepted))} and none of a batch's "
+            f"{', '.join(sorted(batch))}: let its forward take input_ids and return logits [B, T, V], or give a loss="
+        )
     inputs = {key: value for key, value in batch.items() if key in accepted and key != "labels"}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     output = model(**inputs)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    logits = logits_of(output)
+    if logits is None:
+        raise TypeError(
+            f"{type(unwrap(model)).__name__}.forward returned {type(output).__name__} without logits [B, T, V]: let it "
+            "return them, alone, as output.logits or first in a tuple, or give a loss="
+        )
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

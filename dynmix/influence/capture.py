@@ -84,16 +84,18 @@ class Capture:
     `layers=Layers(...)` what that says. Frozen layers are left out unless the whole model is frozen. A tied head is
     measured as the linear layer that it is used as, and where the embedding is measured too, its uses as such are uses
     of the same layer (g the one-hot tokens, a the gradients of what was looked up). A layer used several times in a
-    forward counts with the sum of its uses. The first batch settles which layers are measured: an input must keep the
-    sequences apart, as [B, T, in] or [B * T, in], unless it is an expert's. Others (tokens gathered by code that is not
-    transformers', a layer that is never called) are left out. They and modules with matrices of no known kind are named
-    in a warning, once a model. Afterwards `layers` holds the measured ones by name and `coverage` their share of the
-    model's parameters.
+    forward counts with the sum of its uses, also where they are those of several linear modules with one weight.
+
+    The first batch settles which layers are measured: an input must keep the sequences apart, as [B, T, in] or
+    [B * T, in], unless it is an expert's. Others (tokens gathered by code that is not transformers', a layer that is
+    never called) are left out. They and modules with trainable parameters of no known kind are named in a warning, once
+    a model. Afterwards `layers` holds the measured ones by name and `coverage` their share of the model's parameters.
 
     `head` is the name of the layer that predicts tokens, where the model says so. While `run` delivers, `sharing` says
-    of each layer of the batch which ones have its input, itself included. `tied` are embeddings by name, with their
-    module and the head that is measured for them. `offload` says where what is `stored` lives. `ranks` are the
-    processes that share the measurement, for those who run batches here; it runs what it is given.
+    of each layer of the batch which ones have its input, itself included. `tied` are modules by name whose weight is
+    that of a measured layer, with what they would be on their own and the name of that layer. `offload` says where what
+    is `stored` lives. `ranks` are the processes that share the measurement, for those who run batches here; it runs
+    what it is given.
 
     Create it before `isolated(model)`, which hides what is frozen, and run it inside.
 
@@ -128,14 +130,20 @@ class Capture:
         }
         self._unknown = [name for name in unmeasurable(self.model) if wanted(name)]
         output = getattr(self.model, "get_output_embeddings", lambda: None)()
-        self.head = next((name for name, layer in self.layers.items() if layer.module is output), None)
-        heads = {id(k.weight): name for name, k in self.layers.items() if k.kind == "linear" and k.bias is None}
-        self.tied = {
-            name: (layer.module, heads[id(layer.weight)])
-            for name, layer in self.layers.items()
-            if isinstance(layer.module, nn.Embedding) and id(layer.weight) in heads
+        heads = {
+            id(layer.weight): name
+            for name, layer in reversed(self.layers.items())  # the first of several has the others' uses
+            if layer.kind == "linear" and layer.bias is None
         }
+        self.tied = {
+            name: (layer, heads[id(layer.weight)])
+            for name, layer in self.layers.items()
+            if layer.kind == "embedding" and id(layer.weight) in heads
+        } | _same_linear(self.layers)
         self.layers = {name: layer for name, layer in self.layers.items() if name not in self.tied}
+        owners = [(layer.module, name) for name, layer in self.layers.items()]
+        owners += [(layer.module, owner) for layer, owner in self.tied.values()]
+        self.head = next((name for module, name in owners if module is output), None)
         self._apart = _sharing_a_weight(self.layers)
         if not self.layers:
             raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
@@ -201,8 +209,7 @@ class Capture:
                 output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             elif output._is_view():
                 output = output.clone()  # a change in place rewrites a view's history and would lose the hook below
-            tied = self.tied.get(name)
-            owner = tied[1] if tied else name
+            own, owner = self.tied.get(name, (None, name))
             use = uses[owner]
             index = len(use.inputs)
             use.inputs.append(a.detach())
@@ -212,9 +219,9 @@ class Capture:
             def arrived(gradient: Tensor) -> None:
                 if owner not in uses:  # left out since, for another of its uses
                     return
-                if tied:
-                    use.inputs[index], gradient = gradient, one_hot(tied[0], a.squeeze(-1)).to(gradient)
-                elif self.layers[name].kind == "norm":
+                if own is not None and own.kind == "embedding":
+                    use.inputs[index], gradient = gradient, one_hot(own.module, a.squeeze(-1)).to(gradient)
+                elif self.layers[owner].kind == "norm":
                     use.inputs[index], gradient = norm_gradients(self.layers[name], a.detach(), gradient, mask)
                 use.gradients[index] = gradient
                 if len(use.gradients) == len(use.inputs):
@@ -225,24 +232,19 @@ class Capture:
 
         def catch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             a: Tensor = args[0] if args else next(iter(kwargs.values()))
-            layer = self.layers.get(name)
-            kind = "embedding" if layer is None else layer.kind
+            layer, owner = self.tied.get(name) or (self.layers[name], name)
+            kind = layer.kind
             if not torch.is_grad_enabled():  # the model itself has no gradient through this use
                 blind.add(name)
                 return output
-            if kind == "router" and layer is not None:
+            if kind == "router":
                 if reason := odd_router(layer, a, output, mask):
                     lost[name] = reason
                 else:
                     follow(name, a, output if isinstance(output, Tensor) else output[0])
                 return None  # the output's other parts were made from it: it cannot be replaced
-            if (
-                layer is not None
-                and kind == "linear"
-                and not self._settled
-                and (reason := odd_linear(layer, a, output))
-            ):
-                lost[name] = reason
+            if kind == "linear" and not self._settled and (reason := odd_linear(layer, a, output)):
+                lost[owner] = reason
                 return output
             if kind == "norm" and len(args) + len(kwargs) > 1:
                 lost[name] = "it takes more than one input"
@@ -253,7 +255,9 @@ class Capture:
             x = a[..., None] if kind == "embedding" else a
             shapes = [tuple(mask.shape), (mask.numel(),)]
             if x.shape[:-1] not in shapes and not (kind == "norm" and x.shape[:2] == mask.shape):
-                lost[name] = f"input of shape {list(x.shape)} for {mask.shape[0]} sequences of {mask.shape[1]} tokens"
+                lost[name if kind == "embedding" else owner] = (
+                    f"input of shape {list(x.shape)} for {mask.shape[0]} sequences of {mask.shape[1]} tokens"
+                )
                 return output
             sources[name] = a
             versions[name] = a._version
@@ -265,9 +269,9 @@ class Capture:
 
         with torch.enable_grad():
             with ExitStack() as hooks:  # gone before the backward pass, which may run forwards again
-                tied = {name: module for name, (module, _) in self.tied.items()}
-                modules = {name: layer.module for name, layer in self.layers.items() if layer.kind != "expert"}
-                for name, module in (modules | tied).items():
+                tied = {name: layer for name, (layer, _) in self.tied.items()}
+                modules = {n: layer.module for n, layer in (self.layers | tied).items() if layer.kind != "expert"}
+                for name, module in modules.items():
                     handle = module.register_forward_hook(
                         lambda _, args, kwargs, output, name=name: catch(name, args, kwargs, output), with_kwargs=True
                     )
@@ -333,7 +337,9 @@ class Capture:
             if name not in kept and name not in lost
         }
         left_out = lost | silent
+        left_out |= {name: f"{owner} is not" for name, (_, owner) in self.tied.items() if owner in left_out}
         self.layers = {name: layer for name, layer in self.layers.items() if name not in left_out}
+        self.tied = {name: tied for name, tied in self.tied.items() if tied[1] in self.layers}
         if not self.layers:
             raise ValueError(f"no linear layer can be measured: {left_out}")
         self._settled = True
@@ -347,7 +353,9 @@ class Capture:
                 "%d linear layers are not measured: %s (%s)", len(new), _some(new), dict(Counter(new.values()))
             )
         if unknown := [name for name in self._unknown if name not in told]:
-            logger.warning("%d modules have matrices of no known kind, not measured: %s", len(unknown), _some(unknown))
+            logger.warning(
+                "%d modules have parameters of no known kind, not measured: %s", len(unknown), _some(unknown)
+            )
         if apart := [group for group in self._apart if not told.issuperset(group)]:
             logger.warning(
                 "%s have one weight but are measured apart, without the products between their uses: leave all but one "
@@ -355,6 +363,17 @@ class Capture:
                 "; ".join(" and ".join(group) for group in apart),
             )
         told.update(left_out, self._unknown, *self._apart)
+
+
+def _same_linear(layers: dict[str, Layer]) -> dict[str, tuple[Layer, str]]:
+    """Linear modules with the parameters of one before them, with the name of that."""
+    first: dict[tuple[object, ...], str] = {}
+    found = {}
+    for name, layer in layers.items():
+        key = (layer.transposed, *map(id, layer.parameters))
+        if layer.kind == "linear" and (owner := first.setdefault(key, name)) != name:
+            found[name] = layer, owner
+    return found
 
 
 def _sharing_a_weight(layers: dict[str, Layer]) -> list[list[str]]:

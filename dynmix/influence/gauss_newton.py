@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynmix.influence.batch import Batches, next_token_labels, next_token_logits, next_token_loss
 from dynmix.influence.capture import Capture
+from dynmix.influence.layers import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class GaussNewton:
         if any(hasattr(p, "full_tensor") for p in capture.model.parameters()):
             raise ValueError("GaussNewton needs a model in one piece, not a sharded one")
         if capture.tied:
-            raise ValueError(f"GaussNewton sees no table and head as one: leave out {', '.join(capture.tied)}")
+            raise ValueError(f"GaussNewton sees no layers with one weight: leave out {', '.join(capture.tied)}")
         for batch in batches:  # the first one settles which layers are measured
             capture.run(batch, lambda *_: None)
             break
@@ -157,8 +158,7 @@ class FittedGaussNewton:
         own = self.capture.layers[layer]
         prefix = layer if own.expert is None else layer.rsplit(".", 2)[0]
         keys = {id(p): key for key, p in own.module.named_parameters(recurse=False)}
-        names = {name.replace("_orig_mod.", ""): name
-                 for name, _ in self.capture.model.named_parameters(remove_duplicate=False)}  # fmt: skip
+        names = {plain_name(name): name for name, _ in self.capture.model.named_parameters(remove_duplicate=False)}
         return [(names[f"{prefix}.{keys[id(p)]}"], p) for p in own.parameters]
 
     def _tangents(self, vector: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from dynmix.influence.datainf import FittedDataInf
 from dynmix.influence.dealing import Turns
 from dynmix.influence.ekfac import EKFAC
 from dynmix.influence.factors import FittedFactors
+from dynmix.influence.gauss_newton import GaussNewton
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
@@ -190,6 +191,8 @@ def _measured(
         raise ValueError(
             "layer_groups: factors that are carried on are of all layers at once: set ema=0, refresh_every=1"
         )
+    if how.layer_groups > 1 and isinstance(curvature, GaussNewton):
+        raise ValueError("layer_groups: GaussNewton is one matrix over all layers: leave layer_groups at 1")
     whole: _Measured | None = None
     for layers in layer_parts(model, how.layers, how.layer_groups):
         capture = Capture(model, layers=layers, loss=how.loss, tick=how.tick, ranks=ranks, offload=how.offload)

@@ -29,6 +29,8 @@ from dynmix.influence.scale import Scale
 from dynmix.influence.task_gradients import TaskGradients, names_of, uses_of
 from dynmix.observation import Array
 
+_TOGETHER = 4  # gradients of a parameter that meet the tasks' at once
+
 
 @dataclass(eq=False)
 class _Forward:
@@ -37,6 +39,15 @@ class _Forward:
     input_ids: Tensor
     scale: Scale
     products: list[Tensor] = field(default_factory=list)  # [n_rows] or [B, n_rows] each, of one layer or parameter
+    reached: bool = False  # whether its backward pass has come to a measured parameter
+
+
+@dataclass
+class _Held:
+    """A parameter's gradients whose products are still to be made."""
+
+    forwards: list[_Forward]  # whose they are
+    gradients: Tensor  # [_TOGETHER, numel], copied: the training may go on to use their memory
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class _Watch:
             ValueError: it cannot be measured, with the reason and what to do.
         """
         seen, self._seen = self._seen, []
+        self._try(self._finish)
         if self.problem is not None:
             raise self.problem
         found = []
@@ -135,6 +147,9 @@ class _Watch:
         self._elsewhere = False
         self._seen.append(forward)
 
+    def _finish(self) -> None:
+        """Make the products that are still to be made of what was seen."""
+
     def _try(self, action: Callable[[], None]) -> None:
         """An exception here would end the training: it is kept for whoever takes what was seen."""
         try:
@@ -147,12 +162,15 @@ class _Watch:
 class ParameterProducts(_Watch):
     """Micro-batches of one domain each: the gradient that reaches a parameter, in one product with the tasks'.
 
+    Reading the tasks' is what it costs, so a few micro-batches' gradients meet them at once.
+
     Also where the parameters are sharded by FSDP2: what is looked at is the whole parameter that a forward pass has.
     """
 
     def __init__(self, model: nn.Module, gradients: TaskGradients) -> None:
         super().__init__(model, gradients)
         self._flat = {name: stack.flatten(1) for name, stack in gradients.parameters.items()}
+        self._held: dict[str, _Held] = {}
         self._silent = set(self._flat)
         self._current: _Forward | None = None  # whose backward pass is on
         inner = unwrap(model)
@@ -172,7 +190,7 @@ class ParameterProducts(_Watch):
         return super()._begun(input_ids, scale)
 
     def _backward_begins(self, forward: _Forward, gradient: Tensor | None) -> None:
-        if self._current is not None and not self._current.products:
+        if self._current is not None and not self._current.reached:
             raise ValueError(_COMBINED)
         super()._backward_begins(forward, gradient)
         self._current = forward
@@ -206,7 +224,25 @@ class ParameterProducts(_Watch):
         if self._current is None:
             raise ValueError(_NO_GRADIENT)
         self._silent.discard(name)
-        self._current.products.append(towards @ gradient.reshape(-1).to(towards.dtype))
+        self._current.reached = True
+        if name not in self._held:
+            self._held[name] = _Held([], towards.new_empty(_TOGETHER, towards.shape[1]))
+        held = self._held[name]
+        held.gradients[len(held.forwards)] = gradient.reshape(-1)
+        held.forwards.append(self._current)
+        if len(held.forwards) == _TOGETHER:
+            self._multiply(name)
+
+    def _multiply(self, name: str) -> None:
+        held = self._held[name]
+        products = held.gradients[: len(held.forwards)] @ self._flat[name].T
+        for forward, of_parameter in zip(held.forwards, products, strict=True):
+            forward.products.append(of_parameter)
+        held.forwards.clear()
+
+    def _finish(self) -> None:
+        for name in self._held:
+            self._multiply(name)
 
 
 class TokenProducts(_Watch):

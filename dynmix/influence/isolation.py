@@ -6,12 +6,15 @@ Knows torch and its wrappers; nothing of layers, batches or curvature.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import nn
 
 _PLAIN = bool | int | float | str | None
@@ -35,8 +38,9 @@ def isolated(model: nn.Module) -> Iterator[None]:
     On exit, also after an exception, these are as they were: train/eval flag of every submodule and whatever else it
     counts in plain numbers and words, `requires_grad` and `.grad` of every parameter, every buffer, embeddings that
     renormalise what is looked up, the random states of python, numpy and torch (CPU, CUDA, MPS). Inside,
-    dropout and gradient checkpointing are off (both follow eval mode) and compiled modules run eagerly, because a
-    compiled graph does not see the hooks of this module. What FSDP2 has gathered of its parameters it frees.
+    dropout and gradient checkpointing are off, the latter also where it does not follow eval mode, and inference mode;
+    compiled modules run eagerly, because a compiled graph does not see the hooks of this module. What FSDP2 has
+    gathered of its parameters it frees.
     """
     modules = list(model.modules())
     _reshard(modules)
@@ -51,7 +55,12 @@ def isolated(model: nn.Module) -> Iterator[None]:
             module.training = False  # not .eval(): adapters override it to merge weights
         for parameter, _, _ in parameters:
             parameter.requires_grad_(False)
-        with random_state_kept(), torch.compiler.set_stance("force_eager"):
+        with (
+            random_state_kept(),
+            torch.compiler.set_stance("force_eager"),
+            torch.inference_mode(False),
+            _checkpointing_off(),
+        ):
             yield
     finally:
         _reshard(modules)
@@ -78,6 +87,30 @@ def _reshard(modules: list[nn.Module]) -> None:
     for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def _checkpointing_off() -> Iterator[None]:
+    """What torch.utils.checkpoint is given runs as it is.
+
+    torch has no switch for it, and a module in torch's checkpoint_wrapper would run again in the backward pass, where
+    nobody looks at its layers any more.
+    """
+
+    def apply(function: Callable[..., object], preserve: bool, *args: object) -> object:
+        return function(*args)
+
+    def around(*args: object, **kwargs: object) -> Iterator[None]:
+        yield
+
+    generator = "_checkpoint_without_reentrant_generator"
+    composable = sys.modules.get("torch.distributed._composable.checkpoint_activation")
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", apply))
+        for module in (torch.utils.checkpoint, composable):
+            if module is not None:
+                patches.enter_context(patch.object(module, generator, around))
+        yield
 
 
 @contextmanager

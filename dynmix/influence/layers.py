@@ -99,24 +99,31 @@ def measurable_layers(model: nn.Module, *, embeddings: bool = False, norms: bool
 
     Linear layers are `nn.Linear` and GPT-2's `Conv1D`, subclasses included, and of the mixtures of experts that
     transformers keeps as stacked parameters the routers, and each matrix of each expert ("experts.gate_up_proj.3").
+    A frozen bias of a weight that trains is no part of its layer.
     """
     return {
         name: layer
         for path, module in model.named_modules()
-        for name, layer in _layers_of(path.replace("_orig_mod.", ""), module)
+        for name, layer in _layers_of(plain_name(path), module)
         if layer.kind in ("linear", "router", "expert")
         or (layer.kind == "embedding" and embeddings)
         or (layer.kind == "norm" and norms)
     }
 
 
+def plain_name(path: str) -> str:
+    """A module's name without what torch.compile and activation checkpointing wrap around modules inside the model."""
+    return path.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def unmeasurable(model: nn.Module) -> list[str]:
-    """Modules with trainable matrices that are of no kind known here, by name."""
+    """Modules with trainable parameters that are of no kind known here, by name; a bias alone is of none."""
     found = []
     for path, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.ndim > 1 and p.requires_grad]
-        if own and not any(True for _ in _layers_of(path, module)):
-            found.append(path.replace("_orig_mod.", ""))
+        layers = [layer for _, layer in _layers_of(path, module) if layer.weight.requires_grad]
+        known = {id(p) for layer in layers for p in layer.parameters}
+        if any(p.requires_grad and id(p) not in known for p in module.parameters(recurse=False)):
+            found.append(plain_name(path))
     return found
 
 
@@ -131,13 +138,19 @@ def is_stacked_experts(module: nn.Module) -> bool:
     )
 
 
+def _trained(bias: nn.Parameter | None, weight: nn.Parameter | None) -> nn.Parameter | None:
+    """The bias, unless it is frozen beside a weight that trains."""
+    frozen = isinstance(bias, nn.Parameter) and not bias.requires_grad
+    return None if frozen and isinstance(weight, nn.Parameter) and weight.requires_grad else bias
+
+
 def _has_gate(module: nn.Module) -> bool:
     return bool(getattr(module, "has_gate", False))
 
 
 def _layers_of(name: str, module: nn.Module) -> Iterator[tuple[str, Layer]]:
     weight: nn.Parameter | None = getattr(module, "weight", None)
-    bias: nn.Parameter | None = getattr(module, "bias", None)
+    bias: nn.Parameter | None = _trained(getattr(module, "bias", None), weight)
     if isinstance(module, nn.Linear | Conv1D):
         if not isinstance(weight, nn.Parameter):
             return  # computed of others, as by torch's parametrizations
@@ -148,7 +161,7 @@ def _layers_of(name: str, module: nn.Module) -> Iterator[tuple[str, Layer]]:
     elif is_stacked_experts(module):
         for stack in ("gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"):
             weights: nn.Parameter = getattr(module, stack)
-            biases: nn.Parameter | None = getattr(module, f"{stack}_bias", None)
+            biases: nn.Parameter | None = _trained(getattr(module, f"{stack}_bias", None), weights)
             for expert in range(len(weights)):
                 transposed = bool(module.is_transposed)
                 yield f"{name}.{stack}.{expert}", Layer(module, "expert", weights, biases, transposed, expert)

@@ -27,6 +27,7 @@ from dynmix.influence.capture import (
 )
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.gradients import gradients_of
+from dynmix.influence.layers import plain_name
 from dynmix.observation import Array
 
 _CURVATURE_BATCHES = 32
@@ -193,7 +194,7 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
     model = unwrap(model)
     linear = measurable_layers(model)
     lists = {
-        name.replace("_orig_mod.", ""): len(module)
+        plain_name(name): len(module)
         for name, module in model.named_modules()
         if name and isinstance(module, nn.ModuleList | nn.Sequential) and any(_inside(layer, name) for layer in linear)
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynmix.influence.batch import next_token_labels
 
-_TOKENS = 256  # that are looked at, of each micro-batch
+_TOKENS = 64  # that are looked at, of each micro-batch
 _GOLDEN = 2654435769  # 2**32 over the golden ratio
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _TOLERANCE_ELSE = 3e-2

@@ -212,13 +212,13 @@ def sequence_products(
 
 
 def uses_of(model: nn.Module, gradients: TaskGradients) -> dict[str, Layer]:
-    """The measured layers by name, and the embeddings whose table is the weight of one of them."""
+    """The measured layers by name, and the embeddings and linear layers whose weight is that of one of them."""
     known = measurable_layers(model, embeddings=True, norms=True)
     weights = {id(known[name].weight) for name in gradients.layers}
     return {
         name: layer
         for name, layer in known.items()
-        if name in gradients.layers or (layer.kind == "embedding" and id(layer.weight) in weights)
+        if name in gradients.layers or (layer.kind in ("embedding", "linear") and id(layer.weight) in weights)
     }
 
 

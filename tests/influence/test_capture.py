@@ -382,6 +382,93 @@ def test_what_only_looks_like_a_known_layer_is_named_and_left_out(
         assert (found["named"][row] - named).norm() < 0.02 * named.norm()  # rounded to bfloat16 on its way
 
 
+class Shared(nn.Module):
+    """Linear modules that hold the same parameters, one of which is also the head's table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(97, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.up, self.down, self.head = nn.Linear(8, 97, bias=False), nn.Linear(97, 8), nn.Linear(8, 97, bias=False)
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+        self.up.weight = self.head.weight = self.table.weight
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        x = self.second(self.first(self.table(input_ids)).tanh()).tanh()
+        return self.head(x + self.down(self.up(x).tanh()))
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_modules_with_one_weight_are_one_layer(
+    token_batches: Batcher, embeddings: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Shared().double()
+    if not embeddings:
+        model.table.weight = nn.Parameter(model.table.weight.detach().clone())
+    [batch] = token_batches(3, ragged=True)
+    found = captured(model, batch, layers=Layers(embeddings=embeddings))
+    assert set(found) == {"first", "up", "down"}
+    assert not caplog.text
+    for row in range(3):
+        for name, expected in zip(found, by_autograd(model, batch, list(found), row), strict=True):
+            torch.testing.assert_close(found[name][row], expected)
+
+
+def test_a_shared_weight_is_left_out_with_one_of_its_uses(
+    token_batches: Batcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Pooled(Shared):
+        def forward(self, input_ids: Tensor, **_: Any) -> Any:
+            x = self.first(self.table(input_ids))
+            return self.head(x + self.second(x.mean(1, keepdim=True)))
+
+    torch.manual_seed(0)
+    model, capture = Pooled(), None
+    [batch] = token_batches(3)
+    capture = Capture(model)
+    with isolated(model):
+        for _ in range(2):
+            capture.run(batch, lambda *_: None)
+    assert list(capture.layers) == ["up"]
+    assert "first, down, second" in caplog.text
+    assert "first is not" in caplog.text
+
+
+def test_a_frozen_bias_is_no_part_of_its_layer_and_a_bias_alone_is_named(
+    token_batches: Batcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Odd()
+    [batch] = token_batches(3)
+    model.head.bias.requires_grad_(False)
+    model.plain.weight.requires_grad_(False)
+    model.scale = nn.Module()
+    model.scale.gamma = nn.Parameter(torch.ones(8))
+    found = captured(model, batch)
+    assert found["head"].shape[2] == 8
+    model.head.bias.requires_grad_(True)
+    [expected] = by_autograd(model, batch, ["head"], 1)
+    torch.testing.assert_close(found["head"][1], expected[:, :8])
+    named = next(row.message for row in caplog.records if "of no known kind" in row.message)
+    assert named.startswith("5 modules")  # plain and second have one weight
+    assert "plain, second, " in named
+    assert "scale" in named
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, idx: self.table(idx), "Odd.forward takes idx and none of a batch's .*let its forward take input"),
+        (lambda self, input_ids: {"loss": self.table(input_ids).mean()}, "Odd.forward returned dict without logits"),
+    ],
+)
+def test_models_of_another_interface(
+    token_batches: Batcher, monkeypatch: pytest.MonkeyPatch, forward: Any, message: str
+) -> None:
+    monkeypatch.setattr(Odd, "forward", forward)
+    with pytest.raises(TypeError, match=message):
+        captured(Odd(), token_batches(3)[0])
+
+
 def test_isolated_restores_what_modules_count_and_tables_that_renormalise(tiny_lm: Models) -> None:
     """A rotary embedding that grew for long probes would turn shorter sequences otherwise from then on."""
     model = nn.ModuleDict({"table": nn.Embedding(9, 4, max_norm=0.1), "lm": tiny_lm("llama")})

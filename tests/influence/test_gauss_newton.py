@@ -114,7 +114,7 @@ def test_refusals_and_warnings(tiny_lm: Models, token_batches: Batcher, caplog: 
     model, sets = tiny_lm("llama"), ({"d": token_batches(2)}, {"t": token_batches(2, seed=1)})
     with pytest.raises(ValueError, match="needs the default loss"):
         group_influence(model, *sets, GaussNewton(), loss=lambda model, batch: None)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ValueError, match=r"table and head as one: leave out model\.embed_tokens"):
+    with pytest.raises(ValueError, match=r"layers with one weight: leave out model\.embed_tokens"):
         group_influence(tiny_lm("llama", tied=True), *sets, GaussNewton(), layers=Layers(embeddings=True))
     with caplog.at_level(logging.WARNING):
         group_influence(model, *sets, GaussNewton(damping=1e-4, iterations=2), layers="lm_head")

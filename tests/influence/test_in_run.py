@@ -50,13 +50,16 @@ def with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_both_forms_are_autograds(tiny_lm: Any, token_batches: Any, kind: str, tied: bool) -> None:
     """With micro-batches of different scored tokens, accumulated, and each loss scaled in a way of its own."""
     model = tiny_lm(kind, tied=tied)
+    if tied and kind == "llama":
+        first, second = (block.mlp for block in model.model.layers)
+        second.up_proj.weight, second.up_proj.bias = first.up_proj.weight, first.up_proj.bias
     R = gradients_for(model, token_batches, layers=Layers(norms=True))
     assert R.folds == (2, 2)
-    batches = token_batches(12, seed=5, ragged=True)
+    batches = token_batches(24, seed=5, ragged=True)
     expected = [by_hand(model, batch, R) for batch in batches]
     singles = [by_hand(model, {k: v[i : i + 1] for k, v in b.items()}, R) for b in batches for i in range(4)]
     whole, single = ParameterProducts(model, R), TokenProducts(model, R)
-    for scale, batch in zip((0.37, 65536.0, 1e-4), batches, strict=True):
+    for scale, batch in zip((0.37, 65536.0, 1e-4, 1.0, 2.0, 3.0), batches, strict=True):
         (model(**with_labels(batch)).loss * scale).backward()
     seen, apart = whole.take(), single.take()
     assert [float(one.tokens.sum()) for one in seen] == [tokens_of(batch) for batch in batches]

@@ -173,7 +173,7 @@ def test_what_cannot_be_measured_is_named_once(token_batches: Batcher, caplog: p
         sequence_sums(model, batch, None)
         sequence_sums(model, batch, None)
     assert [record.message for record in caplog.records] == [
-        "1 modules have matrices of no known kind, not measured: odd"
+        "1 modules have parameters of no known kind, not measured: odd"
     ]
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._composable.checkpoint_activation import checkpoint as composable
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynmix.influence.capture import next_token_loss
@@ -70,6 +72,48 @@ def test_checkpointing_changes_neither_the_measurement_nor_the_training(
             optimizer.zero_grad()
         trained.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+def wrapped(model: Any, how: str) -> None:
+    """Checkpoint every block, in eval mode too."""
+    blocks = model.model.layers
+    for number, block in enumerate(blocks):
+        if how == "composable":
+            composable(block)
+        else:
+            blocks[number] = checkpoint_wrapper(block, CheckpointImpl[how])
+
+
+@pytest.mark.parametrize("how", ["REENTRANT", "NO_REENTRANT", "composable"])
+def test_checkpointing_that_does_not_follow_eval_mode(
+    tiny_lm: Models, sets: Any, token_batches: Batcher, how: str
+) -> None:
+    expected = [
+        group_influence(tiny_lm("llama"), *sets, EKFAC(), layers=layers) for layers in (None, r"layers\.0\.self_attn")
+    ]
+    gradients = []
+    for measure in (False, True):
+        model = tiny_lm("llama")
+        wrapped(model, how)
+        model.enable_input_require_grads()
+        if measure:
+            for layers, alike in zip((None, r"layers\.0\.self_attn"), expected, strict=True):
+                assert np.array_equal(group_influence(model, *sets, EKFAC(), layers=layers).scores, alike.scores)
+        calls: list[int] = []
+        first = next(module for name, module in model.named_modules() if name.endswith("mlp.up_proj"))
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        next_token_loss(model, token_batches(2)[0])[0].sum().backward()  # type: ignore[no-untyped-call]
+        assert len(calls) == 2  # it checkpoints again
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_inside_of_inference_mode(tiny_lm: Models, sets: Any) -> None:
+    model = tiny_lm("llama")
+    expected = group_influence(model, *sets, EKFAC())
+    with torch.inference_mode():
+        assert np.array_equal(group_influence(model, *sets, EKFAC()).scores, expected.scores)
+        assert torch.is_inference_mode_enabled()
 
 
 def test_a_compiled_model_is_the_one_inside(tiny_lm: Models, sets: Any) -> None:

@@ -10,6 +10,7 @@ from dynmix import EKFAC, KFAC, DataInf, Identity, Layers, group_influence
 from dynmix.influence import storage
 from dynmix.influence.capture import Capture
 from dynmix.influence.carried import Carried
+from dynmix.influence.curvature import GaussNewton
 from dynmix.influence.group import scored_groups
 from dynmix.influence.parts import layer_parts
 
@@ -109,6 +110,7 @@ def test_a_file_is_gone_with_its_tensor_and_a_change_is_kept(tmp_path, monkeypat
         ({"offload": "gpu"}, "offload='gpu'"),
         ({"layer_groups": 0}, "layer_groups=0"),
         ({"rank": 0}, "rank=0"),
+        ({"layer_groups": 2, "curvature": GaussNewton()}, "GaussNewton is one matrix over all layers"),
         ({"layer_groups": 2, "curvature": Carried(EKFAC(ema=0.5))}, "carried on are of all layers"),
     ],
 )
