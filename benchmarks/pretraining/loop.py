@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
@@ -94,7 +95,7 @@ def train(
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task(title, total=budget, completed=int(paid()))
+        task = bar.add_task(escape(title), total=budget, completed=int(paid()))
         for batch in loader:
             if paid() >= budget:
                 break

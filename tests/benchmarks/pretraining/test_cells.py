@@ -1,0 +1,148 @@
+"""The bench from its command line, on a corpus that is made here: cells cost alike, are kept, and go on bit for bit."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from benchmarks.pretraining.__main__ import app
+from benchmarks.pretraining.training import Training
+
+WORDS = [a + b for a in "bcdfg" for b in "aeiou"]
+VARIANT = "tikmix-d[start=unimax,stages=2]"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three domains of ten words each, a task of the first and one of the second."""
+    root, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
+
+    def text(kind: int, words: int) -> str:
+        return " ".join(rng.choices(WORDS[5 * kind : 5 * kind + 10], k=words))
+
+    for folder in ("domains", "tasks", "tokenizers/bpe4096"):
+        (root / folder).mkdir(parents=True)
+    for kind, name in enumerate(("one", "two", "three")):
+        for file, rows in ((f"domains/{name}", 200), (f"tasks/{name}.valid", 6)):
+            lines = [json.dumps({"text": text(kind, 200)}) + "\n" for _ in range(rows)]
+            (root / f"{file}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    for kind, name in enumerate(("t", "u")):
+        rows = [{"context": text(kind, 20) + " ", "gold": text(kind, 5), "choices": None} for _ in range(40)]
+        (root / f"tasks/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vocabulary = {word: number for number, word in enumerate(["<eos>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        root / "tokenizers/bpe4096"
+    )
+    return root
+
+
+def bench(corpus: Path, output: Path, methods: str, **more: str) -> Any:
+    given = {"output": output, "corpus": corpus, "methods": methods, "budget": "tiny", "seeds": "0"}
+    given |= {"unseen-tasks": "u", "unseen-domains": "three"} | more
+    return CliRunner().invoke(app, ["run", *(f"--{key}={value}" for key, value in given.items())])
+
+
+def cell(output: Path, method: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "tiny" / method / "0" / "cell.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of two cells, and of the page that is made of them."""
+    output = tmp_path_factory.mktemp("bench")
+    shown = bench(corpus, output, f"natural,{VARIANT}")
+    assert shown.exit_code == 0, shown.output
+    assert f"{VARIANT}, seed 0" in shown.output
+    page = CliRunner().invoke(app, ["results", "--output", str(output), "--file", str(output / "RESULTS.md")])
+    assert page.exit_code == 0, page.output
+    return output
+
+
+def test_cells_spend_the_same_budget_whatever_on(run: Path) -> None:
+    natural, measured = cell(run, "natural"), cell(run, VARIANT)
+    assert natural["budget"] == measured["budget"] == sum(natural["spent"]["flops"].values())
+    spent = measured["spent"]["flops"]
+    assert spent["mixing"] > 0
+    assert measured["steps"] < natural["steps"] == 48
+    a_step = spent["training"] / measured["steps"]
+    assert a_step == pytest.approx(natural["spent"]["flops"]["training"] / 48)
+    # Whatever is bought last, a step or the only measurement, may go over it, and nothing is bought after that.
+    assert measured["budget"] <= sum(spent.values()) < measured["budget"] + max(a_step, spent["mixing"])
+    assert set(natural["sampled"]) == {"one", "two"}
+    assert set(natural["final"]) == {"t", "u", "text/one", "text/two", "text/three"}
+
+
+def test_what_is_there_is_not_run_again(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Training, "step")
+    assert bench(corpus, run, f"natural,{VARIANT}").exit_code == 0
+    assert isinstance(bench(corpus, run, "uniform").exception, AttributeError)
+
+
+def test_a_cell_that_was_killed_goes_on_bit_for_bit(
+    corpus: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Training.step
+
+    def killed(training: Training, batch: Any) -> float:
+        if training.steps == 20:
+            raise KeyboardInterrupt
+        return step(training, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "step", killed)
+        assert bench(corpus, tmp_path, VARIANT).exit_code
+    folder = tmp_path / "tiny" / VARIANT / "0"
+    assert (folder / "state.pt").exists()
+    assert not (folder / "cell.json").exists()
+    assert bench(corpus, tmp_path, VARIANT).exit_code == 0
+    one, other = cell(run, VARIANT), cell(tmp_path, VARIANT)
+    assert one["spent"].pop("seconds") != other["spent"].pop("seconds")
+    assert one == other
+    assert not (folder / "state.pt").exists()
+
+
+def test_the_page_says_what_the_cells_say(run: Path) -> None:
+    text, natural, measured = (run / "RESULTS.md").read_text(), cell(run, "natural"), cell(run, VARIANT)
+    row = next(line for line in text.splitlines() if line.startswith("| `natural` | 1 |"))
+    own = [(natural["final"][f"text/{name}"]["loss"]) for name in ("one", "two")]
+    expected = [natural["final"]["t"]["loss"], natural["final"]["u"]["loss"], sum(own) / 2]
+    assert [f"{value:.3f}" for value in expected] == [part.strip() for part in row.split("|")[3:6]]
+    for name, part in measured["sampled"].items():
+        assert f"{100 * natural['sampled'][name]:.1f}" in next(
+            line for line in text.splitlines() if line.startswith(f"| `{name}` |")
+        )
+        assert 0 < part < 1
+    assert "Not run: uniform (seed 0)" in text.replace("natural (seed 1), natural (seed 2), ", "")
+    assert (run / "results" / "curves-tiny.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"budget": "huge"}, "no budget 'huge': there are tiny"),
+        ({"methods": "best"}, "best"),
+        ({"methods": "tikmix-d[stage=2]"}, "stage"),
+        ({"corpus": "nowhere"}, "nowhere/domains has no .jsonl.gz"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(
+    corpus: Path, tmp_path: Path, changed: dict[str, str], message: str
+) -> None:
+    shown = bench(**{"corpus": corpus, "output": tmp_path, "methods": "natural"} | changed)  # type: ignore[arg-type]
+    assert shown.exit_code
+    assert message in shown.output + str(shown.exception)
+
+
+def test_results_of_other_settings_are_not_mixed(corpus: Path, run: Path) -> None:
+    shown = bench(corpus, run, "natural", **{"unseen-tasks": ""})
+    assert shown.exit_code
+    assert "has results of other settings (split was" in shown.output + str(shown.exception)
