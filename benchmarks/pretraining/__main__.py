@@ -83,7 +83,8 @@ def claims(
     ] = None,
     mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
     samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
-    sequences: Annotated[int, typer.Option(help="Of each of them.")] = 64,
+    sequences: Annotated[str, typer.Option(help="Of each of them, by commas.")] = "64,1024,8192",
+    pool: Annotated[int, typer.Option(help="Sequences of each domain that they are drawn from.")] = 2048,
     size: Annotated[str | None, typer.Option(help="Budget whose model it is; default: that of fidelity.py.")] = None,
     steps: Annotated[int, typer.Option(help="Of the run up to the last checkpoint.")] = 120,
     window: Annotated[int, typer.Option(help="Steps of a window.")] = 12,
@@ -103,7 +104,9 @@ def claims(
     if size is not None:
         settings = replace(settings, size=_budget(size).size)
     windows = Windows(Corpus(corpus, folder, length=settings.size.length), folder, settings, device)
-    found = run_claims(windows, output, mixtures, sequences, samples, curvatures.split(","))
+    found = run_claims(
+        windows, output, mixtures, [int(n) for n in sequences.split(",")], samples, pool, curvatures.split(",")
+    )
     write(output / "claims.json", {"claims": found})
     for claim in found:
         print(f"{claim['claim']}: {claim['here']} (paper: {claim['paper']}; {claim['on']})")

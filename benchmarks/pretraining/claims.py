@@ -4,7 +4,7 @@ They share the checkpoints, windows and influences of `benchmarks/fidelity.py`: 
 Knows windows and cells; draws nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
-from dynmix import TiKMiXD, group_influence
+from dynmix import TiKMiXD
+from dynmix.influence.group import scored_groups
 
 from .kept import kept
 from .tables import Cells
@@ -59,30 +60,46 @@ def figure4(windows: Windows, mixtures: int, curvature: str) -> dict[str, Any]:
     }
 
 
-def additivity(windows: Windows, mixtures: int, sequences: int, curvature: str) -> dict[str, Any]:
-    """Influence of samples of mixtures against the weighted sum of the domains' (Appendix D)."""
-    influence, _ = windows.influence(curvature)
-    natural, domains = windows.natural, list(influence.domains)
-    recipe = TiKMiXD(confidence=0).propose(influence, natural).weights
-    drawn = perturbed(recipe, mixtures, 0)
-    predicted = influence.scores @ np.array([[w[name] for name in domains] for w in drawn]).T
+def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int, curvature: str) -> dict[str, Any]:
+    """Influence of samples of mixtures against the weighted sum of the domains' (Appendix D).
 
-    def measure() -> list[list[float]]:
+    A set's influence is the sum of its sequences' scores over the sum of their tokens, so that one pass over a pool of
+    `pool` sequences a domain measures samples of any mixture. The domains' own influences are measured on other
+    sequences, as many.
+    """
+    natural, (influence, _) = windows.natural, windows.influence(curvature, probes=pool)
+    domains = list(influence.domains)
+    recipe = TiKMiXD(confidence=0).propose(influence, natural).weights
+    drawn = np.array([[w[name] for name in domains] for w in perturbed(recipe, mixtures, 0)])
+    predicted = influence.scores @ drawn.T
+
+    def measure() -> dict[str, Any]:
         training, s = windows.checkpoint(), windows.settings
-        sets = {f"{k}": windows.sequences(weights, sequences, 5000 + k) for k, weights in enumerate(drawn)}
-        found = group_influence(
-            training.model, sets, windows.task_batches(), make_curvature(curvature, training),
+        found = scored_groups(
+            training.model, windows.probes(pool, 5000), windows.task_batches(), make_curvature(curvature, training),
             curvature_batches=windows.sequences("natural", s.curvature_sequences, 2001),
         )  # fmt: skip
-        return [row.tolist() for row in found.scores]
+        return {name: [found.scores[name].tolist(), found.tokens[name].tolist()] for name in domains}
 
-    measured = np.array(kept(windows.folder / f"influence/mixed-{curvature}-{mixtures}-{sequences}.json", measure))
-    each = {t: float(pearsonr(p, m).statistic) for t, p, m in zip(influence.tasks, predicted, measured, strict=True)}
+    scored = kept(windows.folder / f"influence/scored-{curvature}-{pool}.json", measure)
+    scores, tokens = (np.array([scored[name][part] for name in domains]) for part in (0, 1))
+    by_size = []
+    for size in sizes:
+        generator = np.random.default_rng(size)
+        measured = np.zeros_like(predicted)
+        for k, counts in enumerate(generator.multinomial(size, drawn)):
+            if counts.max() > pool:
+                raise SystemExit(f"--sequences: a sample of {size} takes {counts.max()} of one domain's --pool {pool}")
+            rows = [(d, generator.choice(pool, n, replace=False)) for d, n in enumerate(counts)]
+            measured[:, k] = sum(scores[at].sum(axis=0) for at in rows) / sum(tokens[at].sum() for at in rows)
+        each = [float(pearsonr(p, m).statistic) for p, m in zip(predicted, measured, strict=True)]
+        by_task = ", ".join(f"{task} {r:.3f}" for task, r in zip(influence.tasks, each, strict=True))
+        by_size.append(f"{size:,} sequences: {by_task}")
     return {
         "claim": f"Appendix D: influence of a mixed sample against the weighted sum ({curvature})",
-        "here": "Pearson " + ", ".join(f"{task} {r:.3f}" for task, r in each.items()),
+        "here": "Pearson of samples of " + "; of ".join(by_size),
         "paper": "Pearson ARC 0.845, HellaSwag 0.848, TriviaQA 0.931",
-        "on": f"{mixtures} mixtures x {sequences} sequences, domains from {windows.settings.probes}",
+        "on": f"{mixtures} mixtures, drawn from {pool:,} sequences a domain; domains from as many others",
     }
 
 
@@ -138,13 +155,19 @@ def overhead(cells: Cells) -> dict[str, Any] | None:
 
 
 def run_claims(
-    windows: Windows, output: Path, mixtures: int, sequences: int, samples: int, curvatures: list[str]
+    windows: Windows,
+    output: Path,
+    mixtures: int,
+    sequences: Sequence[int],
+    samples: int,
+    pool: int,
+    curvatures: list[str],
 ) -> list[dict[str, Any]]:
     """All of them; the overhead where the cells are there."""
     found: list[dict[str, Any] | None] = []
     for curvature in curvatures:
         found.append(figure4(windows, mixtures, curvature))
-        found.append(additivity(windows, samples, sequences, curvature))
+        found.append(additivity(windows, samples, sequences, pool, curvature))
         found.append(stability(windows, curvature))
     found.append(probe_tokens(windows, curvatures[0], (4, 8, 16, 32, 64, 128)))
     for settings in sorted(output.glob("*/settings.json")):
