@@ -38,7 +38,7 @@ from .training import Size, Training, warm_up
 Array = NDArray[np.float64]
 Batch = dict[str, Tensor]
 
-BLOCKS = Layers(exclude="lm_head")
+BLOCKS = Layers(head=False)
 CURVATURES = ("EKFAC:1", "EKFAC:0.1", "EKFAC:10", "KFAC:1", "KFAC:0.1", "AdamDiagonal", "DataInf", "Identity")
 SLOW = ("GaussNewton",)
 

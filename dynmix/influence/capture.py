@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from dynmix.influence.batch import (
 from dynmix.influence.experts import Replaced, by_sequence, experts_forward
 from dynmix.influence.isolation import isolated, random_state_kept, unwrap
 from dynmix.influence.kinds import norm_gradients, odd_linear, odd_router, one_hot
-from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers, unmeasurable
+from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers, output_layer, unmeasurable
 from dynmix.influence.storage import Offload
 from dynmix.ranks import Ranks
 
@@ -122,14 +122,14 @@ class Capture:
         self.coverage = 0.0
         self.sharing: dict[str, tuple[str, ...]] = {}
         self._settled = False
-        wanted = layers if isinstance(layers, Layers) else Layers(layers, embeddings=embeddings)
-        known = measurable_layers(self.model, embeddings=embeddings or wanted.embeddings, norms=wanted.norms)
+        wanted = layers if isinstance(layers, Layers) else Layers(layers)
+        wanted = replace(wanted, embeddings=embeddings or wanted.embeddings)
+        known = measurable_layers(self.model, embeddings=wanted.embeddings, norms=wanted.norms, head=wanted.head)
         frozen = not any(p.requires_grad for p in self.model.parameters())
         self.layers: dict[str, Layer] = {
             name: layer for name, layer in known.items() if wanted(name) and (frozen or layer.weight.requires_grad)
         }
         self._unknown = [name for name in unmeasurable(self.model) if wanted(name)]
-        output = getattr(self.model, "get_output_embeddings", lambda: None)()
         heads = {
             id(layer.weight): name
             for name, layer in reversed(self.layers.items())  # the first of several has the others' uses
@@ -143,6 +143,7 @@ class Capture:
         self.layers = {name: layer for name, layer in self.layers.items() if name not in self.tied}
         owners = [(layer.module, name) for name, layer in self.layers.items()]
         owners += [(layer.module, owner) for layer, owner in self.tied.values()]
+        output = output_layer(self.model)
         self.head = next((name for module, name in owners if module is output), None)
         self._apart = _sharing_a_weight(self.layers)
         if not self.layers:

@@ -27,12 +27,14 @@ class Layers:
         exclude: regular expression; what it finds is left out.
         embeddings: the tables of embeddings too. A table that is tied to the head is one matrix with it.
         norms: the weights and biases of RMSNorm, LayerNorm and their kin too.
+        head: the linear layer that predicts tokens, where the model says which (`get_output_embeddings`).
     """
 
     include: str | Callable[[str], bool] | None = None
     exclude: str | None = None
     embeddings: bool = False
     norms: bool = False
+    head: bool = True
 
     def __call__(self, name: str) -> bool:
         """Whether a layer of this name is wanted."""
@@ -94,21 +96,36 @@ class Layer:
         return list(zip(self.parameters, [weight.mT if self.transposed else weight, *bias], strict=True))
 
 
-def measurable_layers(model: nn.Module, *, embeddings: bool = False, norms: bool = False) -> dict[str, Layer]:
+def measurable_layers(
+    model: nn.Module, *, embeddings: bool = False, norms: bool = False, head: bool = True
+) -> dict[str, Layer]:
     """The linear layers of a model by name, in its order, and what else is asked for.
 
     Linear layers are `nn.Linear` and GPT-2's `Conv1D`, subclasses included, and of the mixtures of experts that
     transformers keeps as stacked parameters the routers, and each matrix of each expert ("experts.gate_up_proj.3").
-    A frozen bias of a weight that trains is no part of its layer.
+    A frozen bias of a weight that trains is no part of its layer. Without the head, one that is tied to a table that is
+    asked for is there still.
     """
+    output = output_layer(model)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and embeddings}
+    left_out = None if head or id(getattr(output, "weight", None)) in tables else output
     return {
         name: layer
         for path, module in model.named_modules()
         for name, layer in _layers_of(plain_name(path), module)
-        if layer.kind in ("linear", "router", "expert")
-        or (layer.kind == "embedding" and embeddings)
-        or (layer.kind == "norm" and norms)
+        if module is not left_out
+        and (
+            layer.kind in ("linear", "router", "expert")
+            or (layer.kind == "embedding" and embeddings)
+            or (layer.kind == "norm" and norms)
+        )
     }
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The module that predicts tokens, if the model says so."""
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
 
 
 def plain_name(path: str) -> str:

@@ -5,6 +5,7 @@ Knows layers; nothing of what is measured.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -35,6 +36,6 @@ def layer_parts(model: nn.Module, layers: LayerFilter, count: int) -> list[Layer
 
     def part(k: int) -> Layers:
         # What is no measurable layer belongs to the first part, which then warns of it.
-        return Layers(lambda name: part_of.get(name, 0) == k and wanted(name), None, wanted.embeddings, wanted.norms)
+        return replace(wanted, include=lambda name: part_of.get(name, 0) == k and wanted(name), exclude=None)
 
     return [part(k) for k in range(count) if k in part_of.values()]

@@ -263,13 +263,15 @@ def with_tied_table(model: nn.Module, layers: LayerFilter) -> Layers:
     wanted = layers if isinstance(layers, Layers) else Layers(layers)
     if wanted.embeddings:
         return wanted
-    known = measurable_layers(model, embeddings=True)
-    heads = {id(layer.weight) for name, layer in known.items() if layer.kind == "linear" and wanted(name)}
-    tables = {name for name, layer in known.items() if layer.kind == "embedding"}
-    tied = {name for name in tables if id(known[name].weight) in heads}
+    linear = measurable_layers(model, head=wanted.head)
+    heads = {id(layer.weight) for name, layer in linear.items() if layer.kind == "linear" and wanted(name)}
+    every = measurable_layers(model, embeddings=True)
+    tables = {name: layer for name, layer in every.items() if layer.kind == "embedding"}
+    tied = {name for name, layer in tables.items() if id(layer.weight) in heads}
     if not tied:
         return wanted
-    return Layers(lambda name: name in tied or (name not in tables and wanted(name)), None, True, wanted.norms)
+    both = replace(wanted, exclude=None, embeddings=True)
+    return replace(both, include=lambda name: name in tied or (name not in tables and wanted(name)))
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

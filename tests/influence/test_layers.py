@@ -22,6 +22,8 @@ from transformers import (
 
 from dynmix.influence.capture import Capture, Layers, isolated, next_token_loss
 from dynmix.influence.gradients import gradients_of
+from dynmix.influence.parts import layer_parts
+from dynmix.influence.task_gradients import with_tied_table
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
@@ -152,6 +154,23 @@ def test_patterns_include_and_exclude() -> None:
     assert "lm_head" not in Capture(model, layers=Layers(exclude="lm_head")).layers
     assert list(Capture(model, layers=Layers(include=lambda name: name == "lm_head")).layers) == ["lm_head"]
     assert not [name for name in Capture(model).layers if "norm" in name or "embed" in name]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_by_what_it_is(tiny_lm: Models, kind: str, tied: bool) -> None:
+    model = tiny_lm(kind, tied=tied)
+    every = list(Capture(model).layers)
+    assert every.pop() == "lm_head"
+    assert list(Capture(model, layers=Layers(head=False)).layers) == every
+    assert list(Capture(model, layers=Layers("attn", head=False)).layers) == [n for n in every if "attn" in n]
+    parts = layer_parts(model, Layers(head=False), 3)
+    assert [name for part in parts for name in Capture(model, layers=part).layers] == every
+    assert with_tied_table(model, Layers(head=False)) == Layers(head=False)
+    # A table that is asked for and tied is measured in both of its uses.
+    found = Capture(model, layers=Layers(embeddings=True, head=False)).layers
+    assert ("lm_head" in found) == tied
+    assert len(found) == len(every) + (2 if kind == "gpt2" else 1)
 
 
 class Odd(nn.Module):
