@@ -80,10 +80,17 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def token_mask(batch: Batch) -> Tensor:
-    """Which tokens are real, bool [B, T]: `attention_mask`, else all of `input_ids`, else one token a sequence."""
+    """Which tokens are real, bool [B, T]: `attention_mask`, else all of `input_ids`, else one token a sequence.
+
+    With padding on the left the last one of it predicts the first token; what predicts a scored token is real.
+    """
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim == 2:
-        return torch.as_tensor(mask != 0)
+        real = torch.as_tensor(mask != 0)
+        predicted = batch["labels"] if batch.get("labels") is not None else batch.get("input_ids")
+        if predicted is not None and predicted.shape == mask.shape:
+            real[:, :-1] |= next_token_labels(batch) != -100
+        return real
     if (ids := batch.get("input_ids")) is not None:
         return torch.ones_like(ids, dtype=torch.bool)
     first = next(value for value in batch.values() if isinstance(value, Tensor))

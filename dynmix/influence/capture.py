@@ -145,7 +145,7 @@ class Capture:
         owners += [(layer.module, owner) for layer, owner in self.tied.values()]
         output = output_layer(self.model)
         self.head = next((name for module, name in owners if module is output), None)
-        self._apart = _sharing_a_weight(self.layers)
+        self._apart = _sharing(self.layers)
         if not self.layers:
             raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
 
@@ -174,12 +174,14 @@ class Capture:
             order = sorted(use.gradients)
             inputs, gradients = [use.inputs[i] for i in order], [use.gradients[i] for i in order]
             real = mask.to(gradients[0].device)
+            reals = [real] * len(order)
             if layer.kind == "expert":
-                real = real.flatten()[use.tokens[0], None]
-                inputs, gradients, [real] = (
-                    [by_sequence(x, use.tokens[0], *mask.shape) for x in some] for some in (inputs, gradients, [real])
+                tokens = [use.tokens[i] for i in order]
+                inputs, gradients, reals = (
+                    [by_sequence(x, at, *mask.shape) for x, at in zip(some, tokens, strict=True)]
+                    for some in (inputs, gradients, [real.flatten()[at, None] for at in tokens])
                 )
-                real = real.squeeze(-1)
+                reals = [each.squeeze(-1) for each in reals]
             if len(order) == 1 and use.inputs[0]._version != versions.get(name, use.inputs[0]._version):
                 raise ValueError(f"layer {name!r}: its input is changed in place after it; leave it out with `layers=`")
             group = self.sharing[name]
@@ -187,12 +189,12 @@ class Capture:
                 a, waiting = ready.pop(group)
                 waiting = waiting - {name}
             else:
-                a, waiting = _joined(inputs, real), set(group) - {name}
+                a, waiting = _joined(inputs, reals), set(group) - {name}
                 if layer.bias is not None and layer.kind != "norm":
                     a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
             if waiting:
                 ready[group] = a, waiting
-            g = _joined(gradients, real)
+            g = _joined(gradients, reals)
             if a.is_floating_point():  # a router may compute in another type than the model's
                 g = g.to(a.dtype)
             if isinstance(layer.module, nn.Embedding):
@@ -200,7 +202,7 @@ class Capture:
                 if layer.module.padding_idx is not None:  # a row that never trains
                     g = g.masked_fill((a == layer.module.padding_idx)[..., None], 0)
             with torch.autocast(a.device.type, enabled=False):
-                consume(name, a, g, real.repeat(1, len(order)))
+                consume(name, a, g, torch.cat(reals, dim=1))
 
         def follow(name: str, a: Tensor, output: Tensor, tokens: Tensor | None = None) -> Tensor:
             """Note the layer's input, and have its output's gradient come in."""
@@ -359,8 +361,8 @@ class Capture:
             )
         if apart := [group for group in self._apart if not told.issuperset(group)]:
             logger.warning(
-                "%s have one weight but are measured apart, without the products between their uses: leave all but one "
-                "out with `layers=`",
+                "%s have a parameter in common but are measured apart, without the products between their uses: leave "
+                "all but one out with `layers=`",
                 "; ".join(" and ".join(group) for group in apart),
             )
         told.update(left_out, self._unknown, *self._apart)
@@ -377,16 +379,17 @@ def _same_linear(layers: dict[str, Layer]) -> dict[str, tuple[Layer, str]]:
     return found
 
 
-def _sharing_a_weight(layers: dict[str, Layer]) -> list[list[str]]:
+def _sharing(layers: dict[str, Layer]) -> list[list[str]]:
     """Names of layers of different modules that hold the same parameter."""
     groups: dict[tuple[int, int | None], list[str]] = {}
     for name, layer in layers.items():
-        groups.setdefault((id(layer.weight), layer.expert), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+        for parameter in layer.parameters:
+            groups.setdefault((id(parameter), layer.expert), []).append(name)
+    return [list(group) for group in dict.fromkeys(map(tuple, groups.values())) if len(group) > 1]
 
 
-def _joined(parts: list[Tensor], mask: Tensor) -> Tensor:
-    shaped = [part.reshape(*mask.shape, part.shape[-1]) for part in parts]
+def _joined(parts: list[Tensor], masks: list[Tensor]) -> Tensor:
+    shaped = [part.reshape(*mask.shape, part.shape[-1]) for part, mask in zip(parts, masks, strict=True)]
     joined = shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=1)
     if not joined.is_floating_point():
         return joined

@@ -40,6 +40,7 @@ class _Forward:
     scale: Scale
     products: list[Tensor] = field(default_factory=list)  # [n_rows] or [B, n_rows] each, of one layer or parameter
     reached: bool = False  # whether its backward pass has come to a measured parameter
+    mask: Tensor | None = None  # of its real tokens
 
 
 @dataclass
@@ -281,7 +282,12 @@ class TokenProducts(_Watch):
         self._mask, self._products = token_mask(batch), []
 
     def _begun(self, input_ids: Tensor, scale: Scale) -> _Forward:
-        return _Forward(input_ids, scale, self._products)
+        return _Forward(input_ids, scale, self._products, mask=self._mask)
+
+    def _backward_begins(self, forward: _Forward, gradient: Tensor | None) -> None:
+        super()._backward_begins(forward, gradient)
+        if forward.mask is not None:  # layers that run again in this backward pass are its own
+            self._mask, self._products = forward.mask, forward.products
 
     def _layer_ended(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -312,10 +318,13 @@ class TokenProducts(_Watch):
         if layer.kind == "norm":
             a, g = norm_gradients(layer, a, g, mask)
         if layer.kind == "embedding":
-            ids, g = a.expand(B, T) if len(a) == 1 else a, g.expand(B, T, -1)
+            if len(a) != B:
+                raise ValueError(
+                    f"layer {name!r} looks up its rows once for all sequences of a micro-batch, whose gradients then "
+                    "come as one: leave it out with layers=, or let micro-batches hold one domain each"
+                )
             if (padding := getattr(layer.module, "padding_idx", None)) is not None:
-                g = g.masked_fill((ids == padding)[..., None], 0)
-            a = ids
+                g = g.masked_fill((a == padding)[..., None], 0)
         else:
             a = a.reshape(B, T, a.shape[-1])
             a = a.to(torch.promote_types(a.dtype, torch.float32))

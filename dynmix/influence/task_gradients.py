@@ -301,11 +301,13 @@ def _numbers(
 
 def _by_parameter(capture: Capture, towards: dict[str, Tensor]) -> dict[str, Tensor]:
     name_of, found = names_of(capture.model), dict[str, Tensor]()
-    owners: dict[str, str] = {}
+    owners: dict[int, str] = {}
     for name in list(towards):
         layer, stack = capture.layers[name], towards.pop(name)
-        if layer.kind != "expert" and (other := owners.setdefault(name_of[id(layer.weight)], name)) != name:
-            raise ValueError(f"layers {other!r} and {name!r} share a weight: leave one of them out with layers=")
+        for parameter in layer.parameters if layer.expert is None else []:
+            if (other := owners.setdefault(id(parameter), name)) != name:
+                shared = name_of[id(parameter)]
+                raise ValueError(f"layers {other!r} and {name!r} share {shared!r}: leave one of them out with layers=")
         if layer.kind in ("linear", "router", "embedding") and layer.bias is None and not layer.transposed:
             found[name_of[id(layer.weight)]] = stack
             continue

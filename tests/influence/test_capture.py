@@ -207,6 +207,10 @@ def test_labels_need_something_to_come_from() -> None:
 def test_token_mask() -> None:
     ids, four = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 1, 3, 3)
     assert token_mask({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}).sum() == 3
+    left = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1], [0, 0, 1]])}
+    assert token_mask(left).tolist() == [[True, True, True], [False, True, True]]  # what predicts a token is real
+    assert token_mask(left | {"labels": torch.full_like(ids, -100)}).sum() == 3
+    assert left["attention_mask"].sum() == 3
     assert token_mask({"input_ids": ids, "attention_mask": four}).shape == (2, 3)
     assert token_mask({"x": torch.zeros(4, 7)}).shape == (4, 1)
 
@@ -372,7 +376,7 @@ def test_what_only_looks_like_a_known_layer_is_named_and_left_out(
         "watched": "called without gradients",
         "norm": "more than one input",
         "computed": "no known kind",
-        "plain and second": "one weight but are measured apart",
+        "plain and second": "a parameter in common but are measured apart",
     }.items():
         assert name in caplog.text
         assert reason in caplog.text

@@ -150,6 +150,42 @@ def test_training_is_the_same_bit_for_bit(tiny_lm: Any, token_batches: Any, opti
             )
 
 
+@pytest.mark.parametrize("checkpoint", [None, "reentrant", "other"])
+def test_two_forward_passes_before_their_backward_passes(tiny_lm: Any, token_batches: Any, checkpoint: Any) -> None:
+    model = tiny_lm("llama")
+    R = gradients_for(model, token_batches, Identity())
+    batches = token_batches(8, seed=5)
+    singles = [by_hand(model, {k: v[i : i + 1] for k, v in b.items()}, R) for b in batches for i in range(4)]
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint == "reentrant"})
+        model.enable_input_require_grads()
+    watch = TokenProducts(model, R)
+    for loss in [model(**with_labels(batch), use_cache=False).loss for batch in batches]:
+        loss.backward()
+    found = np.concatenate([one.products for one in watch.take()])
+    np.testing.assert_allclose(found, singles, atol=2e-5 * np.abs(singles).max())
+
+
+def test_positions_looked_up_once_for_all_sequences_are_refused(tiny_lm: Any, token_batches: Any) -> None:
+    model = tiny_lm("gpt2")
+    [batch] = token_batches(3, seed=5)
+    for exclude in ("wpe", None):
+        R = gradients_for(model, token_batches, Identity(), layers=Layers(exclude=exclude, embeddings=True))
+        expected = by_hand(model, batch, R)
+        whole, single = ParameterProducts(model, R), TokenProducts(model, R)
+        model(**with_labels(batch)).loss.backward()
+        [seen] = whole.take()
+        np.testing.assert_allclose(seen.products[0], expected, atol=2e-5 * np.abs(expected).max())
+        if exclude:
+            [seen] = single.take()
+            np.testing.assert_allclose(seen.products.sum(0), expected, atol=2e-5 * np.abs(expected).max())
+        else:
+            with pytest.raises(ValueError, match=r"'transformer\.wpe' looks up its rows once .* layers="):
+                single.take()
+        whole.detach()
+        single.detach()
+
+
 def step_of(model: nn.Module, batch: dict[str, Tensor], how: str) -> None:
     inputs = with_labels(batch)
     labels = inputs["labels"][:, 1:].flatten()

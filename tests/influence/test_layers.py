@@ -136,6 +136,16 @@ def test_norms_and_embeddings_of_dense_models_equal_autograd(
         torch.testing.assert_close(found[name][1], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_experts_that_are_used_twice(token_batches: Batcher) -> None:
+    model, [batch] = build("mixtral"), token_batches(3, ragged=True)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    found = sequence_sums(model, batch, None)
+    assert {name.split(".")[2] for name in found if "experts" in name} == {"0"}
+    for row in range(3):
+        for name, expected in by_autograd(model, batch, list(found), row, Layers()).items():
+            torch.testing.assert_close(found[name][row], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_forward_of_experts_is_the_models_own(token_batches: Batcher) -> None:
     model, [batch] = build("mixtral"), token_batches(3)
     model.eval()

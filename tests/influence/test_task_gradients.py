@@ -61,8 +61,11 @@ def test_what_cannot_be_measured(tiny_lm: Any, token_batches: Any) -> None:
         with pytest.raises(ValueError, match=message):
             task_gradients(model, tasks, Identity(), batches)
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ValueError, match=r"layers .*up_proj' and .*up_proj' share a weight"):
+    with pytest.raises(ValueError, match=r"layers .*up_proj' and .*up_proj' share '.*up_proj.weight'"):
         task_gradients(model, {"t": batches}, Identity(), batches)
+    model.model.layers[1].mlp.down_proj.bias = model.model.layers[0].mlp.down_proj.bias
+    with pytest.raises(ValueError, match=r"layers .*down_proj' and .*down_proj' share '.*down_proj.bias'"):
+        task_gradients(model, {"t": batches}, Identity(), batches, layers="down_proj")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(ArithmeticError, match="the gradient of t is not finite"):
