@@ -83,7 +83,7 @@ def claims(
     ] = None,
     mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
     samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
-    sequences: Annotated[str, typer.Option(help="Of each of them, by commas.")] = "64,1024,8192",
+    sequences: Annotated[str, typer.Option(help="Of each of them, by commas.")] = "64,1024,4096",
     pool: Annotated[int, typer.Option(help="Sequences of each domain that they are drawn from.")] = 2048,
     size: Annotated[str | None, typer.Option(help="Budget whose model it is; default: that of fidelity.py.")] = None,
     steps: Annotated[int, typer.Option(help="Of the run up to the last checkpoint.")] = 120,
