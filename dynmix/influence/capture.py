@@ -225,7 +225,7 @@ class Capture:
                 if own is not None and own.kind == "embedding":
                     use.inputs[index], gradient = gradient, one_hot(own.module, a.squeeze(-1)).to(gradient)
                 elif self.layers[owner].kind == "norm":
-                    use.inputs[index], gradient = norm_gradients(self.layers[name], a.detach(), gradient, mask)
+                    use.inputs[index], gradient = norm_gradients(self.layers[owner], a.detach(), gradient, mask)
                 use.gradients[index] = gradient
                 if len(use.gradients) == len(use.inputs):
                     deliver(owner)

@@ -427,7 +427,7 @@ def test_a_shared_weight_is_left_out_with_one_of_its_uses(
             return self.head(x + self.second(x.mean(1, keepdim=True)))
 
     torch.manual_seed(0)
-    model, capture = Pooled(), None
+    model = Pooled()
     [batch] = token_batches(3)
     capture = Capture(model)
     with isolated(model):
