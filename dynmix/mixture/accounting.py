@@ -81,10 +81,13 @@ def used_up(schedule: MixtureSchedule, start: int, stop: int) -> list[UsedUp]:
     return sorted(found)
 
 
-def new_epochs(schedule: MixtureSchedule, start: int, stop: int) -> list[NewEpoch]:
+def new_epochs(
+    schedule: MixtureSchedule, start: int, stop: int, assigned: tuple[Ints, Ints] | None = None
+) -> list[NewEpoch]:
     """Where domains begin to be read again in [start, stop), in order of position.
 
-    Told are a domain's 2nd to 16th epoch and, of one that is read more often, the 32nd, the 64th and so on.
+    Told are a domain's 2nd to 16th epoch and, of one that is read more often, the 32nd, the 64th and so on. With
+    `assigned`, the domain and the epoch of each of these positions, nothing is searched for.
     """
     sizes = np.maximum(1, np.array(list(schedule.sizes.values()), np.int64))
     before, after = schedule.counts(start), schedule.counts(stop)
@@ -94,17 +97,22 @@ def new_epochs(schedule: MixtureSchedule, start: int, stop: int) -> list[NewEpoc
         for number in np.flatnonzero(last >= first).tolist()
         for epoch in _told(int(first[number]), int(last[number]))
     ]
-    return sorted(_located(schedule, start, stop, sizes, wanted))
+    return sorted(_located(schedule, start, stop, sizes, wanted, assigned))
 
 
 def _located(
-    schedule: MixtureSchedule, start: int, stop: int, sizes: Ints, wanted: Sequence[tuple[int, int]]
+    schedule: MixtureSchedule,
+    start: int,
+    stop: int,
+    sizes: Ints,
+    wanted: Sequence[tuple[int, int]],
+    assigned: tuple[Ints, Ints] | None = None,
 ) -> Iterator[NewEpoch]:
     """Where in [start, stop) each of the epochs begins that are `wanted` by domain number, and do begin there."""
     if not wanted:
         return
-    if stop - start <= _WALKED:
-        domain, _, epochs = schedule.assign(start, stop)
+    if assigned is not None or stop - start <= _WALKED:
+        domain, epochs = schedule.assign(start, stop)[::2] if assigned is None else assigned
         for number, epoch in wanted:
             position = start + int(np.argmax((domain == number) & (epochs == epoch)))
             yield NewEpoch(position, schedule.names[number], epoch)

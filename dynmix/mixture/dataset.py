@@ -504,7 +504,7 @@ class MixtureDataset(Dataset[Item]):
             domain, row, epoch = self.schedule.assign(start, max(stop, last))
             told: list[NewEpoch | UsedUp] = []
             if not self.controlled:
-                told += new_epochs(self.schedule, start, max(stop, last)) if epoch.any() else []
+                told += new_epochs(self.schedule, start, start + len(domain), (domain, epoch)) if epoch.any() else []
                 told += used_up(self.schedule, start, max(stop, last))
             self._ahead = ahead = _Ahead(generation, start, start + len(domain), domain, row, sorted(told))
         part = slice(start - ahead.start, stop - ahead.start, run.step)
@@ -513,7 +513,7 @@ class MixtureDataset(Dataset[Item]):
     def _rows(self, domain: Ints, row: Ints) -> Samples:
         if self._tables is None:
             self._tables = tables_of(self._first)
-        tokens = direct(self._tables, domain, row)
+        tokens = direct(self._tables, self.sequence_length, domain, row)
         parts = self._parts(domain, row) if tokens is None or self._masked else []
         return as_items(domain, self.sequence_length, tokens, parts, self._options if self._masked else None)
 

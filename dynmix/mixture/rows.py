@@ -16,7 +16,12 @@ from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.samples import Samples
 from dynmix.mixture.sequences import Ints, Sequences, documents, gather, labels
 
-Tables = Sequence[npt.NDArray[np.integer]]
+
+class Tables(NamedTuple):
+    """Rows of domains that all lie in memory as they are, one behind the other."""
+
+    dtype: np.dtype[np.integer]
+    tokens: list[memoryview]  # of each domain
 
 
 class Part(NamedTuple):
@@ -29,24 +34,25 @@ class Part(NamedTuple):
 
 
 def tables_of(domains: Sequence[Sequences]) -> Tables:
-    """Rows of all domains as they lie in memory; none where one has no such table, or another type of tokens."""
+    """Rows of all domains; of none where one's do not lie in memory, or have another type of tokens than the others."""
     found = [rows.table for rows in domains if isinstance(rows, PackedSequences) and rows.table is not None]
-    return found if len(found) == len(domains) and len({table.dtype for table in found}) == 1 else []
+    if len(found) < len(domains) or len({table.dtype for table in found}) > 1:
+        found = []
+    return Tables(found[0].dtype if found else np.dtype(np.int64), [table.reshape(-1).data for table in found])
 
 
-def direct(tables: Tables, domain: Ints, row: Ints) -> npt.NDArray[np.integer] | None:
-    """Tokens of rows that all lie in memory as they are, [n, sequence_length].
+def direct(tables: Tables, length: int, domain: Ints, row: Ints) -> npt.NDArray[np.integer] | None:
+    """Tokens of rows of `length`, [n, length].
 
-    A slice for each is less work than a call for each domain. None where one does not lie so, or has an id that whoever
-    reads it is to complain of.
+    A slice for each is less work than a call for each domain, and bytes are joined with less than arrays. None where
+    a domain is none of the tables', or an id is one that whoever reads it is to complain of.
     """
-    numbers = domain.tolist()
-    if not numbers or max(numbers) >= len(tables):
+    numbers, starts, stops = domain.tolist(), (row * length).tolist(), (row * length + length).tolist()
+    if not numbers or max(numbers) >= len(tables.tokens):
         return None
-    found = np.concatenate([tables[n][r] for n, r in zip(numbers, row.tolist(), strict=True)])
-    if found.dtype.kind == "i" and found.min() < 0:
-        return None
-    return found.reshape(len(numbers), -1)
+    rows = b"".join([tables.tokens[n][start:stop] for n, start, stop in zip(numbers, starts, stops, strict=True)])
+    found = np.frombuffer(rows, tables.dtype).reshape(len(numbers), length)
+    return None if found.dtype.kind == "i" and found.min() < 0 else found
 
 
 def as_items(

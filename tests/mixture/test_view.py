@@ -45,6 +45,12 @@ def some_rows(parts: Sequence[Any], count: int = 200) -> tuple[Any, Any]:
     return part, rng.integers(0, np.array([len(rows) for rows in parts])[part])
 
 
+def test_windows_of_no_tokens_are_read(tmp_path: Path) -> None:
+    view = DocumentView([TokenStore.write(tmp_path / "store", [[], [1], []])], [0, 0], [2, 0])
+    assert view.read(np.array([0]), 0).shape == (1, 0)
+    assert view.read(np.empty(0, np.int64), 0).shape == (0, 0)
+
+
 @given(contents=st.lists(documents, min_size=1, max_size=3), length=st.integers(1, 30), data=st.data())
 @settings(max_examples=25)
 def test_a_view_on_documents_is_packed_as_a_store_with_them(
