@@ -82,6 +82,7 @@ def claims(
         Path | None, typer.Option(help="Of the windows, that of fidelity.py; default: OUTPUT/claims.")
     ] = None,
     mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
+    repeats: Annotated[int, typer.Option(help="Windows of each of them, with other sequences.")] = 4,
     samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
     sequences: Annotated[str, typer.Option(help="Of each of them, by commas.")] = "64,1024,4096",
     pool: Annotated[int, typer.Option(help="Sequences of each domain that they are drawn from.")] = 2048,
@@ -105,7 +106,7 @@ def claims(
         settings = replace(settings, size=_budget(size).size)
     windows = Windows(Corpus(corpus, folder, length=settings.size.length), folder, settings, device)
     found = run_claims(
-        windows, output, mixtures, [int(n) for n in sequences.split(",")], samples, pool, curvatures.split(",")
+        windows, output, mixtures, repeats, [int(n) for n in sequences.split(",")], samples, pool, curvatures.split(",")
     )
     write(output / "claims.json", {"claims": found})
     for claim in found:

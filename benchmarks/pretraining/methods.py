@@ -34,7 +34,7 @@ BY_INFLUENCE = ("tikmix-d", "tikmix-m")
 METHODS = (*STATIC, "odm", *BY_PROXIES, "tikmix-d", "tikmix-d[start=unimax]", "tikmix-m", "automixer")
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
-NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory")
+NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory", "lower")
 WORDS = ("curvature", "layers", "stages", "probes", "examples", "tasks", "guards", "start", "free", "share", "against")
 OPTIONS = {*NUMBERS, *WORDS}
 
