@@ -60,7 +60,7 @@ class MixtureController:
             None: none. Measured for the mixers that use them; the losses of named ones are journaled for all.
         reference: the reference model of mixers that need `reference_loss`: a causal LM, or the path of one.
         curvature: the curvature of the influence, fitted anew at each boundary, or as seldom as it says; None:
-            `EKFAC(damping=1.0)`, and `DataInf()` where the whole corpus is scored.
+            `EKFAC()`, and `DataInf()` where the whole corpus is scored.
         probe_sequences: sequences of each domain that the influence is measured on, at each boundary.
         curvature_sequences: sequences that the curvature is fitted on, split over the domains as the weights are; a
             curvature's own `factor_tokens` take their place.
@@ -123,7 +123,7 @@ class MixtureController:
         self.measurement = Measurement(
             dataset,
             tasks,
-            curvature or EKFAC(damping=1.0),
+            curvature or EKFAC(),
             self.decider.needs,
             guards=guards,
             probe_sequences=probe_sequences,

@@ -136,7 +136,7 @@ def hook_options(bench: Bench, method: Method, training: Training, folder: Path,
     mixer: dict[str, Any] = {"name": name, **({"direct": asked} if name == "tikmix-m" else asked)}
     return common | {
         "mixer": mixer,
-        "curvature": make_curvature(options["curvature"], training) if "curvature" in options else None,
+        "curvature": make_curvature(options.get("curvature", budget.curvature), training),
         "layers": LAYERS[options.get("layers", "all")],
         "guards": None if options.get("guards") == "none" else "domains",
     }

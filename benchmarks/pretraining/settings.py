@@ -14,6 +14,8 @@ class Budget:
         steps: of a run that spends nothing on its mixture; any other gets the same operations all in all.
         stages: of methods that measure.
         probe_sequences, task_sequences, curvature_sequences: of a measurement, as `MixtureController` takes them.
+        curvature: of TiKMiX's, damped ten times as much as by default: with as few sequences of each domain as `swift`
+            is measured on, directions of little curvature are noise.
         confidence: of TiKMiX-D. At 1, its default, what so few sequences say would leave the first mixture as it is.
         loss_steps: optimizer steps a stage, of methods that learn from the training loss.
         proxy: size of the proxies' models.
@@ -31,6 +33,7 @@ class Budget:
     probe_sequences: int = 16
     task_sequences: int = 32
     curvature_sequences: int = 64
+    curvature: str = "EKFAC:1"
     confidence: float = 0.25
     loss_steps: int = 10
     proxy: Size = field(default_factory=lambda: Size(hidden=32, layers=2, heads=2, batch=8, rate=5e-3))
