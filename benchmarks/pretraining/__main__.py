@@ -90,7 +90,7 @@ def claims(
     steps: Annotated[int, typer.Option(help="Of the run up to the last checkpoint.")] = 120,
     window: Annotated[int, typer.Option(help="Steps of a window.")] = 12,
     probes: Annotated[int, typer.Option(help="Sequences of each domain.")] = 32,
-    curvatures: Annotated[str, typer.Option(help="By commas.")] = "EKFAC:1",
+    curvatures: Annotated[str, typer.Option(help="By commas.")] = "EKFAC:0.1",
     corpus: CorpusOption = CORPUS,
     device: str = "cpu",
 ) -> None:
