@@ -61,6 +61,10 @@ def run(loop, model=None, steps=25):
     return [loop.step_ended(model, step) for step in range(1, steps + 1)]
 
 
+def test_the_curvature_is_the_usual_ekfac_if_none_is_given() -> None:
+    assert controller(dataset()).measurement.curvature == EKFAC(damping=0.1)
+
+
 def test_decides_one_step_before_each_boundary_and_not_after_the_last():
     loop = controller(dataset())
     logs = run(loop)
