@@ -12,18 +12,18 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from dynmix.ahead import Ahead
 from dynmix.budget import EpochBudget
-from dynmix.decider import Decider
-from dynmix.drawn import DrawnMixtures
+from dynmix.decider import Decider, Evidence
 from dynmix.heard import warnings_heard
 from dynmix.in_run import InRun, InRunInfluence
 from dynmix.influence.capture import LayerFilter, unwrap
@@ -44,6 +44,21 @@ from dynmix.sampling import Sampler
 logger = logging.getLogger("dynmix")
 
 MEASURED = frozenset({"influence", "gradient", "measure"})  # what takes probes at a boundary
+
+
+@dataclass
+class _Measured(Evidence):
+    """What a boundary measured, for the decision and for the journal.
+
+    Attributes:
+        probes: the positions that the domains were measured on.
+        loss: of the tasks.
+        before: seconds that measuring took before the boundary.
+    """
+
+    probes: Probes | None = None
+    loss: Losses | None = None
+    before: float = 0.0
 
 
 class MixtureController:
@@ -274,13 +289,16 @@ class MixtureController:
 
     def _begin(self, model: nn.Module, step: int) -> dict[str, float] | None:
         self.watch(model)
-        influence, drawn = self.measurement.rehearse(model) if self.decider.needs & MEASURED else (None, None)
+        found = Evidence()
+        if self.decider.needs & MEASURED:
+            found.influence, found.drawn = self.measurement.rehearse(model)
         self._say_memory(model)
         schedule = self.dataset.schedule
         first = schedule.starts[0]  # that is known: a state may have left out the oldest stages
         upper = self.budget.upper(first, self.stage_steps * self.batch_size)
-        samples = self.sampler.rehearse(model) if self.sampler is not None and not self.resumed else None
-        self.decider.rehearse(influence, schedule.weights_at(first), upper, drawn, samples)
+        if self.sampler is not None and not self.resumed:
+            found.samples = self.sampler.rehearse(model)
+        self.decider.rehearse(found, schedule.weights_at(first), upper)
         if self.resumed:
             if self.sampler is not None and self.folder is not None:
                 self.sampler.begin(self.folder.path, step)
@@ -443,51 +461,25 @@ class MixtureController:
     def _decide(self, model: nn.Module, step: int) -> dict[str, float]:
         schedule, start = self.dataset.schedule, self._boundary()
         following = start + self.stage_steps * self.batch_size
-        prior = schedule.weights_at(start - 1)
+        samples = min(following, self.total) - start  # of the stage that is decided
+        prior, upper = schedule.weights_at(start - 1), self.budget.upper(start, samples)
         seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
-        influence, gradient, samples, loss, error = None, None, None, None, None
-        probes: Probes | None = None
-        before = 0.0  # seconds that measuring took before the boundary
-        drawn: DrawnMixtures | None = None
-        upper = self.budget.upper(start, min(following, self.total) - start)
+        found, error = _Measured(), None
         try:
             with _timed(seconds, "measure"):
-                probes = None if self.in_run is None else self.in_run.probes
-                in_run = None if self.in_run is None else self.in_run.influence(model)
-                if in_run is not None:
-                    influence, before = in_run
-                elif self.decider.needs & MEASURED:
-                    probes = self.measurement.probes(start, following - start, prior)
-                    if self.decider.needs & {"influence", "measure"}:
-                        influence, drawn = self.measurement.influence(model, probes, prior)
-                if influence is not None:
-                    _check_finite(influence)
-                if probes and "gradient" in self.decider.needs:
-                    gradient = self.measurement.gradient(model, probes)
-                    influence = influence or gradient
-                    _check_finite(gradient)
-                if self.sampler is not None and self.mixer.wants_samples(schedule.num_stages, prior):
-                    samples = self.sampler.scores(model, step, (self.total - start) * self.dataset.sequence_length)
-                if influence is not None and in_run is None:
-                    loss = losses_of(influence)
-                elif schedule.num_stages % self.loss_every == 0:
-                    loss = self.measurement.losses(model)
+                self._measure(model, step, range(start, following), prior, found)
             with _timed(seconds, "propose"):
                 proposal, cdf = self.decider.decide(
-                    influence,
-                    gradient,
+                    found,
                     prior,
                     upper,
-                    drawn,
-                    samples,
                     step=step,
                     steps=self.stage_steps,
-                    bound=lambda sizes: self.budget.entering(sizes, min(following, self.total) - start),
+                    bound=lambda sizes: self.budget.entering(sizes, samples),
                 )
         except Exception as failure:  # a run of weeks must not end because one measurement did
             error = _words(failure)
-            proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
-            cdf = self.decider.published(proposal, upper)
+            proposal, cdf = self._kept(prior, upper)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         # Rank 0 decides: float sums may differ between machines, a mixture must not.
@@ -501,19 +493,18 @@ class MixtureController:
             prior = schedule.weights_at(start - 1)  # names those that entered
             if refused:
                 error = refused
-                proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
-                cdf = self.decider.published(proposal, upper)
+                proposal, cdf = self._kept(prior, upper)
         if error:
             logger.warning("stage %d keeps the weights of the one before: %s", schedule.num_stages, error)
 
         self.dataset.publish(cdf, start, following if following < self.total else None)
+        stage = schedule.num_stages - 1
         if self.measurement.carried is not None and self.folder is not None:
-            self._factors = self.folder.save_factors(self.measurement.carried, schedule.num_stages - 1, self.keep)
-        if probes is not None:
-            self.measurement.warn_of_repeated(probes, start, min(following, self.total))
-        seconds["measure"] += before
+            self._factors = self.folder.save_factors(self.measurement.carried, stage, self.keep)
+        if found.probes is not None:
+            self.measurement.warn_of_repeated(found.probes, start, start + samples)
+        seconds["measure"] += found.before
         if self.folder is not None and self.keep:
-            stage = schedule.num_stages - 1
             facts = {"stage": stage, "step": step, "samples": step * self.batch_size}
             with _timed(seconds, "snapshot"):
                 self.folder.save_snapshot(model, stage, facts, self.keep)
@@ -521,13 +512,45 @@ class MixtureController:
             "stage",
             step,
             start,
-            loss,
-            influence=influence,
+            found.loss,
+            influence=found.influence,
             proposal=proposal,
             prior=prior,
             error=error,
             seconds=seconds,
         )
+
+    def _measure(self, model: nn.Module, step: int, stage: range, prior: Mapping[str, float], found: _Measured) -> None:
+        """Measure what the mixer needs for the stage at these positions; where it raises, `found` has what was found.
+
+        Whatever measures the tasks has their losses too; where nothing does they are measured for the journal alone.
+        """
+        needs, number = self.decider.needs, self.dataset.schedule.num_stages
+        found.probes = None if self.in_run is None else self.in_run.probes
+        in_run = None if self.in_run is None else self.in_run.influence(model)
+        if in_run is not None:
+            found.influence, found.before = in_run
+        elif needs & MEASURED:
+            found.probes = self.measurement.probes(stage.start, len(stage), prior)
+            if needs & {"influence", "measure"}:
+                found.influence, found.drawn = self.measurement.influence(model, found.probes, prior)
+        if found.influence is not None:
+            _check_finite(found.influence)
+        if found.probes and "gradient" in needs:
+            found.gradient = self.measurement.gradient(model, found.probes)
+            found.influence = found.influence or found.gradient
+            _check_finite(found.gradient)
+        if self.sampler is not None and self.mixer.wants_samples(number, prior):
+            found.samples = self.sampler.scores(model, step, (self.total - stage.start) * self.dataset.sequence_length)
+        if found.influence is not None and in_run is None:
+            found.loss = losses_of(found.influence)
+        elif number % self.loss_every == 0:
+            found.loss = self.measurement.losses(model)
+
+    def _kept(self, prior: Mapping[str, float], upper: Mapping[str, float]) -> tuple[Proposal, np.ndarray]:
+        """Return the weights of the stage that ends, inside their bounds, as a proposal and as it is published."""
+        proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
+        return proposal, self.decider.published(proposal, upper)
 
     def _let_in(self, proposal: Proposal) -> None:
         if self.folder is None:

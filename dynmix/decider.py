@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,22 @@ from dynmix.scores import SampleScores
 from dynmix.training_loss import TrainingLoss
 
 logger = logging.getLogger("dynmix")
+
+
+@dataclass
+class Evidence:
+    """What was measured for a decision; None is what nobody needs, or what failed.
+
+    Attributes:
+        influence, gradient: of every domain on every task, by the curvature and by the identity.
+        drawn: measures a mixture, for mixers that need `measure`.
+        samples: every sequence's influence, for mixers that regroup the data.
+    """
+
+    influence: Influence | None = None
+    gradient: Influence | None = None
+    drawn: DrawnMixtures | None = None
+    samples: SampleScores | None = None
 
 
 class Decider:
@@ -94,14 +110,7 @@ class Decider:
                 "probe_sequences=, twice those of the controller"
             )
 
-    def rehearse(
-        self,
-        influence: Influence | None,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float],
-        drawn: DrawnMixtures | None,
-        samples: SampleScores | None = None,
-    ) -> None:
+    def rehearse(self, found: Evidence, prior: Mapping[str, float], upper: Mapping[str, float]) -> None:
         """Let a copy go through a checkpoint and decide; raises whatever that does."""
         understudy = copy.deepcopy(self.mixer)
         try:
@@ -111,10 +120,11 @@ class Decider:
                 f"{self.name}.state_dict() has to go through JSON, but {problem}: turn arrays into lists"
             ) from problem
         understudy.load_state_dict(state)
-        if influence is None or influence.finite:
-            gradient = influence if "gradient" in self.needs else None
+        if found.influence is None or found.influence.finite:
+            if "gradient" in self.needs:
+                found = replace(found, gradient=found.influence)
             with _quiet(logging.getLogger("dynmix.mixers")):  # so few sequences are a cause for warnings
-                self._decide(understudy, influence, gradient, prior, upper, drawn, samples, step=0, steps=1)
+                self._decide(understudy, found, prior, upper, step=0, steps=1)
 
     def observe(self, step: int, batch_size: int) -> None:
         """Show the losses of the step that ended. What fails the first time is a mistake in the set-up, and raises."""
@@ -137,12 +147,9 @@ class Decider:
 
     def decide(
         self,
-        influence: Influence | None,
-        gradient: Influence | None,
+        found: Evidence,
         prior: Mapping[str, float],
         upper: Mapping[str, float],
-        drawn: DrawnMixtures | None,
-        samples: SampleScores | None = None,
         *,
         step: int,
         steps: int,
@@ -153,7 +160,7 @@ class Decider:
         Weights of domains that enter are moved inside `bound`: their mixer could not know it.
 
         Args:
-            influence, gradient, drawn, samples: what was measured, if it was.
+            found: what was measured at this boundary.
             prior, upper: as in `Mixer.propose`.
             step: optimizer steps done.
             steps: of them, since the stage began.
@@ -162,9 +169,7 @@ class Decider:
         Raises:
             ValueError: an answer that is no mixture of the domains inside the bounds; or whatever the mixer raises.
         """
-        proposal, cdf = self._decide(
-            self.mixer, influence, gradient, prior, upper, drawn, samples, step=step, steps=steps
-        )
+        proposal, cdf = self._decide(self.mixer, found, prior, upper, step=step, steps=steps)
         if proposal.groups:
             given = dict.fromkeys(proposal.groups, 0.0) | proposal.weights
             sizes = {name: len(rows) for name, (_, rows) in proposal.groups.items()}
@@ -176,22 +181,19 @@ class Decider:
     def _decide(
         self,
         mixer: Mixer,
-        influence: Influence | None,
-        gradient: Influence | None,
+        found: Evidence,
         prior: Mapping[str, float],
         upper: Mapping[str, float],
-        drawn: DrawnMixtures | None,
-        samples: SampleScores | None,
         *,
         step: int,
         steps: int,
     ) -> tuple[Proposal, np.ndarray]:
-        if gradient is not None:
-            mixer.observe(Observation(step, gradient=gradient, steps=steps))
-        more: dict[str, Any] = {"measure": drawn} if "measure" in self.needs else {}
+        if found.gradient is not None:
+            mixer.observe(Observation(step, gradient=found.gradient, steps=steps))
+        more: dict[str, Any] = {"measure": found.drawn} if "measure" in self.needs else {}
         if "samples" in self.needs:
-            more["samples"] = samples
-        proposal = mixer.propose(influence if "influence" in self.needs else None, prior, upper, **more)
+            more["samples"] = found.samples
+        proposal = mixer.propose(found.influence if "influence" in self.needs else None, prior, upper, **more)
         if not isinstance(proposal, Proposal):
             raise ValueError(f"{self.name}.propose returned {type(proposal).__name__}, not a Proposal")
         return proposal, self.published(proposal, upper)

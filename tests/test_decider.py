@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dynmix import Influence, MixtureDataset
-from dynmix.decider import Decider
+from dynmix.decider import Decider, Evidence
 from dynmix.mixers import Mixer, Proposal, Static
 
 PRIOR = {"a": 0.6, "b": 0.4}
@@ -68,7 +68,7 @@ def test_a_rehearsal_leaves_the_mixer_as_it_was():
     mixer = Learner()
     mixer.steps = [7]
     decider = Decider(mixer, dataset(), None)
-    decider.rehearse(None, PRIOR, {}, None)
+    decider.rehearse(Evidence(), PRIOR, {})
     assert decider.state_dict() == {"name": "Learner", "state": {"steps": [7]}}
 
 
@@ -86,7 +86,7 @@ def test_a_gradient_is_observed_before_the_proposal_and_an_influence_only_shown_
             return Proposal(dict(prior))
 
     gradient = Influence([[1.0, 2.0]], ["t"], ["a", "b"])
-    proposal, cdf = Decider(Aligned(), dataset(), None).decide(gradient, gradient, PRIOR, {}, None, step=9, steps=5)
+    proposal, cdf = Decider(Aligned(), dataset(), None).decide(Evidence(gradient, gradient), PRIOR, {}, step=9, steps=5)
     assert seen == [(gradient, 5), None]
     assert proposal.weights == PRIOR
     np.testing.assert_allclose(cdf / 2**32, [0.6, 1.0])
@@ -129,7 +129,7 @@ def test_an_answer_that_is_no_mixture_is_refused(answer, message):
             return answer
 
     with pytest.raises(ValueError, match=message):
-        Decider(Wrong(), dataset(), None).decide(None, None, PRIOR, {"a": 0.7}, None, step=1, steps=1)
+        Decider(Wrong(), dataset(), None).decide(Evidence(), PRIOR, {"a": 0.7}, step=1, steps=1)
 
 
 def test_domains_that_enter_come_behind_the_others_within_their_bounds():
@@ -141,10 +141,10 @@ def test_domains_that_enter_come_behind_the_others_within_their_bounds():
             return Proposal({"new": 0.8, "rest": 0.2}, groups=groups)
 
     decider = Decider(Entering(), dataset(), None)
-    _, cdf = decider.decide(None, None, PRIOR, {}, None, step=1, steps=1)
+    _, cdf = decider.decide(Evidence(), PRIOR, {}, step=1, steps=1)
     assert np.diff(cdf, prepend=0).tolist()[: len(PRIOR)] == [0] * len(PRIOR)
     assert len(cdf) == len(PRIOR) + 2
     bounded, _ = decider.decide(
-        None, None, PRIOR, {}, None, step=1, steps=1, bound=lambda sizes: {name: 0.2 * n for name, n in sizes.items()}
+        Evidence(), PRIOR, {}, step=1, steps=1, bound=lambda sizes: {name: 0.2 * n for name, n in sizes.items()}
     )
     assert bounded.weights == pytest.approx({"new": 0.6, "rest": 0.4})
