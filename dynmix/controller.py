@@ -70,6 +70,8 @@ class MixtureController:
         mixer: decides the weights: a `dynmix.mixers.Mixer`, the name of one (`dynmix mixers` lists them), or a mapping
             with its `name` and arguments.
         stage_steps: optimizer steps a stage, at least 2.
+        max_stages: stages of the run at most, at least 2: the last one goes on to the end, and nothing is measured
+            for another. None: no limit.
         guards: sets, in the form of `tasks`, that a mixture must not do worse on but is not optimised for. "domains":
             one such row, the mean over the domains of their own text (rows that the coming stage does not train on);
             None: none. Measured for the mixers that use them; the losses of named ones are journaled for all.
@@ -108,6 +110,7 @@ class MixtureController:
         mixer: Mixer | str | Mapping[str, Any],
         *,
         stage_steps: int,
+        max_stages: int | None = None,
         guards: Mapping[str, Any] | Literal["domains"] | None = "domains",
         reference: nn.Module | str | os.PathLike[str] | None = None,
         curvature: Curvature | None = None,
@@ -130,6 +133,8 @@ class MixtureController:
             raise ValueError(
                 f"stage_steps={stage_steps}: at least 2, since a stage is decided one step before it starts"
             )
+        if max_stages is not None and max_stages < 2:
+            raise ValueError(f"max_stages={max_stages}: at least 2, since nothing is decided in the first")
         if keep < 0:
             raise ValueError(f"keep={keep}: at least 0 snapshots")
         if loss_every < 1:
@@ -167,7 +172,8 @@ class MixtureController:
                 curvature_sequences=curvature_sequences,
                 micro_batch=micro_batch,
             )
-        self.dataset, self.stage_steps, self.keep, self.loss_every = dataset, stage_steps, keep, loss_every
+        self.dataset, self.stage_steps, self.max_stages = dataset, stage_steps, max_stages
+        self.keep, self.loss_every = keep, loss_every
         self.budget = EpochBudget(dataset, max_epochs)
         if isinstance(dataset, MixtureDataset):
             dataset.controlled = True
@@ -364,7 +370,7 @@ class MixtureController:
 
     def _window_from(self, step: int) -> range:
         """Positions from the end of a step to the end of the stage that is to be decided next."""
-        return range(step * self.batch_size, self._boundary() + self.stage_steps * self.batch_size)
+        return range(step * self.batch_size, self._next_end())
 
     def saved(self, step: int) -> None:
         """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
@@ -402,6 +408,7 @@ class MixtureController:
         return {
             "batch_size": self.batch_size,
             "stage_steps": self.stage_steps,
+            "max_stages": self.max_stages,
             "dataset": self._dataset_state[1],
             "mixer": self.decider.state_dict(),
             "curvature": self._factors,
@@ -420,6 +427,8 @@ class MixtureController:
                 raise ValueError(
                     f"the checkpoint's stages are {state['stage_steps']} steps, stage_steps={self.stage_steps}"
                 )
+            if state.get("max_stages") != self.max_stages:
+                raise ValueError(f"the checkpoint has max_stages={state.get('max_stages')}, this run {self.max_stages}")
             batch_size = int(state["batch_size"])
             self._check_same_batch(batch_size)
             stages = state["dataset"]["schedule"]["stages"]
@@ -448,8 +457,14 @@ class MixtureController:
     # -- a boundary --------------------------------------------------------------------------------------------------
 
     def _boundary(self) -> int:
-        """Position at which the stage after the last published one starts."""
-        return self.dataset.schedule.num_stages * self.stage_steps * self.batch_size
+        """Position at which the stage after the last published one starts; beyond any run where that was the last."""
+        stages = self.dataset.schedule.num_stages
+        return sys.maxsize if stages == self.max_stages else stages * self.stage_steps * self.batch_size
+
+    def _next_end(self) -> int:
+        """Position at which that stage ends, if the run is not over before."""
+        last = self.dataset.schedule.num_stages + 1 == self.max_stages
+        return self.total if last else self._boundary() + self.stage_steps * self.batch_size
 
     def _is_due(self, step: int) -> bool:
         """Whether the next stage is to be decided after `step`: one step before it starts, or as it starts."""
@@ -459,8 +474,7 @@ class MixtureController:
         )
 
     def _decide(self, model: nn.Module, step: int) -> dict[str, float]:
-        schedule, start = self.dataset.schedule, self._boundary()
-        following = start + self.stage_steps * self.batch_size
+        schedule, start, following = self.dataset.schedule, self._boundary(), self._next_end()
         samples = min(following, self.total) - start  # of the stage that is decided
         prior, upper = schedule.weights_at(start - 1), self.budget.upper(start, samples)
         seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
@@ -574,6 +588,7 @@ class MixtureController:
             **self.measurement.describe(),
             "in_run": None if self.in_run is None else repr(self.in_run.options),
             "stage_steps": self.stage_steps,
+            "max_stages": self.max_stages,
             "batch_size": self.batch_size,
             "samples": self.total,
             "max_epochs": self.budget.max_epochs,

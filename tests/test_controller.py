@@ -73,6 +73,41 @@ def test_decides_one_step_before_each_boundary_and_not_after_the_last():
     assert [(s.start, s.end) for s in stages] == [(0, 20), (20, 40), (40, 60), (60, 80), (80, None)]
 
 
+def test_the_last_of_max_stages_goes_on_to_the_end(tmp_path):
+    loop = controller(dataset(), max_stages=3, output=tmp_path / "whole")
+    logs = run(loop)
+    assert [step for step, entry in enumerate(logs, 1) if entry] == [4, 9]
+    assert [(s.start, s.end) for s in loop.dataset.schedule.stages] == [(0, 20), (20, 40), (40, None)]
+    assert loop.finish(Bigram(), 25)
+    rows = Journal(tmp_path / "whole/journal.jsonl").rows()
+    assert [(row["kind"], row["start"], row["end"]) for row in rows][-2:] == [("stage", 40, None), ("final", 100, None)]
+    enough = controller(dataset(), max_stages=5)
+    assert [step for step, entry in enumerate(run(enough), 1) if entry] == [4, 9, 14, 19]
+    assert [(s.start, s.end) for s in enough.dataset.schedule.stages][-1] == (80, None)
+
+
+@pytest.mark.parametrize("at", [3, 7, 12])
+def test_a_run_of_max_stages_goes_on_from_a_checkpoint_with_the_same_decisions(at):
+    torch.manual_seed(0)
+    model = Bigram()
+    whole = controller(dataset(), max_stages=3)
+    whole.plan(batch_size=BATCH)
+    whole.begin(model)
+    for step in range(1, 26):
+        whole.step_ended(model, step)
+        if step == at:
+            state = json.loads(json.dumps(whole.state_dict()))
+    again = controller(dataset(), max_stages=3)
+    again.load_state_dict(state)
+    again.plan(batch_size=BATCH)
+    again.begin(model, at)
+    for step in range(at + 1, 26):
+        again.step_ended(model, step)
+    assert again.dataset.schedule.stages == whole.dataset.schedule.stages
+    with pytest.raises(ValueError, match="has max_stages=3, this run None"):
+        controller(dataset()).load_state_dict(state)
+
+
 def test_probes_are_not_trained_on_within_the_coming_stage(monkeypatch):
     seen = []
     real = dynmix.measurement.group_influence
@@ -440,6 +475,7 @@ def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_aga
     ("options", "message"),
     [
         ({"stage_steps": 1}, "stage_steps=1: at least 2"),
+        ({"max_stages": 1}, "max_stages=1: at least 2"),
         ({"probe_sequences": 0}, "probe_sequences=0"),
         ({"keep": -1}, "keep=-1"),
         ({"mixer": "tikmix"}, "did you mean 'tikmix"),

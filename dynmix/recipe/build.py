@@ -220,6 +220,7 @@ def make_callback(
         layer_groups=asked.layer_groups,
         rank=asked.rank,
         in_run=_in_run(asked),
+        max_stages=recipe.stages.max_stages,
         keep=recipe.stages.keep,
         loss_every=recipe.stages.loss_every,
         output=Path(recipe.output) / "dynmix",

@@ -108,7 +108,7 @@ def make_plan(run: Run) -> Plan:
         model = AutoModelForCausalLM.from_config(run.config)  # type: ignore[no-untyped-call]
     total, stage = controller.total, recipe.stages.steps * batch
     length, parameters = dataset.sequence_length, sum(p.numel() for p in model.parameters())
-    starts = range(0, total, stage)
+    starts = range(0, total, stage)[: controller.max_stages]
     measured, beside = 0, 0.0
     measurement = controller.measurement
     measures = bool(controller.decider.needs & {"influence", "gradient", "measure"})
@@ -140,10 +140,9 @@ def make_plan(run: Run) -> Plan:
         domains=_domains(run, total, min(stage, total)),
         stages=[
             StagePlan(
-                k, start // batch + 1, -(-min(start + stage, total) // batch), start, min(start + stage, total),
-                start // batch - 1 if k else None,
+                k, start // batch + 1, -(-stop // batch), start, stop, start // batch - 1 if k else None
             )
-            for k, start in enumerate(starts)
+            for k, (start, stop) in enumerate(zip(starts, [*starts[1:], total], strict=True))
         ],
         sets={name: sum(len(b["input_ids"]) for b in batches) for name, batches in measurement.sets.items()}
         | ({HELD_OUT: measurement.held_out_sequences * len(dataset.domains)} if measurement.held_out_sequences else {}),

@@ -94,11 +94,13 @@ class Stages:
 
     Attributes:
         steps: optimizer steps a stage (`stage_steps`).
+        max_stages: of the run at most; the last one goes on to the end.
         keep: newest snapshots that are kept, one a stage; 0: none.
         loss_every: task losses are measured for the journal at every so many boundaries.
     """
 
     steps: int = MISSING
+    max_stages: int | None = None
     keep: int = 2
     loss_every: int = 1
 

@@ -44,6 +44,9 @@ def test_stages_and_what_is_taken_of_each_domain(recipe):
     stages = [(s.first_step, s.last_step, s.start, s.stop, s.decided_after) for s in plan.stages]
     assert stages == [(1, 3, 0, 12, None), (4, 6, 12, 24, 2), (7, 8, 24, 32, 5)]
     assert (plan.tokens, plan.steps, plan.batch_size) == (256, 8, 4)
+    two = make_plan(build_run(recipe("stages.max_stages=2")))
+    assert [(s.start, s.stop, s.decided_after) for s in two.stages] == [(0, 12, None), (12, 32, 2)]
+    assert two.measurement_share == pytest.approx(plan.measurement_share / 2)
     web, code = plan.domains["web"], plan.domains["code"]
     assert (web.tokens, web.expected_tokens, web.expected_epochs) == (320, 24 * 8, 24 / 40)
     # Three quarters of the first stage are web; of the 20 samples that follow none or all may be.

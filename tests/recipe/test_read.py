@@ -72,7 +72,7 @@ def test_values_come_from_the_environment_and_from_each_other(tmp_path, monkeypa
         (["measurement.in_run={folds: 3}"], "'measurement.in_run.window' is missing"),
         (["measurement.in_run=3"], "measurement.in_run=3: a mapping with keys of window, folds, every, least"),
         (["stages.steps=many"], "stages.steps: Value 'many' of type 'str'"),
-        (["stages=5"], "stages=5: a mapping with keys of steps, keep, loss_every is expected"),
+        (["stages=5"], "stages=5: a mapping with keys of steps, max_stages, keep, loss_every is expected"),
         (["seed"], "'seed': override a value of the recipe as key.sub=value"),
         (["seed=[1"], "'seed=[1'"),
         (["tokenizer=${model.pth}"], "model.pth"),
