@@ -35,7 +35,10 @@ METHODS = (*STATIC, "odm", *BY_PROXIES, "tikmix-d", "tikmix-d[start=unimax]", "t
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory", "lower")
-WORDS = ("curvature", "layers", "stages", "probes", "examples", "tasks", "guards", "start", "free", "share", "against")
+WORDS = (
+    "curvature", "layers", "stages", "max_stages", "probes", "examples", "tasks", "guards", "start",
+    "free", "share", "against",
+)  # fmt: skip
 OPTIONS = {*NUMBERS, *WORDS}
 
 
@@ -134,8 +137,10 @@ def hook_options(bench: Bench, method: Method, training: Training, folder: Path,
     asked |= {key: float(options[key]) for key in NUMBERS if key in options}
     asked |= {key: options[key] for key in ("against",) if key in options}
     mixer: dict[str, Any] = {"name": name, **({"direct": asked} if name == "tikmix-m" else asked)}
+    most = options.get("max_stages", budget.max_stages)
     return common | {
         "mixer": mixer,
+        "max_stages": None if most is None else int(most),
         "curvature": make_curvature(options.get("curvature", budget.curvature), training),
         "layers": LAYERS[options.get("layers", "all")],
         "guards": None if options.get("guards") == "none" else "domains",

@@ -61,7 +61,7 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
         f"## Budget `{name}`\n",
         f"A Llama with hidden size {size['hidden']} and {size['layers']} layers; {settings['steps']} steps of "
         f"{size['batch']} sequences of {size['length']} tokens where nothing else is paid for; "
-        f"{len(settings['split']['domains'])} domains; {settings['stages']} stages, measured on "
+        f"{len(settings['split']['domains'])} domains; {_stages(settings)}, measured on "
         f"{settings['probe_sequences']} sequences a domain and {settings['task_sequences']} a task; "
         f"{100 * settings['proxy_share']:.0f} % of the operations for proxies where there are any; "
         f"device {settings['device']}.\n",
@@ -80,6 +80,11 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
         by_set(cells, "bits") + "\n",
         ("Not run: " + ", ".join(missing) + ".\n") if missing else "",
     ]
+
+
+def _stages(settings: dict[str, Any]) -> str:
+    stages, most = settings["stages"], settings["max_stages"]
+    return f"{stages} stages" if most is None else f"{most} stages, the first one a {stages}th of the run"
 
 
 def _sweeps(name: str, cells: Cells) -> list[str]:

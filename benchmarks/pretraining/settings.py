@@ -12,11 +12,12 @@ class Budget:
     Attributes:
         size: of the model and its steps.
         steps: of a run that spends nothing on its mixture; any other gets the same operations all in all.
-        stages: of methods that measure.
+        stages: of methods that measure, if nothing ends them earlier.
+        max_stages: of those that decide by influence; the last one goes on to the end. None: no limit.
         probe_sequences, task_sequences, curvature_sequences: of a measurement, as `MixtureController` takes them.
-        curvature: of TiKMiX's, damped ten times as much as by default: with as few sequences of each domain as `swift`
-            is measured on, directions of little curvature are noise.
-        confidence: of TiKMiX-D. At 1, its default, what so few sequences say would leave the first mixture as it is.
+        curvature: of TiKMiX's. Damped ten times as much as by default where a measurement has few sequences of each
+            domain: directions of little curvature are noise there.
+        confidence: of TiKMiX-D. At 1, its default, what few sequences say would leave the first mixture as it is.
         loss_steps: optimizer steps a stage, of methods that learn from the training loss.
         proxy: size of the proxies' models.
         proxy_share: of all operations, what methods with proxies spend on them.
@@ -30,6 +31,7 @@ class Budget:
     size: Size = field(default_factory=Size)
     steps: int = 400
     stages: int = 4
+    max_stages: int | None = None
     probe_sequences: int = 16
     task_sequences: int = 32
     curvature_sequences: int = 64
@@ -59,10 +61,12 @@ BUDGETS = {
         proxy=Size(hidden=32, layers=1, heads=2, batch=8, rate=7e-3),
         examples=120, curve_examples=32, curve=6, characters=12_000,
     ),
-    # The same model for eight times as long, so that a measurement takes the share of the run that it has in use.
+    # The same model for eight times as long, so that a measurement takes the share of the run that it has in use. One
+    # of the size that the library has by default, after a tenth of the run, and the mixture that it decides to the end.
     "steady": Budget(
         size=Size(hidden=64, layers=2, heads=2, batch=16, rate=5e-3),
-        steps=4000, stages=5, probe_sequences=16, task_sequences=48, curvature_sequences=32,
+        steps=4000, stages=10, max_stages=2, probe_sequences=64, task_sequences=128, curvature_sequences=32,
+        curvature="EKFAC:0.1", confidence=0.5,
         proxy=Size(hidden=32, layers=1, heads=2, batch=8, rate=7e-3),
         examples=120, curve_examples=64, curve=10, characters=12_000,
     ),

@@ -11,14 +11,16 @@ def _variants(key: str, *values: object) -> list[str]:
 
 
 SWEEPS = {
-    "curvature": _variants("curvature", "EKFAC:0.1", "EKFAC:10", "KFAC:1", "AdamDiagonal", "DataInf", "Identity"),
+    "curvature": _variants(
+        "curvature", "EKFAC:0.1", "EKFAC:1", "EKFAC:10", "KFAC:1", "AdamDiagonal", "DataInf", "Identity"
+    ),
     "layers": _variants("layers", "blocks", "embeddings", "norms"),
     "probes": _variants("probes", 4, 8, 16, 32, 64),
-    "stages": _variants("stages", 2, 3, 8, 16),
+    "stages": [*_variants("stages", 2, 3, 5, 8, 16, 20), *_variants("max_stages", 2, 3)],
     "alpha": _variants("alpha", 0, 0.3, 3),
     "beta": _variants("beta", 0.3, 3),
     "gamma": _variants("gamma", 0.3, 3),
-    "confidence": _variants("confidence", 0, 0.5, 1),
+    "confidence": _variants("confidence", 0, 0.25, 0.5, 1),
     "memory": _variants("memory", 0, 0.5, 0.95),
     "against": _variants("against", "run"),
     "largest step": _variants("max_change", 0.02, 0.05, 0.1),

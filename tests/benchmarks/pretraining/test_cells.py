@@ -15,7 +15,7 @@ from benchmarks.pretraining.__main__ import app
 from benchmarks.pretraining.training import Training
 
 WORDS = [a + b for a in "bcdfg" for b in "aeiou"]
-VARIANT = "tikmix-d[start=unimax,stages=2]"
+VARIANT = "tikmix-d[start=unimax,max_stages=2]"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,8 @@ def test_cells_spend_the_same_budget_whatever_on(run: Path) -> None:
     assert a_step == pytest.approx(natural["spent"]["flops"]["training"] / 48)
     # Whatever is bought last, a step or the only measurement, may go over it, and nothing is bought after that.
     assert measured["budget"] <= sum(spent.values()) < measured["budget"] + max(a_step, spent["mixing"])
+    journal = (run / "tiny" / VARIANT / "0/run/journal.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in journal][:-1] == [1, 11]  # a quarter of the run, and no more
     assert set(natural["sampled"]) == {"one", "two"}
     assert set(natural["final"]) == {"t", "u", "text/one", "text/two", "text/three"}
 
