@@ -17,7 +17,7 @@ class Budget:
         probe_sequences, task_sequences, curvature_sequences: of a measurement, as `MixtureController` takes them.
         curvature: of TiKMiX's. Damped ten times as much as by default where a measurement has few sequences of each
             domain: directions of little curvature are noise there.
-        confidence: of TiKMiX-D. At 1, its default, what few sequences say would leave the first mixture as it is.
+        confidence: of TiKMiX-D. Half its default where a measurement has few sequences, which would decide little.
         loss_steps: optimizer steps a stage, of methods that learn from the training loss.
         proxy: size of the proxies' models.
         proxy_share: of all operations, what methods with proxies spend on them.

@@ -32,6 +32,7 @@ SWEEPS = {
     "start": ["tikmix-d"],
     "what decisions are worth": [
         *_variants("free", "yes"),
+        *_variants("free=yes,stages=5,max_stages=5,confidence", 0.25, 0.5, 1),
         "tikmix-d[start=unimax,free=yes,probes=32,examples=60]",
         "tikmix-d[start=unimax,free=yes,probes=32,examples=60,against=run]",
     ],

@@ -46,8 +46,7 @@ class TiKMiXD(Mixer):
     the objective and in the Pareto constraint. Because the mixture is chosen after the noise was drawn, the bound holds
     for all mixtures at once (Scheffé's, for contrasts of n_domains scores): q^2 is the quantile of the chi-squared
     distribution with n_domains - 1 degrees of freedom at the probability of `confidence` standard deviations. A task
-    whose scores differ by no more than that from each other tells nothing, and the mixture stays at the prior. Below a
-    confidence of 1 it is that share of q at 1.
+    whose scores differ by no more than that from each other tells nothing, and the mixture stays at the prior.
 
     Args:
         alpha: weight of the standard deviation over tasks of the normalised influence (evenness).
@@ -55,7 +54,8 @@ class TiKMiXD(Mixer):
         gamma: weight of the mixture's entropy (diversity).
         normalization: `"absmax"` divides a task's influence by its largest magnitude; `"paper"` by its maximum, as
             Eq. 6 prints it, and warns where that flips a sign.
-        confidence: in standard deviations of a normal distribution, one-sided (1: 84 %, 2: 98 %); 0 takes the scores as
+        confidence: in standard deviations of a normal distribution, one-sided (1: 84 %, 2: 98 %); below 1, as the
+            default is, a share of the bound at 1, which for all mixtures at once is a strict one; 0 takes the scores as
             exact, as the paper does. Without standard errors they are taken as exact too.
         memory: in a run, how much of what earlier boundaries said is kept at each, in [0, 1): an average of the
             influences, weighted by their precision, decides (see `dynmix.mixers.memory`). 0: each decides alone, as the
@@ -83,7 +83,7 @@ class TiKMiXD(Mixer):
         gamma: float = 1.0,
         *,
         normalization: Literal["absmax", "paper"] = "absmax",
-        confidence: float = 1.0,
+        confidence: float = 0.5,
         memory: float = 0.8,
         against: Literal["stage", "run"] = "stage",
         guard_weight: float = 0.0,

@@ -228,7 +228,7 @@ def test_noise_of_the_size_of_the_signal_keeps_the_prior(n, z):
 def test_errors_as_large_as_the_scores_keep_the_prior_and_the_message_names_the_task():
     S = np.array([[5.0, 1.0, -2.0, 0.5], [0.1, -0.2, 0.1, 0.1]])
     E = np.array([[0.1, 0.1, 0.1, 0.1], [0.1, 0.2, 0.1, 0.1]])
-    proposal = TiKMiXD().propose(observed(S, E), prior=named([0.4, 0.3, 0.2, 0.1]))
+    proposal = TiKMiXD(confidence=1).propose(observed(S, E), prior=named([0.4, 0.3, 0.2, 0.1]))
     np.testing.assert_allclose(array(proposal.weights), [0.4, 0.3, 0.2, 0.1], atol=1e-15)
     assert proposal.solver == "prior"
     assert "task1 cannot be told from its noise" in proposal.message
@@ -267,7 +267,7 @@ def test_it_maximises_the_lower_bound_over_what_is_feasible():
     """No feasible mixture nearby or far does better, by Eq. 7 with the bound in place of the gain."""
     rng = np.random.default_rng(1)
     for S, E, prior in robust_cases(count=6):
-        top, q = np.abs(S).max(axis=1), quantile(1.0, 8)
+        top, q = np.abs(S).max(axis=1), quantile(0.5, 8)  # the default
 
         def bound(w):
             d = w - prior  # noqa: B023
