@@ -108,6 +108,18 @@ def test_a_run_of_max_stages_goes_on_from_a_checkpoint_with_the_same_decisions(a
         controller(dataset()).load_state_dict(state)
 
 
+def test_where_the_only_measurement_fails_the_first_mixture_goes_on_to_the_end(monkeypatch, caplog):
+    loop = controller(dataset(weights={"a": 0.3, "b": 0.7}), max_stages=2)
+    loop.plan(batch_size=BATCH)
+    loop.begin(Bigram())
+    monkeypatch.setattr(loop.measurement, "influence", lambda *_: 1 / 0)
+    logs = [loop.step_ended(Bigram(), step) for step in range(1, 26)]
+    assert [step for step, entry in enumerate(logs, 1) if entry] == [4]
+    assert "stage 1 keeps the weights of the one before: ZeroDivisionError" in caplog.text
+    assert [(s.start, s.end) for s in loop.dataset.schedule.stages] == [(0, 20), (20, None)]
+    assert loop.dataset.schedule.weights_at(99) == pytest.approx({"a": 0.3, "b": 0.7})
+
+
 def test_probes_are_not_trained_on_within_the_coming_stage(monkeypatch):
     seen = []
     real = dynmix.measurement.group_influence
