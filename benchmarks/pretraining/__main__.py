@@ -14,7 +14,7 @@ budget of floating-point operations is spent, those of proxies, references and m
 Mixers see one half of the examples of the tasks; the other half judges. Tasks of `--unseen-tasks` and domains of
 `--unseen-domains` are kept from training and mixers altogether. A method may have options,
 `tikmix-d[curvature=KFAC,stages=8]`: `sweep` runs those that decide the defaults. `claims` replicates what the paper
-says of influences, and `results` writes RESULTS.md of whatever has been run.
+says of influences, and `results` writes RESULTS.md of whatever has been run, and beside it each cell as a line.
 """
 
 import os

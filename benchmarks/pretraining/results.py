@@ -26,11 +26,14 @@ def write_results(output: Path, file: Path, fidelity: Path | None = None) -> Non
     parts, drawn, reading = [HEAD], file.parent / "results", file.parent / "READING.md"
     if reading.exists():  # what somebody makes of it
         parts.append(reading.read_text())
+    drawn.mkdir(parents=True, exist_ok=True)
     budgets: dict[str, Cells] = {}
     for folder in sorted(path.parent for path in output.glob("*/settings.json")):
         cells = Cells.read(folder)
         if not cells.cells:
             continue
+        every = [json.dumps(cell) + "\n" for own in cells.cells.values() for _, cell in sorted(own.items())]
+        (drawn / f"cells-{folder.name}.jsonl").write_text("".join(every))  # for who doubts a table, or makes another
         plain = Cells(cells.settings, {name: own for name, own in cells.cells.items() if name in METHODS})
         if plain.cells:
             budgets[folder.name] = plain

@@ -125,6 +125,9 @@ def test_the_page_says_what_the_cells_say(run: Path) -> None:
         assert 0 < part < 1
     assert "Not run: uniform (seed 0)" in text.replace("natural (seed 1), natural (seed 2), ", "")
     assert (run / "results" / "curves-tiny.svg").exists()
+    kept = [json.loads(line) for line in (run / "results" / "cells-tiny.jsonl").read_text().splitlines()]
+    assert natural in kept
+    assert measured in kept
 
 
 @pytest.mark.parametrize(
