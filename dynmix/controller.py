@@ -428,7 +428,10 @@ class MixtureController:
                     f"the checkpoint's stages are {state['stage_steps']} steps, stage_steps={self.stage_steps}"
                 )
             if state.get("max_stages") != self.max_stages:
-                raise ValueError(f"the checkpoint has max_stages={state.get('max_stages')}, this run {self.max_stages}")
+                raise ValueError(
+                    f"the checkpoint has max_stages={state.get('max_stages')}, this run {self.max_stages}: pass that of"
+                    " the checkpoint, or begin anew"
+                )
             batch_size = int(state["batch_size"])
             self._check_same_batch(batch_size)
             stages = state["dataset"]["schedule"]["stages"]
