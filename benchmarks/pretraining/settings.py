@@ -62,7 +62,7 @@ BUDGETS = {
         examples=120, curve_examples=32, curve=6, characters=12_000,
     ),
     # The same model for eight times as long, so that a measurement takes the share of the run that it has in use. One
-    # of the size that the library has by default, after a tenth of the run, and the mixture that it decides to the end.
+    # of as many probes and examples as the library takes by default, after a tenth of the run, decides to the end.
     "steady": Budget(
         size=Size(hidden=64, layers=2, heads=2, batch=16, rate=5e-3),
         steps=4000, stages=10, max_stages=2, probe_sequences=64, task_sequences=128, curvature_sequences=32,
