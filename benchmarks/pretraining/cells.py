@@ -9,9 +9,11 @@ from dynmix.callbacks import MixtureHook
 from .beforehand import weights_of
 from .cost import Spent
 from .criteria import Judges
+from .hindsight import HINDSIGHT, Law
 from .kept import kept
 from .loop import step_flops, train
 from .methods import BY_PROXIES, STATIC, Bench, Method, hook_options, make_dataset, static_weights
+from .tables import Cells
 from .training import Training
 
 
@@ -43,6 +45,8 @@ def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any
     weights: Any = "natural"
     if method.name in STATIC or "start" in method.options:
         weights = static_weights(bench, method.options.get("start", method.name), steps)
+    elif method.name == HINDSIGHT:  # one mixture for all seeds
+        weights = kept(folder.parent / "weights.json", lambda: _looking_back(folder.parents[1]))
     elif method.name in BY_PROXIES:
         found = kept(folder / "before.json", before)
         weights, spent.flops["before"], spent.seconds["before"] = found["weights"], found["flops"], found["seconds"]
@@ -71,3 +75,8 @@ def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any
         "curve": curve,
         "final": judges.final(training.model),
     }
+
+
+def _looking_back(folder: Path) -> dict[str, float]:
+    cells = Cells.read(folder)
+    return Law.fit(cells).best(cells)

@@ -1,8 +1,9 @@
 """The methods by name, and what each does before and during a run.
 
 A name may have options: `tikmix-d[curvature=KFAC:1,stages=8]`; `start` is the static mixer of its first stage, what
-it spends on mixing is not taken from its budget with `free=yes`, and `share=0.5` gives it half of that budget. Knows
-the package's mixers as any user does, and a bench; runs no target model.
+it spends on mixing is not taken from its budget with `free=yes`, and `share=0.5` gives it half of that budget.
+`hindsight` is a control (`hindsight.py`). Knows the package's mixers as any user does, and a bench; runs no target
+model.
 """
 
 import re
@@ -23,6 +24,7 @@ from dynmix.mixture.view import RowView
 
 from .corpus import Corpus
 from .criteria import Split
+from .hindsight import HINDSIGHT
 from .settings import Budget
 from .training import Training
 from .windows import BLOCKS, make_curvature
@@ -53,7 +55,7 @@ class Method:
     def parse(cls, text: str) -> "Method":
         """Read `name` or `name[key=value,...]`."""
         match = re.fullmatch(r"([a-z-]+)(?:\[([\w=.,:+-]+)\])?", text)
-        known = (*STATIC, *BY_LOSS, *BY_PROXIES, *BY_INFLUENCE, "automixer")
+        known = (*STATIC, *BY_LOSS, *BY_PROXIES, *BY_INFLUENCE, "automixer", HINDSIGHT)
         if match is None or match[1] not in known:
             raise SystemExit(f"no method {text!r}: there are {', '.join(known)}, and name[key=value,...]")
         options = dict(part.split("=", 1) for part in match[2].split(",")) if match[2] else {}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import figures
+from . import figures, hindsight
 from .methods import METHODS
 from .sweep import BASE, SWEEPS
 from .tables import PRIOR, Cells, by_budget, by_set, costs, efficiency, markdown, overview, sampled, sweeps
@@ -38,7 +38,7 @@ def write_results(output: Path, file: Path, fidelity: Path | None = None) -> Non
         if plain.cells:
             budgets[folder.name] = plain
             parts += _budget(folder.name, plain, drawn)
-        parts += _sweeps(folder.name, cells)
+        parts += _sweeps(folder.name, cells) + hindsight.section(folder.name, cells)
     if not budgets:
         parts.append("## Pretraining runs\n\nNot run.\n")
     if len(budgets) > 1:

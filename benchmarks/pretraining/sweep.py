@@ -3,6 +3,8 @@
 All start from UniMax: what a variant decides shows more clearly where the mixture begins near the best static one.
 """
 
+from .hindsight import HINDSIGHT
+
 BASE = "tikmix-d[start=unimax]"
 
 
@@ -18,7 +20,7 @@ SWEEPS = {
     "probes": _variants("probes", 4, 8, 16, 32, 64),
     "stages": [*_variants("stages", 2, 3, 5, 8, 16, 20), *_variants("max_stages", 2, 3)],
     "alpha": _variants("alpha", 0, 0.3, 3),
-    "beta": _variants("beta", 0.3, 3),
+    "beta": _variants("beta", 0.3, 2, 3),
     "gamma": _variants("gamma", 0.3, 3),
     "confidence": _variants("confidence", 0, 0.25, 0.5, 1),
     "memory": _variants("memory", 0, 0.5, 0.95),
@@ -38,4 +40,5 @@ SWEEPS = {
     ],
     "half of the operations": [*_variants("share", 0.5), "tikmix-d[start=unimax,guard_weight=1,share=0.5]"],
     "traps": _variants("tasks", "rot13", "one-document"),
+    "what a static mixture could reach": [HINDSIGHT],  # last: it looks back on all others
 }

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from benchmarks.pretraining.__main__ import app
+from benchmarks.pretraining.hindsight import Law
+from benchmarks.pretraining.tables import Cells
 from benchmarks.pretraining.training import Training
 
 WORDS = [a + b for a in "bcdfg" for b in "aeiou"]
@@ -110,6 +113,15 @@ def test_a_cell_that_was_killed_goes_on_bit_for_bit(
     assert one["spent"].pop("seconds") != other["spent"].pop("seconds")
     assert one == other
     assert not (folder / "state.pt").exists()
+
+
+def test_hindsight_trains_on_what_a_law_of_the_other_cells_likes(corpus: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    assert bench(corpus, tmp_path, "uniform,temperature,hindsight").exit_code == 0
+    cells = Cells.read(tmp_path / "tiny")
+    weights = json.loads((tmp_path / "tiny/hindsight/weights.json").read_text())
+    assert weights == pytest.approx(Law.fit(cells).best(cells))  # its own cell is left out
+    assert cell(tmp_path, "hindsight")["sampled"] == pytest.approx(weights, abs=0.01)
 
 
 def test_the_page_says_what_the_cells_say(run: Path) -> None:
