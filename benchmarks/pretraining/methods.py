@@ -33,7 +33,11 @@ STATIC = ("natural", "uniform", "temperature", "unimax")
 BY_LOSS = ("odm", "ado", "loss-proportional")
 BY_PROXIES = ("doremi", "doge", "regmix", "mde")
 BY_INFLUENCE = ("tikmix-d", "tikmix-m")
-METHODS = (*STATIC, "odm", *BY_PROXIES, "tikmix-d", "tikmix-d[start=unimax]", "tikmix-m", "automixer")
+# At beta = 1 the entropy holds the mixture near an even one; at 2 the tasks decide more of it, as RegMix lets them.
+TIKMIX = (
+    "tikmix-d", "tikmix-d[start=unimax]", "tikmix-d[start=unimax,beta=2]", "tikmix-m", "tikmix-m[start=unimax]",
+)  # fmt: skip
+METHODS = (*STATIC, "odm", *BY_PROXIES, *TIKMIX, "automixer")
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory", "lower")

@@ -28,6 +28,7 @@ SWEEPS = {
     "largest step": _variants("max_change", 0.02, 0.05, 0.1),
     "guards": [*_variants("guards", "none"), *_variants("guard_weight", 1)],
     "least weight": [
+        "tikmix-d[start=unimax,beta=2,lower=0.03]",
         "tikmix-d[start=unimax,guard_weight=1,lower=0.06]",
         "tikmix-d[start=unimax,stages=4,guard_weight=1,lower=0.06]",
     ],
@@ -38,7 +39,11 @@ SWEEPS = {
         "tikmix-d[start=unimax,free=yes,probes=32,examples=60]",
         "tikmix-d[start=unimax,free=yes,probes=32,examples=60,against=run]",
     ],
-    "half of the operations": [*_variants("share", 0.5), "tikmix-d[start=unimax,guard_weight=1,share=0.5]"],
+    "half of the operations": [
+        *_variants("share", 0.5),
+        *_variants("beta=2,share", 0.5),
+        *_variants("guard_weight=1,share", 0.5),
+    ],
     "traps": _variants("tasks", "rot13", "one-document"),
     "what a static mixture could reach": [HINDSIGHT],  # last: it looks back on all others
 }
