@@ -1,4 +1,4 @@
-"""What all runs of a budget say together: a law of each set's loss, and the static mixture that it likes best.
+"""What the runs of a budget say together: a law of each set's loss, and the static mixture that it likes best.
 
 A control and no method, as it is fitted to the very figures that judge: what could be had if the mixture cost nothing
 to find. Knows results and arrays; runs nothing.
@@ -26,7 +26,7 @@ class Law:
     Attributes:
         sets, domains: their names.
         slopes: float64[n_sets, n_domains], >= 0: nats a token less for e times as much of a domain.
-        explained: float64[n_sets], of the squares of the losses' differences to the prior.
+        explained: float64[n_sets], of the squares of the fitted losses' differences to the prior.
         runs: that it was fitted to.
         prior: float64[n_domains], what the prior samples, in shares.
     """
@@ -40,7 +40,7 @@ class Law:
 
     @classmethod
     def fit(cls, cells: Cells) -> "Law":
-        """Fit it to every run, but its own, that left out no domain, beside the prior's of that seed and operations.
+        """Fit it to every run of `_pairs`, beside the prior's.
 
         Non-negative least squares with a ridge: domains move together in the mixtures that methods choose.
         """
@@ -84,7 +84,7 @@ class Law:
             some = own > 0
             return -float(own[some] @ np.log(mixture(log_multiplier)[some] / self.prior[some]))
 
-        least, most = -9.0, 9.0
+        least, most = -9.0, 9.0  # at the latter, the mixture that is best for the own text
         at = least if above_prior(least) <= 0 else most if above_prior(most) >= 0 else brentq(above_prior, least, most)
         return dict(zip(self.domains, mixture(at).tolist(), strict=True))
 
@@ -108,19 +108,20 @@ def section(name: str, cells: Cells) -> list[str]:
     low, high = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
     best = ", ".join(f"{domain} {100 * weight:.1f}" for domain, weight in law.best(cells).items())
     return [
-        f"### What all runs of `{name}` say together\n",
-        f"By {law.runs} runs, e times as much of a domain takes so much off a set's loss, in nats a token, and this "
-        "much of the differences to the natural mixture (squared) is explained by it:\n",
+        f"### What the runs of `{name}` say together\n",
+        f"By {law.runs} runs, those that gave every domain at least {100 * FEWEST:.0f} % of the natural run's tokens, "
+        "e times as much of a domain takes so much off a set's loss, in nats a token, and this much of these runs' "
+        "differences to the natural mixture (squared) is explained by it:\n",
         law.table() + "\n",
         f"So much of a domain takes {own[low]:.2f} ({low}) to {own[high]:.2f} nats ({high}) off its own text.\n",
         "The static mixture that is best by this law, of those whose own text is no worse than under natural, has, in "
-        f"percent: {best}. `{HINDSIGHT}` is a run of what the law said of the runs before it; it was fitted to the "
-        "figures that judge.\n",
+        f"percent: {best}. `{HINDSIGHT}` is a run of what the law said of the runs that there were before its first "
+        "seed; it was fitted to the figures that judge.\n",
     ]
 
 
 def _pairs(cells: Cells) -> list[tuple[Cell, Cell]]:
-    """Every run that left out no domain, and the prior's with the same seed and operations."""
+    """Every run but its own that gave each domain enough, and the prior's of the same seed and operations to train."""
     prior, domains = cells.cells.get(PRIOR, {}), cells.settings["split"]["domains"]
     return [
         (cell, prior[seed])
@@ -128,7 +129,7 @@ def _pairs(cells: Cells) -> list[tuple[Cell, Cell]]:
         for seed, cell in own.items()
         if name not in (PRIOR, HINDSIGHT) and seed in prior and cell["budget"] == prior[seed]["budget"]
         if set(cell["sampled"]) == set(domains)
-        if all(_tokens(cell, d) >= FEWEST * _tokens(prior[seed], d) for d in domains)
+        if all(_tokens(cell, d) >= FEWEST * _tokens(prior[seed], d) > 0 for d in domains)
     ]
 
 
