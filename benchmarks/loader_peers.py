@@ -67,6 +67,19 @@ def read(batches: Iterable[Any]) -> Action:
     return action
 
 
+def nanogpt(tables: list[Any], weights: list[float], folder: Path) -> Iterable[Any]:
+    """nanoGPT's `get_batch` for several files: slices of `np.memmap`, cast and stacked, each map opened only once."""
+    maps = [
+        np.memmap(folder / f"{name}.bin", np.uint16, "r") for name in json.loads((folder / "weights.json").read_text())
+    ]
+    rng = np.random.default_rng(0)
+    while True:
+        domain = rng.choice(len(maps), BATCH, p=weights)
+        start = rng.integers([len(tables[d]) for d in domain]) * LENGTH
+        rows = zip(domain, start, strict=True)
+        yield torch.stack([torch.from_numpy(maps[d][i : i + LENGTH].astype(np.int64)) for d, i in rows])
+
+
 def torchdata_nodes(tables: list[Any], weights: list[float], folder: Path) -> Iterable[Any]:
     """`MultiNodeWeightedSampler` over sources of row numbers; tokens are gathered a batch at a time."""
     from torch.utils.data import RandomSampler
@@ -149,6 +162,7 @@ def mosaic(tables: list[Any], weights: list[float], folder: Path) -> Iterable[An
 
 
 PEERS: dict[str, tuple[str, Callable[[list[Any], list[float], Path], Iterable[Any]]]] = {
+    "nanoGPT's get_batch": ("torch", nanogpt),
     "torchdata.nodes MultiNodeWeightedSampler": ("torchdata", torchdata_nodes),
     "HF interleave_datasets, map": ("datasets", hf_map),
     "HF interleave_datasets, iterable": ("datasets", hf_iterable),
