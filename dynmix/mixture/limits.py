@@ -173,6 +173,23 @@ class Course:
         """Draws of each domain before `position`, which lies in the stage, or at its end."""
         return self._counts(self.at(position)[0], position)
 
+    def owed(self, position: int, drawn: Ints, group: int) -> Ints:
+        """What the weights gave each domain until `position`, where the stage ends, beyond what was drawn of it.
+
+        With what it was owed at the stage's start, in draws of `group` positions, as in `Quota`.
+
+        Args:
+            position: at most where the stage runs dry.
+            drawn: `counts(position)`.
+            group: of the order.
+        """
+        self.at(position)
+        owed = self._stage.owed - ((drawn - self._stage.base) // group << 32)
+        for row, start, stop in zip(self._rows, self._starts, [*self._starts[1:], position], strict=True):
+            # Modulo 2**64, as the draws before; what is left of both is small.
+            owed = owed + np.diff(row.cdf, prepend=0) * (max(0, min(stop, position) - start) // group)
+        return owed
+
     def used_up(self, position: int) -> list[int]:
         """Numbers of the stage's domains that have reached their limit before `position`."""
         found: list[int] = np.flatnonzero(self._weighted & (self.counts(position) >= self._limit)).tolist()

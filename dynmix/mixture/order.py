@@ -76,7 +76,7 @@ class Order(NamedTuple):
 
     def _quota(self, stage: StageRow) -> Quota:
         units = np.diff(stage.cdf, prepend=0)
-        return Quota(units, mix(self.seed, _DOMAIN_KEY, stage.number, np.arange(len(units))))
+        return Quota(units, mix(self.seed, _DOMAIN_KEY, stage.number, np.arange(len(units))), stage.owed)
 
     def _scattered(self, stage: StageRow, edges: Ints, drawn: Ints) -> Ints:
         """The domains `drawn`, in the order of their draws, in that of the positions of the parts between `edges`."""

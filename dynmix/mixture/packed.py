@@ -21,9 +21,9 @@ _ALWAYS = 4  # newest stages that are kept in any case: the one that is read, an
 
 
 class Unpacked(NamedTuple):
-    """What a state says of its stages: `first` is the number of the first, `drawn` int64[n] what was drawn before it.
+    """What a state says of its stages: `first` is the number of the first, `end` the declared end of the last one.
 
-    `end` is the declared end of the last one.
+    `drawn` and `owed` are the first one's `base` and `owed`, int64[n].
     """
 
     first: int
@@ -31,6 +31,7 @@ class Unpacked(NamedTuple):
     end: int | None
     cdfs: list[Ints]
     drawn: Ints
+    owed: Ints
 
 
 def pack(rows: Sequence[StageRow], since: int | None) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def pack(rows: Sequence[StageRow], since: int | None) -> dict[str, Any]:
         "starts": [row.start for row in kept],
         "end": kept[-1].end,
         "weights": weights[::-1],
-        **({"drawn": kept[0].base.tolist()} if kept[0].number else {}),
+        **({"drawn": kept[0].base.tolist(), "owed": kept[0].owed.tolist()} if kept[0].number else {}),
     }
     return {**found, "check": _check(found)}
 
@@ -64,8 +65,9 @@ def unpack(stages: Mapping[str, Any], width: int) -> Unpacked:
         cdfs = [_unpacked(text, width) for text in given["weights"]]
     except (ValueError, binascii.Error) as error:
         raise ValueError(f"damaged state: {error}") from error
-    drawn = np.array(given.get("drawn", [0] * width), np.int64)
-    return Unpacked(given["first"], given["starts"], given["end"], cdfs, np.pad(drawn, (0, width - len(drawn))))
+    before = (np.array(given.get(key, []), np.int64) for key in ("drawn", "owed"))
+    drawn, owed = (np.pad(each, (0, width - len(each))) for each in before)
+    return Unpacked(given["first"], given["starts"], given["end"], cdfs, drawn, owed)
 
 
 def last_shares(schedule: Mapping[str, Any]) -> dict[str, float]:

@@ -1,9 +1,11 @@
-"""Which domain is drawn when: each once in every stretch of 1 / weight moments, at a random moment of the stretch.
+"""Which domain is drawn when: each once in every stretch of 1 / weight moments, at a random moment of its middle.
 
-So at any moment a domain has had its share, rounded up or down at random, however long the stream and however small
-the weight; and how often it was drawn by then is closed-form. (This is stratified, or jittered, sampling of time. The
-error of a low-discrepancy sequence grows with the logarithm of its length; that of rounding does not grow.) Draws are
-numbered in the order of their moments, those of one moment by domain. Knows nothing of names, stages, blocks or rows.
+So at any moment a domain has had its share, mostly rounded to the nearest number, however long the stream and however
+small the weight; and how often it was drawn by then is closed-form. (This is stratified, or jittered, sampling of time.
+The error of a low-discrepancy sequence grows with the logarithm of its length; that of rounding does not grow. Anywhere
+in the stretch would round up or down at random, a third further off; always half-way would be one pattern for ever.)
+What rounding owes a domain at the end of one quota the next one pays. Draws are numbered in the order of their moments,
+those of one moment by domain. Knows nothing of names, stages, blocks or rows.
 """
 
 from typing import NamedTuple
@@ -25,15 +27,19 @@ class Quota(NamedTuple):
     Attributes:
         units: weights in units of 2**-32, int64[n_domains] >= 0 with a sum of 2**32.
         keys: what is random, uint64[n_domains].
+        owed: draws that a domain should have had before the first one, in parts of 2**-32, int64[n_domains]; below 0
+            for what it had too many. A domain of no units waits with it.
     """
 
     units: Ints
     keys: UInts
+    owed: Ints
 
     def before(self, number: int) -> Ints:
         """How many of the first `number` draws are of each domain, int64[n_domains]; exact for any below 2**62."""
-        # A draw a moment, give or take one a domain.
-        low, high, guess = max(0, number - len(self.units)), number + len(self.units) + 1, number
+        # A draw a moment, give or take one a domain and what is owed. Before moment 0 there is none.
+        off = len(self.units) + (int(np.abs(self.owed).sum()) >> 32) + 2
+        low, high, guess = max(-1, number - off), number + off, number
         by: dict[int, Ints] = {}
         while high - low > 1:
             guess = min(max(guess, low + 1), high - 1)
@@ -66,24 +72,27 @@ class Quota(NamedTuple):
         # is below 2**53, and no quotient is nearer to the next whole number than 2**-32: floats are exact.
         stretch, passed = self._stretch(start)
         late = np.repeat((first - stretch) * TOTAL - passed, times) + index * TOTAL + place
-        moment = np.ceil(late / np.repeat(self.units.astype(np.float64), times))
+        moment = np.maximum(np.ceil(late / np.repeat(self.units.astype(np.float64), times)), -start)
         moment -= moment.min(initial=0)
         order = np.argsort(moment.astype(np.min_scalar_type(int(moment.max(initial=0)))), kind="stable")  # small: radix
         return domain[order], after
 
     def _by(self, moment: int) -> Ints:
         """Draws of each domain up to a moment."""
+        if moment < 0:
+            return np.zeros_like(self.units)
         stretch, passed = self._stretch(moment)
-        return stretch + (passed >= _place(self.keys, stretch))
+        return np.maximum(0, stretch + (passed >= _place(self.keys, stretch)))
 
     def _stretch(self, moment: int) -> tuple[Ints, Ints]:
         """Number of the stretch each domain is in at a moment, and how much has passed of it, in parts of 2**-32."""
         periods, rest = divmod(moment, TOTAL)
         parts = self.units.view(np.uint64) * np.uint64(rest)  # below 2**64
         whole = self.units * periods + (parts >> np.uint64(32)).view(np.int64)
-        return whole, (parts & np.uint64(TOTAL - 1)).view(np.int64)
+        passed = (parts & np.uint64(TOTAL - 1)).view(np.int64) + np.where(self.units, self.owed, 0)
+        return whole + (passed >> 32), passed & (TOTAL - 1)
 
 
 def _place(keys: UInts, draw: Ints) -> Ints:
-    """Where in its stretch a draw is, from 1 (moment 0 has none) to 2**32."""
-    return (mix(keys + draw.view(np.uint64)) >> np.uint64(32)).view(np.int64) + 1
+    """Where in its stretch a draw is: in the middle quarter of its 2**32 parts."""
+    return (mix(keys + draw.view(np.uint64)) >> np.uint64(34)).view(np.int64) + (3 * TOTAL // 8 + 1)

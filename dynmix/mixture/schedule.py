@@ -31,7 +31,7 @@ Ints = npt.NDArray[np.int64]
 Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
 
 MAX_BLOCK = 1 << 20
-_VERSION = 2  # of the order itself; raise it when the same state would give other samples
+_VERSION = 3  # of the order itself; raise it when the same state would give other samples
 _ROW_KEY = 3  # keeps these hashes of a seed apart from those of `order`
 
 
@@ -123,7 +123,8 @@ class MixtureSchedule:
                 " stand in a row: lower homogeneous, or raise its limit"
             )
         self._setup(sizes, seed, block, limits)
-        self._table.write(0, [StageRow(0, 0, None, self._cdf(weights), np.zeros(len(weights), np.int64))])
+        none = np.zeros(len(weights), np.int64)
+        self._table.write(0, [StageRow(0, 0, None, self._cdf(weights), none, none)])
 
     def _setup(self, sizes: Mapping[str, int], seed: int, block: int, limits: Limits) -> None:
         self._roster = Roster(sizes)
@@ -209,7 +210,10 @@ class MixtureSchedule:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
         self.check_not_exhausted(start)
         number, end, cdf = self.num_stages, self._checked_end(start, end), self._cdf(weights)
-        self._table.write(number, [StageRow(number, start, end, cdf, self._course(last.number).counts(start))])
+        course = self._course(last.number)
+        base = course.counts(start)
+        owed = course.owed(start, base, self.homogeneous)
+        self._table.write(number, [StageRow(number, start, end, cdf, base, owed)])
         logger.info("stage %d begins at position %d, with the weights %s", number, start, self._floats(cdf))
 
     def hold(self, end: int) -> None:
@@ -399,13 +403,14 @@ class MixtureSchedule:
         limits = self.limits.after(state.get("limits", {}), list(sizes))
         limit, stages = limits.draws(sizes), list[StageRow]()
         for number, (start, weights) in enumerate(zip(saved.starts, saved.cdfs, strict=True), saved.first):
-            base = saved.drawn
+            base, owed = saved.drawn, saved.owed
             if stages:
                 course = self._course_of(stages[-1], limit)
                 if not stages[-1].start < start <= course.dry or start % self.homogeneous:
                     raise ValueError(f"damaged state: stage {number} cannot begin at {start}")
                 base = course.counts(start)
-            stages.append(StageRow(number, start, None, _checked_cdf(weights, sizes), base))
+                owed = course.owed(start, base, self.homogeneous)
+            stages.append(StageRow(number, start, None, _checked_cdf(weights, sizes), base, owed))
         stages[-1] = stages[-1]._replace(end=self._checked_end(stages[-1].start, saved.end))
         self.limits = limits
         self._roster.put(joined, keep=0)

@@ -17,19 +17,25 @@ _OPEN = -1  # the end of a stage that has none
 
 
 class StageRow(NamedTuple):
-    """One row of the table; `cdf` and `base` (draws of each domain before it) are int64[n_domains]."""
+    """One row of the table; `cdf`, `base` (draws of each domain before it) and `owed` are int64[n_domains].
+
+    `owed` is what the weights of the stages before gave a domain beyond `base`, as in `Quota`.
+    """
 
     number: int
     start: int
     end: int | None
     cdf: Ints
     base: Ints
+    owed: Ints
 
     def widened(self, width: int) -> "StageRow":
         """The same stage with `width` domains, at least as many as it has."""
         more = width - len(self.cdf)
-        cdf, base = np.pad(self.cdf, (0, more), constant_values=TOTAL), np.pad(self.base, (0, more))
-        return self._replace(cdf=cdf, base=base)
+        cdf, base, owed = (
+            np.pad(x, (0, more), constant_values=y) for x, y in zip(self[3:], (TOTAL, 0, 0), strict=True)
+        )
+        return self._replace(cdf=cdf, base=base, owed=owed)
 
 
 class StageTable:
@@ -37,8 +43,8 @@ class StageTable:
 
     def __init__(self, capacity: int) -> None:
         # Row 0: generation, number of stages, number of the first of them that is known. Row 1 + s: start, end and
-        # number of domains of stage s, its cdf and base.
-        self._shared = SharedArray((1 + MAX_STAGES, 3 + 2 * capacity))
+        # number of domains of stage s, its cdf, base and owed.
+        self._shared = SharedArray((1 + MAX_STAGES, 3 + 3 * capacity))
 
     def __len__(self) -> int:
         return int(self._shared.array[0, 1])
@@ -51,7 +57,7 @@ class StageTable:
     def __getitem__(self, number: int) -> StageRow:
         row = self._shared.array[1 + number]
         width = int(row[2])
-        return StageRow(number, int(row[0]), _end(row[1]), row[3 : 3 + width], row[3 + width : 3 + 2 * width])
+        return StageRow(number, int(row[0]), _end(row[1]), *row[3 : 3 + 3 * width].reshape(3, width))
 
     @property
     def starts(self) -> Ints:
@@ -87,7 +93,8 @@ class StageTable:
         table[0, 1] = first
         for stage in stages:
             head = [stage.start, _OPEN if stage.end is None else stage.end, len(stage.cdf)]
-            table[1 + stage.number, : 3 + 2 * len(stage.cdf)] = np.concatenate([head, stage.cdf, stage.base])
+            row = np.concatenate([head, stage.cdf, stage.base, stage.owed])
+            table[1 + stage.number, : len(row)] = row
         # Readers in other processes look at the count only: a row they can see is whole. The generation comes last, so
         # that what is computed from the old rows is never taken for new.
         table[0, 1] = first + len(stages)

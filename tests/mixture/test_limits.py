@@ -49,6 +49,7 @@ def enumerated(
     most = [int(Fraction(repr(epochs[n])) * size) if n in epochs else NEVER for n, size in sizes.items()]
     drawn: Counter[int] = Counter()
     free, now, ahead = MixtureSchedule(stages[0][1], sizes, seed, block), (-1, [0]), [0]
+    owed = at_start = [0] * len(sizes)
     for position in range(stop):
         number = max(k for k, (start, _) in enumerate(stages) if start <= position)
         start, weights = stages[number]
@@ -61,11 +62,15 @@ def enumerated(
             if not any(units):
                 return
             units = shared_out(units)
+        if number != now[0]:
+            at_start = owed
         if (number, units) != now:
-            now, row = (number, units), StageRow(number, start, None, np.cumsum(units), np.zeros(4, np.int64))
+            none, debts = np.zeros(4, np.int64), np.array(at_start)
+            now, row = (number, units), StageRow(number, start, None, np.cumsum(units), none, debts)
             free._assign_in(row, position, found := np.empty((3, stop - position), np.int64))
             ahead = found[0].tolist()[::-1]
         domain = ahead.pop()
+        owed = [o + unit - (k == domain) * TOTAL for k, (o, unit) in enumerate(zip(owed, units, strict=True))]
         yield domain, drawn[domain]
         drawn[domain] += 1
 

@@ -48,8 +48,8 @@ class StageOf(NamedTuple):
     units: list[int]
 
 
-def domains_of(stage: StageOf, seed: int, block: int, count: int) -> list[int]:
-    """Domain of each position of a stage, counted from its start."""
+def domains_of(stage: StageOf, seed: int, block: int, count: int, owed: list[int]) -> list[int]:
+    """Domain of each position of a stage, counted from its start, where each was `owed` parts of 2**-32 of a draw."""
     parts = -(-block // 32)
     edges = [0]
     while edges[-1] < count:
@@ -58,8 +58,9 @@ def domains_of(stage: StageOf, seed: int, block: int, count: int) -> list[int]:
     for k, unit in enumerate(stage.units):
         key, draw = mixed(seed, 2, stage.number, k), 0
         while unit:
-            moment = -(-(draw * TOTAL + 1 + (mixed((key + draw) % WORD) >> 32)) // unit)
-            if moment > edges[-1] + len(stage.units):
+            place = 3 * TOTAL // 8 + 1 + (mixed((key + draw) % WORD) >> 34)
+            moment = max(0, -(-(draw * TOTAL + place - owed[k]) // unit))
+            if moment > edges[-1] + 50:  # later than any draw that counts: few are owed
                 break
             moments.append((moment, k, draw))
             draw += 1
@@ -75,10 +76,15 @@ def enumerated(
     stages: list[StageOf], sizes: list[int], seed: int, block: int, stop: int
 ) -> Iterator[tuple[int, int, int]]:
     """Domain, row and epoch of every position before `stop`."""
-    drawn = [0] * len(sizes)
+    drawn, owed = [0] * len(sizes), [0] * len(sizes)
     for k, stage in enumerate(stages):
         end = min(stop, stages[k + 1].start) if k + 1 < len(stages) else stop
-        for domain in domains_of(stage, seed, block, max(0, end - stage.start)):
+        found = domains_of(stage, seed, block, max(0, end - stage.start), owed)
+        owed = [
+            o + len(found) * unit - found.count(d) * TOTAL
+            for d, (o, unit) in enumerate(zip(owed, stage.units, strict=True))
+        ]
+        for domain in found:
             epoch, index = divmod(drawn[domain], sizes[domain])
             yield domain, shuffled(index, sizes[domain], mixed(mixed(seed, 3, domain), epoch)), epoch
             drawn[domain] += 1

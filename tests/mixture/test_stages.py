@@ -6,7 +6,8 @@ from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
 
 def row(number: int, width: int, end: int | None = None) -> StageRow:
     rng = np.random.default_rng(number)
-    return StageRow(number, 10 * number, end, np.sort(rng.integers(0, TOTAL, width)), rng.integers(0, 2**60, width))
+    cdf, base, owed = np.sort(rng.integers(0, TOTAL, width)), *rng.integers(-(2**60), 2**60, (2, width))
+    return StageRow(number, 10 * number, end, cdf, base, owed)
 
 
 def same(one: StageRow, other: StageRow) -> bool:
@@ -38,6 +39,7 @@ def test_domains_that_joined_since_are_never_drawn() -> None:
     wide = row(3, 2).widened(4)
     assert wide.cdf.tolist() == [*row(3, 2).cdf.tolist(), TOTAL, TOTAL]
     assert wide.base.tolist() == [*row(3, 2).base.tolist(), 0, 0]
+    assert wide.owed.tolist() == [*row(3, 2).owed.tolist(), 0, 0]
 
 
 def test_every_change_is_a_new_generation() -> None:
