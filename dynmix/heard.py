@@ -11,13 +11,17 @@ from contextlib import contextmanager
 @contextmanager
 def warnings_heard(into: list[str]) -> Iterator[None]:
     """Add every warning or error that dynmix logs meanwhile to `into`, each text once. The log gets them as ever."""
-    listener = _Listener(into)
     log = logging.getLogger("dynmix")
-    log.addHandler(listener)
+    handlers: list[logging.Handler] = [_Listener(into)]
+    if not log.hasHandlers() and logging.lastResort is not None:
+        handlers.append(logging.lastResort)  # which Python leaves out where there is any handler, as the listener is
+    for handler in handlers:
+        log.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(listener)
+        for handler in handlers:
+            log.removeHandler(handler)
 
 
 class _Listener(logging.Handler):
