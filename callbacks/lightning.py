@@ -71,6 +71,7 @@ class MixtureCallback(Callback):
         self.sampler = InOrder(dataset)
         self.steps = 0
         self._over = False
+        self._saving: int | None = None  # step of a checkpoint that is on the disk by the next batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say where the run's files are, before a checkpoint's state comes in."""
@@ -93,6 +94,9 @@ class MixtureCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Tell the controller when an optimizer step ended. Lightning saves its checkpoints after this."""
+        if self._saving is not None:
+            self.controller.saved(self._saving)
+            self._saving = None
         if trainer.global_step == self.steps:
             return  # gradients are accumulated
         self.steps = trainer.global_step
@@ -108,8 +112,8 @@ class MixtureCallback(Callback):
         self._finish(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell the controller that a checkpoint is being saved."""
-        self.controller.saved(trainer.global_step)
+        """Note that a checkpoint is being saved: Lightning writes it after this, and says no word when it has."""
+        self._saving = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, JSON-able."""

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from dynmix import TiKMiXD
 from dynmix.callbacks import MixtureHook
+from dynmix.controller import MixtureController
 from dynmix.journal import Journal
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
@@ -112,3 +113,22 @@ def test_a_checkpoint_of_a_run_without_it_is_refused(lightning, tmp_path):
     lightning.run(tmp_path, stop_at=3, callback=False)
     with pytest.raises(ValueError, match="at step 3 holds no state of a MixtureCallback"):
         lightning.run(tmp_path, resume=True)
+
+
+def test_snapshots_go_only_once_the_checkpoint_is_on_the_disk(lightning, training, tmp_path, monkeypatch):
+    told = []
+
+    def saved(self, step):
+        told.append((step, (tmp_path / f"saved/{step}.ckpt").exists()))
+
+    monkeypatch.setattr(MixtureController, "saved", saved)
+    saving = lightning.pl.callbacks.ModelCheckpoint(
+        tmp_path / "saved", "{step}", auto_insert_metric_name=False, every_n_train_steps=6, save_top_k=-1
+    )
+    data = training.dataset()
+    made = lightning.MixtureCallback(data, training.tasks(), "static", training.STAGE_STEPS, model="model")
+    lightning.pl.Trainer(
+        default_root_dir=tmp_path, max_steps=training.STEPS, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[saving, made],
+    ).fit(lightning.Module(), DataLoader(data, training.BATCH, sampler=made.sampler))  # fmt: skip
+    assert told == [(6, True), (12, True), (18, True)]
