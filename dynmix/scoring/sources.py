@@ -35,7 +35,9 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the configuration and the weights: the files' sizes, and 4 MiB spread over each.
+        """Hash of the configuration and the weights, or of all files where no weights are in safetensors.
+
+        Of each file that is its size, and 4 MiB spread over it.
 
         An optimizer step changes nearly every byte of the weights, so reading them all would tell no more.
 
@@ -43,8 +45,12 @@ class Source:
             ValueError: there is no such file or folder, or nothing in it.
         """
         path = Path(self.path)
-        files = [path] if path.is_file() else sorted({*path.glob("config.json"), *path.glob("*.safetensors")})
-        files = files or sorted(file for file in path.rglob("*") if file.is_file())
+        if path.is_file():
+            files = [path]
+        elif weights := list(path.glob("*.safetensors")):
+            files = sorted([*path.glob("config.json"), *weights])
+        else:
+            files = sorted(filter(Path.is_file, path.rglob("*")))
         if not files:
             raise ValueError(f"checkpoint {self.name!r}: {path} is no file, and no folder with a file in it")
         digest = hashlib.blake2b(digest_size=16)

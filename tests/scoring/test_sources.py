@@ -62,6 +62,9 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
         Source("s", 1, tmp_path / "one" / "model.safetensors", ("a",)),
     ]
     assert len({each.fingerprint for each in [first, *others]}) == 6
+    # Where the weights are in no safetensors, they are in whatever else is there.
+    pickled = [source(f"own {n}", config_json=b"{}", model_bin=bytes(9) + n) for n in (b"1", b"2")]
+    assert pickled[0].fingerprint != pickled[1].fingerprint
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no folder with a file in it"):
         _ = Source("s", 1, tmp_path / "empty", ("a",)).fingerprint
