@@ -98,6 +98,8 @@ class MixtureCallback(TrainerCallback):
         """
         if logs := self.controller.step_ended(model_of(kwargs), state.global_step):
             self._log(logs, control)
+            if args.save_strategy == "no":
+                self.controller.saved(state.global_step)  # without checkpoints nobody can go on from an earlier step
         _saved(state)[STATE] = self.controller.state_dict()
         if self.controller.why_over(state.global_step):
             control.should_training_stop = True

@@ -348,8 +348,10 @@ class MixtureController:
         self.dataset.pulse()
         self._ahead.tell(step * self.batch_size, step)
         self.decider.observe(step, self.batch_size)
-        logs = self.sampler.step_ended(model, step) if self.sampler is not None else {}
+        logs: dict[str, float] = {}
         with warnings_heard(self._warnings):
+            if self.sampler is not None and step % self.sampler.every == 0:
+                logs |= self.sampler.evaluate(model, step, self._samples_wanted())
             if self.in_run is not None:
                 self.in_run.step_ended(step, self.batch_size)
             if self._is_due(step):
@@ -375,7 +377,13 @@ class MixtureController:
     def saved(self, step: int) -> None:
         """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
         if self.sampler is not None:
-            self.sampler.saved(step)
+            self.sampler.saved(step, self._samples_wanted())
+
+    def _samples_wanted(self) -> bool:
+        """Whether the mixer asks for scores at any boundary that is still ahead."""
+        stages, number = self.dataset.schedule.stages, self.dataset.schedule.num_stages
+        ahead = -((self._boundary() - self.total) // (self.stage_steps * self.batch_size))
+        return any(self.mixer.wants_samples(n, stages[-1].weights) for n in range(number, number + ahead))
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure the task losses once more and close the journal; return what a tracker should log."""

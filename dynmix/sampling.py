@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.peaks import Checkpoint, PeakSnapshots, evenly_spaced, metric_of
 from dynmix.ranks import is_rank_0, on_every_rank
+from dynmix.retry import within_memory
 from dynmix.scores import Column, SamplePlan, SampleScores
 from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
 from dynmix.scoring.folder import OtherConfiguration, discard
@@ -72,6 +74,7 @@ class Sampler:
         self.layers: str | None = layers
         self.dataset, self.plan, self.curvature = dataset, plan, curvature
         self.curvature_sequences, self.batch_tokens = curvature_sequences, micro_batch * dataset.sequence_length
+        self._tokens = self.batch_tokens  # of an evaluation, until memory runs out
         self.every = plan.every or max(1, stage_steps // 4)
         self.tasks = {name: source for name, source in sources.items() if isinstance(source, Task)}
         self.sets = {name: sets[name] for name in sources}
@@ -98,7 +101,10 @@ class Sampler:
                     shutil.rmtree(path)
 
     def rehearse(self, model: nn.Module) -> SampleScores:
-        """Score one sequence of each domain with the model as it is; raises whatever fails."""
+        """Score one sequence of each domain with the model as it is; raises whatever fails, then or later."""
+        for task in self.tasks.values():
+            task.check(model)
+        check_like(model)
         names = tuple(self.dataset.domains)
         batches = [collate([self.dataset.sequence(name, 0)]) for name in names]
         tasks = {name: [scored_sequence(some, f"tasks[{name!r}]")] for name, some in self.sets.items()}
@@ -109,13 +115,28 @@ class Sampler:
             found.scores,
         )  # fmt: skip
 
-    def step_ended(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Evaluate the tasks if it is time; return what a tracker should log."""
-        return self._evaluate(model, step) if step % self.every == 0 else {}
+    def evaluate(self, model: nn.Module, step: int, wanted: bool) -> dict[str, float]:
+        """Evaluate the tasks, every `every` steps; return what a tracker should log. If that fails the log says so.
 
-    def saved(self, step: int) -> None:
+        `wanted` is whether a boundary ahead will ask for scores, so that snapshots are needed.
+        """
+        try:
+            return self._evaluate(model, step, wanted)
+        except Exception as failure:  # a run must not end because one evaluation did
+            logger.warning("the tasks were not evaluated after step %d: %s: %s", step, type(failure).__name__, failure)
+            return {}
+
+    def saved(self, step: int, wanted: bool) -> None:
         """Tell that the run can go on from `step`: snapshots that were kept for an earlier one may go."""
         self.peaks.prune(step)
+        there = self._snapshots()
+        if not is_rank_0() or (wanted and self.plan.checkpoints != "last"):
+            return
+        # The last of a run that goes on from there, and of this one.
+        kept = [*[path for path, at in there if at <= step][-1:], there[-1][0]] if wanted and there else []
+        for path, _ in there:
+            if path not in kept:
+                shutil.rmtree(path)
 
     def scores(self, model: nn.Module, step: int, tokens_left: int) -> SampleScores:
         """Have the checkpoints score every sequence of the dataset's first domains, for the tasks.
@@ -126,7 +147,7 @@ class Sampler:
             ValueError: no task has a finite value yet, or as `score_corpus` does; on every rank if it does on one.
         """
         if (last := self.peaks.last_step) is None or last < step:
-            self._evaluate(model, step)
+            self._evaluate(model, step, wanted=True)
         sources = self._sources()
         out = self.folder / "scores" / f"step-{step:07d}"
         logger.info("scoring the corpus by %s", ", ".join(f"{s.name} for {'/'.join(s.tasks)}" for s in sources))
@@ -164,27 +185,43 @@ class Sampler:
             on_every_rank(lambda: discard(out) if is_rank_0() else None)
             score()
 
-    def _evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        logs, values = {}, {}
+    def _evaluate(self, model: nn.Module, step: int, wanted: bool) -> dict[str, float]:
+        logs: dict[str, float] = {}
+        values: dict[str, float] = {}
+        on_every_rank(lambda: within_memory(lambda: self._figures(model, logs, values), self._halve))
+        self.peaks.record(model, step, values)
+        if wanted and self.plan.checkpoints != "peak":
+            path = self.folder / "checkpoints" / f"step-{step:07d}"
+            try:
+                write_snapshot(model, path, {"step": step})
+            except (OSError, SafetensorError) as failure:  # a full disk must not end a run of weeks
+                logger.error("%s was not saved and will not score: %s", path, failure)
+        return logs
+
+    def _figures(self, model: nn.Module, logs: dict[str, float], values: dict[str, float]) -> None:
         losses, _ = task_losses(model, {name: self.sets[name] for name in self.sets if name not in self.tasks})
         for name in self.sets:
             metric = metric_of(self.plan.metric, name)
             if name in self.tasks:
-                score = self.tasks[name].evaluate(model)
+                score = self.tasks[name].evaluate(model, batch_tokens=self._tokens)
                 losses[name], values[name] = score.loss, score.metric(metric)
                 if score.accuracy is not None:
                     logs[f"dynmix/task_accuracy/{name}"] = score.accuracy
             else:
                 values[name] = losses[name]
             logs[f"dynmix/task_loss/{name}"] = losses[name]
-        self.peaks.record(model, step, values)
-        if self.plan.checkpoints != "peak":
-            write_snapshot(model, self.folder / "checkpoints" / f"step-{step:07d}", {"step": step})
-        return logs
+
+    def _halve(self) -> int | None:
+        length = self.dataset.sequence_length
+        if self._tokens <= length:
+            return None
+        self._tokens //= 2
+        return max(1, self._tokens // length)
 
     def _sources(self) -> list[Source]:
         if self.plan.checkpoints == "peak":
-            found = peak_sources(self.peaks.selected)
+            # What is on the disk may have tasks that this run was not given any more.
+            found = peak_sources({task: at for task, at in self.peaks.selected.items() if task in self.sets})
         else:
             n = 1 if self.plan.checkpoints == "last" else self.plan.checkpoints
             kept = [Checkpoint(path, step) for path, step in self._snapshots()]
@@ -197,11 +234,32 @@ class Sampler:
         return [(path, int(path.name[5:])) for path in sorted((self.folder / "checkpoints").glob("step-*"))]
 
 
+def check_like(model: nn.Module) -> None:
+    """Raise ValueError if `load_like` cannot load snapshots of a model."""
+    model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        return
+    try:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config))
+    except Exception as failure:
+        raise ValueError(
+            f"snapshots of a {type(model).__name__} do not load, as it cannot be made from its configuration alone: "
+            f"{type(failure).__name__}: {failure}"
+        ) from failure
+    here, there = ({name for name, _ in each.named_parameters()} for each in (model, twin))
+    if here != there:
+        raise ValueError(
+            f"snapshots of this {type(model).__name__} do not load: made from its configuration, a model differs from "
+            f"it in {sorted(here ^ there)[:3]}"
+        )
+
+
 def load_like(model: nn.Module, path: Path) -> nn.Module:
-    """The model of a snapshot: a transformers model by its configuration, any other as a copy of `model`."""
+    """The model of a snapshot: a transformers model by its class and configuration, any other as a copy of `model`."""
     model = unwrap(model)
     if isinstance(model, PreTrainedModel):
-        return load_model(path)
+        return load_model(path, type(model))
     twin = copy.deepcopy(model)
     twin.load_state_dict(load_file(path / "model.safetensors"))
     return twin

@@ -38,7 +38,8 @@ class SamplePlan:
         metric: what a task peaks by, for all tasks or by name; all but "loss" need `dynmix.Task`s.
         min_delta: by how much a later step must be better to be the peak.
         checkpoints: "peak": each task is scored by the checkpoint in which it peaks; "last": all by the model as it is;
-            a number: each by that many evenly spaced ones. (The others are what AutoMixer compares itself with.)
+            a number: each by that many evenly spaced ones, of which every one is kept on the disk until no boundary
+            ahead asks for scores. (The others are what AutoMixer compares itself with.)
 
     Raises ValueError for values out of range.
     """

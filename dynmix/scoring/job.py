@@ -7,6 +7,7 @@ models, tasks and the corpus; no files of scores, no progress and no cluster.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from dynmix.mixture.sequences import Ints
 from dynmix.scoring.corpus import Corpus, Tokens, by_length, windows
 from dynmix.scoring.cost import flops_per_token
 from dynmix.scoring.sources import Source, check_sources
+
+logger = logging.getLogger("dynmix")
 
 Load = Callable[[Path], nn.Module]
 
@@ -247,19 +250,25 @@ def task_batches(name: str, examples: Examples, batch_tokens: int) -> list[Batch
     return batches
 
 
-def load_model(path: Path) -> nn.Module:
+def load_model(path: Path, kind: Any = AutoModelForCausalLM) -> nn.Module:
     """The causal LM in a folder, from safetensors; weights that pickle holds are not read, as that can run code.
+
+    Args:
+        path: the folder.
+        kind: class of transformers whose `from_pretrained` loads it.
 
     Raises:
         ValueError: it does not load, or weights are missing, which transformers makes up at random.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as problem:
         raise ValueError(f"checkpoint {path} does not load: {problem}") from problem
     model: nn.Module = loaded[0]
     if lacking := sorted(loaded[1]["missing_keys"]):
         raise ValueError(f"checkpoint {path}: its weights lack {lacking[:3]}")
+    if extra := sorted(loaded[1]["unexpected_keys"]):
+        logger.warning("checkpoint %s: a %s has no %s, which are left out", path, type(model).__name__, extra[:3])
     return model
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import dynmix.sampling
 from dynmix import AutoMixer, MixtureDataset
@@ -18,6 +19,7 @@ from dynmix.journal import Journal
 from dynmix.peaks import PeakSnapshots
 from dynmix.report import write_report
 from dynmix.tables import stage_table
+from dynmix.tasks import Record, Task
 
 MIXER = {"name": "automixer", "every": 2, "keep": 0.8}
 SAVING = {"save_strategy": "steps", "save_steps": 4}
@@ -242,3 +244,105 @@ def test_groups_that_cannot_be_kept_change_nothing(training, tmp_path, monkeypat
     row = groups_of(tmp_path)
     assert row["error"] == "OSError: disk full"
     assert row["weights"] == pytest.approx({"web": 0.3, "code": 0.2, "noise": 0.5})
+
+
+def errors(folder):
+    return [row["error"] for row in Journal(folder / "dynmix/journal.jsonl").rows()]
+
+
+def words(training, lengths):
+    """A Task of texts of so many tokens."""
+    known = Tokenizer(models.WordLevel({f"w{i}": i for i in range(training.VOCAB)}, unk_token="w0"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    records = [Record("here", "", " ".join(f"w{i}" for i in range(1, length))) for length in lengths]
+    return Task("web", records, PreTrainedTokenizerFast(tokenizer_object=known, bos_token="w0"))
+
+
+def test_an_evaluation_that_fails_does_not_end_the_run(training, tmp_path, monkeypatch, caplog):
+    real, calls = dynmix.sampling.task_losses, []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a kernel failed")
+        return real(*args, **options)
+
+    monkeypatch.setattr(dynmix.sampling, "task_losses", failing)
+    training.run(tmp_path, mixer=AutoMixer(every=1, keep=0.8))
+    assert "the tasks were not evaluated after step 2: RuntimeError: a kernel failed" in caplog.text
+    assert errors(tmp_path) == [None] * 5
+    assert len(calls) > 10
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_in_smaller_batches(training, tmp_path, monkeypatch):
+    real, asked = Task.evaluate, []
+
+    def evaluate(self, model, *, batch_tokens=8192):
+        asked.append(batch_tokens)
+        if batch_tokens > 2 * training.LENGTH:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, model, batch_tokens=batch_tokens)
+
+    monkeypatch.setattr(Task, "evaluate", evaluate)
+    monkeypatch.setattr(training, "tasks", lambda: {"web": words(training, [9, 5])})
+    training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8))
+    assert errors(tmp_path) == [None] * 5
+    assert asked[:3] == [8 * training.LENGTH, 4 * training.LENGTH, 2 * training.LENGTH]
+    assert set(asked[3:]) == {2 * training.LENGTH}
+
+
+def test_a_disk_that_is_full_costs_a_snapshot_and_not_the_run(training, tmp_path, monkeypatch, caplog):
+    real, calls = dynmix.sampling.write_snapshot, []
+
+    def full(*args, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        real(*args, **options)
+
+    monkeypatch.setattr(dynmix.sampling, "write_snapshot", full)
+    training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8, checkpoints="last"))
+    assert "step-0000002 was not saved and will not score: [Errno 28] No space left" in caplog.text
+    assert errors(tmp_path) == [None] * 5
+
+
+def test_a_task_that_does_not_fit_the_model_is_refused_at_the_start(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "tasks", lambda: {"web": words(training, [training.LENGTH + 1])})
+    with pytest.raises(ValueError, match=f"the model takes {training.LENGTH} at most"):
+        training.run(tmp_path, mixer=AutoMixer(every=2))
+    assert not (tmp_path / "dynmix/journal.jsonl").exists()
+
+
+class Counting(TrainerCallback):
+    """The most snapshots that were on the disk after any step."""
+
+    def __init__(self, folder):
+        self.folder, self.most = folder, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.most = max(self.most, len(list(self.folder.glob("dynmix/checkpoints/step-*"))))
+
+
+@pytest.mark.parametrize("saving", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 2}])
+@pytest.mark.parametrize(("checkpoints", "most"), [("last", 3), (2, 4), ("peak", 0)])
+def test_snapshots_are_few_and_none_is_made_once_the_corpus_is_regrouped(training, tmp_path, checkpoints, most, saving):
+    counting = Counting(tmp_path)
+    training.run(tmp_path, mixer=AutoMixer(every=1, keep=0.8, checkpoints=checkpoints), extra=(counting,), **saving)
+    assert errors(tmp_path) == [None] * 5
+    assert (counting.most > 0) == (checkpoints != "peak")
+    assert counting.most <= most
+    assert not list(tmp_path.glob("dynmix/checkpoints/step-*"))
+    assert len(list(tmp_path.glob("dynmix/peaks/step-*"))) <= 4  # where two tasks peak, now and when the last was saved
+
+
+def test_a_task_that_a_resumed_run_was_not_given_is_let_go(training, tmp_path, monkeypatch):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    mixer = AutoMixer(every=1, keep=0.8)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(tmp_path, mixer=mixer, extra=(Interrupted(3),), **saving)
+    monkeypatch.setattr(training, "tasks", lambda: {"web": training.sequences(0, 12, salt=1)})
+    training.run(tmp_path, mixer=mixer, resume=True, **saving)
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [row["error"] for row in rows] == [None] * 5
+    assert "group:web" in rows[1]["domains"]
+    assert "group:code" not in rows[1]["domains"]

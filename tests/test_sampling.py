@@ -1,0 +1,59 @@
+"""The models that snapshots become; what a run evaluates and keeps is in `callbacks/test_automixer.py`."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynmix.sampling import check_like, load_like
+from dynmix.snapshot import write_snapshot
+
+TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+class Scaled(LlamaForCausalLM):
+    """A Llama with something of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.full((config.vocab_size,), 3.0))
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits * self.scale
+        return found
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "nobody-registered-this"
+
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+class Halved(LlamaForCausalLM):
+    """Not what its configuration says."""
+
+    def __init__(self, config, width):
+        super().__init__(config)
+
+
+@pytest.mark.parametrize("make", [lambda: Scaled(LlamaConfig(**TINY)), lambda: Own(OwnConfig(**TINY))])
+def test_snapshots_become_models_of_the_class_that_trains(make, tmp_path):
+    model = make().eval()
+    check_like(model)
+    write_snapshot(model, tmp_path / "snapshot", {})
+    twin = load_like(model, tmp_path / "snapshot").eval()
+    ids = torch.arange(20)[None]
+    assert type(twin) is type(model)
+    assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_model_whose_snapshots_would_not_load_is_refused_at_the_start():
+    with pytest.raises(ValueError, match="cannot be made from its configuration alone: TypeError"):
+        check_like(Halved(LlamaConfig(**TINY), width=2))
+    changed = LlamaForCausalLM(LlamaConfig(**TINY))
+    changed.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"differs from it in \['adapter.bias', 'adapter.weight'\]"):
+        check_like(changed)
