@@ -9,6 +9,7 @@ Knows files; no model and no mixture.
 """
 
 import gzip
+import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import replace
@@ -47,19 +48,26 @@ class Corpus:
         if not found:
             raise SystemExit(f"{root}/domains has no .jsonl.gz: give a corpus with --corpus")
         if unknown := sorted({*without} - found):
-            raise SystemExit(f"{unknown} are no domains of {root}, which has {sorted(found)}")
+            raise SystemExit(
+                f"{unknown} are no domains of {root}, which has {sorted(found)}: name others with --unseen-domains, "
+                '"" for none'
+            )
         self.domains = sorted(found - {*without})
         self.tasks = sorted(path.stem for path in (root / "tasks").glob("*.jsonl"))
         self.texts = sorted(path.name.removesuffix(".valid.jsonl.gz") for path in root.glob("tasks/*.valid.jsonl.gz"))
 
-    @property
-    def facts(self) -> dict[str, int]:
-        """File -> bytes, of all that is read: what tells two corpora apart, wherever they are."""
-        files = [
-            *(f"domains/{name}.jsonl.gz" for name in self.domains),
-            *(f"tasks/{name}.jsonl" for name in self.tasks),
-        ]
-        return {name: (self.root / name).stat().st_size for name in files}
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """File -> hash of its content, of all that is read: what tells two corpora apart, wherever they are."""
+        tokenizer = Path(self.tokenizer_name)
+        files = {
+            **{f"domains/{name}.jsonl.gz": self.root / f"domains/{name}.jsonl.gz" for name in self.domains},
+            **{f"tasks/{name}.jsonl": self.root / f"tasks/{name}.jsonl" for name in self.tasks},
+            **{f"tasks/{name}.valid.jsonl.gz": self.root / f"tasks/{name}.valid.jsonl.gz" for name in self.texts},
+            **{f"tokenizer/{path.name}": path for path in sorted(tokenizer.glob("*.json"))},
+        }
+        found = {name: hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for name, path in files.items()}
+        return found if tokenizer.is_dir() else found | {"tokenizer": self.tokenizer_name}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -68,12 +76,16 @@ class Corpus:
 
     @cached_property
     def stores(self) -> dict[str, Path]:
-        """Domain -> token store."""
-        folder = self.cache / "stores"
-        if missing := [name for name in self.domains if not (folder / f"{name}.idx").exists()]:
-            files = {name: self.root / f"domains/{name}.jsonl.gz" for name in missing}
+        """Domain -> token store, named by the domain and by what it was made of: another corpus has others there."""
+        folder, tokenizer = self.cache / "stores", [item for item in self.facts.items() if item[0].startswith("token")]
+        made = {name: repr((self.facts[f"domains/{name}.jsonl.gz"], tokenizer)) for name in self.domains}
+        stores = {
+            name: f"{name}-{hashlib.blake2b(of.encode(), digest_size=4).hexdigest()}" for name, of in made.items()
+        }
+        if missing := [name for name in self.domains if not (folder / f"{stores[name]}.idx").exists()]:
+            files = {stores[name]: self.root / f"domains/{name}.jsonl.gz" for name in missing}
             prepare(files, folder, self.tokenizer_name, workers=1)
-        return {name: folder / name for name in self.domains}
+        return {name: folder / store for name, store in stores.items()}
 
     def task(self, name: str, half: Half, limit: int, *, choices: bool = True) -> Task:
         """Up to `limit` examples of a half of a task, evenly spread over it.

@@ -27,7 +27,10 @@ class Split:
     def of(cls, corpus: Corpus, tasks: tuple[str, ...]) -> "Split":
         """All of a corpus, with these tasks kept from the mixers."""
         if unknown := sorted({*tasks} - {*corpus.tasks}):
-            raise SystemExit(f"{unknown} are no tasks of {corpus.root}, which has {corpus.tasks}")
+            raise SystemExit(
+                f"{unknown} are no tasks of {corpus.root}, which has {corpus.tasks}: name others with --unseen-tasks, "
+                '"" for none'
+            )
         optimised = tuple(name for name in corpus.tasks if name not in tasks)
         return cls(
             optimised,

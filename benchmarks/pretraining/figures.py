@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .tables import Cells, order
+from .tables import TASKS, Cells, order
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -19,8 +19,9 @@ def save(figure: Figure, file: Path) -> None:
 def curves(cells: Cells, file: Path) -> None:
     """Mean loss of optimised and of unseen tasks by tokens."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for k, group in enumerate(("optimised tasks", "unseen tasks")):
-        axes = figure.add_subplot(1, 2, k + 1)
+    groups = [group for group in TASKS if group in cells.groups]
+    for k, group in enumerate(groups):
+        axes = figure.add_subplot(1, len(groups), k + 1)
         for name in order(cells):
             for number, cell in enumerate(cells.cells[name].values()):
                 loss = [np.mean([p["loss"][task] for task in cells.groups[group]]) for p in cell["curve"]]
@@ -34,11 +35,12 @@ def curves(cells: Cells, file: Path) -> None:
 
 
 def trade(cells: Cells, file: Path) -> None:
-    """Change against the prior on the optimised tasks, and on the text that nobody describes."""
+    """Change against the prior on the optimised tasks, and on the text that nobody describes, or the domains' own."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
     prior = cells.cells.get("natural", {})
-    x, y = cells.mean("optimised tasks"), cells.mean("unseen domains' text")
+    text = next((group for group in ("unseen domains' text", "domains' own text") if group in cells.groups), TASKS[0])
+    x, y = cells.mean(TASKS[0]), cells.mean(text)
     for number, name in enumerate(order(cells)):
         both = sorted(set(cells.cells[name]) & set(prior))
         points = [(x(cells.cells[name][s]) - x(prior[s]), y(cells.cells[name][s]) - y(prior[s])) for s in both]
@@ -47,7 +49,7 @@ def trade(cells: Cells, file: Path) -> None:
     axes.axhline(0, color="#8c8c8c", linewidth=0.8)
     axes.axvline(0, color="#8c8c8c", linewidth=0.8)
     axes.set_xlabel("optimised tasks, nats a token against natural")
-    axes.set_ylabel("unseen domains' text")
+    axes.set_ylabel(text)
     axes.legend(fontsize=7)
     save(figure, file)
 

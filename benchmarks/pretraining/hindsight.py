@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq, nnls
 
-from .tables import CONTROLS, PRIOR, Cell, Cells, markdown
+from .tables import PRIOR, Cell, Cells, markdown
 
 HINDSIGHT = "hindsight"
 FEWEST = 0.15  # of the prior's tokens of every domain, in the runs that are fitted: a logarithm has no end at 0
@@ -61,9 +61,8 @@ class Law:
         means = {
             group: np.mean([self.slopes[self.sets.index(s)] for s in sets], axis=0)
             for group, sets in cells.groups.items()
-            if sets
         }
-        own = means.pop("domains' own text")
+        own = means.pop("domains' own text", np.zeros(len(self.domains)))
         return np.mean(list(means.values()), axis=0), own
 
     def best(self, cells: Cells) -> dict[str, float]:
@@ -104,8 +103,8 @@ def section(name: str, cells: Cells) -> list[str]:
     law = Law.fit(cells)
     if not law.worth(cells)[0].any():
         return []
-    own = {d: law.slopes[law.sets.index(f"text/{d}"), k] for k, d in enumerate(law.domains) if d not in CONTROLS}
-    low, high = min(own, key=own.__getitem__), max(own, key=own.__getitem__)
+    own = {d: law.slopes[law.sets.index(f"text/{d}"), k] for k, d in enumerate(law.domains) if f"text/{d}" in law.sets}
+    low, high = min(own, key=own.__getitem__, default=None), max(own, key=own.__getitem__, default=None)
     best = ", ".join(f"{domain} {100 * weight:.1f}" for domain, weight in law.best(cells).items())
     return [
         f"### What the runs of `{name}` say together\n",
@@ -113,7 +112,9 @@ def section(name: str, cells: Cells) -> list[str]:
         "e times as much of a domain takes so much off a set's loss, in nats a token, and this much of these runs' "
         "differences to the natural mixture (squared) is explained by it:\n",
         law.table() + "\n",
-        f"So much of a domain takes {own[low]:.2f} ({low}) to {own[high]:.2f} nats ({high}) off its own text.\n",
+        f"So much of a domain takes {own[low]:.2f} ({low}) to {own[high]:.2f} nats ({high}) off its own text.\n"
+        if low and high
+        else "",
         "The static mixture that is best by this law, of those whose own text is no worse than under natural, has, in "
         f"percent: {best}. `{HINDSIGHT}` is a run of what the law said of the runs that there were before its first "
         "seed; it was fitted to the figures that judge.\n",

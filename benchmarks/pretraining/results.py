@@ -7,7 +7,20 @@ from typing import Any
 from . import figures, hindsight
 from .methods import METHODS
 from .sweep import BASE, SWEEPS
-from .tables import PRIOR, Cells, by_budget, by_set, costs, efficiency, markdown, overview, sampled, sweeps
+from .tables import (
+    CONTROLS,
+    PRIOR,
+    TASKS,
+    Cells,
+    by_budget,
+    by_set,
+    costs,
+    efficiency,
+    markdown,
+    overview,
+    sampled,
+    sweeps,
+)
 
 HEAD = """# Results
 
@@ -43,7 +56,8 @@ def write_results(output: Path, file: Path, fidelity: Path | None = None) -> Non
         parts.append("## Pretraining runs\n\nNot run.\n")
     if len(budgets) > 1:
         parts.append("## By budget\n")
-        parts += [f"{group}:\n\n{by_budget(budgets, group)}\n" for group in ("optimised tasks", "unseen tasks")]
+        common = [group for group in TASKS if all(group in cells.groups for cells in budgets.values())]
+        parts += [f"{group}:\n\n{by_budget(budgets, group)}\n" for group in common]
     claims, foreseen = output / "claims.json", fidelity / "fidelity.json" if fidelity else None
     parts.append("## What influence foresees\n")
     parts.append(_fidelity(json.loads(foreseen.read_text())) if foreseen and foreseen.exists() else "Not run.\n")
@@ -57,9 +71,9 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
     figures.curves(cells, drawn / f"curves-{name}.svg")
     figures.trade(cells, drawn / f"trade-{name}.svg")
     size = settings["size"]
-    missing = [
-        f"{method} (seed {seed})" for method in METHODS for seed in range(3) if seed not in cells.cells.get(method, {})
-    ]
+    seeds = sorted({seed for own in cells.cells.values() for seed in own})
+    missing = [f"{name} (seed {seed})" for name in METHODS for seed in seeds if seed not in cells.cells.get(name, {})]
+    traps = " and ".join(f"`{name}`" for name in CONTROLS if name in settings["split"]["domains"])
     return [
         f"## Budget `{name}`\n",
         f"A Llama with hidden size {size['hidden']} and {size['layers']} layers; {settings['steps']} steps of "
@@ -75,7 +89,7 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
         efficiency(cells) + "\n",
         "What is spent (`beforehand`: proxies and references; `in the run`: probes, measurements, decisions):\n",
         costs(cells) + "\n",
-        "What was sampled, in percent. `noise` and `web_dup` (near-duplicates) are the traps:\n",
+        "What was sampled, in percent" + (f"; the traps are {traps}" if traps else "") + ":\n",
         sampled(cells) + "\n",
         "By set, nats a token:\n",
         by_set(cells, "loss") + "\n",

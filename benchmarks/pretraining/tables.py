@@ -14,6 +14,7 @@ from .criteria import PAIRS
 
 CONTROLS = ("noise", "web_dup")  # domains that nobody wants learnt
 PRIOR = "natural"
+TASKS = ("optimised tasks", "unseen tasks")  # columns that have a curve
 
 Cell = dict[str, Any]
 Measure = Callable[[Cell], float]
@@ -42,22 +43,24 @@ class Cells:
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
-        """Column -> the sets whose mean it is."""
+        """Column -> the sets whose mean it is, of those that were judged; a column that has none is left out."""
         split = self.settings["split"]
         own = [name for name in split["domains"] if name not in CONTROLS]
-        return {
+        found = {
             "optimised tasks": split["optimised"],
             "unseen tasks": split["unseen_tasks"],
             "domains' own text": [f"text/{name}" for name in own],
             "unseen domains' text": [f"text/{name}" for name in split["unseen_domains"]],
         }
+        judged = {name for own in self.cells.values() for cell in own.values() for name in cell["final"]}
+        kept = {column: [name for name in sets if name in judged] for column, sets in found.items()}
+        return {column: sets for column, sets in kept.items() if sets}
 
     def mean(self, group: str, unit: str = "loss") -> Measure:
         """Mean of a group's sets."""
 
         def of(cell: Cell) -> float:
-            values = [cell["final"][name][unit] for name in self.groups[group] if name in cell["final"]]
-            return float(np.mean(values))
+            return float(np.mean([cell["final"][name][unit] for name in self.groups[group]]))
 
         return of
 
@@ -150,26 +153,24 @@ def sweeps(cells: Cells, base: str, variants: Mapping[str, Sequence[str]]) -> st
 def by_set(cells: Cells, unit: str) -> str:
     """A column a method, a row a set."""
     names = order(cells)
-    sets = [name for group in cells.groups.values() for name in group]
-    some = next(iter(next(iter(cells.cells.values())).values()))["final"]
     rows = [
         [f"`{each}`", *(f"{np.mean([one(each, unit)(c) for c in cells.cells[name].values()]):.3f}" for name in names)]
-        for each in sets
-        if each in some
+        for group in cells.groups.values()
+        for each in group
     ]
     return markdown(["set", *names], rows)
 
 
 def efficiency(cells: Cells) -> str:
     """Share of the prior's tokens at which methods are where it ends, by group of tasks."""
-    prior = cells.cells.get(PRIOR, {})
+    prior, groups = cells.cells.get(PRIOR, {}), [group for group in TASKS if group in cells.groups]
     rows = []
     for name in order(cells):
         both = sorted(set(cells.cells[name]) & set(prior))
         if name == PRIOR or not both:
             continue
         row = [f"`{name}`"]
-        for group in ("optimised tasks", "unseen tasks"):
+        for group in groups:
             shares = [share_of_tokens(cells.cells[name][s], prior[s], cells.groups[group]) for s in both]
             reached = [share for share in shares if np.isfinite(share)]
             text = f"{100 * np.mean(reached):.0f} %" if reached else "-"
@@ -182,7 +183,7 @@ def efficiency(cells: Cells) -> str:
                 )
             )
         rows.append(row)
-    return markdown(["method", "optimised tasks", "unseen tasks"], rows)
+    return markdown(["method", *groups], rows)
 
 
 def by_budget(budgets: Mapping[str, Cells], group: str) -> str:

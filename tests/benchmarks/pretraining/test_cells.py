@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from benchmarks.pretraining.__main__ import app
+from benchmarks.pretraining.corpus import Corpus
 from benchmarks.pretraining.hindsight import Law
 from benchmarks.pretraining.tables import Cells
 from benchmarks.pretraining.training import Training
+from dynmix import TokenStore
 
 WORDS = [a + b for a in "bcdfg" for b in "aeiou"]
 VARIANT = "tikmix-d[start=unimax,max_stages=2]"
@@ -140,6 +143,45 @@ def test_the_page_says_what_the_cells_say(run: Path) -> None:
     kept = [json.loads(line) for line in (run / "results" / "cells-tiny.jsonl").read_text().splitlines()]
     assert natural in kept
     assert measured in kept
+
+
+def test_the_page_of_a_corpus_where_little_is_held_out(corpus: Path, tmp_path: Path) -> None:
+    """Seeds of one's own, a domain without held-out text, and nothing unseen."""
+    shutil.copytree(corpus, bare := tmp_path / "bare")
+    (bare / "tasks/two.valid.jsonl.gz").unlink()
+    lines = gzip.decompress((bare / "domains/one.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    (bare / "domains/one.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:90])))  # or all mixtures are one
+    none = {"unseen-tasks": "", "unseen-domains": "", "seeds": "7"}
+    shown = bench(bare, tmp_path, "natural,uniform,temperature,unimax", **none)
+    assert shown.exit_code == 0, shown.output
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = CliRunner().invoke(app, ["results", f"--output={tmp_path}", f"--file={tmp_path / 'RESULTS.md'}"])
+    assert page.exit_code == 0, page.output
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| method | seeds | optimised tasks | domains' own text | tokens trained |" in text
+    assert "What the runs of `tiny` say together" in text
+    assert "text/one" in text
+    assert "text/two" not in text
+    assert "(seed 7)" in text
+    assert "(seed 0)" not in text
+    assert "traps" not in text
+
+
+def test_another_corpus_has_stores_of_its_own_and_what_judges_is_part_of_the_settings(
+    corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus, other := tmp_path / "other")
+    shutil.copy(corpus / "domains/three.jsonl.gz", other / "domains/one.jsonl.gz")
+    ours, theirs = (Corpus(root, tmp_path / "cache").stores for root in (corpus, other))
+    assert ours["two"] == theirs["two"]
+    content = {path: TokenStore.open(path).tokens[:50].tolist() for path in (*ours.values(), *theirs.values())}
+    assert content[theirs["one"]] == content[ours["three"]] != content[ours["one"]]
+    shutil.copytree(corpus, judged := tmp_path / "judged")
+    shutil.copy(corpus / "tasks/three.valid.jsonl.gz", judged / "tasks/one.valid.jsonl.gz")
+    assert bench(corpus, tmp_path, "natural").exit_code == 0
+    refused = bench(judged, tmp_path, "uniform")
+    assert "results of other settings" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
