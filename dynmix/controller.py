@@ -295,6 +295,7 @@ class MixtureController:
 
     def _begin(self, model: nn.Module, step: int) -> dict[str, float] | None:
         self.watch(model)
+        self.measurement.check(model)
         found = Evidence()
         if self.decider.needs & MEASURED:
             found.influence, found.drawn = self.measurement.rehearse(model)

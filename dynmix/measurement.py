@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dynmix.batches import Batch, as_batches, collate, scored_sequence, split
 from dynmix.drawn import DrawnMixtures
-from dynmix.influence.capture import LayerFilter, random_state_kept
+from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
 from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import Curvature, Identity
 from dynmix.influence.factored import FactoredCurvature
@@ -152,6 +152,19 @@ class Measurement:
             "sets": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.sets.items()},
             "guards": list(self.guards),
         }
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError for a token of a task or guard that the model's vocabulary has not."""
+        vocabulary = getattr(getattr(unwrap(model), "config", None), "vocab_size", None)
+        if not isinstance(vocabulary, int):
+            return
+        for name, batches in self.sets.items():
+            if (largest := max(int(batch["input_ids"].max()) for batch in batches)) >= vocabulary:
+                kind = "guards" if name in self.guards else "tasks"
+                raise ValueError(
+                    f"{kind}[{name!r}] has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
+                    "model's own tokenizer"
+                )
 
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""

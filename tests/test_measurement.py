@@ -115,3 +115,15 @@ def test_probes_that_the_curvature_is_fitted_on_are_the_same_batches(monkeypatch
     own = {id(batch) for batches in domains.values() for batch in batches}
     assert [len(batch["input_ids"]) for batch in pooled] == [4, 3, 4, 4, 2, 4, 4, 3]
     assert [id(batch) in own for batch in pooled] == [True, False, True, True, True, False, False, False]
+
+
+def test_a_token_that_the_model_does_not_have_is_named():
+    model = nn.Module()
+    model.config = type("Config", (), {"vocab_size": 64})
+    room = measurement(frozenset(), guards={"g": sequences(1, 4)})
+    room.check(model)
+    room.sets["g"][0]["input_ids"][0, 3] = 64
+    with pytest.raises(ValueError, match=r"guards\['g'\] has token 64, the model's vocabulary has 64"):
+        room.check(model)
+    with pytest.raises(ValueError, match="guards"):
+        room.check(nn.parallel.DataParallel(model))

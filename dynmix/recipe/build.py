@@ -3,6 +3,7 @@
 Knows the constructors of the library and of transformers, and which value of a recipe goes where. Decides nothing.
 """
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -70,6 +71,11 @@ def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
         raise RecipeError(
             f"training.train_sampling_strategy={given['train_sampling_strategy']!r} would shuffle the stages together: "
             "leave it out, the stream is shuffled already"
+        )
+    if given.get("save_only_model"):
+        raise RecipeError(
+            "training.save_only_model=True would save no state of the optimizer, so that the same command could not go "
+            "on where the run was killed: leave it out; save_total_limit says how many checkpoints are kept"
         )
     defaults = {
         "per_device_train_batch_size": min(8, recipe.batch_size),
@@ -256,6 +262,10 @@ def _layers(measurement: Measurement) -> Any:
     if isinstance(measurement.layers, Mapping):
         check_arguments("measurement.layers", measurement.layers, Layers)
         return Layers(**measurement.layers)
+    try:
+        re.compile(measurement.layers or "")
+    except re.error as problem:
+        raise RecipeError(f"measurement.layers={measurement.layers!r} is no regular expression: {problem}") from problem
     return measurement.layers
 
 
