@@ -40,6 +40,8 @@ def train(
     from dynmix.recipe.read import example_names, read_recipe
 
     if example is not None or examples:
+        if recipe is not None:
+            raise typer.BadParameter("prints a recipe and trains none: leave RECIPE out", param_hint="--example")
         typer.echo(example_text(example).rstrip() if example is not None else "\n".join(example_names()))
         return
     if recipe is None:

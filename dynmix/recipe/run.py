@@ -128,7 +128,10 @@ def build_run(recipe: Recipe, on_paper: bool = False) -> Run:
             f"stages.steps={recipe.stages.steps}: the run of training.max_steps={steps} ends before its first stage "
             "does, and nothing would ever be decided; make stages shorter"
         )
-    check_parts(recipe)
+    try:
+        check_parts(recipe)
+    except ValueError as problem:
+        raise RecipeError(str(problem)) from problem
     tokenizer = load_tokenizer(recipe)
     config = model_config(recipe.model, tokenizer, recipe.data.sequence_length)
     cache = Path(recipe.data.cache_dir or Path(recipe.output) / "tokens")

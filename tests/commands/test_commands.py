@@ -72,3 +72,10 @@ def test_that_accelerate_started_one_process_where_several_were_asked_for_is_tol
             caplog.clear()
             assert CliRunner().invoke(cli, ["train", "none.yaml"]).exit_code == 2
             assert ("give --multi_gpu" in caplog.text) == told
+
+
+def test_an_example_beside_a_recipe_is_a_misuse():
+    done = CliRunner().invoke(cli, ["train", "recipe.yaml", "--example", "mde"])
+    assert done.exit_code == 2
+    assert "--example: prints a recipe and trains none" in done.output
+    assert CliRunner().invoke(cli, ["train", "--example", "mde"]).exit_code == 0
