@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, SupportsFloat
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dynmix.mixture import accounting, late
 from dynmix.mixture.accounting import NewEpoch, Remaining, UsedUp, new_epochs, used_up
@@ -427,6 +427,8 @@ class MixtureDataset(Dataset[Item]):
     def load_state_dict(self, state: Mapping[str, Any], views: str | os.PathLike[str] | None = None) -> None:
         """Continue the stream of a state made by `state_dict`; to be called before a loader reads on.
 
+        In a worker, where torchdata's `StatefulDataLoader` calls it, nothing changes: stages are the main process's.
+
         The domains are those of the state from then on, under their numbers there. Of those that joined, data is found
         where the state says or among the domains of this dataset. A domain that this dataset has not may be missing, if
         the last stage of the state does not draw it. One that the state has not joins, with weight 0 until a stage is
@@ -438,7 +440,7 @@ class MixtureDataset(Dataset[Item]):
 
         Raises:
             ValueError: the state is of other data, or an index file is missing or changed; the message says what, and
-                nothing was loaded.
+                nothing was loaded. In a worker: of stages that the main process does not have.
         """
         saved = late.relocated(state["schedule"], views)
         then, joined = domains_of(saved)
@@ -455,6 +457,15 @@ class MixtureDataset(Dataset[Item]):
             found += [f"domain {name!r} has as many rows, but their content changed" for name in changed]
         if found:
             raise ValueError("this state belongs to other data: " + "; ".join(found))
+        if get_worker_info() is not None:
+            # A loader that keeps states of its workers. Theirs may be older than what the main process has published
+            # since they read ahead, and what they would write is shared with it.
+            if not self.schedule.continues(saved):
+                raise ValueError(
+                    "this state has stages that the main process has not: load them there before the loader starts,"
+                    " dataset.load_state_dict(state) with the state that dataset.state_dict() gave in the main process"
+                )
+            return
         first = late.first_rows(then, self._listed, self.sequence_length, state["fingerprint"])
         opened = {
             domain.source["hash"]: late.rows_of(domain, first, self._listed, self._open, self.sequence_length, drawn)

@@ -423,14 +423,17 @@ class MixtureSchedule:
         return made
 
     def continues(self, state: Mapping[str, Any]) -> bool:
-        """Whether the stages here are those of `state`, of the same domains, and what was published since."""
-        then, width, stages = unpack(state["stages"], len(state["names"])), len(state["names"]), self.stages
+        """Whether domains and stages here are those of `state`, and what joined and was published since."""
+        names, stages = self.names, self.stages
+        if list(names[: len(state["names"])]) != state["names"]:
+            return False
+        then = unpack(state["stages"], len(names))
         ends = [*then.starts[1:], then.end]
         for number, (start, end, cdf) in enumerate(zip(then.starts, ends, then.cdfs, strict=True), then.first):
             if not self._table.first <= number < self.num_stages:
                 return False
             here = self._stage(number)
-            same = here.start == start and np.array_equal(here.widened(width).cdf, cdf)
+            same = here.start == start and np.array_equal(here.widened(len(cdf)).cdf, cdf)
             if not same or end not in (None, stages[number - self._table.first].end):
                 return False
         return True

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader  # type: ignore[import-untyped]
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
@@ -347,6 +348,48 @@ def test_a_loaded_state_reaches_workers() -> None:
     twin.load_state_dict(dataset.state_dict())
     ours = first_tokens(DataLoader(dataset, batch_size=8))
     assert first_tokens(DataLoader(twin, batch_size=8, num_workers=1, multiprocessing_context="forkserver")) == ours
+
+
+@pytest.mark.parametrize(("workers", "held"), [(0, True), (1, False), (1, True), (2, True)])
+@pytest.mark.parametrize("cut", [1, 5])
+def test_a_loader_with_states_of_its_workers_goes_on_exactly(
+    workers: int, held: bool, cut: int, tmp_path: Path
+) -> None:
+    """They read ahead, so theirs are older than what is published and joins in the main process."""
+
+    def loader(data: MixtureDataset) -> Any:
+        return StatefulDataLoader(data, batch_size=8, num_workers=workers)
+
+    dataset = make(num_samples=320)
+    if held:
+        dataset.schedule.hold(160)
+    batches = iter(loaded := loader(dataset))
+    read = [int(row[0]) for _ in range(cut) for row in next(batches)["input_ids"]]
+    dataset.extend({"late": (np.array([0, 1]), np.array([3, 4]))}, tmp_path)
+    dataset.publish({"a": 0.5, "b": 0.0, "late": 0.5}, start=160)
+    state = pickle.dumps((dataset.state_dict(), loaded.state_dict()))
+    del batches
+    expected = [int(dataset[position]["input_ids"][0]) for position in range(320)]
+    own, of_loader = pickle.loads(state)
+    twin = make(num_samples=320)
+    twin.load_state_dict(own)
+    resumed = loader(twin)
+    resumed.load_state_dict(of_loader)
+    assert read + first_tokens(resumed) == expected
+    assert twin.schedule.starts == [0, 160]
+
+
+def test_a_worker_refuses_a_state_with_stages_that_the_main_process_has_not() -> None:
+    dataset = make(num_samples=320)
+    dataset.publish(half, start=16)
+    loader = StatefulDataLoader(dataset, batch_size=8, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    resumed = StatefulDataLoader(make(num_samples=320), batch_size=8, num_workers=1)
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match="load them there before the loader starts"):
+        next(iter(resumed))
 
 
 def test_a_state_of_other_data_is_refused() -> None:
