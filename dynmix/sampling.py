@@ -163,7 +163,7 @@ class Sampler:
         def score() -> None:
             with random_state_kept():  # loading a model draws from it
                 score_corpus(
-                    self.dataset.sequences,
+                    self.dataset,
                     {name: tasks[name] for source in sources for name in source.tasks},
                     sources,
                     out,

@@ -31,12 +31,11 @@ from dynmix.mixture.packing import PackedSequences, Packing
 from dynmix.mixture.progress import Progress
 from dynmix.mixture.reading import InOrder
 from dynmix.mixture.roster import Domain
-from dynmix.mixture.rows import Part, Tables, as_items, direct, tables_of
+from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
 from dynmix.mixture.samples import Samples
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, domains_of, matched
 from dynmix.mixture.sequences import (
     Item,
-    Rows,
     Sequences,
     common_length,
     content_hash,
@@ -120,6 +119,7 @@ class MixtureDataset(Dataset[Item]):
         schedule: the `MixtureSchedule` of this stream.
         sequence_length: tokens of a sequence.
         boundaries: as given.
+        options: how documents become sequences, and what items tell of them.
         controlled: whether a controller publishes its stages, and tells what happens in them at the step it does.
 
     Raises:
@@ -155,7 +155,7 @@ class MixtureDataset(Dataset[Item]):
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
         if sequence_length is not None and whole("sequence_length", sequence_length) < 1:
             raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
-        self._options = SequenceOptions.checked(
+        self.options = SequenceOptions.checked(
             packing, boundaries, bos_token_id, pad_token_id, ignore_token_ids, tokenizer
         )
         self.boundaries = boundaries
@@ -357,7 +357,7 @@ class MixtureDataset(Dataset[Item]):
         self._join(given, opened, late.numbered_domains(views, self._first, Path(folder or ".")))
 
     def _open(self, domains: Mapping[str, Source], sequence_length: int | None) -> tuple[Sequences, ...]:
-        given = {"tokenizer": self._tokenizer, "cache_dir": self._cache_dir, **self._options.of_packing}
+        given = {"tokenizer": self._tokenizer, "cache_dir": self._cache_dir, **self.options.of_packing}
         return open_domains(domains, sequence_length, **given)
 
     def _join(
@@ -420,7 +420,7 @@ class MixtureDataset(Dataset[Item]):
         return {
             "schedule": self.schedule.state_dict(since=self.read_until or None),
             "sequence_length": self.sequence_length,
-            "options": self._options.chosen,
+            "options": self.options.chosen,
             "fingerprint": dict(self.fingerprint),
         }
 
@@ -450,7 +450,7 @@ class MixtureDataset(Dataset[Item]):
         found += late.unlike(then, joined, self._listed, drawn)
         if state["sequence_length"] != self.sequence_length:
             found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
-        found += self._options.differences(state.get("options", {}))
+        found += self.options.differences(state.get("options", {}))
         if not found:
             here = [name for name in then if name in self._listed]
             changed = [name for name in here if self._content_of(name) != state["fingerprint"][name]]
@@ -525,22 +525,12 @@ class MixtureDataset(Dataset[Item]):
         if self._tables is None:
             self._tables = tables_of(self._first)
         tokens = direct(self._tables, self.sequence_length, domain, row)
-        parts = self._parts(domain, row) if tokens is None or self._masked else []
-        return as_items(domain, self.sequence_length, tokens, parts, self._options if self._masked else None)
+        parts = parts_of(self._sequences, self.domains, domain, row) if tokens is None or self._masked else []
+        return as_items(domain, self.sequence_length, tokens, parts, self.options if self._masked else None)
 
-    def _parts(self, domain: Ints, row: Ints) -> list[Part]:
-        """Rows of many domains by domain."""
-        found = []
-        for number in np.unique(domain).tolist():
-            here = np.flatnonzero(domain == number)
-            first = number < len(self._first)
-            sequences: Any = (
-                self._first[number] if first else self._joined(self.schedule.joined[number - len(self._first)])
-            )
-            if not isinstance(sequences, Rows):  # an item may be tokenised as it is asked for: once is enough
-                sequences = {each: sequences[each] for each in row[here].tolist()}
-            found.append(Part(here, sequences, row[here], f"domain {self.domains[number]!r}"))
-        return found
+    def _sequences(self, number: int) -> Sequences:
+        first = number < len(self._first)
+        return self._first[number] if first else self._joined(self.schedule.joined[number - len(self._first)])
 
     def _joined(self, domain: Domain) -> Sequences:
         content = domain.source["hash"]

@@ -17,11 +17,11 @@ BosTokenId: TypeAlias = int | Literal["auto"] | None
 class SequenceOptions(NamedTuple):
     """How documents become sequences and items, as `MixtureDataset` is told."""
 
-    packing: Packing
-    boundaries: Boundaries | None
-    bos_token_id: int | None
-    pad_token_id: int | None
-    ignore_token_ids: tuple[int, ...]
+    packing: Packing = "concat"
+    boundaries: Boundaries | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    ignore_token_ids: tuple[int, ...] = ()
     bos_is_default: bool = False
     """Whether the BOS is the tokenizer's, for documents that have none."""
 

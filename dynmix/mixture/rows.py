@@ -14,7 +14,7 @@ from dynmix.mixture.boundaries import block_mask, mask_labels, position_ids
 from dynmix.mixture.options import SequenceOptions
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.samples import Samples
-from dynmix.mixture.sequences import Ints, Sequences, documents, gather, labels
+from dynmix.mixture.sequences import Ints, Rows, Sequences, documents, gather, labels
 
 
 class Tables(NamedTuple):
@@ -53,6 +53,23 @@ def direct(tables: Tables, length: int, domain: Ints, row: Ints) -> npt.NDArray[
     rows = b"".join([tables.tokens[n][start:stop] for n, start, stop in zip(numbers, starts, stops, strict=True)])
     found = np.frombuffer(rows, tables.dtype).reshape(len(numbers), length)
     return None if found.dtype.kind == "i" and found.min() < 0 else found
+
+
+def parts_of(sequences: Callable[[int], Any], names: Sequence[str], domain: Ints, row: Ints) -> list[Part]:
+    """Rows of many domains, by domain.
+
+    Args:
+        sequences: those of a domain, by its number.
+        names: of the domains.
+        domain, row: int64[n], number of each row's domain, and its number in it.
+    """
+    found = []
+    for number in np.unique(domain).tolist():
+        here, own = np.flatnonzero(domain == number), sequences(number)
+        if not isinstance(own, Rows):  # an item may be tokenised as it is asked for: once is enough
+            own = {each: own[each] for each in row[here].tolist()}
+        found.append(Part(here, own, row[here], f"domain {names[number]!r}"))
+    return found
 
 
 def as_items(

@@ -1,6 +1,6 @@
 """A raw corpus as numbered samples: the rows, or the documents, of its domains, one domain after the other.
 
-Knows token stores and sequences; no model, no task and no scores.
+Knows token stores, sequences and what items tell of them; no model, no task and no scores.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from dynmix.mixture.boundaries import IGNORED
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.index import split
+from dynmix.mixture.options import SequenceOptions
+from dynmix.mixture.rows import as_items, parts_of
 from dynmix.mixture.sequences import (
     PADDING,
     Ints,
+    Item,
     Sequences,
     common_length,
     content_hash,
     documents,
     gather,
     is_padded,
+    labels,
 )
 from dynmix.mixture.sources import as_sequences
 from dynmix.mixture.store import TokenStore
@@ -35,6 +42,7 @@ Domains = Mapping[str, TokenStore | DocumentView | str | os.PathLike[str] | Sequ
 Tokens = NDArray[np.integer[Any]]
 
 _ENDS = 1024  # tokens of a store's beginning and end that its fingerprint is made of, beside its index
+_LOOKED_AT = 64  # rows whose labels a fingerprint is made of, where they may differ from the ids
 
 
 class Corpus:
@@ -42,7 +50,8 @@ class Corpus:
 
     Args:
         domains: name -> token store, path of one, or for rows also a `DocumentView`, `RowView` or any sequence of dicts
-            with `input_ids` of one length.
+            with `input_ids` of one length; or a `MixtureDataset`, whose first domains they are, and whose `boundaries`
+            and ignored ids its items have here too.
         unit: a sample is a "sequence": a row of `sequence_length` tokens, as `MixtureDataset` has them; or a
             "document" of a token store.
         sequence_length: tokens of a row, and of what a model reads at once of a document. It may be left out where no
@@ -57,7 +66,12 @@ class Corpus:
         ValueError: no domains, one without samples, rows of different lengths, documents of something else.
     """
 
-    def __init__(self, domains: Domains, unit: Unit = "sequence", sequence_length: int | None = None) -> None:
+    def __init__(
+        self, domains: Domains | MixtureDataset, unit: Unit = "sequence", sequence_length: int | None = None
+    ) -> None:
+        self._options = SequenceOptions()
+        if isinstance(domains, MixtureDataset):
+            self._options, domains = domains.options, domains.sequences
         if not domains:
             raise ValueError("domains is empty: a corpus needs at least one")
         if unit not in get_args(Unit):
@@ -76,6 +90,8 @@ class Corpus:
         if sequence_length is None:
             raise ValueError("sequence_length is missing: tokens of a document that a model reads at once")
         self.sequence_length = sequence_length
+        apart = unit == "sequence" and bool(self._options.boundaries or self._options.ignore_token_ids)
+        self._masked = [apart or (unit == "sequence" and is_padded(part)) for part in self._parts]
         self.sizes = np.array([len(part) for part in self._parts], np.int64)
         self.tokens = self.sizes * sequence_length
         if unit == "document":
@@ -90,7 +106,7 @@ class Corpus:
         return split(np.arange(start, stop), self._ends)
 
     def read(self, start: int, stop: int) -> list[Tokens]:
-        """Token ids of samples start to stop, 1-D, without padding; documents are views on the memory-mapped stores."""
+        """Token ids alone of samples start to stop, 1-D, without padding; documents are views on the stores."""
         domains, rows = self.where(start, stop)
         samples: list[Tokens] = []
         for domain in np.unique(domains).tolist():
@@ -104,22 +120,48 @@ class Corpus:
                 samples += [tokens[real] for tokens, real in zip(ids, kept, strict=True)]
         return samples
 
-    def spread(self, n: int) -> list[Tokens]:
+    def lengths(self, start: int, stop: int) -> Ints:
+        """Tokens of samples start to stop, int64[n]: of a document its own, of a row all, padding included."""
+        domains, rows = self.where(start, stop)
+        if self.unit == "sequence":
+            return np.full(len(rows), self.sequence_length, np.int64)
+        found = np.empty(len(rows), np.int64)
+        for domain in np.unique(domains).tolist():
+            here = domains == domain
+            found[here] = self._parts[domain].starts(rows[here] + 1) - self._parts[domain].starts(rows[here])
+        return found
+
+    def items(self, samples: Ints, offsets: Ints) -> Sequence[Item]:
+        """What a model is given of samples, each from a token of it on.
+
+        Of a row that is the item that a `MixtureDataset` gives to train on, as a whole: `input_ids`, `labels`, and what
+        keeps its documents apart. Of a document at most `sequence_length` of its `input_ids`.
+
+        Args:
+            samples: their numbers, int64[n].
+            offsets: of rows 0, int64[n].
+        """
+        domains, rows = split(samples, self._ends)
+        if self.unit == "sequence":
+            parts = parts_of(self._parts.__getitem__, self.names, domains, rows)
+            return as_items(domains, self.sequence_length, None, parts, self._options if any(self._masked) else None)
+        pieces = zip(domains.tolist(), rows.tolist(), offsets.tolist(), strict=True)
+        ids = [self._parts[domain][row][at : at + self.sequence_length] for domain, row, at in pieces]
+        return [{"input_ids": torch.from_numpy(tokens.astype(np.int64))} for tokens in ids]
+
+    def spread(self, n: int) -> list[Item]:
         """At most n different sequences, evenly spread over the tokens of the corpus; always the same ones.
 
         One from each of n equal parts of all tokens, by a random token in it: the row, or the window of the document,
-        that has this token. Those without a token to score are left out.
+        that has this token, as `items` gives it. Those without a token to score are left out.
         """
         ends = np.cumsum(self.tokens)
         strata = (np.arange(n) + np.random.default_rng(0).random(n)) / n
         domains, tokens = split((strata * ends[-1]).astype(np.int64), ends)
         chosen = dict.fromkeys((d, *self._window(d, t)) for d, t in zip(domains.tolist(), tokens.tolist(), strict=True))
-        first = self._ends - self.sizes
-        found = []
-        for domain, row, offset in chosen:
-            sample = self.read(int(first[domain]) + row, int(first[domain]) + row + 1)[0]
-            found.append(sample[offset : offset + self.sequence_length])
-        return [window for window in found if len(window) > 1]
+        domain, row, offset = np.array(list(chosen), np.int64).T
+        items = self.items((self._ends - self.sizes)[domain] + row, offset)
+        return [item for item in items if (item["labels" if "labels" in item else "input_ids"][1:] != IGNORED).any()]
 
     def _window(self, domain: int, token: int) -> tuple[int, int]:
         """Sample of a domain that has this token of it, and where in it the window with the token begins."""
@@ -135,24 +177,35 @@ class Corpus:
 
     @property
     def fingerprints(self) -> list[str]:
-        """Of each domain: a hash of its index or length, and of its first and last tokens."""
+        """Of each domain: a hash of its index or length, and of its first and last tokens.
+
+        Where labels or boundaries are not those of plain text, of these too, by some rows of the domain.
+        """
         if self.unit == "sequence":
-            named = zip(self.names, self._parts, strict=True)
-            return [content_hash(rows, self.sequence_length, f"domain {name!r}") for name, rows in named]
+            return [self._rows_hash(domain) for domain in range(len(self.names))]
         return [_store_hash(store) for store in self._parts]
 
+    def _rows_hash(self, domain: int) -> str:
+        rows, length, where = self._parts[domain], self.sequence_length, f"domain {self.names[domain]!r}"
+        content = content_hash(rows, length, where)
+        if not self._masked[domain]:
+            return content
+        told = f"{content} {self._options.boundaries} {self._options.ignore_token_ids}"
+        digest = hashlib.blake2b(told.encode(), digest_size=16)
+        some = np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(np.int64))
+        digest.update(labels(rows, some, gather(rows, some, length, where), where).astype("<i8").tobytes())
+        digest.update(documents(rows, some, length, where).astype("<i8").tobytes())
+        return digest.hexdigest()
 
-def windows(samples: Sequence[Tokens], length: int) -> tuple[list[Tokens], Ints]:
-    """The samples in consecutive windows of at most `length` tokens, without those that have no token to score.
 
-    Returns the windows, and the number of the sample that each is of, int64[n].
+def windows(lengths: Ints, length: int) -> tuple[Ints, Ints]:
+    """Samples of these lengths in consecutive windows of at most `length` tokens, but for a last one of a single token.
+
+    Returns the number of the sample that each window is of, and where in it the window begins, int64[n] each.
     """
-    found = [
-        (number, sample[start : start + length])
-        for number, sample in enumerate(samples)
-        for start in range(0, len(sample) - 1, length)
-    ]
-    return [window for _, window in found], np.array([number for number, _ in found], np.int64)
+    counts = -(-np.maximum(lengths - 1, 0) // length)
+    owners = np.repeat(np.arange(len(lengths)), counts)
+    return owners, (np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
 
 
 def by_length(lengths: Ints, batch_tokens: int) -> Iterator[Ints]:

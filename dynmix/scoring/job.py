@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ from dynmix.influence.capture import next_token_labels, unwrap
 from dynmix.influence.curvature import Curvature
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.sample import SampleScorer
-from dynmix.mixture.sequences import Ints
-from dynmix.scoring.corpus import Corpus, Tokens, by_length, windows
+from dynmix.scoring.corpus import Corpus, by_length, windows
 from dynmix.scoring.cost import flops_per_token
 from dynmix.scoring.sources import Source, check_sources
 
@@ -151,8 +150,12 @@ class ShardScorer:
         self.model = model if device is None else model.to(device)
         fitted_on = job.corpus.spread(job.curvature_sequences)
         if not fitted_on:
-            raise ValueError("the corpus has no sequence with a token to score: give documents of at least 2 tokens")
-        curvature_batches = [_batch([fitted_on[i] for i in rows]) for rows in _rows(fitted_on, job.batch_tokens)]
+            raise ValueError(
+                "the corpus has no sequence with a token to score: give documents of at least 2 tokens, or labels that"
+                " are not all -100"
+            )
+        sizes = np.array([len(item["input_ids"]) for item in fitted_on], np.int64)
+        curvature_batches = [collate([fitted_on[i] for i in rows]) for rows in by_length(sizes, job.batch_tokens)]
         tasks = {name: job.tasks[name] for name in source.tasks}
         for name, batches in tasks.items():
             for batch in batches:
@@ -180,6 +183,7 @@ class ShardScorer:
     def score(self, shard: int, tick: Callable[[int], object] = lambda tokens: None) -> pa.Table:
         """Columns id, domain, tokens, score/<task>/<checkpoint>..., loss/<checkpoint>; a row a sample.
 
+        A row of the corpus is scored as the item that training gets of it, and by the labels that it has there.
         A document of several windows has their means, weighted by scored tokens: the influence and the loss of its mean
         loss per token, each window on its own. NaN where there is no token to score.
 
@@ -188,18 +192,19 @@ class ShardScorer:
             tick: called after each batch with the number of its tokens.
         """
         corpus, (start, stop) = self._job.corpus, self._job.bounds(shard)
-        samples = corpus.read(start, stop)
-        found, owners = windows(samples, corpus.sequence_length)
-        sums = np.zeros((len(samples), len(self.scorer.tasks)))
-        nats, scored = np.zeros(len(samples)), np.zeros(len(samples))
-        for rows in _rows(found, self._job.batch_tokens):
-            batch = _batch([found[i] for i in rows])
+        lengths = corpus.lengths(start, stop)
+        owners, offsets = windows(lengths, corpus.sequence_length)
+        sizes = np.minimum(lengths[owners] - offsets, corpus.sequence_length)
+        sums = np.zeros((len(lengths), len(self.scorer.tasks)))
+        nats, scored = np.zeros(len(lengths)), np.zeros(len(lengths))
+        for rows in by_length(sizes, self._job.batch_tokens):
+            batch = collate(corpus.items(start + owners[rows], offsets[rows]))
             self._check(batch, "the corpus")
             measured, of = self.scorer(batch), owners[rows]
             np.add.at(sums, of, measured.scores * measured.tokens[:, None])
             np.add.at(nats, of, measured.loss * measured.tokens)
             np.add.at(scored, of, measured.tokens)
-            tick(sum(len(found[i]) for i in rows))
+            tick(int(sizes[rows].sum()))
         domain, row = corpus.where(start, stop)
         with np.errstate(invalid="ignore"):
             scores, losses = (sums / scored[:, None]).astype(np.float32), (nats / scored).astype(np.float32)
@@ -208,7 +213,7 @@ class ShardScorer:
             {
                 "id": row,
                 "domain": pa.DictionaryArray.from_arrays(domain.astype(np.int32), list(corpus.names)),
-                "tokens": np.array([len(sample) for sample in samples], np.int64),
+                "tokens": np.array([len(sample) for sample in corpus.read(start, stop)], np.int64),
                 **{f"score/{task}/{name}": scores[:, i] for i, task in enumerate(self.scorer.tasks)},
                 f"loss/{name}": losses,
             }
@@ -298,14 +303,6 @@ def make_job(
         batch_tokens,
         shard_samples,
     )
-
-
-def _rows(sequences: Sequence[Tokens], batch_tokens: int) -> Iterator[Ints]:
-    return by_length(np.array([len(sequence) for sequence in sequences], np.int64), batch_tokens)
-
-
-def _batch(sequences: Sequence[Tokens]) -> Batch:
-    return collate([{"input_ids": torch.from_numpy(sequence.astype(np.int64))} for sequence in sequences])
 
 
 def _batches_hash(batches: Sequence[Mapping[str, Tensor]]) -> str:

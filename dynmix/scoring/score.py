@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dynmix.influence.curvature import Curvature
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.scoring.corpus import Corpus, Domains, Unit
 from dynmix.scoring.cost import describe
 from dynmix.scoring.folder import ScoreFolder
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def score_corpus(
-    domains: Domains,
+    domains: Domains | MixtureDataset,
     tasks: Mapping[str, Examples],
     checkpoints: Sequence[Source],
     out: str | os.PathLike[str],

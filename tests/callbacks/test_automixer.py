@@ -10,14 +10,16 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import dynmix.sampling
 from dynmix import AutoMixer, MixtureDataset
+from dynmix.batches import collate
 from dynmix.callbacks import MixtureHook
 from dynmix.journal import Journal
 from dynmix.peaks import PeakSnapshots
 from dynmix.report import write_report
+from dynmix.scoring import read_losses
 from dynmix.tables import stage_table
 from dynmix.tasks import Record, Task
 
@@ -164,6 +166,22 @@ def test_a_scoring_that_fails_keeps_the_weights_and_is_tried_again(training, tmp
     assert rows[2]["error"] is None
     assert len(calls) == 2
     assert "disk full" in caplog.text
+
+
+def test_what_is_scored_is_what_is_trained_on(training, tmp_path, monkeypatch):
+    ignored, real, found = list(range(0, training.VOCAB, 3)), dynmix.sampling.score_corpus, []
+
+    def scored(domains, tasks, sources, out, **options):
+        real(domains, tasks, sources, out, **options)
+        found.append((read_losses(out), LlamaForCausalLM.from_pretrained(sources[0].path)))
+
+    monkeypatch.setattr(dynmix.sampling, "score_corpus", scored)
+    options = {"ignore_token_ids": ignored, "boundaries": "position_ids"}
+    dataset = training.run(tmp_path, mixer=MIXER, data_options=options).train_dataset
+    (losses, model), items = found[0], [dataset.sequence(n, r) for n in training.DOMAINS for r in range(training.ROWS)]
+    with torch.no_grad():
+        plain = [model(**collate([item]), use_cache=False).loss.item() for item in items]
+    np.testing.assert_allclose(losses.scores[:, 0], plain, rtol=1e-5)
 
 
 def test_groups_too_small_for_the_run_are_seen_more_often_and_that_is_said(training, tmp_path, caplog):

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import LlamaForCausalLM
 
+from dynmix.batches import collate
 from dynmix.influence.curvature import Identity
 from dynmix.influence.sample import last_layers, sample_influence
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
@@ -55,7 +57,7 @@ def test_rows_have_the_scores_of_sample_influence(setting: Setting, tmp_path):
     assert set(found.tokens.tolist()) == {LENGTH}
     samples = [{"input_ids": row["input_ids"][None]} for name in rows for row in rows[name]]
     spread = Corpus(setting.domains, "sequence", LENGTH).spread(9)
-    fitted_on = [{"input_ids": torch.tensor(ids.astype(np.int64))[None]} for ids in spread]
+    fitted_on = [{"input_ids": item["input_ids"][None]} for item in spread]
     for number, source in enumerate(setting.sources):
         tasks = {name: [{k: v[None] for k, v in one.items()} for one in setting.tasks[name]] for name in source.tasks}
         model = LlamaForCausalLM.from_pretrained(source.path)
@@ -63,6 +65,42 @@ def test_rows_have_the_scores_of_sample_influence(setting: Setting, tmp_path):
         columns = [i for i, column in enumerate(COLUMNS) if column.checkpoint == source.name]
         np.testing.assert_allclose(found.scores[:, columns], want.scores, rtol=2e-3, atol=1e-3 * want.scores.std())
         np.testing.assert_allclose(losses.scores[:, number], want.loss, rtol=1e-5)
+
+
+def chats(n: int) -> list[dict[str, list[int]]]:
+    """Rows with a prompt that is not learnt and padding; the last has nothing to learn."""
+    rng, found = np.random.default_rng(0), []
+    for size in rng.integers(4, LENGTH, n).tolist():
+        ids, fill = rng.integers(1, VOCABULARY, size).tolist(), [0] * (LENGTH - size)
+        labels = [-100] * 3 + ids[3:] + [-100] * len(fill)
+        found.append({"input_ids": ids + fill, "labels": labels, "attention_mask": [1] * size + fill})
+    found[-1]["labels"] = [-100] * LENGTH
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"boundaries": "position_ids"},
+        {"boundaries": "mask", "packing": "best_fit", "ignore_token_ids": [5, 50]},
+    ],
+)
+def test_rows_of_a_dataset_are_scored_as_they_are_trained_on(setting: Setting, tmp_path, options):
+    domains = {"chats": chats(9), **setting.domains}
+    dataset = MixtureDataset(domains, num_samples=1, sequence_length=LENGTH, **options)
+    score_corpus(**setting.arguments(out=tmp_path, domains=dataset, curvature=Identity()))
+    found, losses = read_scores(tmp_path), read_losses(tmp_path)
+    items = [dataset.sequence(name, row) for name, size in dataset.sizes.items() for row in range(size)]
+    model = LlamaForCausalLM.from_pretrained(setting.sources[0].path)
+    batches = [collate([item]) for item in items]
+    tasks = {name: [collate([one]) for one in setting.tasks[name]] for name in setting.sources[0].tasks}
+    want = sample_influence(model, batches, tasks, Identity())
+    assert 1 <= np.isnan(want.scores).any(axis=1).sum() < 5  # nothing to learn, or a document of one token
+    np.testing.assert_allclose(found.scores[:, :2], want.scores, rtol=1e-3, atol=1e-4 * np.nanstd(want.scores))
+    with torch.no_grad():
+        plain = [model(**batch, use_cache=False).loss.item() for batch in batches]
+    np.testing.assert_allclose(losses.scores[:, 0], plain, rtol=1e-5)
 
 
 def gradient(model, names, sequences):
@@ -226,6 +264,7 @@ def test_a_part_leaves_the_others_to_be_done(setting: Setting, tmp_path):
         ({"checkpoints": "other weights"}, "checkpoints.1.fingerprint was"),
         ({"domains": "other tokens"}, "domains.1.fingerprint was"),
         ({"domains": "other order"}, "domains.0.name was 'web' and is 'code'"),
+        ({"domains": "other boundaries"}, "domains.0.fingerprint was"),
     ],
 )
 def test_another_configuration_is_refused(setting: Setting, tmp_path, change, said):
@@ -239,6 +278,9 @@ def test_another_configuration_is_refused(setting: Setting, tmp_path, change, sa
         store = TokenStore.open(setting.domains["code"])
         changed = TokenStore.write(tmp_path / "code", [(document + 1) % VOCABULARY for document in store])
         change = {"domains": setting.domains | {"code": changed}}
+    elif change == {"domains": "other boundaries"}:
+        options = {"sequence_length": LENGTH, "boundaries": "position_ids"}
+        change = {"domains": MixtureDataset(setting.domains, num_samples=1, **options)}
     elif "domains" in change:
         change = {"domains": dict(reversed(setting.domains.items()))}
     arguments = setting.arguments(out=tmp_path / "out", load=lambda path: pytest.fail("a model was loaded"))
