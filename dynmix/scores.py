@@ -69,7 +69,8 @@ class SampleScores:
         domains: names of the raw domains.
         domain: int[n], index into `domains`.
         row: int64[n], number of the sequence, or document, within its domain.
-        tokens: int64[n], tokens of the sample, > 0.
+        tokens: int64[n], tokens of the sample, > 0. A sequence takes its whole length of a run, and counts with its
+            padding here, in `tokens_left` and wherever else tokens of a run are.
         columns: what each column of `scores` is of; all different.
         scores: float[n, n_columns]; positive helps, NaN where it could not be measured.
         tokens_left: tokens that the run which asks will still train on; None where there is none.

@@ -90,7 +90,7 @@ def ngram_scores(
             for total, own in zip(sums, advantage, strict=True):
                 total += np.bincount(owners, weights=own[hashes], minlength=len(samples))
         scores[start : start + len(samples)] = (sums / np.maximum(lengths, 1)).T
-        tokens[start : start + len(samples)] = lengths
+        tokens[start : start + len(samples)] = corpus.lengths(start, start + len(samples))
     domain, row = corpus.where(0, len(corpus))
     return frame(corpus.names, domain, row, tokens, tuple(Column(task, "ngram", 1) for task in tasks), scores)
 

@@ -213,7 +213,7 @@ class ShardScorer:
             {
                 "id": row,
                 "domain": pa.DictionaryArray.from_arrays(domain.astype(np.int32), list(corpus.names)),
-                "tokens": np.array([len(sample) for sample in corpus.read(start, stop)], np.int64),
+                "tokens": lengths,
                 **{f"score/{task}/{name}": scores[:, i] for i, task in enumerate(self.scorer.tasks)},
                 f"loss/{name}": losses,
             }

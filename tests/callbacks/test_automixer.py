@@ -195,6 +195,22 @@ def test_groups_too_small_for_the_run_are_seen_more_often_and_that_is_said(train
     assert max(late) - min(late) < 0.5
 
 
+def test_padding_does_not_make_groups_too_small(training, tmp_path, monkeypatch, caplog):
+    real, length = training.sequences, training.LENGTH
+
+    def padded(*args, **options):
+        mask = [1] * (length // 2) + [0] * (length - length // 2)
+        return [item | {"attention_mask": mask} for item in real(*args, **options)]
+
+    monkeypatch.setattr(training, "sequences", padded)
+    with caplog.at_level(logging.WARNING):  # 120 of 180 sequences are left to train on, of half as many tokens
+        training.run(tmp_path, mixer=AutoMixer(every=2, keep=1.0, max_epochs=1))
+    assert groups_of(tmp_path)["error"] is None
+    assert "groups" not in caplog.text
+    seen = Journal(tmp_path / "dynmix/journal.jsonl").rows()[-1]["epochs"]
+    assert max(epochs for name, epochs in seen.items() if name.startswith("group:")) <= 1
+
+
 @pytest.mark.parametrize("checkpoints", ["last", 2])
 def test_checkpoints_by_step_alone(training, tmp_path, checkpoints):
     training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8, checkpoints=checkpoints))

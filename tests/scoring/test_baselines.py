@@ -40,6 +40,13 @@ def test_ngrams_have_one_bucket_each_and_do_not_reach_over_an_end():
     assert len({five, six, twos[0], twos[1]}) == 4
 
 
+def test_padding_counts_as_tokens_of_a_run_and_as_no_ngram():
+    fill = {"input_ids": [3, 4, 0, 0], "attention_mask": [1, 1, 0, 0]}
+    found = ngram_scores({"a": [fill, {"input_ids": [3, 4, 0, 0]}]}, tasks())
+    assert found.tokens.tolist() == [4, 4]
+    assert (found.scores[0] != found.scores[1]).all()
+
+
 def test_buckets_are_filled_evenly():
     hashes, _ = next(_hashed([np.arange(40_000)], (1,), 100))
     counts = np.bincount(hashes, minlength=100)

@@ -91,6 +91,7 @@ def test_rows_of_a_dataset_are_scored_as_they_are_trained_on(setting: Setting, t
     dataset = MixtureDataset(domains, num_samples=1, sequence_length=LENGTH, **options)
     score_corpus(**setting.arguments(out=tmp_path, domains=dataset, curvature=Identity()))
     found, losses = read_scores(tmp_path), read_losses(tmp_path)
+    assert set(found.tokens.tolist()) == {LENGTH}  # of a run, whatever is padding
     items = [dataset.sequence(name, row) for name, size in dataset.sizes.items() for row in range(size)]
     model = LlamaForCausalLM.from_pretrained(setting.sources[0].path)
     batches = [collate([item]) for item in items]
