@@ -39,6 +39,12 @@ class EpochBudget:
         """Domain -> epochs; of domains that entered the run too, where there is one number for all."""
         return self._limits.epochs(self.dataset.sizes)
 
+    @property
+    def of_entering(self) -> float | None:
+        """Epochs of any domain that enters the run: the one number for all; None where limits are by name, or none."""
+        limit = self._limits.max_epochs
+        return None if limit is None or isinstance(limit, Mapping) else float(limit)
+
     def left(self, position: int) -> dict[str, float]:
         """Return domain -> sequences that may still be drawn from `position` on, for the limited domains."""
         left = self._limits.draws(self.dataset.sizes) - self.dataset.schedule.counts(position)
@@ -52,9 +58,8 @@ class EpochBudget:
 
     def entering(self, sizes: Mapping[str, int], samples: int) -> dict[str, float]:
         """Return the same for domains that are about to enter, by how many sequences they have."""
-        if isinstance(self._limits.max_epochs, Mapping):
-            return {}
-        return {name: limit * sizes[name] / samples for name, limit in self._limits.epochs(sizes).items()}
+        limit = self.of_entering
+        return {} if limit is None else {name: limit * size / samples for name, size in sizes.items()}
 
     def check(self, total: int, first_end: int) -> None:
         """Raise ValueError if a run of `total` samples, or its first stage up to `first_end`, cannot stay within it.

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -567,7 +567,8 @@ class MixtureController:
             found.influence = found.influence or found.gradient
             _check_finite(found.gradient)
         if self.sampler is not None and self.mixer.wants_samples(number, prior):
-            found.samples = self.sampler.scores(model, step, (self.total - stage.start) * self.dataset.sequence_length)
+            scores = self.sampler.scores(model, step, (self.total - stage.start) * self.dataset.sequence_length)
+            found.samples = replace(scores, max_epochs=self.budget.of_entering)
         if found.influence is not None and in_run is None:
             found.loss = losses_of(found.influence)
         elif number % self.loss_every == 0:

@@ -74,6 +74,7 @@ class SampleScores:
         columns: what each column of `scores` is of; all different.
         scores: float[n, n_columns]; positive helps, NaN where it could not be measured.
         tokens_left: tokens that the run which asks will still train on; None where there is none.
+        max_epochs: how often that run lets a domain be seen that enters it; None where it does not say.
 
     Raises ValueError for arrays that do not fit together, no columns or no samples.
     """
@@ -85,6 +86,7 @@ class SampleScores:
     columns: tuple[Column, ...]
     scores: NDArray[np.floating]
     tokens_left: int | None = None
+    max_epochs: float | None = None
 
     def __post_init__(self) -> None:
         n = len(self.row)

@@ -35,6 +35,7 @@ def test_domains_that_enter_are_bounded_by_a_number_for_all(tmp_path):
     for_all, by_name = EpochBudget(data, 2.0), EpochBudget(data, {"a": 2.0})
     assert for_all.entering({"late": 5}, samples=40) == {"late": 0.25}
     assert by_name.entering({"late": 5}, samples=40) == {}
+    assert (for_all.of_entering, by_name.of_entering, EpochBudget(data, None).of_entering) == (2.0, None, None)
     data.schedule.hold(20)
     data.extend({"late": ([0, 1], [3, 4])}, tmp_path)
     data.publish({"a": 0.0, "b": 0.0, "late": 1.0}, 20, 30)

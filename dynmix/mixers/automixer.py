@@ -35,8 +35,11 @@ class AutoMixer(Mixer):
             place, or nothing helps any task, the weights stay.
         keep, blend, budget: share of a group that is kept, weight of early and late checkpoints, and most tokens of a
             group, as in `dynmix.mixers.regroup.regroup`.
-        max_epochs: how often a group may be seen in the rest of the run; the excess goes to the other groups, `rest`
-            last. Where all of them are too small, a warning says so and all are seen alike, more often.
+        max_epochs: how often a group may be seen in the rest of the run, unless the run itself has a lower limit, one
+            number for all domains; the excess goes to the other groups, `rest` last. Where all of them are too small, a
+            warning says so and all are seen alike: more often, or as often as the run's limit lets them, and the raw
+            domains, in the proportions that they had, take what is left. What was read of the sequences before, as rows
+            of their raw domains, does not count, and limits by name are those of the domains they name.
         every, metric, min_delta, checkpoints: how the tasks are evaluated and which checkpoints score, as in
             `dynmix.scores.SamplePlan`.
 
@@ -87,9 +90,10 @@ class AutoMixer(Mixer):
             ValueError: as `regroup` does: no finite score.
         """
         if samples is None:
-            return Proposal(within(prior, upper), message="the mixture stays: the corpus was not scored here")
+            return Proposal(_staying(prior, upper or {}), message="the mixture stays: the corpus was not scored here")
         groups = regroup(samples, keep=self.keep, blend=self.blend, budget=self.budget)
-        weights = group_weights(groups, max_epochs=self._bound(groups, samples.tokens_left), tokens=samples.tokens_left)
+        bound, share = self._bound(groups, samples)
+        weights = group_weights(groups, max_epochs=bound, tokens=samples.tokens_left)
         if weights is None:
             return Proposal(within(prior, upper), solver="prior", message="no group has positive joint influence")
         entering = {}
@@ -97,29 +101,50 @@ class AutoMixer(Mixer):
             members = group.members[samples.row[group.members].argsort(kind="stable")]
             members = members[samples.domain[members].argsort(kind="stable")]  # in the order of the stores
             entering[PREFIX + group.name] = samples.domain[members], samples.row[members]
+        weights = {name: share * weight for name, weight in weights.items()}
+        raw = {name: (1 - share) * weight for name, weight in within(prior, upper).items()} if share < 1 else {}
         return Proposal(
-            {PREFIX + name: weight for name, weight in weights.items()},
+            raw | {PREFIX + name: weight for name, weight in weights.items()},
             message=_words(groups, weights, samples),
             groups=entering,
         )
 
-    def _bound(self, groups: Sequence[Group], tokens: int | None) -> float | None:
-        """Return `max_epochs`, or how often all groups are seen alike where they are too small for the run."""
-        if self.max_epochs is None or tokens is None:
-            return None
+    def _bound(self, groups: Sequence[Group], samples: SampleScores) -> tuple[float | None, float]:
+        """Return how often a group may be seen, and the share of the rest of the run that the groups can hold.
+
+        The first is how often all are seen alike where they are too small for the run.
+        """
+        tokens = samples.tokens_left
+        limits = [limit for limit in (self.max_epochs, samples.max_epochs) if limit is not None]
+        if not limits or tokens is None:
+            return None, 1.0
         needed = tokens / sum(group.tokens for group in groups)
-        if needed > self.max_epochs:
+        share = 1.0 if samples.max_epochs is None else min(1.0, samples.max_epochs / needed)
+        if needed > min(limits):
             logger.warning(
-                "the groups are too small for the %d tokens that are left: they are seen %.1f times, not %g at most; "
-                "raise keep, or train for fewer steps", tokens, needed, self.max_epochs,
-            )  # fmt: skip
-        return max(self.max_epochs, needed * (1 + 1e-9))
+                "the groups are too small for the %d tokens that are left: %s; raise keep, or train for fewer steps",
+                tokens,
+                f"within the run's max_epochs={samples.max_epochs:g} they hold {share:.0%}, the raw domains the rest"
+                if share < 1
+                else f"they are seen {needed:.1f} times, not {min(limits):g} at most",
+            )
+        return max(min(limits), needed * (1 + 1e-9)), share
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
         return {name: value for name, value in super().describe().items() if name != "sample_plan"} | vars(
             self.sample_plan
         )
+
+
+def _staying(prior: Mapping[str, float], upper: Mapping[str, float]) -> dict[str, float]:
+    """The prior inside its bounds; as long as the groups hold it, raw domains that they took the place of get nothing.
+
+    What the others cannot hold would go to all domains of weight 0.
+    """
+    room = sum(min(1.0, upper.get(name, 1.0)) for name in prior if name.startswith(PREFIX))
+    replaced = [name for name, weight in prior.items() if not weight and not name.startswith(PREFIX)]
+    return within(prior, {**upper, **dict.fromkeys(replaced, 0.0)} if room >= 1 - 1e-12 else upper)
 
 
 def _words(groups: list[Group], weights: Mapping[str, float], samples: SampleScores) -> str:

@@ -211,6 +211,30 @@ def test_padding_does_not_make_groups_too_small(training, tmp_path, monkeypatch,
     assert max(epochs for name, epochs in seen.items() if name.startswith("group:")) <= 1
 
 
+@pytest.mark.parametrize("place", ["data_options", "options"])
+def test_the_run_s_own_limit_holds_for_groups_and_no_raw_domain_comes_back(training, tmp_path, place):
+    training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.5), **{place: {"max_epochs": 1.5}})
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [row["error"] for row in rows] == [None] * 5
+    for row in rows[1:4]:
+        assert all(row["weights"][name] == 0 for name in training.DOMAINS)
+        assert min(row["weights"].values()) == 0 < row["weights"]["group:rest"]  # what the others cannot hold
+    seen = {name: epochs for name, epochs in rows[-1]["epochs"].items() if name.startswith("group:")}
+    assert max(seen.values()) <= 1.5
+    assert min(epochs for name, epochs in seen.items() if name != "group:rest") > 1.4
+
+
+def test_groups_too_small_for_the_run_s_own_limit_are_read_within_it(training, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.2), data_options={"max_epochs": 1})
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [row["error"] for row in rows] == [None] * 5
+    assert "within the run's max_epochs=1 they hold" in caplog.text
+    seen = rows[-1]["epochs"]
+    assert max(seen.values()) <= 1
+    assert min(epochs for name, epochs in seen.items() if name.startswith("group:")) > 0.9
+
+
 @pytest.mark.parametrize("checkpoints", ["last", 2])
 def test_checkpoints_by_step_alone(training, tmp_path, checkpoints):
     training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8, checkpoints=checkpoints))
