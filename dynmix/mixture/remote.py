@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +25,13 @@ logger = logging.getLogger("dynmix.mixture")
 
 # What file systems call the version of a file, the most reliable first.
 _VERSIONS = (
-    *("ETag", "etag", "md5Hash", "content_md5", "md5", "crc32c", "blob_id", "generation", "version_id"),
-    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "created"),
+    *("ETag", "etag", "md5Hash", "md5Checksum", "content_md5", "md5", "crc32c", "blob_id", "sha", "hex"),
+    *("content_hash", "CRC", "generation", "version_id"),
+    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "modify", "modifiedTime"),
+    *("modificationTime", "last_write_time", "created"),
 )
+# Of storage options: they say who asks, and not where a file is.
+_CREDENTIALS = re.compile("key|secret|token|pass|credential|anon|auth|cookie|sas", re.IGNORECASE)
 
 Choose = Callable[[list[str], str], list[str]]
 
@@ -58,8 +63,9 @@ def download(
 ) -> list[Path]:
     """Local copies of the chosen files of a remote file, folder or glob, in the order of `choose`.
 
-    A copy is made once, and again when the remote file changed its size or version (ETag, checksum or time). It gets
-    its name when it is whole. All files are copied before the first is read: a bucket takes its size on the disk.
+    A copy is made once, and again when the remote file changed its size or version (ETag, checksum or time). It is that
+    of one place: of the host or archive that the url names, and of the storage options but for credentials. It gets its
+    name when it is whole. All files are copied before the first is read: a bucket takes its size on the disk.
 
     Args:
         url: with the protocol; what fsspec knows, and the packages for it that are installed.
@@ -93,16 +99,16 @@ def download(
     if missing := [name for name in wanted if name not in files]:
         raise StoreError(f"{url}: {missing[0]} is missing, a store is both files")
     files = {name: _told(system, url, name, files[name]) for name in wanted}
+    copies = {name: _copy(folder, url, system, name) for name in wanted}
     with one_at_a_time(folder, url):
         for name in chosen:
             if name.endswith(".bin"):  # a flat file, which a store may have been before
-                _copy(folder, url, f"{name[:-4]}.idx").unlink(missing_ok=True)
-        stale = {name: _copy(folder, url, name) for name in wanted}
-        stale = {name: copy for name, copy in stale.items() if not _is_current(copy, files[name])}
+                copies[name].with_suffix(".idx").unlink(missing_ok=True)
+        stale = {name: copy for name, copy in copies.items() if not _is_current(copy, files[name])}
         _check_room(folder, url, sum(int(files[name].get("size") or 0) for name in stale))
         for name, copy in stale.items():
             _fetch(system, name, copy, files[name])
-    return [_copy(folder, url, name) for name in chosen]
+    return [copies[name] for name in chosen]
 
 
 def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
@@ -138,11 +144,25 @@ def _told(system: Any, url: str, name: str, info: Mapping[str, Any]) -> Mapping[
         raise StoreError(f"{url}: {name} cannot be reached: {type(error).__name__}: {error}") from error
 
 
-def _copy(folder: Path, url: str, name: str) -> Path:
+def _copy(folder: Path, url: str, system: Any, name: str) -> Path:
     parts = [quote(part, safe=" ") for part in name.split("/") if part]
     if any(part in (".", "..") for part in parts):
         raise StoreError(f"{url}: the path {name} has {'..'!r} in it")
-    return folder.joinpath("remote", quote(url.split("://")[0], safe=""), *parts)
+    protocol = system.protocol if isinstance(system.protocol, str) else system.protocol[0]
+    # Few file systems have the host in their paths, and none the archive that a path is in: both are options to them.
+    where = json.dumps(_where(system.storage_options), sort_keys=True)
+    place = f"{quote(protocol, safe='')}-{hashlib.blake2b(where.encode(), digest_size=8).hexdigest()}"
+    return folder.joinpath("remote", place, *parts)
+
+
+def _where(options: Any) -> Any:
+    """What of a file system's options says where its files are, JSON-able."""
+    if isinstance(options, Mapping):
+        return {str(key): _where(value) for key, value in options.items() if not _CREDENTIALS.search(str(key))}
+    if isinstance(options, list | tuple):
+        return [_where(value) for value in options]
+    # Of an object no more is the same in every process.
+    return options if isinstance(options, str | int | float | None) else type(options).__qualname__
 
 
 def _version(info: Mapping[str, Any]) -> dict[str, str]:

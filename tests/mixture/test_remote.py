@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import sys
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dynmix.mixture.documents import JoinedDocuments
@@ -227,3 +229,59 @@ def test_a_flat_file_does_not_take_the_index_of_a_store_that_was_there(
         open_path("memory://bucket/code/a", cache_dir=tmp_path)
     remote.pipe("/bucket/code/a.bin", np.arange(100, 300, dtype=np.uint16).tobytes())
     assert tokens("memory://bucket/code/a.bin", tmp_path) == list(range(100, 300))
+
+
+def zipped(path: Path, token: int) -> str:
+    """Address of the store `t` in an archive: one document of 64 times this token."""
+    TokenStore.write(path.with_suffix("") / "t", [np.full(64, token)])
+    with zipfile.ZipFile(path, "w") as archive:
+        for end in (".bin", ".idx"):
+            archive.write(path.with_suffix("") / f"t{end}", f"t{end}")
+    return f"zip://t::{path}"
+
+
+def test_archives_with_files_of_one_name_have_a_copy_each_and_are_seen_to_change(tmp_path: Path) -> None:
+    cache, a, b = tmp_path / "cache", zipped(tmp_path / "a.zip", 1), zipped(tmp_path / "b.zip", 2)
+    for _ in range(2):
+        assert [tokens(url, cache)[0] for url in (a, b)] == [1, 2]
+    zipped(tmp_path / "a.zip", 7)  # as many bytes as before
+    assert [tokens(url, cache)[0] for url in (a, b)] == [7, 2]
+
+
+class Hosted(AbstractFileSystem):
+    """A file at a host that is in no path, as of ftp, with a version under the name `tells`."""
+
+    protocol = "hosted"
+    cachable = False
+    version = 0
+    copies = 0
+
+    def __init__(self, host: str = "here", tells: str = "modify", **options: Any) -> None:
+        super().__init__(**options)
+        self.host, self.tells = host, tells
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        if path != "x.npy":
+            raise FileNotFoundError(path)
+        return {"name": path, "size": 40, "type": "file", self.tells: self.version}
+
+    def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
+        Path(lpath).write_bytes(np.full(20, 100 * len(self.host) + self.version, np.uint16).tobytes())
+        Hosted.copies += 1
+
+
+@pytest.mark.parametrize("tells", ["modify", "sha", "CRC"])
+def test_storage_options_say_where_a_file_is_but_for_credentials(
+    tells: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    monkeypatch.setattr(Hosted, "copies", 0)
+
+    def first(**options: Any) -> int:
+        found = open_path("hosted://x.npy", cache_dir=tmp_path, storage_options={"tells": tells, **options})
+        return int(found.read(np.array([0]), 1)[0, 0])
+
+    assert [first(), first(host="elsewhere"), first(), first(token="a"), first(token="b")] == [400, 900, 400, 400, 400]
+    assert Hosted.copies == 2
+    monkeypatch.setattr(Hosted, "version", 1)
+    assert [first(), first(host="elsewhere")] == [401, 901]
