@@ -92,6 +92,7 @@ class Items:
 
     def _open(self) -> None:
         made, self._splits_itself = self._made()
+        made = _own(made)
         if hasattr(made, "set_epoch"):
             made.set_epoch(self.epoch)
         self._stateful = made if _has_state(made) else None
@@ -152,8 +153,41 @@ def check_source(name: str, source: Any) -> None:
         raise ValueError(f"domain {name!r}: a function that gives a part takes both `shard` and `num_shards`")
 
 
+def check_shared(domains: Mapping[str, Source]) -> None:
+    """Raise ValueError if one object, which keeps its place for one reader, is several domains."""
+    owners: dict[int, str] = {}
+    for name, source in domains.items():
+        first = owners.setdefault(id(source), name)
+        if first != name and hasattr(source, "state_dict") and _own(source) is source:
+            raise ValueError(
+                f"domains {first!r} and {name!r} are one {type(source).__name__}, which is at one place at a time: give"
+                " each an object of its own, or a function that makes one"
+            )
+
+
 def _parameters(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
+
+
+def _own(made: Any) -> Any:
+    """A copy of an HF dataset, which keeps its epoch and its place for all who iterate it; others as they are.
+
+    Only what is iterated is copied, and no data and no functions, which need not be made for that.
+    """
+    if not hasattr(made, "_ex_iterable"):
+        return made
+    own = object.__new__(type(made))  # `copy` would give it the very same attributes
+    own.__dict__ |= made.__dict__ | {"_ex_iterable": _own_part(made._ex_iterable), "_epoch": int(made._epoch)}
+    return own
+
+
+def _own_part(part: Any) -> Any:
+    own = copy.copy(part)
+    if hasattr(own, "ex_iterable"):
+        own.ex_iterable = _own_part(own.ex_iterable)
+    if hasattr(own, "ex_iterables"):
+        own.ex_iterables = [_own_part(each) for each in own.ex_iterables]
+    return own
 
 
 def _has_state(opened: Any) -> bool:

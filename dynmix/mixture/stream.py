@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, Tokenizer, kept_aside
-from dynmix.mixture.items import Items, PassEnded, Source, check_source
+from dynmix.mixture.items import Items, PassEnded, Source, check_shared, check_source
 from dynmix.mixture.progress import Progress
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, matched
 from dynmix.mixture.sequences import Item
@@ -72,7 +72,8 @@ class MixtureStream(IterableDataset[Item]):
     Args:
         domains: name -> iterable of items, or a function that makes one (parameters `epoch`, `shard` and `num_shards`
             if it has them; a bare generator can be read only once and is refused). `set_epoch` of an iterable is called
-            before each pass.
+            before each pass. Of an HF dataset a copy is read, and it may be read elsewhere meanwhile; other iterables
+            with a state may not.
         weights: of the first stage: "uniform", or name -> weight.
         num_samples: length of the stream in sequences, over all ranks.
         sequence_length: tokens of a sequence.
@@ -139,6 +140,7 @@ class MixtureStream(IterableDataset[Item]):
             weights = {name: 1 / len(domains) for name in domains}
         for name, source in domains.items():
             check_source(name, source)
+        check_shared(domains)
         names = tuple(domains)
         counted = [_UNKNOWN] * len(names) if sizes is None else matched(sizes, names, "sizes")
         self._sources = tuple(domains.values())

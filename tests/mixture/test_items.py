@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data._utils import worker as torch_worker
 
-from dynmix.mixture.items import Items, PassEnded
+from dynmix.mixture.items import Items, PassEnded, check_shared
 
 ROWS = 11
 
@@ -88,6 +88,31 @@ def test_it_goes_on_where_it_was_left(kind: str, readers: int) -> None:
         resumed = Items("a", SOURCES[kind](), readers - 1, readers, state=state)
         assert resumed.state_dict() == state
         assert taken(resumed, 50 - left) == whole[left:], left
+
+
+def concatenated() -> Any:
+    return datasets.concatenate_datasets([hf(2), doubled(2)])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: hf(1), lambda: hf(4), lambda: hf(4, shuffle=True), lambda: doubled(2), concatenated]
+)
+@pytest.mark.parametrize("readers", [1, 2])
+def test_who_else_reads_a_dataset_does_not_matter(make: Callable[[], Any], readers: int) -> None:
+    whole = taken(Items("a", make(), 0, readers), 60)
+    for left in (3, 7, 26, 33, 40):
+        source = make()
+        items, other = Items("a", source, 0, readers), Items("b", source, 0, readers)
+        taken(items, left - 1)
+        assert taken(other, left + 5) == whole[: left + 5]
+        source.set_epoch(9)
+        next(iter(source))
+        taken(items, 1)
+        state = json.loads(json.dumps(items.state_dict()))
+        next(iter(source))
+        assert taken(items, 60 - left) == whole[left:], left
+        assert taken(Items("a", make(), 0, readers, state=state), 60 - left) == whole[left:], left
+        assert source.epoch == 9
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 30))
@@ -171,6 +196,13 @@ def test_a_second_epoch_is_told_of_once(caplog: pytest.LogCaptureFixture) -> Non
 def test_what_cannot_be_read_again_is_refused(source: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Items("a", source)
+
+
+def test_one_object_with_a_place_is_no_two_domains() -> None:
+    one, data, plain = Stateful(), hf(1), [1]
+    check_shared({"a": data, "b": data, "c": plain, "d": plain, "e": one, "f": Stateful()})
+    with pytest.raises(ValueError, match="domains 'a' and 'c' are one Stateful, .*give each an object of its own"):
+        check_shared({"a": one, "b": data, "c": one})
 
 
 def test_an_empty_source_is_an_error() -> None:
