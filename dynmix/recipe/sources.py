@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dynmix.mixture.folders import files_in
 from dynmix.mixture.prepare import prepare
 from dynmix.mixture.prepare.inputs import SUFFIXES, find_domains
 from dynmix.mixture.prepare.manifest import describe_tokenizer
@@ -121,7 +122,7 @@ def is_text(path: str) -> bool:
     """Whether there is text to tokenise: a file of one of `prepare`'s kinds, or a folder of these without tokens."""
     if is_remote(path) or not os.path.isdir(path):
         return path.endswith(SUFFIXES)
-    names = [name for _, _, inside in os.walk(path, followlinks=True) for name in inside if name[0] not in "._"]
+    names = [name for file in files_in(path) if (name := os.path.basename(file))[0] not in "._"]
     saved = {"dataset_info.json", "state.json"} <= {*names} or "dataset_dict.json" in names
     return (
         not saved

@@ -82,6 +82,20 @@ def write_all_forms(folder: Path) -> None:
     (folder / "_SUCCESS").write_text("passed over")
 
 
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    folder, disk = tmp_path / "in", tmp_path / "disk"
+    for file, document in ((folder / "web" / "a.jsonl", "one"), (disk / "deep" / "b.jsonl", "two")):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(jsonl([document]))
+    (folder / "web" / "more").symlink_to(disk)
+    (folder / "web" / "again").symlink_to(folder / "web")
+    (disk / "deep" / "up").symlink_to(disk)
+    (folder / "code").symlink_to(disk)
+    (folder / "self").symlink_to(folder)
+    stores = prepare(folder, tmp_path / "out", TOKENIZER)
+    assert {name: text_of(store) for name, store in stores.items()} == {"web": ["one", "two"], "code": ["two"]}
+
+
 def test_every_form_gives_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
     write_all_forms(tmp_path / "in")

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dynmix.mixture.folders import files_in
 from dynmix.mixture.prepare.pieces import (
     Fields,
     FileLines,
@@ -201,11 +202,13 @@ def _load_saved(folder: Path) -> Any:
 def _visible(folder: Path, deep: bool = False) -> list[Path]:
     """What is in `folder`, sorted, without `.hidden` and `_marker` names; `deep`: the files at any depth.
 
-    `dataset_dict.json` only says of a saved `DatasetDict` what its folders are.
+    Links are followed; a link to the folder itself is nothing new. `dataset_dict.json` only says of a saved
+    `DatasetDict` what its folders are.
     """
-    paths = folder.rglob("*") if deep else folder.iterdir()
-    found = [p for p in paths if not any(part[0] in "._" for part in p.relative_to(folder).parts)]
-    found = sorted(p for p in found if not (deep and p.is_dir()) and p.name != "dataset_dict.json")
+    paths = map(Path, files_in(str(folder))) if deep else folder.iterdir()
+    found = sorted(p for p in paths if p.name[0] not in "._" and p.name != "dataset_dict.json")
+    if not deep:
+        found = [p for p in found if os.path.realpath(p) != os.path.realpath(folder)]
     if not found:
         raise PrepareError(f"{folder}: an empty folder")
     return found

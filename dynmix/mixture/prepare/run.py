@@ -53,9 +53,9 @@ def prepare(
     """Tokenise text into one store a domain, `output/<domain>.bin` and `.idx`; returns them by domain.
 
     A file is a domain named as the file without its suffix. In a folder each file is a domain and each sub-folder is
-    one domain of all its files in sorted order; names that begin with `.` or `_` are passed over. A folder that
-    `Dataset.save_to_disk` wrote is a domain. In a `.txt` a blank line ends a document. A mapping names domains itself:
-    name -> file, folder, several of them, or an HF `Dataset`.
+    one domain of all its files in sorted order; links are followed, each folder is read once, and names that begin with
+    `.` or `_` are passed over. A folder that `Dataset.save_to_disk` wrote is a domain. In a `.txt` a blank line ends a
+    document. A mapping names domains itself: name -> file, folder, several of them, or an HF `Dataset`.
 
     Tokens are uint16 or int32 by the tokenizer's largest id. No special token is added but its EOS after each document
     (`append_eos`); documents of the empty string are skipped and counted in the log. `output/manifest.json` says how
