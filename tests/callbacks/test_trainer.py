@@ -191,7 +191,7 @@ def test_what_cannot_work_is_refused_before_training(training, tmp_path, argumen
 def test_a_task_that_does_not_fit_the_model_fails_at_once(training, tmp_path, monkeypatch):
     wrong = [{"input_ids": [training.VOCAB + 5] * 4}]
     monkeypatch.setattr(training, "tasks", lambda: {"wrong": wrong})
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"tasks\['wrong'\] has token 69, the model's vocabulary has 64"):
         training.run(tmp_path)
 
 
