@@ -153,8 +153,8 @@ class Law(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-l
 
         Args:
             W: mixture weights, float[n_runs, n_domains]; rows sum to 1 within 1 % and are made to sum to 1.
-            L: losses in nats per token (any unit will do), float[n_runs, n_targets] or [n_runs]; NaN where a run was
-                not evaluated: each target is fitted to its own runs.
+            L: losses in nats per token, float[n_runs, n_targets] or [n_runs]; NaN where a run was not evaluated: each
+                target is fitted to its own runs. Any unit of that size will do; the power laws' prior expects one.
 
         Raises:
             ValueError: what `check_runs` refuses.

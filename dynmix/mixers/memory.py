@@ -35,8 +35,9 @@ class Memory:
         """Return the average with this influence, with its standard errors.
 
         A score whose error is not finite (its domain or task has a single sequence) adds nothing: what was known of it
-        stays, and where nothing was it is given back as it is. An influence with scores that are not finite, or of
-        other tasks or domains than before, is given back whole; the latter, and nothing before it, is remembered.
+        stays, and where nothing was it is given back as it is. A task whose scores are all 0 adds nothing and is given
+        back as it is. An influence with scores that are not finite, or of other tasks or domains than before, is given
+        back whole; the latter, and nothing before it, is remembered.
         """
         E = influence.standard_error
         if self.kept == 0 or influence.not_finite:
@@ -44,19 +45,22 @@ class Memory:
         names = [list(influence.tasks), list(influence.domains)]
         if names != self._names:
             self._names, self._sums = names, {}
-        scale = np.maximum(np.abs(influence.scores).max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        known = np.isfinite(np.zeros_like(influence.scores) if E is None else E)
-        variance = np.zeros_like(influence.scores) if E is None else (np.where(known, E, 0) / scale) ** 2
+        largest = np.abs(influence.scores).max(axis=1, keepdims=True)
+        scale = np.where(largest > 0, largest, 1.0)
+        known = np.isfinite(np.zeros_like(influence.scores) if E is None else E) & (largest > 0)
+        with np.errstate(over="ignore"):  # an error that is beyond all scores leaves no precision
+            variance = np.zeros_like(influence.scores) if E is None else (np.where(known, E, 0) / scale) ** 2
         noise = variance.sum(axis=1, keepdims=True) / np.maximum(known.sum(axis=1, keepdims=True), 1)
-        precision = known / np.maximum(noise, 1e-12) if E is not None else np.ones_like(variance)
-        new = {"weight": precision, "score": precision * influence.scores / scale, "variance": precision**2 * variance}
+        precision = known / np.maximum(noise, 1e-12) if E is not None else known.astype(np.float64)
+        squares = np.where(precision > 0, variance, 0.0) * precision**2
+        new = {"weight": precision, "score": precision * influence.scores / scale, "variance": squares}
         for key, value in new.items():
             decay = self.kept**2 if key == "variance" else self.kept
             self._sums[key] = decay * self._sums[key] + value if key in self._sums else value
-        some = self._sums["weight"] > 0
+        some = (self._sums["weight"] > 0) & (largest > 0)
         weight = np.where(some, self._sums["weight"], 1.0)
         scores = np.where(some, scale * self._sums["score"] / weight, influence.scores)
-        errors = None if E is None else np.where(some, scale * np.sqrt(self._sums["variance"]) / weight, np.inf)
+        errors = None if E is None else np.where(some, scale * np.sqrt(self._sums["variance"]) / weight, E)
         return replace(influence, scores=scores, standard_error=errors)
 
     def state_dict(self) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class TiKMiXM(Mixer):
         for name, (value, least) in least_of.items():
             if value < least:
                 raise ValueError(f"{name}={value}: at least {least}")
+        if rounds > (most := mixtures - int(DESIGN * mixtures) - 1):
+            raise ValueError(f"rounds={rounds}: at most {most} with mixtures={mixtures}, so that each measures one")
         if samples < top_k:
             raise ValueError(f"samples={samples}: at least top_k={top_k}, which are chosen from them")
         if len(concentration) != 2 or not 0 < concentration[0] <= concentration[1] < np.inf:

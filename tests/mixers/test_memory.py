@@ -1,6 +1,7 @@
 """The average over a run's influences against one written out over all of them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,23 @@ def test_a_score_without_an_error_adds_nothing_and_leaves_the_others_their_memor
     assert np.isfinite(known.standard_error).all()
     kept = memory.add(Influence(2 * scores, TASKS, DOMAINS, one.standard_error * [1, 1, np.inf]))
     np.testing.assert_allclose(kept.scores[:, 2], 2 * known.scores[:, 2], rtol=1e-9)  # in the nats of the last
+
+
+@pytest.mark.parametrize(("blank", "errors"), [(0.0, True), (0.0, False), (1e-200, True)])
+def test_a_task_without_any_influence_says_nothing_of_later_boundaries(blank: float, errors: bool) -> None:
+    before, now, later = influences(3, seed=3, errors=errors)
+    now = replace(now, scores=np.array([now.scores[0], [blank, 0, 0]]))
+    memory, other = Memory(0.8), Memory(0.8**2)
+    memory.add(before)
+    found = memory.add(now)
+    json.dumps(memory.state_dict(), allow_nan=False)
+    if not blank:
+        assert found.scores[1].tolist() == [0.0] * 3
+        assert found.standard_error is None or (found.standard_error[1] == now.standard_error[1]).all()
+    other.add(before)
+    found, expected = memory.add(later), other.add(later)  # as if nothing had been measured between them
+    assert found.scores[1] == pytest.approx(expected.scores[1])
+    assert not errors or found.standard_error[1] == pytest.approx(expected.standard_error[1])
 
 
 def test_tikmix_d_decides_by_what_it_remembers_of_a_run() -> None:

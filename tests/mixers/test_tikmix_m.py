@@ -241,7 +241,7 @@ def test_a_wrong_measurement_is_refused(returned, message):
     "wrong",
     [{"low": 1.2}, {"high": 0.9}, {"low": -1}, {"high": np.inf}, {"mixtures": 8}, {"iterations": 0}, {"top_k": 0},
      {"samples": 4}, {"concentration": (2.0, 1.0)}, {"concentration": (0.0, 1.0)}, {"anneal": "up"},
-     {"surrogate": "forest"}, {"seed": -1}],
+     {"surrogate": "forest"}, {"seed": -1}, {"rounds": 7, "mixtures": 16}],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
