@@ -14,6 +14,7 @@ from typing import Any
 from dynmix.mixture import remote
 from dynmix.mixture.documents import Documents, JoinedDocuments
 from dynmix.mixture.flat import FlatTokens
+from dynmix.mixture.folders import files_in, matching
 from dynmix.mixture.store import StoreError, TokenStore
 
 logger = logging.getLogger("dynmix.mixture")
@@ -36,10 +37,11 @@ def open_path(
 
     Args:
         path: a token store with or without `.bin`/`.idx`, a flat file, a folder (all token files in it, at any depth),
-            or a glob of files and folders (`**` is any depth), both without names that begin with `.` or `_`, without
-            the held-out stores `*.valid` of `dynmix prepare`, if the path has not that in it itself, and without flat
-            files named `val`, `valid`, `validation` or `test` beside one named `train`. With a protocol (`s3://`,
-            `gs://`, `hf://`...) all of these in what fsspec reaches: copied to `cache_dir` first.
+            or a glob of files and folders (`**` is any depth). Links in both are followed, and each real folder is
+            read once. Both are without names that begin with `.` or `_`, without the held-out stores `*.valid` of
+            `dynmix prepare`, if the path has not that in it itself, and without flat files named `val`, `valid`,
+            `validation` or `test` beside one named `train`. With a protocol (`s3://`, `gs://`, `hf://`...) all of these
+            in what fsspec reaches: copied to `cache_dir` first.
         vocab_size: of flat files, see `FlatTokens`.
         eos_token_id: ends the documents of flat files, see `FlatTokens`.
         cache_dir: for what is remote, see `remote.download`.
@@ -54,15 +56,13 @@ def open_path(
         return _opened([str(file) for file in remote.download(text, choose, cache_dir, storage_options)], options)
     text = os.path.expanduser(text).removeprefix("file://")
     if os.path.isdir(text):
-        return _opened(choose(_within(text), text), options)
+        return _opened(choose(files_in(text), text), options)
     if glob.has_magic(text) and not any(os.path.exists(f"{text}{end}") for end in ("", ".idx", ".bin")):
-        names = [name for pattern in (text, f"{text}.idx") for name in glob.glob(pattern, recursive=True)]
-        if not names and " " in text:
+        matched = matching(text, f"{text}.idx")
+        if not matched and " " in text:
             raise _missing(text)
-        matched = [each for name in names for each in _within(name)]
         pairs = [f"{name[:-4]}{end}" for name in matched for end in (".bin", ".idx") if name.endswith((".bin", ".idx"))]
-        found = [name for name in dict.fromkeys(matched + pairs) if os.path.isfile(name)]
-        return _opened(choose(found, text), options)
+        return _opened(choose(filter(os.path.isfile, dict.fromkeys(matched + pairs)), text), options)
     return _open(text, options)
 
 
@@ -100,13 +100,6 @@ def choose(names: Iterable[str], where: str) -> list[str]:
         there = f"there are {len(names)} others ({', '.join(endings[:8])})" if names else "there is nothing"
         raise StoreError(f"{where}: no token files (.idx with .bin, .bin, .npy), {there}.{_remedy(endings)}")
     return sorted([f"{stem}.idx" for stem in indices] + flat)
-
-
-def _within(path: str) -> list[str]:
-    """The files in a folder at any depth, or the file."""
-    if not os.path.isdir(path):
-        return [path]
-    return [os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
 
 
 def _opened(files: list[str], options: Mapping[str, int | None]) -> Documents:

@@ -68,6 +68,13 @@ def test_globs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_path("nothing*")
 
 
+def test_links_that_lead_back_add_nothing(folder: Path) -> None:
+    (folder / "self").symlink_to(folder)
+    (folder / "deep" / "up").symlink_to("..")
+    for path in (folder, f"{folder}/*", f"{folder}/**/*.bin", f"{folder}/**", f"{folder.parent}/c*"):
+        assert tokens(open_path(path)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_single_files(folder: Path) -> None:
     for name in ("a", "a.bin", "a.idx"):
         assert isinstance(open_path(folder / name), TokenStore)
