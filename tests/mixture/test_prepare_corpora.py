@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dynmix.mixture.files import open_path
 from dynmix.mixture.prepare import PrepareError, parts, pieces, prepare, read_manifest
 from dynmix.mixture.prepare import inputs as inputs_module
 from dynmix.mixture.prepare import names as names_module
@@ -119,10 +120,19 @@ def test_any_value_becomes_a_name_that_a_store_can_have(value):
     name = safe_name(value)
     assert name not in (".", "..", "")
     assert len(name.encode()) <= 200
-    assert not name.startswith(".")
+    assert not name.startswith((".", "_"))
     assert not set(name) & set('/\\:*?"<>|\0\n')
     assert Path(name).name == name
     assert not name.endswith((".bin", ".idx"))
+
+
+def test_every_value_is_read_where_the_folder_of_stores_is(tmp_path):
+    values = ["/r/python", "_r_python", ".r.python", "r_python", "_", "web"]
+    stores = make(jsonl(tmp_path / "a.jsonl", [{"text": v, "s": v} for v in values]), tmp_path / "out", domain_from="s")
+    assert len(stores) == len(values)
+    assert {"r_python", "web"} < {*stores}
+    found = open_path(tmp_path / "out")
+    assert sorted(TOKENIZER.decode(each[:-1].tolist()) for each in found) == sorted(values)
 
 
 def test_many_domains_take_few_open_files(tmp_path):

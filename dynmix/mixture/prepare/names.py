@@ -19,12 +19,16 @@ def store_name(name: str, held_out: bool) -> str:
 
 
 def safe_name(value: str) -> str:
-    """`value` as a file name that every system takes: other characters than letters, digits and `.+-_` become `_`."""
-    name = re.sub(r"[^\w.+-]", "_", value)
-    name = re.sub(r"^\.|\.(?=(bin|idx)$)", "_", name)
-    if len(name.encode()) <= _MOST_BYTES:
+    """`value` as a file name that every system takes, and that is not passed over where a folder of stores is read.
+
+    Other characters than letters, digits and `.+-_` become `_`. What then begins with `.` or `_`, or is long, is cut
+    and told apart by a hash.
+    """
+    name = re.sub(r"\.(?=(bin|idx)$)", "_", re.sub(r"[^\w.+-]", "_", value))
+    seen = name.lstrip("._")
+    if name == seen and len(name.encode()) <= _MOST_BYTES:
         return name
-    short = name.encode()[: _MOST_BYTES - 9].decode(errors="ignore")
+    short = seen.encode()[: _MOST_BYTES - 9].decode(errors="ignore") or "domain"
     return f"{short}-{hashlib.blake2b(value.encode(), digest_size=4).hexdigest()}"
 
 

@@ -74,7 +74,8 @@ def prepare(
         text_field: field of a record that holds its text.
         append_eos: end each document with EOS.
         domain_from: field whose value (a string or an integer; `meta.source` reads `source` in `meta`) is a document's
-            domain, instead of its file. Characters that no file name should have become `_`.
+            domain, instead of its file. Characters that no file name should have become `_`, and of names that would
+            begin with `.` or `_` a hash is the end instead.
         domain_default: domain of the documents without that field; None: they are an error.
         held_out: share of the documents, 0 to 1, that goes to `<domain>.valid` instead: by a hash of the text, so that
             equal documents are always on the same side. Those stores are not among the returned ones.
