@@ -54,7 +54,7 @@ def open_path(
     options = {"vocab_size": vocab_size, "eos_token_id": eos_token_id}
     if remote.is_remote(text):
         return _opened([str(file) for file in remote.download(text, choose, cache_dir, storage_options)], options)
-    text = os.path.expanduser(text).removeprefix("file://")
+    text = re.sub("//+", "/", os.path.expanduser(text.removeprefix("file://")))
     if os.path.isdir(text):
         return _opened(choose(files_in(text), text), options)
     if glob.has_magic(text) and not any(os.path.exists(f"{text}{end}") for end in ("", ".idx", ".bin")):

@@ -68,6 +68,11 @@ def test_globs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_path("nothing*")
 
 
+def test_doubled_slashes_are_one(folder: Path) -> None:
+    for path in (f"{folder}//", f"/{folder}//a", f"{folder.parent}//{folder.name}//*", f"file://{folder}//**//*.bin"):
+        assert tokens(open_path(path))[:3] == [1, 2, 3]
+
+
 def test_links_that_lead_back_add_nothing(folder: Path) -> None:
     (folder / "self").symlink_to(folder)
     (folder / "deep" / "up").symlink_to("..")
