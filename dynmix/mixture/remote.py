@@ -4,6 +4,7 @@ Knows files and where they are copied to; nothing of what is in them.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -37,8 +38,14 @@ Choose = Callable[[list[str], str], list[str]]
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path has a protocol that is not the local one."""
-    return ("://" in path or "::" in path) and not path.startswith("file://")
+    """Whether a path has a protocol that is not the local one; with `::` in it, one that is not here."""
+    if "://" in path or "::" not in path:
+        return "://" in path and not path.startswith("file://")
+    here = os.path.expanduser(path)
+    folder = os.path.dirname(re.split(r"[*?[]", here)[0])
+    names = [f"{here}{end}" for end in ("", ".idx", ".bin")]
+    near = "::" in folder and os.path.isdir(folder)
+    return not (near or any(os.path.exists(name) or glob.glob(name) for name in names))
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:

@@ -73,6 +73,16 @@ def test_doubled_slashes_are_one(folder: Path) -> None:
         assert tokens(open_path(path))[:3] == [1, 2, 3]
 
 
+def test_what_is_here_is_local_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TokenStore.write(tmp_path / "lib::v1" / "deep" / "a::b", [[1, 2, 3]])
+    monkeypatch.chdir(tmp_path)
+    inside = ("", "/deep/a::b", "/deep/a::b.idx", "/*", "/**/*.bin", "/deep/a::*", "/[d]eep")
+    for path in (*(f"lib::v1{each}" for each in inside), "lib::*", "l*/deep/a::b", str(tmp_path / "lib::v1" / "deep")):
+        assert tokens(open_path(path)) == [1, 2, 3], path
+    with pytest.raises(StoreError, match="lib::v1/none: no such file or folder, seen from"):
+        open_path("lib::v1/none")
+
+
 def test_links_that_lead_back_add_nothing(folder: Path) -> None:
     (folder / "self").symlink_to(folder)
     (folder / "deep" / "up").symlink_to("..")
