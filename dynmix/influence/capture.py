@@ -46,6 +46,7 @@ __all__ = [
     "LayerFilter",
     "Layers",
     "Loss",
+    "NothingMeasuredError",
     "isolated",
     "measurable_layers",
     "next_token_labels",
@@ -75,6 +76,10 @@ class _Uses:
     inputs: list[Tensor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)  # of an expert, which of the batch's tokens the rows are
     gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+class NothingMeasuredError(ValueError):
+    """None of the layers that were asked for took part in a forward pass in a way that can be measured."""
 
 
 class Capture:
@@ -344,7 +349,7 @@ class Capture:
         self.layers = {name: layer for name, layer in self.layers.items() if name not in left_out}
         self.tied = {name: tied for name, tied in self.tied.items() if tied[1] in self.layers}
         if not self.layers:
-            raise ValueError(f"no linear layer can be measured: {left_out}")
+            raise NothingMeasuredError(f"no linear layer can be measured: {left_out}")
         self._settled = True
         everything = {id(p): p.numel() for p in self.model.parameters()}
         measured = sum(rows * columns for rows, columns in (layer.shape for layer in self.layers.values()))

@@ -6,6 +6,7 @@ knows no mixture, no weights and no trainer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +22,7 @@ from dynmix.influence.capture import (
     Capture,
     LayerFilter,
     Loss,
+    NothingMeasuredError,
     isolated,
     next_token_loss,
 )
@@ -39,6 +41,8 @@ from dynmix.influence.storage import Offload, check_offload, let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
 from dynmix.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 _ERROR_SEQUENCES = 8
 
@@ -194,15 +198,25 @@ def _measured(
     if how.layer_groups > 1 and isinstance(curvature, GaussNewton):
         raise ValueError("layer_groups: GaussNewton is one matrix over all layers: leave layer_groups at 1")
     whole: _Measured | None = None
+    idle: NothingMeasuredError | None = None
     for layers in layer_parts(model, how.layers, how.layer_groups):
         capture = Capture(model, layers=layers, loss=how.loss, tick=how.tick, ranks=ranks, offload=how.offload)
         part = _Measured(capture, domains, tasks, how)
-        with isolated(model):
-            part.run(curvature, keep_scores=keep_scores)
+        try:
+            with isolated(model):
+                part.run(curvature, keep_scores=keep_scores)
+        except NothingMeasuredError as why:  # a tower, say, that these batches do not reach
+            if ranks.size > 1:
+                raise  # the others may have found something
+            idle = why
+            logger.warning("a part of the layers is left out: %s", why)
+            continue
         if whole is not None:
             part.add(whole)
         whole = part
-    assert whole is not None
+    if whole is None:
+        assert idle is not None
+        raise idle
     return whole
 
 

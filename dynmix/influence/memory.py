@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dynmix.influence.adam import AdamDiagonal
 from dynmix.influence.base import Curvature
 from dynmix.influence.batch import Batch, Loss, next_token_loss, token_mask
-from dynmix.influence.capture import Capture, LayerFilter, isolated
+from dynmix.influence.capture import Capture, LayerFilter, NothingMeasuredError, isolated
 from dynmix.influence.carried import Carried
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.ekfac import EKFAC
@@ -113,7 +113,7 @@ def peak_memory(
         micro_batch: sequences of the largest batch.
     """
     curvature = EKFAC() if curvature is None else curvature
-    parts = []
+    parts, idle = [], None
     for part in layer_parts(model, layers, layer_groups):
         capture, groups, alive = Capture(model, layers=part, loss=loss), dict[str, tuple[str, ...]](), _Alive()
 
@@ -129,12 +129,19 @@ def peak_memory(
 
         sequences = micro_batch
         if sequence is not None:
-            with isolated(model), alive:
-                capture.run(sequence, consume)
+            try:
+                with isolated(model), alive:
+                    capture.run(sequence, consume)
+            except NothingMeasuredError as why:
+                idle = why
+                continue
             sequences //= len(token_mask(sequence))
         parts.append(
             _of(capture, groups, curvature, alive.peak * sequences, micro_batch, domains, tasks, offload, rank)
         )
+    if not parts:
+        assert idle is not None
+        raise idle
     return max(parts, key=lambda peak: peak.alive)
 
 

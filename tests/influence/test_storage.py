@@ -12,6 +12,7 @@ from dynmix.influence.capture import Capture
 from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import GaussNewton
 from dynmix.influence.group import scored_groups
+from dynmix.influence.memory import peak_memory
 from dynmix.influence.parts import layer_parts
 
 CURVATURES = [EKFAC(), KFAC(), DataInf(), Identity()]
@@ -117,3 +118,29 @@ def test_a_file_is_gone_with_its_tensor_and_a_change_is_kept(tmp_path, monkeypat
 def test_what_cannot_be_is_refused(tiny_lm, sets, options, message):
     with pytest.raises(ValueError, match=message):
         group_influence(tiny_lm("llama"), *sets, **options)
+
+
+class Towered(torch.nn.Module):
+    """A language model with a tower that text does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(7, 4)
+        self.vision = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(6)])
+        self.inner, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 7)
+
+    def forward(self, input_ids):
+        return self.head(self.inner(self.embedding(input_ids)))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_part_that_no_batch_reaches_is_left_out(parts, caplog):
+    model, batch = Towered(), [{"input_ids": torch.arange(10).view(2, 5) % 7}]
+    whole, split = (group_influence(model, {"d": batch}, {"t": batch}, EKFAC(), layer_groups=n) for n in (1, parts))
+    same(split, whole, rtol=1e-5)
+    assert "vision" in caplog.text
+    sequence = {"input_ids": batch[0]["input_ids"][:1]}
+    assert peak_memory(model, sequence, domains=1, tasks=1, micro_batch=1, layer_groups=parts).total > 0
+    with pytest.raises(ValueError, match="no linear layer can be measured"):
+        group_influence(model, {"d": batch}, {"t": batch}, EKFAC(), layers="vision", layer_groups=parts)
