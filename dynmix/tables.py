@@ -35,14 +35,14 @@ def stage_table(row: Row) -> Table:
         table.add_column("weight", justify="right")
     influence, errors = row["influence"], row["standard_error"]
     for task in row["tasks"] if influence is not None else []:
-        table.add_column(f"helps\n{task}", justify="right")
+        table.add_column(f"helps\n{escape(task)}", justify="right")
     table.add_column("tokens", justify="right")
     for j, domain in enumerate(row["domains"]):
         weights = [] if row["weights"] is None else [_change(row["weights_before"], row["weights"], domain)]
         scores = [
             _measured(scores[j], None if errors is None else errors[i][j]) for i, scores in enumerate(influence or [])
         ]
-        table.add_row(domain, *weights, *scores, f"{row['tokens'][domain]:,}")
+        table.add_row(escape(domain), *weights, *scores, f"{row['tokens'][domain]:,}")
     if influence is not None:
         table.caption = f"{table.caption}\ninfluence: nats/token per unit of weight ± standard error"
     if words := row["error"] or row["message"]:

@@ -47,6 +47,12 @@ def test_a_stage_shows_weights_influence_losses_and_tokens():
     assert "out of memory" in text(stage_table(row(error="out of memory")))
 
 
+def test_names_of_domains_and_tasks_are_no_markup():
+    names = {"web[en]": 1, "[/b]": 2}
+    shown = text(stage_table(row(domains=list(names), tokens=names, weights=None, weights_before=None, tasks=["[/i]"])))
+    assert all(name in shown for name in (*names, "[/i]"))
+
+
 def test_the_first_stage_and_the_end_have_less_to_show():
     first = text(stage_table(row(weights_before=None, influence=None, standard_error=None)))
     assert "75.0%" in first

@@ -57,6 +57,7 @@ def prepare(
 
 def _print_table(counts: dict[str, dict[str, int]], total: dict[str, int]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("store", show_footer=True)
@@ -64,5 +65,5 @@ def _print_table(counts: dict[str, dict[str, int]], total: dict[str, int]) -> No
     for key in total:
         table.add_column(key if key != "bytes" else "bytes of text", f"{total[key]:,}", justify="right", no_wrap=True)
     for name, each in counts.items():
-        table.add_row(name, *(f"{count:,}" for count in each.values()))
+        table.add_row(escape(name), *(f"{count:,}" for count in each.values()))
     Console().print(table)

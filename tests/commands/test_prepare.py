@@ -54,6 +54,18 @@ def test_counts_as_json_with_a_field_and_held_out_documents(tmp_path, arguments)
         assert TokenStore.open(tmp_path / "stores" / name).num_tokens == counts["tokens"]
 
 
+def test_names_are_no_markup(tmp_path, tokenizer):
+    for name in ("web[en]", "[red]", "[", "[.b]"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "[").mkdir()
+    (tmp_path / "[" / "b].jsonl").write_text('{"text": "one"}\n')
+    names = [str(path) for path in tmp_path.rglob("*.jsonl")]
+    done = run(app, ["prepare", *names, "-t", str(tokenizer), "-o", str(tmp_path / "stores")])
+    assert done.exit_code == 0, done.output
+    rows = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert sorted(rows) == ["[", "[.b]", "[red]", "b]", "total", "web[en]"]
+
+
 def test_what_is_wrong_with_an_input_is_said_in_a_line(tmp_path, tokenizer):
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"txt": 1}\n')
     done = run(app, ["prepare", str(tmp_path / "bad.jsonl"), "-t", str(tokenizer), "-o", str(tmp_path / "stores")])

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynmix.mixture.folders import files_in
+from dynmix.mixture.prepare.names import is_utf8
 from dynmix.mixture.prepare.pieces import (
     Fields,
     FileLines,
@@ -133,7 +134,7 @@ def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input
     """Inputs by domain, as `prepare` says, or `by_field` by where they are; nothing is read yet.
 
     Raises:
-        PrepareError: no input, an unknown suffix, an empty folder, two inputs with one domain name.
+        PrepareError: no input, an unknown suffix, an empty folder, two inputs with one domain name, one not in UTF-8.
     """
     domains: dict[str, list[Input]] = {}
     sources: dict[str, Any] = {}
@@ -161,6 +162,8 @@ def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input
                 add(str(path) if by_field else name, path, _all_inputs(name, path))
     if not any(domains.values()):
         raise PrepareError("inputs: no files given")
+    if bad := [each.name for found in domains.values() for each in found if not is_utf8(each.name)]:
+        raise PrepareError(f"{bad[0]!r}: the name is not UTF-8, and has to be written to the manifest; rename it")
     return domains
 
 

@@ -34,12 +34,21 @@ def safe_name(value: str) -> str:
 
 def check_names(domains: Iterable[str], held_out: bool) -> None:
     """Raises PrepareError for names that no store can have, and for a domain called as another's held-out part."""
-    names = set(domains)
-    for name in sorted(names):
+    names = list(domains)
+    for name in names:
+        if not isinstance(name, str):
+            raise PrepareError(f"domain {name!r}: a {type(name).__name__}; names are strings")
+        if "\0" in name or name.startswith("/") or {".", ".."} & {*name.split("/")} or not is_utf8(name):
+            raise PrepareError(f"domain {name!r}: no name of a file in the output folder; rename it")
         if name.endswith((".bin", ".idx")) or not name:
             raise PrepareError(f"domain {name!r}: a store's files are called so; rename it")
         if held_out and name + HELD_OUT in names:
             raise PrepareError(f"domain {name + HELD_OUT!r} is also what is held out of {name!r}: rename one")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether it has no bytes of a file name that are no text."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 class Names:
