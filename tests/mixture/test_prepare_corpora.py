@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import re
 import resource
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,6 +135,35 @@ def test_every_value_is_read_where_the_folder_of_stores_is(tmp_path):
     assert {"r_python", "web"} < {*stores}
     found = open_path(tmp_path / "out")
     assert sorted(TOKENIZER.decode(each[:-1].tolist()) for each in found) == sorted(values)
+
+
+def test_flipped_bytes_of_a_table_are_told_of_with_its_name(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one"]}), file)
+    good = file.read_bytes()
+    told = []
+    for each in re.finditer(b"text", good):
+        file.write_bytes(good[: each.start()] + b"\xf1" + good[each.start() + 1 :])
+        try:
+            make(file, tmp_path / "out", overwrite=True)
+        except PrepareError as error:  # and no other
+            told.append("a.parquet" in str(error))
+    assert told
+    assert all(told)
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["12345678"] * 40}).save_to_disk(folder)
+    parts = {"dataset_info.json": (b"{", b"x"), "state.json": (b"_fingerprint", b"_fingerprinx")}
+    parts["data-00000-of-00001.arrow"] = tuple(
+        np.array(each, np.int32).tobytes() for each in ([8, 16, 24], [8, -1, 24])
+    )
+    for name, (old, new) in parts.items():
+        good = (folder / name).read_bytes()
+        assert old in good
+        (folder / name).write_bytes(good.replace(old, new, 1))
+        with pytest.raises(PrepareError, match=r"saved.*damaged"):
+            make({"web": folder}, tmp_path / "out", overwrite=True)
+        (folder / name).write_bytes(good)
+    assert len(make({"web": folder}, tmp_path / "out", overwrite=True)["web"]) == 40
 
 
 def test_many_domains_take_few_open_files(tmp_path):

@@ -199,7 +199,10 @@ def _load_saved(folder: Path) -> Any:
         from datasets import load_from_disk
     except ImportError as error:
         raise PrepareError(f"{folder}: a data set saved by HF datasets, to read it: pip install datasets") from error
-    return load_from_disk(str(folder))
+    try:
+        return load_from_disk(str(folder))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise PrepareError(f"{folder}: a damaged or incomplete data set: {error}; save it anew") from error
 
 
 def _visible(folder: Path, deep: bool = False) -> list[Path]:
@@ -290,7 +293,11 @@ def _cut_parquet(file: File, fields: Fields, piece: int) -> Iterator[Piece]:
             facts = table.metadata
             column = [facts.schema.column(i).path for i in range(len(facts.schema))].index(fields.text)
             groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
-    except (OSError, pa.ArrowException) as error:
+            if (there := sum(group.num_rows for group in groups)) != facts.num_rows:
+                raise pa.ArrowInvalid(f"{facts.num_rows} rows, of which its groups have {there}")
+    except PrepareError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise PrepareError(f"{file.name}, after row 0: damaged or truncated: {error}") from error
     rows = [group.num_rows for group in groups]
     sizes = [group.column(column).total_uncompressed_size for group in groups]
@@ -317,6 +324,10 @@ def _cut_dataset(rows: Rows, fields: Fields, piece: int) -> Iterator[Piece]:
     parts, first, done = list[pa.Table](), 0, 0
     for start in range(0, len(table), 256):
         parts.append(table[start : start + 256])
+        try:
+            parts[-1].validate(full=True)  # what is damaged would end the process, not the call
+        except pa.ArrowException as error:
+            raise PrepareError(f"{rows.name}, after row {start}: damaged: {error}") from error
         stop = first + sum(map(len, parts))
         if sum(part.nbytes for part in parts) >= piece or stop == len(table):
             sink = pa.BufferOutputStream()
