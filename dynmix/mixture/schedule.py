@@ -430,13 +430,15 @@ class MixtureSchedule:
         then = unpack(state["stages"], len(names))
         ends = [*then.starts[1:], then.end]
         for number, (start, end, cdf) in enumerate(zip(then.starts, ends, then.cdfs, strict=True), then.first):
-            if not self._table.first <= number < self.num_stages:
+            if number < self._table.first:  # left out of the state that was loaded here
+                continue
+            if number >= self.num_stages:
                 return False
             here = self._stage(number)
             same = here.start == start and np.array_equal(here.widened(len(cdf)).cdf, cdf)
             if not same or end not in (None, stages[number - self._table.first].end):
                 return False
-        return True
+        return then.first + len(then.starts) > self._table.first
 
     def differences(self, state: Mapping[str, Any], limited: Collection[str] | None = None) -> list[str]:
         """How a state's domains, seed and block differ from these, a phrase each; a state without any can be loaded.

@@ -326,6 +326,24 @@ def many_stages() -> MixtureSchedule:
     return made
 
 
+def test_a_state_is_continued_by_one_that_left_out_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a worker that read ahead, in a run of so many stages that the oldest are left out."""
+    monkeypatch.setattr(packed, "_ROOM", 0)  # which leaves the newest four
+    uniform, other = weights_of([1, 1, 1, 1, 1]), weights_of([1, 2, 1, 1, 1])
+    made = MixtureSchedule(uniform, dict.fromkeys(names, 9))
+    states = []
+    for number in range(1, 12):
+        made.publish(uniform if number % 2 else other, start=10 * number)
+        states.append(made.state_dict())
+    now = MixtureSchedule(uniform, dict.fromkeys(names, 9))
+    now.load_state_dict(states[-1])
+    assert [state["stages"]["first"] for state in states[-4:]] == [5, 6, 7, 8]
+    assert [now.continues(state) for state in states[-5:]] == [False, True, True, True, True]
+    made.load_state_dict(states[-2])
+    made.publish(other, start=110)
+    assert not now.continues(made.state_dict())
+
+
 def test_a_state_of_very_many_stages_leaves_out_the_oldest_and_goes_on_exactly() -> None:
     made = many_stages()
     text = json.dumps(made.state_dict())
