@@ -94,9 +94,7 @@ class MixtureCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Tell the controller when an optimizer step ended. Lightning saves its checkpoints after this."""
-        if self._saving is not None:
-            self.controller.saved(self._saving)
-            self._saving = None
+        self._tell_saved()
         if trainer.global_step == self.steps:
             return  # gradients are accumulated
         self.steps = trainer.global_step
@@ -115,6 +113,10 @@ class MixtureCallback(Callback):
         """Note that a checkpoint is being saved: Lightning writes it after this, and says no word when it has."""
         self._saving = trainer.global_step
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the controller of the last checkpoint, too."""
+        self._tell_saved()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, JSON-able."""
         return {"steps": self.steps, "controller": self.controller.state_dict()}
@@ -125,6 +127,11 @@ class MixtureCallback(Callback):
         if self.steps:
             self.controller.load_state_dict(state_dict["controller"])
             self.sampler.position = self.steps * self.controller.batch_size
+
+    def _tell_saved(self) -> None:
+        if self._saving is not None:
+            self.controller.saved(self._saving)
+            self._saving = None
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._over:

@@ -68,6 +68,7 @@ class MixtureHook:
         self.batch_size = batch_size
         self.steps = 0
         self._begun = self._checked = False
+        self._saving: int | None = None  # step of a state that was asked for, and is on the disk by the next step
         if batch_size is not None:
             self.controller.plan(batch_size=batch_size, max_steps=max_steps)
 
@@ -78,6 +79,9 @@ class MixtureHook:
 
     def step(self) -> dict[str, float] | None:
         """Call after each optimizer step; returns what a tracker should log where a stage was decided, else None."""
+        if self._saving is not None:
+            self.controller.saved(self._saving)
+            self._saving = None
         self.steps += 1
         logs = None if self._begun else self._begin()
         assert self.batch_size is not None
@@ -100,11 +104,10 @@ class MixtureHook:
     def state_dict(self) -> dict[str, Any]:
         """Return the state, JSON-able; keep it in your own checkpoint.
 
-        It is taken as saved: of the snapshots that a mixer has kept for an earlier state, those go that this one and
-        the run so far have no use for.
+        It is taken as saved by the next step: of the snapshots that a mixer has kept for an earlier state, those go
+        then that this one and the run so far have no use for.
         """
-        if self._begun:
-            self.controller.saved(self.steps)
+        self._saving = self.steps if self._begun else None
         return {"steps": self.steps, "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

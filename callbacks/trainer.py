@@ -65,13 +65,14 @@ class MixtureCallback(TrainerCallback):
         self.output = output
         self.controller = MixtureController(dataset, tasks, mixer, stage_steps=stage_steps, output=output, **options)
         self._trainer: Trainer | None = None
-        self._finished = False
+        self._finished = self._can_go_back = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the arguments, take up the state of a checkpoint, and let the controller begin."""
         self._trainer, self._finished = trainer_on_the_stack(self), False
+        self._can_go_back = bool(state.global_step) or args.save_strategy != "no"  # to a checkpoint
         batch_size = _samples_per_step(args)
         self._check(args, state, batch_size)
         if isinstance(tokenizer := kwargs.get("processing_class"), PreTrainedTokenizerBase):
@@ -98,8 +99,8 @@ class MixtureCallback(TrainerCallback):
         """
         if logs := self.controller.step_ended(model_of(kwargs), state.global_step):
             self._log(logs, control)
-            if args.save_strategy == "no":
-                self.controller.saved(state.global_step)  # without checkpoints nobody can go on from an earlier step
+            if not self._can_go_back:
+                self.controller.saved(state.global_step)
         _saved(state)[STATE] = self.controller.state_dict()
         if self.controller.why_over(state.global_step):
             control.should_training_stop = True
@@ -112,6 +113,7 @@ class MixtureCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell the controller that a checkpoint was saved."""
+        self._can_go_back = True
         self.controller.saved(state.global_step)
 
     def on_train_end(

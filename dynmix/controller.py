@@ -381,9 +381,9 @@ class MixtureController:
             self.sampler.saved(step, self._samples_wanted())
 
     def _samples_wanted(self) -> bool:
-        """Whether the mixer asks for scores at any boundary that is still ahead."""
+        """Whether the mixer asks for scores at any boundary that is still ahead, or would if the run went on."""
         stages, number = self.dataset.schedule.stages, self.dataset.schedule.num_stages
-        ahead = -((self._boundary() - self.total) // (self.stage_steps * self.batch_size))
+        ahead = max(1, -((self._boundary() - self.total) // (self.stage_steps * self.batch_size)))
         return any(self.mixer.wants_samples(n, stages[-1].weights) for n in range(number, number + ahead))
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:

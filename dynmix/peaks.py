@@ -159,7 +159,10 @@ class PeakSnapshots:
         if best and not from_rank_0(self._saved(model, step, {task: values[task] for task in best})):
             self._lost.add(step)
             best = []
-        self._write()
+        try:
+            self._write()
+        except OSError as failure:  # they are in memory, and written with the next ones; the other ranks go on
+            logger.error("%s was not written: %s", self._file, failure)
         return best
 
     def prune(self, durable_step: int) -> None:
@@ -223,7 +226,7 @@ class PeakSnapshots:
     def _saved(self, model: nn.Module, step: int, peaks: dict[str, float]) -> bool:
         try:
             write_snapshot(model, self._path(step), {"step": step, "peaks": peaks})
-        except (OSError, SafetensorError) as failure:  # a full disk must not end a run of weeks
+        except Exception as failure:  # nor must a full disk end a run of weeks, and the other ranks wait for a word
             logger.error("%s was not saved and is no peak of %s: %s", self._path(step), list(peaks), failure)
             return False
         return True

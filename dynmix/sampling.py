@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 from dynmix.batches import Batch, collate, scored_sequence
 from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
 from dynmix.influence.curvature import Curvature
+from dynmix.influence.layers import plain_name
 from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
@@ -194,7 +194,7 @@ class Sampler:
             path = self.folder / "checkpoints" / f"step-{step:07d}"
             try:
                 write_snapshot(model, path, {"step": step})
-            except (OSError, SafetensorError) as failure:  # a full disk must not end a run of weeks
+            except Exception as failure:  # what fails on the rank that writes must not part it from the others
                 logger.error("%s was not saved and will not score: %s", path, failure)
         return logs
 
@@ -247,7 +247,7 @@ def check_like(model: nn.Module) -> None:
             f"snapshots of a {type(model).__name__} do not load, as it cannot be made from its configuration alone: "
             f"{type(failure).__name__}: {failure}"
         ) from failure
-    here, there = ({name for name, _ in each.named_parameters()} for each in (model, twin))
+    here, there = ({plain_name(name) for name, _ in each.named_parameters()} for each in (model, twin))
     if here != there:
         raise ValueError(
             f"snapshots of this {type(model).__name__} do not load: made from its configuration, a model differs from "

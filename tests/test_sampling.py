@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynmix.sampling import check_like, load_like
@@ -47,6 +48,16 @@ def test_snapshots_become_models_of_the_class_that_trains(make, tmp_path):
     twin = load_like(model, tmp_path / "snapshot").eval()
     ids = torch.arange(20)[None]
     assert type(twin) is type(model)
+    assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_layers_that_checkpoint_their_activations_are_no_other_model(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    check_like(model)
+    write_snapshot(model, tmp_path / "snapshot", {})
+    ids = torch.arange(20)[None]
+    twin = load_like(model, tmp_path / "snapshot").eval()
     assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
 
 

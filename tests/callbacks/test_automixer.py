@@ -404,3 +404,34 @@ def test_a_task_that_a_resumed_run_was_not_given_is_let_go(training, tmp_path, m
     assert [row["error"] for row in rows] == [None] * 5
     assert "group:web" in rows[1]["domains"]
     assert "group:code" not in rows[1]["domains"]
+
+
+@pytest.mark.parametrize("checkpoints", ["last", 2])
+def test_a_run_that_ended_before_the_regrouping_regroups_when_it_is_extended(training, tmp_path, checkpoints):
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    mixer = AutoMixer(after=2, every=1, keep=0.8, checkpoints=checkpoints)
+    training.run(tmp_path, mixer=mixer, steps=10, **saving)
+    training.run(tmp_path, mixer=mixer, resume=True, **saving)
+    rows = Journal(tmp_path / "dynmix/journal.jsonl").rows()
+    assert [row["error"] for row in rows] == [None] * len(rows)
+    assert "sequences regrouped" in rows[2]["message"]
+
+
+def test_whatever_fails_where_a_snapshot_is_written_parts_no_rank_from_the_others(
+    training, tmp_path, monkeypatch, caplog
+):
+    """Rank 0 writes, and others wait for it: it must come back from there in any case."""
+
+    def failing(*args, **options):
+        raise ValueError("GenerationConfig is invalid")
+
+    def full(file, content):
+        if content["tasks"]:  # that it can be written is seen as the run begins
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dynmix.peaks.write_snapshot", failing)
+    monkeypatch.setattr("dynmix.peaks.write_json", full)
+    training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8))
+    assert "was not saved and is no peak" in caplog.text
+    assert "peaks.json was not written: [Errno 28]" in caplog.text
+    assert "the tasks were not evaluated" not in caplog.text

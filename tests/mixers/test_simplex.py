@@ -110,3 +110,11 @@ def test_a_weight_below_its_bound_is_lifted_and_the_others_give_in_proportion():
     np.testing.assert_allclose(cap(np.array([1.0, 0.0]), np.ones(2), np.array([0, 0.25])), [0.75, 0.25])
     with pytest.raises(ValueError, match=r"lower bounds sum to 1\.2"):
         water_fill(np.zeros(2), np.ones(2), np.array([0.6, 0.6]))
+
+
+def test_bounds_that_hold_all_but_for_rounding_leave_none_without_a_number() -> None:
+    left = np.array([0.1, 0.2, 0.3, 0.4 - 5e-13])  # their sum is 1 but for what bounds are allowed to miss
+    found = cap(np.array([0.4, 0.3, 0.2, 0.1, 0.0]), np.append(left, 0.0))
+    assert np.isfinite(found).all()
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+    assert found[-1] == 0
