@@ -74,7 +74,8 @@ def test_a_domain_is_off_by_no_more_than_rounding(quota: Quota, origin: int) -> 
     late = len(quota.units) + np.abs(quota.owed).sum() / TOTAL  # moments, because the other domains are early
     for unit, owed, drawn in zip(quota.units.tolist(), quota.owed.tolist(), quota.before(origin).tolist(), strict=True):
         share = (unit * origin + owed) // TOTAL if unit else 0
-        assert abs(drawn - max(0, share)) <= 2 + late * unit / TOTAL
+        waiting = abs(owed) / TOTAL if origin < 100 else 0  # what is owed are the first draws, and takes some
+        assert abs(drawn - max(0, share)) <= 2 + waiting + late * unit / TOTAL
         assert unit or not drawn
 
 
