@@ -115,6 +115,7 @@ class MixtureHook:
         if not state["steps"]:
             return
         self.controller.load_state_dict(state["controller"])
+        self._saving = None
         self.steps = int(state["steps"])
         self.batch_size = self.controller.batch_size
         self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)

@@ -226,7 +226,7 @@ class PeakSnapshots:
     def _saved(self, model: nn.Module, step: int, peaks: dict[str, float]) -> bool:
         try:
             write_snapshot(model, self._path(step), {"step": step, "peaks": peaks})
-        except Exception as failure:  # nor must a full disk end a run of weeks, and the other ranks wait for a word
+        except Exception as failure:  # a full disk must not end a run of weeks, and the other ranks wait for an answer
             logger.error("%s was not saved and is no peak of %s: %s", self._path(step), list(peaks), failure)
             return False
         return True

@@ -59,13 +59,14 @@ class Corpus:
     @cached_property
     def facts(self) -> dict[str, str]:
         """File -> hash of its content, of all that is read: what tells two corpora apart, wherever they are."""
+        names = [
+            *(f"domains/{name}.jsonl.gz" for name in self.domains),
+            *(f"tasks/{name}.jsonl" for name in self.tasks),
+            *(f"tasks/{name}.valid.jsonl.gz" for name in self.texts),
+        ]
         tokenizer = Path(self.tokenizer_name)
-        files = {
-            **{f"domains/{name}.jsonl.gz": self.root / f"domains/{name}.jsonl.gz" for name in self.domains},
-            **{f"tasks/{name}.jsonl": self.root / f"tasks/{name}.jsonl" for name in self.tasks},
-            **{f"tasks/{name}.valid.jsonl.gz": self.root / f"tasks/{name}.valid.jsonl.gz" for name in self.texts},
-            **{f"tokenizer/{path.name}": path for path in sorted(tokenizer.glob("*.json"))},
-        }
+        files = {name: self.root / name for name in names}
+        files |= {f"tokenizer/{path.name}": path for path in sorted(tokenizer.glob("*.json"))}
         found = {name: hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for name, path in files.items()}
         return found if tokenizer.is_dir() else found | {"tokenizer": self.tokenizer_name}
 
@@ -77,7 +78,10 @@ class Corpus:
     @cached_property
     def stores(self) -> dict[str, Path]:
         """Domain -> token store, named by the domain and by what it was made of: another corpus has others there."""
-        folder, tokenizer = self.cache / "stores", [item for item in self.facts.items() if item[0].startswith("token")]
+        folder, tokenizer = (
+            self.cache / "stores",
+            [item for item in self.facts.items() if item[0].startswith("tokenizer")],
+        )
         made = {name: repr((self.facts[f"domains/{name}.jsonl.gz"], tokenizer)) for name in self.domains}
         stores = {
             name: f"{name}-{hashlib.blake2b(of.encode(), digest_size=4).hexdigest()}" for name, of in made.items()

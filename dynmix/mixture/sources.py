@@ -203,14 +203,7 @@ def _saved_dataset(path: str | os.PathLike[str]) -> Dataset | None:
         return with_room(Path(folder), lambda: Dataset.load_from_disk(folder))
     except StoreError:
         raise
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        pa.ArrowException,
-    ) as error:  # json's, pyarrow's
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         raise StoreError(f"{folder} is a damaged or incomplete dataset: {error}; save it anew") from error
 
 

@@ -16,6 +16,7 @@ import dynmix.sampling
 from dynmix import AutoMixer, MixtureDataset
 from dynmix.batches import collate
 from dynmix.callbacks import MixtureHook
+from dynmix.controller import MixtureController
 from dynmix.journal import Journal
 from dynmix.peaks import PeakSnapshots
 from dynmix.report import write_report
@@ -435,3 +436,37 @@ def test_whatever_fails_where_a_snapshot_is_written_parts_no_rank_from_the_other
     assert "was not saved and is no peak" in caplog.text
     assert "peaks.json was not written: [Errno 28]" in caplog.text
     assert "the tasks were not evaluated" not in caplog.text
+
+
+def test_a_state_of_the_hook_counts_as_saved_when_the_next_step_is_done(training, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(MixtureController, "saved", lambda self, step: told.append(step))
+    data = training.dataset()
+    hook = MixtureHook(
+        training.model(), data, training.tasks(), "static", 5, output=tmp_path, batch_size=training.BATCH
+    )
+    for batch in DataLoader(data, batch_size=training.BATCH):
+        assert len(batch["domain"]) == training.BATCH
+        hook.step()
+        if hook.steps == 3:
+            state = hook.state_dict()
+            assert told == []
+        if hook.steps == 4:
+            assert told == [3]
+            hook.state_dict()  # of which nothing becomes: the run goes back
+            hook.load_state_dict(state)
+            break
+    hook.step()
+    assert told == [3]
+
+
+def test_without_checkpoints_of_its_own_a_run_may_still_go_back_to_the_one_it_began_from(
+    training, tmp_path, monkeypatch
+):
+    mixer, told = AutoMixer(every=1, keep=0.8), []
+    training.run(tmp_path, mixer=mixer, steps=10, save_strategy="steps", save_steps=10)
+    monkeypatch.setattr(MixtureController, "saved", lambda self, step: told.append(step))
+    training.run(tmp_path, mixer=mixer, resume=True)
+    assert told == []
+    training.run(tmp_path / "fresh", mixer=mixer)
+    assert told == list(range(1, training.STEPS + 1))
