@@ -35,6 +35,8 @@ logger = logging.getLogger("dynmix")
 
 Sets = Mapping[str, list[Batch]]
 
+_LOOKED_AT = 32  # sequences of a domain, for tokens that the model has not
+
 HELD_OUT = "held-out"
 """Name of the default guard: the mean over the domains of their own text that the coming stage does not train on."""
 
@@ -154,17 +156,29 @@ class Measurement:
         }
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError for a token of a task or guard that the model's vocabulary has not."""
+        """Raise ValueError for a token that the model's vocabulary has not: in a task, a guard or some of a domain.
+
+        Of a domain a few sequences are read, evenly spread over it: with another tokenizer, most have such a token.
+        """
         vocabulary = getattr(getattr(unwrap(model), "config", None), "vocab_size", None)
         if not isinstance(vocabulary, int):
             return
-        for name, batches in self.sets.items():
-            if (largest := max(int(batch["input_ids"].max()) for batch in batches)) >= vocabulary:
-                kind = "guards" if name in self.guards else "tasks"
+        sets = {f"{'guards' if name in self.guards else 'tasks'}[{name!r}]": own for name, own in self.sets.items()}
+        sets |= {f"domains[{name!r}]": self._batches(name, rows) for name, rows in self._some_of_each().items()}
+        for where, batches in sets.items():
+            if (largest := max((int(batch["input_ids"].max()) for batch in batches), default=0)) >= vocabulary:
                 raise ValueError(
-                    f"{kind}[{name!r}] has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
-                    "model's own tokenizer"
+                    f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the model's "
+                    "own tokenizer"
                 )
+
+    def _some_of_each(self) -> dict[str, Ints]:
+        """A few rows of each domain that can be read, evenly spread over those that a measurement may take."""
+        if isinstance(self.dataset, MixtureStream):
+            sizes = {name: self.dataset.probes(name) for name in self.dataset.domains}
+        else:
+            sizes = {name: size for name, size in self.dataset.sizes.items() if name not in self.dataset.gone}
+        return {name: np.linspace(0, size - 1, min(size, _LOOKED_AT)).astype(np.int64) for name, size in sizes.items()}
 
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""

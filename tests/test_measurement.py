@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import dynmix.measurement
-from dynmix import Identity, MixtureDataset
+from dynmix import Identity, MixtureDataset, MixtureStream
 from dynmix.measurement import HELD_OUT, Measurement
 
 
@@ -127,3 +127,20 @@ def test_a_token_that_the_model_does_not_have_is_named():
         room.check(model)
     with pytest.raises(ValueError, match="guards"):
         room.check(nn.parallel.DataParallel(model))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_domain_of_another_tokenizer_is_named_though_its_first_row_fits(streamed):
+    model = nn.Module()
+    model.config = type("Config", (), {"vocab_size": 64})
+    rows = sequences(1, 100)
+    for row in rows[37:]:
+        row["input_ids"][2] = 64
+    room = measurement(frozenset())
+    if streamed:
+        tokens = {"a": lambda: iter(sequences(0, 99)), "b": lambda: iter(rows)}
+        room.dataset = MixtureStream(tokens, num_samples=8, sequence_length=5, probe_sequences=50)
+    else:
+        room.dataset = MixtureDataset({"a": sequences(0, 9), "b": rows}, num_samples=8)
+    with pytest.raises(ValueError, match=r"domains\['b'\] has token 64, the model's vocabulary has 64"):
+        room.check(model)
