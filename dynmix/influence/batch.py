@@ -27,6 +27,12 @@ Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [B, T, V] in float32 at least. Keys that the model's forward does not name ("domain") are left out."""
+    if getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False):
+        # Its decoder is fed the labels moved by one, so that its logits are those of the token before.
+        raise TypeError(
+            f"{type(unwrap(model)).__name__} is an encoder-decoder, and the next-token loss is that of a causal LM: "
+            "take a causal LM, or give a loss="
+        )
     accepted = set(inspect.signature(unwrap(model).forward).parameters)
     if accepted <= {"args", "kwargs"}:  # a wrapper that hands on what it gets, as PEFT's
         accepted = {"input_ids", "attention_mask", "position_ids"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from transformers import BartForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from dynmix.influence.capture import (
@@ -471,6 +472,15 @@ def test_models_of_another_interface(
     monkeypatch.setattr(Odd, "forward", forward)
     with pytest.raises(TypeError, match=message):
         captured(Odd(), token_batches(3)[0])
+
+
+@pytest.mark.parametrize("kind", [BartForConditionalGeneration, T5ForConditionalGeneration])
+def test_an_encoder_decoder_is_refused(token_batches: Batcher, kind: type[PreTrainedModel]) -> None:
+    sizes = {"vocab_size": 97, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    many = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")}
+    config: Any = kind.config_class
+    with pytest.raises(TypeError, match="ForConditionalGeneration is an encoder-decoder.*take a causal LM"):
+        captured(kind(config(**sizes, **many)), token_batches(3)[0])
 
 
 def test_isolated_restores_what_modules_count_and_tables_that_renormalise(tiny_lm: Models) -> None:
