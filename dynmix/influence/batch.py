@@ -51,6 +51,13 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
             f"{type(unwrap(model)).__name__}.forward returned {type(output).__name__} without logits [B, T, V]: let it "
             "return them, alone, as output.logits or first in a tuple, or give a loss="
         )
+    ids = inputs.get("input_ids")
+    if ids is not None and "logits_to_keep" not in inputs and logits.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__}.forward returned logits of {list(logits.shape[:2])} positions for "
+            f"input_ids of {list(ids.shape)}: let it return one for each token (prompt and p-tuning "
+            "have some of their own in front, and some models keep the last alone without labels), or give a loss="
+        )
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -483,6 +483,14 @@ def test_an_encoder_decoder_is_refused(token_batches: Batcher, kind: type[PreTra
         captured(kind(config(**sizes, **many)), token_batches(3)[0])
 
 
+def test_logits_of_other_positions_than_the_tokens_are_refused(
+    token_batches: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Odd, "forward", lambda self, input_ids: self.head(self.table(input_ids))[:, [-1]])
+    with pytest.raises(ValueError, match=r"logits of \[3, 1\] positions for input_ids of \[3, 10\].*for each token"):
+        captured(Odd(), token_batches(3)[0])
+
+
 def test_isolated_restores_what_modules_count_and_tables_that_renormalise(tiny_lm: Models) -> None:
     """A rotary embedding that grew for long probes would turn shorter sequences otherwise from then on."""
     model = nn.ModuleDict({"table": nn.Embedding(9, 4, max_norm=0.1), "lm": tiny_lm("llama")})
