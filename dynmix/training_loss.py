@@ -57,21 +57,21 @@ class TrainingLoss:
         if not model.training or not torch.is_grad_enabled():
             return  # an evaluation or a measurement
         batch = {"input_ids": args[0]} | kwargs if args else kwargs
-        logits = logits_of(output)
-        if logits is None or "input_ids" not in batch:
-            raise ValueError(
-                "this mixer needs the training loss of each sequence, but the model was not called with input_ids or "
-                "returned no logits (a fused loss, such as Liger's, keeps none): switch that off, or take another mixer"
-            )
         with torch.no_grad():
-            labels = next_token_labels(batch)
-            loss = token_losses(logits, labels)
+            labels = next_token_labels(batch) if "input_ids" in batch else None
+            loss = None if labels is None else _losses(output, labels)
+            if labels is None or loss is None:
+                raise ValueError(
+                    "this mixer needs the training loss of each sequence, but the model was not called with input_ids "
+                    "or returned no logits (a fused loss, such as Liger's, keeps none): switch that off, or take "
+                    "another mixer"
+                )
             sums = [(labels != -100).sum(1).double(), loss.sum(1).double()]
             if self.reference is not None:
                 inputs: dict[str, Any] = {
                     key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch
                 }
-                reference = token_losses(next_token_logits(self.reference.to(logits.device), inputs), labels)
+                reference = token_losses(next_token_logits(self.reference.to(loss.device), inputs), labels)
                 sums += [reference.sum(1).double(), (loss - reference).clamp(min=0).sum(1).double()]
             self._seen.append((batch["input_ids"], torch.stack(sums, dim=1)))
 
@@ -106,6 +106,17 @@ class TrainingLoss:
             reference_loss={name: row[2] / row[0] for name, row in present.items()} if with_reference else {},
             excess_loss={name: row[3] / row[0] for name, row in present.items()} if with_reference else {},
         )
+
+
+def _losses(output: Any, labels: Tensor) -> Tensor | None:
+    """Of each token, as `token_losses`; None where the model returned nothing that says it.
+
+    The models of TRL's trainers return the tokens' log probabilities, 0 where the label is -100, in place of logits.
+    """
+    if (logits := logits_of(output)) is not None:
+        return token_losses(logits, labels)
+    found = getattr(output, "log_probs", None)
+    return -found.float() if isinstance(found, Tensor) and found.shape == labels.shape else None
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

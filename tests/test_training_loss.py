@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -93,6 +95,23 @@ def test_a_model_without_logits_says_so():
     TrainingLoss(data).attach(model)
     with pytest.raises(ValueError, match="returned no logits"):
         model(data[0]["input_ids"][None])
+
+
+def test_log_probabilities_in_place_of_logits_are_as_good():
+    class Fused(Bigram):
+        def forward(self, input_ids, labels):
+            per_token = token_losses(super().forward(input_ids), labels[:, 1:])
+            return SimpleNamespace(log_probs=-per_token, loss=per_token.sum())
+
+    seen = []
+    for model in (Bigram(), Fused()):
+        data = dataset()
+        watch = TrainingLoss(data)
+        watch.attach(model)
+        ids = torch.stack([data[g]["input_ids"] for g in range(BATCH)])
+        model(ids, labels=ids) if isinstance(model, Fused) else model(ids)
+        seen.append(watch.take(1, BATCH))
+    assert seen[0] == seen[1]
 
 
 def test_token_losses_leave_out_ignored_labels():
