@@ -133,6 +133,13 @@ class MixtureCallback(TrainerCallback):
         control.should_log = should_log
 
     def _check(self, args: TrainingArguments, state: TrainerState, batch_size: int) -> None:
+        others = [] if self._trainer is None else self._trainer.callback_handler.callbacks
+        if sum(isinstance(each, MixtureCallback) for each in others) > 1:
+            # The one that comes first would decide every stage, and the state of the last one be saved.
+            raise ValueError(
+                "the Trainer has several MixtureCallbacks, and the mixture of a run is decided by one: keep one of "
+                "them; trainer.remove_callback(...) takes out the others"
+            )
         if self._trainer is not None and self._trainer.train_dataset is not self.dataset:
             raise ValueError(
                 "the Trainer's train_dataset is not the dataset given to MixtureCallback: pass the same one"

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 import dynmix.controller
 import dynmix.measurement
 from dynmix import Influence, Static, TiKMiXD
+from dynmix.callbacks import MixtureCallback
 from dynmix.journal import Journal
 
 
@@ -186,6 +187,13 @@ def test_a_failed_measurement_keeps_the_weights_and_says_so(training, tmp_path, 
 def test_what_cannot_work_is_refused_before_training(training, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         training.run(tmp_path, **arguments)
+
+
+def test_a_second_callback_is_refused(training, tmp_path, monkeypatch):
+    data = training.dataset()
+    monkeypatch.setattr(training, "dataset", lambda **_: data)
+    with pytest.raises(ValueError, match="several MixtureCallbacks.*remove_callback"):
+        training.run(tmp_path, extra=(MixtureCallback(data, training.tasks(), "odm", 5),))
 
 
 def test_a_task_that_does_not_fit_the_model_fails_at_once(training, tmp_path, monkeypatch):
