@@ -99,9 +99,9 @@ class Tally:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError if it is of other tasks or domains."""
         table = np.zeros_like(self.table)
-        rows = np.array(state["rows"], dtype=np.float64).reshape(len(state["seen"]), -1)
-        if rows.size and (rows.shape[1] != table.shape[1] or max(state["seen"]) >= len(table)):
-            raise ValueError(f"{rows.shape[1]} sums a domain were saved, and here there are {table.shape[1]}")
-        if rows.size:
+        if state["seen"]:  # nothing was as a window opened
+            rows = np.array(state["rows"], dtype=np.float64).reshape(len(state["seen"]), -1)
+            if rows.shape[1] != table.shape[1] or max(state["seen"]) >= len(table):
+                raise ValueError(f"{rows.shape[1]} sums a domain were saved, and here there are {table.shape[1]}")
             table[state["seen"]] = rows
         self.table = table

@@ -61,6 +61,13 @@ def test_one_unit_has_an_infinite_error() -> None:
     assert np.isinf(found.standard_error).all()
 
 
+def test_the_state_of_a_window_that_has_just_opened_is_empty() -> None:
+    restored = Tally(2, FOLDS)
+    restored.add(1, np.ones((1, 5)), np.array([7.0]))
+    restored.load_state_dict(json.loads(json.dumps(Tally(2, FOLDS).state_dict())))
+    assert not restored.table.any()
+
+
 def test_a_state_of_other_tasks_is_refused() -> None:
     tally = Tally(2, FOLDS)
     tally.add(1, np.ones((1, 5)), np.array([7.0]))
