@@ -91,10 +91,11 @@ class Capture:
     of the same layer (g the one-hot tokens, a the gradients of what was looked up). A layer used several times in a
     forward counts with the sum of its uses, also where they are those of several linear modules with one weight.
 
-    The first batch settles which layers are measured: an input must keep the sequences apart, as [B, T, in] or
-    [B * T, in], unless it is an expert's. Others (tokens gathered by code that is not transformers', a layer that is
-    never called) are left out. They and modules with trainable parameters of no known kind are named in a warning, once
-    a model. Afterwards `layers` holds the measured ones by name and `coverage` their share of the model's parameters.
+    The first batch settles which layers are measured: an input must keep the sequences apart, as [B, T, in],
+    [B, 1, T, in] or [B * T, in], unless it is an expert's. Others (tokens gathered by code that is not transformers', a
+    layer that is never called) are left out. They and modules with trainable parameters of no known kind are named in a
+    warning, once a model. Afterwards `layers` holds the measured ones by name and `coverage` their share of the model's
+    parameters.
 
     `head` is the name of the layer that predicts tokens, where the model says so. While `run` delivers, `sharing` says
     of each layer of the batch which ones have its input, itself included. `tied` are modules by name whose weight is
@@ -262,7 +263,10 @@ class Capture:
                 a, output = a.expand(mask.shape), output.expand(*mask.shape, -1)
             x = a[..., None] if kind == "embedding" else a
             shapes = [tuple(mask.shape), (mask.numel(),)]
-            if x.shape[:-1] not in shapes and not (kind == "norm" and x.shape[:2] == mask.shape):
+            tokens: tuple[int, ...] = x.shape[:-1]
+            if len(tokens) == 3 and tokens[1] == 1:  # one latent head for all of them, as in DeepSeek's attention
+                tokens = tokens[::2]
+            if tokens not in shapes and not (kind == "norm" and x.shape[:2] == mask.shape):
                 lost[name if kind == "embedding" else owner] = (
                     f"input of shape {list(x.shape)} for {mask.shape[0]} sequences of {mask.shape[1]} tokens"
                 )

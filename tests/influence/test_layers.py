@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteMoeConfig,
@@ -123,6 +125,19 @@ def test_routers_that_compute_in_float32_whatever_the_model_does(token_batches: 
         for name, expected in by_autograd(model, batch, list(found), row, every).items():
             apart = (found[name][row] - expected.float()).norm()
             assert apart < (0.1 if dtype == torch.bfloat16 else 1e-5) * expected.float().norm()
+
+
+def test_latent_attention(token_batches: Batcher) -> None:
+    torch.manual_seed(0)
+    latent = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    settings = {key: value for key, value in TINY.items() if key != "head_dim"} | latent | {"num_key_value_heads": 2}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings, first_k_dense_replace=2)).double()
+    [batch], every = token_batches(3, ragged=True), Layers()
+    found = sequence_sums(model, batch, every)
+    assert len(found) == 2 * 8 + 1
+    for row in range(3):
+        for name, expected in by_autograd(model, batch, list(found), row, every).items():
+            torch.testing.assert_close(found[name][row], expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
