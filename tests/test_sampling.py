@@ -1,5 +1,8 @@
 """The models that snapshots become; what a run evaluates and keeps is in `callbacks/test_automixer.py`."""
 
+import functools
+import types
+
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -59,6 +62,19 @@ def test_layers_that_checkpoint_their_activations_are_no_other_model(tmp_path):
     ids = torch.arange(20)[None]
     twin = load_like(model, tmp_path / "snapshot").eval()
     assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("around", [functools.wraps(torch.nn.Sequential.forward), torch.autocast("cpu", enabled=False)])
+def test_a_copy_does_not_call_the_model_that_trains(tmp_path, around):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    write_snapshot(model, tmp_path / "snapshot", {})
+    x = torch.ones(2, 3)
+    before, forward = model(x), model.forward
+    model.forward = types.MethodType(around(lambda self, x: forward(x)), model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert not torch.equal(model(x), before)
+    assert torch.equal(load_like(model, tmp_path / "snapshot")(x), before)
 
 
 def test_a_model_whose_snapshots_would_not_load_is_refused_at_the_start():
