@@ -308,7 +308,7 @@ class MixtureController:
         self.decider.rehearse(found, schedule.weights_at(first), upper)
         if self.resumed:
             if self.sampler is not None and self.folder is not None:
-                self.sampler.begin(self.folder.path, step)
+                self.sampler.begin(self.folder.path, step, self._samples_wanted())
             if self._boundary() < min(step * self.batch_size, self.total):
                 raise ValueError(
                     f"the state is older than step {step}: the stage of sample {self._boundary()} is not in it; resume "

@@ -87,10 +87,10 @@ class Sampler:
         self.folder: Path  # known when the run begins, as are the peaks
         self.peaks: PeakSnapshots
 
-    def begin(self, folder: Path, step: int) -> None:
+    def begin(self, folder: Path, step: int, wanted: bool = False) -> None:
         """Take up what was recorded up to `step` in the run's folder, and forget what a killed run recorded after it.
 
-        `peaks/` with the tasks' curves and snapshots, and `scores/`, are kept there.
+        `peaks/` with the tasks' curves and snapshots, and `scores/`, are kept there. `wanted` as in `evaluate`.
         """
         self.folder = folder
         self.peaks = PeakSnapshots(folder / "peaks", metric=self.plan.metric, min_delta=self.plan.min_delta)
@@ -99,6 +99,14 @@ class Sampler:
             for path, later in self._snapshots():
                 if later > step:
                     shutil.rmtree(path)
+            due = range(self.every, step + 1, self.every) if wanted and self.plan.checkpoints != "peak" else range(0)
+            there = [at for _, at in self._snapshots()]
+            if lacking := [at for at in (due[-1:] if self.plan.checkpoints == "last" else due) if at not in there]:
+                logger.warning(
+                    "the snapshots of steps %s are not there, as they go when a later checkpoint is saved than that of "
+                    "step %d, which this run goes on from: others score in their place, and its groups may be others",
+                    lacking, step,
+                )  # fmt: skip
 
     def rehearse(self, model: nn.Module) -> SampleScores:
         """Score one sequence of each domain with the model as it is; raises whatever fails, then or later."""

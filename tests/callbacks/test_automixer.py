@@ -394,6 +394,15 @@ def test_snapshots_are_few_and_none_is_made_once_the_corpus_is_regrouped(trainin
     assert len(list(tmp_path.glob("dynmix/peaks/step-*"))) <= 4  # where two tasks peak, now and when the last was saved
 
 
+def test_snapshots_that_an_older_checkpoint_lacks_are_named(training, tmp_path, caplog):
+    saved = {"mixer": AutoMixer(every=1, keep=0.8, checkpoints=2), "save_strategy": "steps", "save_steps": 3}
+    training.run(tmp_path, **saved)
+    training.run(tmp_path, resume=str(tmp_path / "checkpoint-6"), **saved)  # has its groups, and needs none
+    assert "snapshots of steps" not in caplog.text
+    training.run(tmp_path, resume=str(tmp_path / "checkpoint-3"), **saved)
+    assert "the snapshots of steps [1, 2, 3] are not there, as they go when a later" in caplog.text
+
+
 def test_a_task_that_a_resumed_run_was_not_given_is_let_go(training, tmp_path, monkeypatch):
     saving = {"save_strategy": "steps", "save_steps": 2}
     mixer = AutoMixer(every=1, keep=0.8)
