@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
-from dynmix import TiKMiXD
+from dynmix import TiKMiXD, TokenStore
 from dynmix.influence.group import scored_groups
 
 from .kept import kept
@@ -78,37 +78,40 @@ def figure4(windows: Windows, mixtures: int, curvature: str, repeats: int = 1) -
 def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int, curvature: str) -> dict[str, Any]:
     """Influence of samples of mixtures against the weighted sum of the domains' (Appendix D).
 
-    A set's influence is the sum of its sequences' scores over the sum of their tokens, so that one pass over a pool of
-    `pool` sequences a domain measures samples of any mixture. The domains' own influences are measured on other
-    sequences, as many.
+    A set's influence is the sum of its sequences' scores over the sum of their tokens, so that one pass measures
+    samples of any mixture. The domains' own influences are of `pool` sequences a domain, or of half of the smallest
+    domain where that is less; the samples are drawn from as many others: what is on both sides agrees with itself.
     """
-    natural, (influence, _) = windows.natural, windows.influence(curvature, probes=pool)
-    domains = list(influence.domains)
-    recipe = TiKMiXD(confidence=0).propose(influence, natural).weights
+    domains, length = list(windows.corpus.domains), windows.settings.size.length
+    pool = min(pool, *(len(TokenStore.open(windows.corpus.stores[name]).tokens) // length // 2 for name in domains))
+    recipe = TiKMiXD(confidence=0).propose(windows.influence(curvature)[0], windows.natural).weights
     drawn = np.array([[w[name] for name in domains] for w in perturbed(recipe, mixtures, 0)])
-    predicted = influence.scores @ drawn.T
 
     def measure() -> dict[str, Any]:
         training, s = windows.checkpoint(), windows.settings
         found = scored_groups(
-            training.model, windows.probes(pool, 5000), windows.task_batches(), make_curvature(curvature, training),
+            training.model, windows.probes(2 * pool, 5000), windows.task_batches(), make_curvature(curvature, training),
             curvature_batches=windows.sequences("natural", s.curvature_sequences, 2001),
         )  # fmt: skip
         return {name: [found.scores[name].tolist(), found.tokens[name].tolist()] for name in domains}
 
     scored = kept(windows.folder / f"influence/scored-{curvature}-{pool}.json", measure)
     scores, tokens = (np.array([scored[name][part] for name in domains]) for part in (0, 1))
+    own = scores[:, :pool].sum(axis=1) / tokens[:, :pool].sum(axis=1)[:, None]
+    predicted = (drawn @ own).T
+    scores, tokens = scores[:, pool:], tokens[:, pool:]
     by_size = []
     for size in sizes:
         generator = np.random.default_rng(size)
-        measured = np.zeros_like(predicted)
-        for k, counts in enumerate(generator.multinomial(size, drawn)):
-            if counts.max() > pool:
-                raise SystemExit(f"--sequences: a sample of {size} takes {counts.max()} of one domain's --pool {pool}")
+        measured, samples = np.zeros_like(predicted), generator.multinomial(size, drawn)
+        if samples.max() > pool:
+            by_size.append(f"{size:,} sequences: not drawn, as one takes {samples.max():,} of one domain")
+            continue
+        for k, counts in enumerate(samples):
             rows = [(d, generator.choice(pool, n, replace=False)) for d, n in enumerate(counts)]
             measured[:, k] = sum(scores[at].sum(axis=0) for at in rows) / sum(tokens[at].sum() for at in rows)
         each = [float(pearsonr(p, m).statistic) for p, m in zip(predicted, measured, strict=True)]
-        by_task = ", ".join(f"{task} {r:.3f}" for task, r in zip(influence.tasks, each, strict=True))
+        by_task = ", ".join(f"{task} {r:.3f}" for task, r in zip(windows.tasks, each, strict=True))
         by_size.append(f"{size:,} sequences: {by_task}")
     return {
         "claim": f"Appendix D: influence of a mixed sample against the weighted sum ({curvature})",

@@ -1,12 +1,14 @@
 """The paper's claims on gains that are known."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.pretraining.claims import figure4
-from dynmix import Influence
+from benchmarks.pretraining import claims
+from benchmarks.pretraining.claims import additivity, figure4
+from dynmix import Influence, TokenStore
 
 
 class Foreseen:
@@ -38,3 +40,45 @@ def test_figure_4_averages_over_the_windows_of_a_mixture() -> None:
     one = figure4(Foreseen(), 24, "EKFAC:1", repeats=1)  # type: ignore[arg-type]
     assert float(one["here"].split()[1].strip(",")) < 0.7
     assert ["on single windows" in claim["here"] for claim in (found, one)] == [True, False]
+
+
+LENGTH, ROWS = 8, 400
+
+
+@pytest.fixture
+def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Three domains, in which the first half of what is read does the opposite of the second."""
+    names, own = ("books", "code", "web"), np.array([[1.0, -1.0], [2.0, 0.0], [-3.0, 4.0]])
+    stores = {name: tmp_path / name for name in names}
+    for path in stores.values():
+        TokenStore.write(path, [np.zeros(ROWS * LENGTH, np.uint16)])
+
+    def scored(model: None, probes: dict[str, int], *args: object, **how: object) -> SimpleNamespace:
+        signs = {name: np.where(np.arange(count) < count // 2, 1.0, -1.0) for name, count in probes.items()}
+        scores = {name: np.outer(signs[name], own[k]) * LENGTH for k, name in enumerate(names)}
+        return SimpleNamespace(scores=scores, tokens={name: np.full(len(s), LENGTH) for name, s in signs.items()})
+
+    monkeypatch.setattr(claims, "scored_groups", scored)
+    return SimpleNamespace(
+        corpus=SimpleNamespace(domains=names, stores=stores),
+        settings=SimpleNamespace(size=SimpleNamespace(length=LENGTH), curvature_sequences=4),
+        folder=tmp_path,
+        tasks={"qa": None, "arc": None},
+        natural=dict.fromkeys(names, 1 / 3),
+        influence=lambda curvature: (Influence(own.T, ("qa", "arc"), names), 0.0),
+        checkpoint=lambda: SimpleNamespace(model=None),
+        probes=lambda count, seed: dict.fromkeys(names, count),
+        task_batches=lambda: None,
+        sequences=lambda weights, count, seed: None,
+    )
+
+
+def test_samples_share_no_sequence_with_what_foretells_them(pools: SimpleNamespace) -> None:
+    found = additivity(pools, 32, [150], 190, "EKFAC:1")
+    assert all(float(part.split()[1]) < -0.8 for part in found["here"].split("sequences: ")[1].split(", "))
+
+
+def test_a_pool_is_half_of_the_smallest_domain_at_most(pools: SimpleNamespace) -> None:
+    found = additivity(pools, 32, [150, 10**6], 10**6, "EKFAC:1")
+    assert "drawn from 200 sequences a domain" in found["on"]
+    assert "1,000,000 sequences: not drawn, as one takes " in found["here"]
