@@ -1,4 +1,7 @@
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -96,3 +99,20 @@ def test_a_5000_domain_mixture_is_exact_too(seed: int) -> None:
     domain, after = quota.domains(10**12, 10**12 + 20_000, quota.before(10**12))
     assert (after - quota.before(10**12)).tolist() == np.bincount(domain, minlength=5000).tolist()
     assert np.abs(after - units * ((10**12 + 20_000) / TOTAL)).max() < 3
+
+
+def test_a_count_takes_few_steps_where_all_weights_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def counted(self: Quota, moment: int) -> Any:
+        looked.append(moment)
+        return by(self, moment)
+
+    by = Quota._by
+    monkeypatch.setattr(Quota, "_by", counted)
+    rng, share = np.random.default_rng(0), TOTAL // 5000
+    units = np.full(5000, share) + (np.arange(5000) < TOTAL - share * 5000)
+    quota = Quota(units, rng.integers(0, 2**64, 5000, np.uint64), np.zeros(5000, np.int64))
+    for number in rng.integers(0, 10**12, 20).tolist():
+        assert quota.before(number).sum() == number
+    assert len(looked) < 20 * 25
