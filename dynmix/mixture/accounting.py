@@ -71,14 +71,24 @@ def used_up(schedule: MixtureSchedule, start: int, stop: int) -> list[UsedUp]:
     if schedule.limits.when_exhausted != "redistribute" or start >= stop:
         return []
     limits, first = schedule.limits.draws(schedule.sizes), max(start - 1, schedule.starts[0])
-    found = []
-    for number in np.flatnonzero((schedule.counts(first) < limits) & (schedule.counts(stop - 1) >= limits)).tolist():
-        low, high = first, stop - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if schedule.counts(middle)[number] >= limits[number] else (middle, high)
-        found.append(UsedUp(high, schedule.names[number]))
-    return sorted(found)
+    emptied = np.flatnonzero((schedule.counts(first) < limits) & (schedule.counts(stop - 1) >= limits))
+    return sorted(_emptied(schedule, first, stop - 1, limits, emptied))
+
+
+def _emptied(schedule: MixtureSchedule, first: int, last: int, limits: Ints, numbers: Ints) -> Iterator[UsedUp]:
+    """Where, beyond `first` and up to `last`, each of the domains `numbers` reaches its limit, as all of them do."""
+    if not numbers.size:
+        return
+    if last - first <= _WALKED:
+        domain, left = schedule.assign(first, last)[0], limits - schedule.counts(first)
+        for number in numbers.tolist():
+            position = first + int(np.flatnonzero(domain == number)[left[number] - 1]) + 1
+            yield UsedUp(position, schedule.names[number])
+        return
+    middle = (first + last) // 2
+    early = schedule.counts(middle)[numbers] >= limits[numbers]
+    yield from _emptied(schedule, first, middle, limits, numbers[early])
+    yield from _emptied(schedule, middle, last, limits, numbers[~early])
 
 
 def new_epochs(

@@ -82,3 +82,16 @@ def test_the_position_at_which_a_domain_is_used_up_is_told() -> None:
     for cut in range(91):  # told once, wherever one stretch ends and the next begins
         assert used_up(schedule, 0, cut) + used_up(schedule, cut, 90) == [first, second]
     assert not used_up(schedule, 0, first.position)  # with the batch that begins there
+
+
+def test_many_domains_that_are_used_up_together_are_found_in_few_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {f"d{k}": 20 + k % 7 for k in range(300)}
+    schedule = MixtureSchedule(dict.fromkeys(sizes, 1 / 300), sizes, max_epochs=1)
+    domain = schedule.assign(0, sum(sizes.values()))[0]
+    last = {name: int(np.flatnonzero(domain == k)[-1]) + 1 for k, name in enumerate(sizes)}
+    counts, asked = MixtureSchedule.counts, list[int]()
+    monkeypatch.setattr(MixtureSchedule, "counts", lambda self, g: asked.append(g) or counts(self, g))
+    found = used_up(schedule, 0, len(domain))
+    assert {each.domain: each.position for each in found} == {n: g for n, g in last.items() if g < len(domain)}
+    assert found == sorted(found)
+    assert len(asked) < 20
