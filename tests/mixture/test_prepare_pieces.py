@@ -1,5 +1,6 @@
 """Plain text: a document ends at a blank line, wherever the file is cut."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,11 @@ def test_what_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"fine\n\nalso\nnot \xff\xfe this\n")
     with pytest.raises(PrepareError, match=r"bad.txt, the text from line 3 on: not UTF-8"):
         prepare(tmp_path / "bad.txt", tmp_path / "out", TOKENIZER, progress=False)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + (b"line\n\n" if name == "a.txt" else b'{"text": "line"}\n') * 3
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    store = prepare(tmp_path / name, tmp_path / "out", TOKENIZER, progress=False)["a"]
+    assert [document.tolist() for document in store] == [[1, 0]] * 3

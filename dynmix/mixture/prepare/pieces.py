@@ -7,6 +7,7 @@ are numbered from 1; `where` turns such a number into the line or row of the who
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from abc import ABC, abstractmethod
@@ -95,8 +96,11 @@ class FileLines(Piece):
 
     def _lines(self) -> Iterator[bytes]:
         with open(self.path, "rb", buffering=_BLOCK) as file:
-            file.seek(self.start)
-            left = self.size
+            # The mark says how text is encoded, and is none.
+            marked = not self.start and file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+            skipped = len(codecs.BOM_UTF8) if marked else 0
+            file.seek(self.start + skipped)
+            left = self.size - skipped
             while left > 0:
                 line = file.readline()
                 if not line:
@@ -135,7 +139,8 @@ class TextLines(Piece):
 
     def records(self, fields: Fields) -> Iterator[Record]:
         """The records, in order."""
-        return _parse(self, io.BytesIO(self.text), fields)
+        text = self.text.removeprefix(codecs.BOM_UTF8) if self.first == 1 else self.text
+        return _parse(self, io.BytesIO(text), fields)
 
     def where(self, number: int) -> str:
         """Line of the file."""
