@@ -55,9 +55,17 @@ def test_text_becomes_a_store_and_a_held_out_one(tmp_path: Path) -> None:
     assert stores["book"][0].tolist() == [1, 4, 2, 3, 0]
 
 
-def test_what_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "bad.txt").write_bytes(b"fine\n\nalso\nnot \xff\xfe this\n")
-    with pytest.raises(PrepareError, match=r"bad.txt, the text from line 3 on: not UTF-8"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fine\n\nalso\nnot \xff\xfe this\n", "the text from line 3 on: not UTF-8"),
+        (b"fine\n\nalso\n" + bytes(512), "the text from line 3 on: it has NUL bytes"),
+        ("line\n\nand another\n".encode("utf-16-le"), "the text from line 1 on: it has NUL bytes"),
+    ],
+)
+def test_what_is_no_text_is_named_with_its_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(PrepareError, match=f"bad.txt, {message}"):
         prepare(tmp_path / "bad.txt", tmp_path / "out", TOKENIZER, progress=False)
 
 

@@ -120,9 +120,14 @@ class FileParagraphs(FileLines):
             if not line.isspace():
                 lines.append(line)
             elif lines:
-                first = number - len(lines)
+                first, text = number - len(lines), b"".join(lines)
+                if b"\0" in text:
+                    raise PrepareError(
+                        f"{self.path}, the text from {self.where(first)} on: it has NUL bytes, as UTF-16 and damaged "
+                        "files have; write it anew in UTF-8"
+                    )
                 try:
-                    yield first, b"".join(lines).decode().rstrip("\r\n"), None
+                    yield first, text.decode().rstrip("\r\n"), None
                 except UnicodeDecodeError as error:
                     raise PrepareError(
                         f"{self.path}, the text from {self.where(first)} on: not UTF-8: {error}"
