@@ -172,6 +172,19 @@ def test_truncation_at_any_length_is_an_error_and_leaves_no_store(tmp_path: Path
             prepare(cut, tmp_path / "out", TOKENIZER)
 
 
+def test_parquet_is_held_against_its_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"a word {i}" for i in range(500)]})
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(table, path, **options)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"a word 77", b"a ward 77"))
+    with pytest.raises(PrepareError, match=r"a.parquet, after row \d+: damaged or truncated: .*CRC"):
+        prepare(path, tmp_path / "out", TOKENIZER)
+    path.write_bytes(whole)
+    assert len(prepare(path, tmp_path / "out", TOKENIZER)["a"]) == 500
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -164,7 +164,8 @@ class ParquetRows(Piece):
 
     def records(self, fields: Fields) -> Iterator[Record]:
         """The records, in order."""
-        with pq.ParquetFile(self.path, buffer_size=_BLOCK) as file:
+        # What has a checksum is held against it; Spark writes them, and Arrow only where asked.
+        with pq.ParquetFile(self.path, buffer_size=_BLOCK, page_checksum_verification=True) as file:
             columns = fields.columns(file.schema_arrow.names)
             at = 0
             rows = file.iter_batches(self.batch, row_groups=list(self.groups), columns=columns, use_threads=False)
