@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, Tokenizer, kept_aside
 from dynmix.mixture.items import Items, PassEnded, Source, check_shared, check_source
+from dynmix.mixture.options import whole
 from dynmix.mixture.progress import Progress
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, matched
 from dynmix.mixture.sequences import Item
@@ -130,7 +131,7 @@ class MixtureStream(IterableDataset[Item]):
             ("world_size", world_size, 1),
             ("probe_sequences", probe_sequences, 0),
         ):
-            if value is not None and value < least:
+            if value is not None and whole(argument, value) < least:
                 raise ValueError(f"{argument} must be at least {least}, not {value}")
         if when_exhausted not in get_args(Policy):
             raise ValueError(f"when_exhausted={when_exhausted!r}: give one of {get_args(Policy)}")
@@ -147,8 +148,8 @@ class MixtureStream(IterableDataset[Item]):
         self.schedule = MixtureSchedule(
             dict(zip(names, matched(weights, names, "weights"), strict=True)),
             dict(zip(names, counted, strict=True)),
-            seed=seed,
-            block=block,
+            seed=whole("seed", seed),
+            block=whole("block", block),
         )
         self.num_samples, self.sequence_length, self.batch_size = num_samples, sequence_length, batch_size
         self.rank, self.world_size, self.sized, self._policy = rank, world_size, sizes is not None, when_exhausted

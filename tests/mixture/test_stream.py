@@ -331,6 +331,9 @@ def test_ranks_must_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_samples": 1e3}, "num_samples=1000.0: give a whole number"),
+        ({"batch_size": 2.5}, "batch_size=2.5: give a whole number"),
+        ({"block": "8"}, "block='8': give a whole number"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"probe_sequences": -1}, "probe_sequences must be at least 0"),
