@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynmix.mixture.documents import check_ids
 from dynmix.mixture.items import Items, PassEnded, Source
 from dynmix.mixture.sequences import Ints
 from dynmix.mixture.text import load
@@ -72,7 +73,9 @@ def _checked(found: Any, name: str) -> Ints:
     ids = np.asarray(found)
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
         raise ValueError(f"token ids of domain {name!r} are {ids.dtype} of shape {ids.shape}, not a vector of integers")
-    return ids.astype(np.int64)
+    ids = ids.astype(np.int64)
+    check_ids(ids, f"domain {name!r}")
+    return ids
 
 
 class Probes(NamedTuple):
