@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -57,8 +58,8 @@ class Limits:
     def __post_init__(self) -> None:
         given = self.max_epochs if isinstance(self.max_epochs, Mapping) else {None: self.max_epochs}
         for name, limit in given.items():
-            if limit is not None and not limit >= 0:
-                raise ValueError(f"max_epochs{'' if name is None else f'[{name!r}]'}={limit}: at least 0")
+            if limit is not None and not (isinstance(limit, Real) and limit >= 0):
+                raise ValueError(f"max_epochs{'' if name is None else f'[{name!r}]'}={limit!r}: a number, at least 0")
         if isinstance(self.max_epochs, Mapping):
             object.__setattr__(self, "max_epochs", dict(self.max_epochs))
         policy = self.when_exhausted or ("repeat" if self.max_epochs is None else "redistribute")

@@ -292,7 +292,9 @@ def test_limits_are_part_of_the_state_where_the_order_depends_on_them() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_epochs": -1}, "max_epochs=-1: at least 0"),
+        ({"max_epochs": -1}, "max_epochs=-1: a number, at least 0"),
+        ({"max_epochs": "2"}, "max_epochs='2': a number"),
+        ({"max_epochs": {"a": [1]}}, r"max_epochs\['a'\]=\[1\]: a number"),
         ({"max_epochs": {"a": float("nan")}}, r"max_epochs\['a'\]=nan"),
         ({"max_epochs": {"z": 1}}, "max_epochs: no domain 'z'"),
         ({"max_epochs": 1, "when_exhausted": "end"}, "when_exhausted='end': 'repeat', 'stop' or"),
