@@ -61,7 +61,7 @@ class Limits:
             if limit is not None and not (isinstance(limit, Real) and limit >= 0):
                 raise ValueError(f"max_epochs{'' if name is None else f'[{name!r}]'}={limit!r}: a number, at least 0")
         if isinstance(self.max_epochs, Mapping):
-            object.__setattr__(self, "max_epochs", dict(self.max_epochs))
+            object.__setattr__(self, "max_epochs", {n: x for n, x in self.max_epochs.items() if x is not None})
         policy = self.when_exhausted or ("repeat" if self.max_epochs is None else "redistribute")
         if policy not in ("repeat", "stop", "redistribute"):
             raise ValueError(f"when_exhausted={policy!r}: 'repeat', 'stop' or 'redistribute'")
