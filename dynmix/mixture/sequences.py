@@ -131,7 +131,13 @@ def is_padded(sequences: Sequences) -> bool:
 
 def token_ids(sequences: Sequences, row: int, where: str) -> Ints:
     """Token ids of one item. Raises ValueError, saying `where`, if it has none."""
-    item: Any = sequences[row]
+    try:
+        item: Any = sequences[row]
+    except LookupError as error:
+        raise ValueError(
+            f"item {row} of {where}, a {type(sequences).__name__}, is not there ({error!r}): give a sequence of dicts"
+            " with input_ids; of a DataFrame, datasets.Dataset.from_pandas(...)"
+        ) from error
     if not hasattr(item, "keys"):
         raise ValueError(
             f"item {row} of {where} is no dict with input_ids, but a {type(item).__name__}: give dicts"

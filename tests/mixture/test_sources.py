@@ -183,6 +183,16 @@ class Stream(IterableDataset[Any]):
         return generator()
 
 
+class Columns:
+    """As a DataFrame of pandas is: `[]` is a column."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, name: Any) -> Any:
+        return {"input_ids": [[1]] * 3}[name]
+
+
 class Endless:
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {"input_ids": [index]}
@@ -231,6 +241,7 @@ def test_what_has_no_random_access_is_refused_with_the_remedy(source: Any, kind:
             for rows in ([1, 2], [[1], [2]], np.arange(4), np.ones((2, 2), int), torch.ones(4).long(), torch.ones(2, 2))
         ),
         ([{"input_ids": [-100]}], "item 0 of domain 'x' have -100: token ids are not negative"),
+        (Columns(), r"item 0 of domain 'x', a Columns, is not there \(KeyError\(0\)\): .*Dataset\.from_pandas"),
         ([], "domain 'x' has not one whole sequence"),
     ],
 )
