@@ -122,6 +122,8 @@ class MixtureStream(IterableDataset[Item]):
         probe_sequences: int = 0,
         when_exhausted: Policy = "repeat",
     ) -> None:
+        if not isinstance(domains, Mapping):
+            raise ValueError(f"domains is a {type(domains).__name__}: give a mapping from name to source")
         if not domains:
             raise ValueError("domains is empty: a mixture needs at least one")
         for argument, value, least in (

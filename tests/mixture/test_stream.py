@@ -348,3 +348,5 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
         make(**options)
     with pytest.raises(ValueError, match="domains is empty"):
         MixtureStream({}, num_samples=1, sequence_length=1)
+    with pytest.raises(ValueError, match="domains is a list: give a mapping"):
+        MixtureStream([[]], num_samples=1, sequence_length=1)  # type: ignore[arg-type]
