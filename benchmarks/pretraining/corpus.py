@@ -33,17 +33,15 @@ class Corpus:
     Args:
         root: the corpus.
         cache: for the token stores, made when they are first asked for.
-        tokenizer: name of one in `root/tokenizers`, or a path or hub name.
+        tokenizer: name of one in `root/tokenizers`, or a path or hub name; None: the only one there, or `bpe4096`.
         length: tokens of a sequence.
         without: domains that are not trained on.
     """
 
     def __init__(
-        self, root: Path, cache: Path, tokenizer: str = "bpe4096", length: int = 128, without: Collection[str] = ()
+        self, root: Path, cache: Path, tokenizer: str | None = None, length: int = 128, without: Collection[str] = ()
     ) -> None:
-        own = root / "tokenizers" / tokenizer
         self.root, self.cache, self.length = root, cache, length
-        self.tokenizer_name = str(own) if own.exists() else tokenizer
         found = {path.name.removesuffix(".jsonl.gz") for path in (root / "domains").glob("*.jsonl.gz")}
         if not found:
             raise SystemExit(f"{root}/domains has no .jsonl.gz: give a corpus with --corpus")
@@ -52,6 +50,11 @@ class Corpus:
                 f"{unknown} are no domains of {root}, which has {sorted(found)}: name others with --unseen-domains, "
                 '"" for none'
             )
+        there = sorted(path.name for path in (root / "tokenizers").glob("*/"))
+        name = tokenizer or (there[0] if len(there) == 1 else "bpe4096")
+        if tokenizer is None and name not in there:
+            raise SystemExit(f"{root}/tokenizers has {there}: put one tokenizer's folder there, or call it bpe4096")
+        self.tokenizer_name = str(root / "tokenizers" / name) if name in there else name
         self.domains = sorted(found - {*without})
         self.tasks = sorted(path.stem for path in (root / "tasks").glob("*.jsonl"))
         self.texts = sorted(path.name.removesuffix(".valid.jsonl.gz") for path in root.glob("tasks/*.valid.jsonl.gz"))

@@ -184,6 +184,19 @@ def test_another_corpus_has_stores_of_its_own_and_what_judges_is_part_of_the_set
     assert "results of other settings" in str(refused.exception)
 
 
+def test_the_tokenizer_of_a_corpus_may_have_any_name_where_it_is_the_only_one(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, other := tmp_path / "other")
+    (other / "tokenizers/bpe4096").rename(other / "tokenizers/own")
+    found = Corpus(other, tmp_path)
+    assert found.tokenizer_name == str(other / "tokenizers/own")
+    assert "tokenizer/tokenizer.json" in found.facts
+    shutil.copytree(other / "tokenizers/own", other / "tokenizers/second")
+    with pytest.raises(SystemExit, match=r"tokenizers has \['own', 'second'\]: put one"):
+        Corpus(other, tmp_path)
+    (other / "tokenizers/own").rename(other / "tokenizers/bpe4096")
+    assert Corpus(other, tmp_path).tokenizer_name == str(other / "tokenizers/bpe4096")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
