@@ -96,7 +96,7 @@ class Measurement:
                 raise ValueError(f"{argument}={value}: at least 1")
         if not tasks:
             raise ValueError("tasks is empty: give at least one validation set, as {name: batches}")
-        if isinstance(guards, str) and guards != "domains":
+        if not (guards is None or isinstance(guards, Mapping) or guards == "domains"):
             raise ValueError(f"guards={guards!r}: {{name: batches}}, 'domains' or None")
         self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch
         check_offload(offload)

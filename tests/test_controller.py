@@ -494,6 +494,7 @@ def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_aga
         ({"mixer": "doremi"}, "pass reference="),
         ({"mixer": object()}, "subclass of dynmix.mixers.Mixer"),
         ({"guards": "all"}, "guards='all'"),
+        ({"guards": ["web"]}, r"guards=\['web'\]"),
         ({"guards": {"t": [{"input_ids": [1, 2]}]}}, r"\['t'\] are tasks and guards"),
         ({"mixer": TiKMiXD}, "pass an instance"),
         ({"max_epochs": {"c": 1}}, "no domain 'c'"),
