@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from dynmix.callbacks import PeakCallback
 from dynmix.fit import fit_runs, write_fit
 from dynmix.groups import open_groups, write_groups
+from dynmix.laws.auto import default_laws
+from dynmix.laws.criteria import criterion_weights
 from dynmix.laws.experts import Experts
 from dynmix.laws.runs import read_runs
-from dynmix.mixers.regroup import group_weights, regroup
+from dynmix.mixers.regroup import Blend, group_weights, regroup
 from dynmix.mixture.store import TokenStore
 from dynmix.peaks import PeakSnapshots
 from dynmix.proxies.plan import Training
@@ -56,6 +58,7 @@ def decided(
     mde = isinstance(recipe.proxy, MDEProxy)
     done = folder / "fit.json" if mde else folder / "groups" / "groups.json"
     if not done.exists():
+        _check(recipe.proxy, len(domains), tuple(tasks))
         if on_paper:
             logger.warning("proxy: the small runs are yet to be made; what is shown has the recipe's own weights")
             return domains, recipe.data.weights
@@ -72,6 +75,21 @@ def decided(
     if mde:
         return domains, json.loads(done.read_text())["weights"]
     return open_groups(folder / "groups")
+
+
+def _check(proxy: MDEProxy | AutoMixerProxy, domains: int, tasks: tuple[str, ...]) -> None:
+    """Raises ValueError for what would be asked for, and refused, only when the small runs are there."""
+    if isinstance(proxy, MDEProxy):
+        criterion_weights(proxy.criterion, tasks)
+        laws = ["auto", "MDE", *default_laws(proxy.mixtures + domains, len(tasks))]
+        if proxy.law.removesuffix(" + MDE") not in laws:
+            raise RecipeError(f"proxy.law={proxy.law!r}: there are {', '.join(laws)}")
+        return
+    curvature(proxy.curvature, {}, None, "proxy.curvature")
+    if proxy.blend not in get_args(Blend):
+        raise RecipeError(f"proxy.blend={proxy.blend!r}: one of {', '.join(get_args(Blend))}")
+    if not 0 < proxy.keep <= 1:
+        raise RecipeError(f"proxy.keep={proxy.keep}: a share of a group's tokens, above 0 and at most 1")
 
 
 def _mix(

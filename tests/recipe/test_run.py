@@ -158,6 +158,22 @@ def test_every_other_recipe_of_the_package_trains_a_model(world, monkeypatch, na
         assert rows[0]["weights"] == {domain: pytest.approx(best[domain], abs=1e-6) for domain in rows[0]["domains"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "word", "message"),
+    [
+        ("mde", "proxy.law=rigde", "proxy.law='rigde': there are auto, MDE, power law"),
+        ("mde", "proxy.criterion=sum=1", "no target is called 'sum'"),
+        ("automixer", "proxy.curvature=datainff", "did you mean 'datainf'?"),
+        ("automixer", "proxy.blend=late", "proxy.blend='late': one of step, early, equal"),
+        ("automixer", "proxy.keep=2", "proxy.keep=2.0: a share"),
+    ],
+)
+def test_what_a_proxy_takes_at_its_end_is_checked_before_its_small_runs(world, name, word, message):
+    planned = train(name, *(HELD_OUT if name == "mde" else []), *TINY, *SMALL, word, "output=run", "--dry-run")
+    assert planned.exit_code
+    assert message in " ".join(planned.output.split())
+
+
 def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer(world):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
