@@ -91,8 +91,14 @@ def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
         arguments = TrainingArguments(output_dir=recipe.output, **{**defaults, **given, **more})
     except (ValueError, TypeError, ImportError) as problem:
         raise RecipeError(f"training: {' '.join(str(problem).split())}") from problem
+    for name, value in (
+        ("batch_size", recipe.batch_size),
+        ("training.per_device_train_batch_size", arguments.per_device_train_batch_size),
+    ):
+        if value < 1:
+            raise RecipeError(f"{name}={value}: at least 1 sequence")
     share = arguments.train_batch_size * arguments.world_size
-    if recipe.batch_size < 1 or recipe.batch_size % share:
+    if recipe.batch_size % share:
         raise RecipeError(
             f"batch_size={recipe.batch_size}: no multiple of training.per_device_train_batch_size="
             f"{arguments.per_device_train_batch_size} times {arguments.world_size} processes"

@@ -46,6 +46,8 @@ def test_trainer_arguments_have_the_run_s_defaults_and_the_batch_is_made_up_by_a
         ("training.train_sampling_strategy=random", "would shuffle the stages together: leave it out"),
         ("training.save_only_model=true", "could not go on where the run was killed: leave it out"),
         ("training.per_device_train_batch_size=5", "batch_size=32: no multiple of"),
+        ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size=0: at least 1 sequence"),
+        ("batch_size=0", "batch_size=0: at least 1 sequence"),
         ("training.lr_scheduler_type=cosin", "training: cosin is not a valid SchedulerType"),
     ],
 )
