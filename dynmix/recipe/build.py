@@ -150,9 +150,7 @@ def model_config(
 
 def make_model(model: Model, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """Load the checkpoint, or make a new model with parameters drawn from `seed`. Raises RecipeError."""
-    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype, None)}
-    if not isinstance(options["dtype"], torch.dtype):
-        raise RecipeError(f"model.dtype={model.dtype!r}: float32, bfloat16 or float16")
+    options: dict[str, Any] = {"dtype": _dtype(model)}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     set_seed(seed)
@@ -199,6 +197,7 @@ def check_parts(recipe: Recipe) -> None:
     make = find_mixer(name)
     check_arguments(f"mixer {name!r}", options, make)
     make_mixer(recipe.mixer)
+    _dtype(recipe.model)
     _curvature(recipe.measurement, None)
     _layers(recipe.measurement)
     _in_run(recipe.measurement)
@@ -249,6 +248,13 @@ def curvature(name: str, options: Mapping[str, Any], optimizer: Any, where: str 
     except (ValueError, TypeError) as problem:
         raise RecipeError(f"{where}: {problem}") from None
     return made
+
+
+def _dtype(model: Model) -> torch.dtype:
+    found = getattr(torch, model.dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RecipeError(f"model.dtype={model.dtype!r}: float32, bfloat16 or float16")
+    return found
 
 
 def _curvature(measurement: Measurement, optimizer: Any) -> Curvature | None:

@@ -70,6 +70,8 @@ def test_trainer_arguments_that_are_none(world, word, message):
         ("measurement.layers='(('", "measurement.layers='((' is no regular expression: missing )"),
         ("measurement.layers={exclud: a}", "no key 'exclud'; did you mean 'exclude'?"),
         ("measurement.in_run={window: 3, every: 9}", "measurement.in_run: InRun(every=9): from 1 to window=3"),
+        ("model.dtype=float23", "model.dtype='float23': float32, bfloat16 or float16"),
+        ("model.dtype=int8", "model.dtype='int8': float32, bfloat16 or float16"),
         ("data.weights={web: 0.5, code: 0.6}", "data.weights: weights sum to 1.1, not 1"),
         ("data.weights={web: 1.0}", "data.weights: weights do not match the domains: missing ['code']"),
     ],
