@@ -294,7 +294,9 @@ def _new_config(
     if tokenizer is not None:
         follows |= {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
         follows |= {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    follows = {name: value for name, value in follows.items() if name in known}
+    # GPT-2's max_position_embeddings is its n_positions: given by either name it does not follow.
+    own = {plain.attribute_map.get(name, name) for name in given}
+    follows = {n: value for n, value in follows.items() if n in known and plain.attribute_map.get(n, n) not in own}
     config = AutoConfig.for_model(kind, **{**follows, **given})
     assert isinstance(config, PreTrainedConfig)
     return config

@@ -102,6 +102,9 @@ def test_a_new_model_follows_the_tokenizer_and_the_sequence_length(world):
     one, two, other = (make_model(model, config, seed).state_dict()["lm_head.weight"] for seed in (1, 1, 2))
     assert one.equal(two)
     assert not one.equal(other)
+    gpt2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}
+    assert model_config(Model(config=gpt2), tokenizer, 48).n_positions == 48
+    assert model_config(Model(config=gpt2 | {"n_positions": 64}), tokenizer, 48).n_positions == 64
 
 
 @pytest.mark.parametrize(
