@@ -148,6 +148,9 @@ class AutoLaw(Law):
     def _scale_uncertainty(self, L: Array, misses: Array, std: Array) -> None:
         counts = np.isfinite(misses).sum(axis=0)
         self._fallback = np.where(counts, np.sqrt(np.nansum(misses**2, axis=0) / np.maximum(counts, 1)), spread(L))
+        # A law with as many parameters as runs misses none of them: a deviation that no left-out run has borne out is
+        # no less than the runs' own.
+        self._least = np.where(counts, 0.0, self._fallback)
         # Without a law's own deviation, the one that its left-out runs show.
         std = np.where(np.isfinite(std), std, self._fallback)
         # Two runs' worth of faith in the law's own deviation, so that a few lucky ones do not shrink it to nothing.
@@ -166,7 +169,7 @@ class AutoLaw(Law):
         )
         if not with_std:
             return mean, None
-        return mean, np.where(np.isfinite(std), std, self._fallback) * self._factor
+        return mean, np.maximum(np.where(np.isfinite(std), std, self._fallback) * self._factor, self._least)
 
     def _table(self, chosen: list[str]) -> str:
         width = max([18, *(len(name) + 2 for name in self.scores_)])

@@ -81,6 +81,14 @@ def test_too_few_runs_get_the_power_law_and_the_reason():
     assert (std > 0).all()
 
 
+def test_no_error_bar_of_few_runs_is_less_than_the_runs_own_deviation():
+    """A line through four runs in eight domains misses none of them, which says nothing of the next one."""
+    W = mixtures(4, k=8)
+    L = curved(W)
+    _, std = AutoLaw({"ridge": Ridge()}).fit(W, L).predict(mixtures(50, k=8, seed=1), return_std=True)
+    assert (std >= L.std(axis=0) - 1e-12).all()
+
+
 def test_a_law_that_fails_is_reported_and_not_chosen():
     W = mixtures(20)
     auto = AutoLaw({"broken": Failing(), **FEW}).fit(W, curved(W))
