@@ -8,6 +8,7 @@ validation domains / of their average loss; `covered`: share of the 1M test loss
 deviations. Takes about ten minutes of one core; `--quick` leaves the single laws out.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from scipy.stats import spearmanr
 from dynmix.laws import DML, GP, AutoLaw, BiMix, Law, LightGBM, PowerLaw, Ridge
 
 Array = NDArray[np.float64]
-FOLDER = Path(__file__).parents[2] / "shared" / "reference" / "regmix"
+FOLDER = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[2] / "shared")) / "reference/regmix"
 SUBSETS = 5
 
 
