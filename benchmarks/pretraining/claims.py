@@ -17,6 +17,7 @@ from dynmix import TiKMiXD, TokenStore
 from dynmix.influence.group import scored_groups
 
 from .kept import kept
+from .sweep import BASE
 from .tables import Cells
 from .windows import Windows, make_curvature
 
@@ -154,21 +155,21 @@ def probe_tokens(windows: Windows, curvature: str, counts: tuple[int, ...]) -> d
     }
 
 
-def overhead(cells: Cells) -> dict[str, Any] | None:
-    """Operations that TiKMiX-D spends on mixing over RegMix's."""
+def overhead(cells: Cells, budget: str) -> dict[str, Any] | None:
+    """Operations that TiKMiX-D spends on mixing over RegMix's, in the cells of a budget."""
 
     def extra(method: str) -> list[float]:
         spent = [cell["spent"]["flops"] for cell in cells.cells.get(method, {}).values()]
         return [flops["before"] + flops["mixing"] for flops in spent]
 
-    ours, theirs = extra("tikmix-d"), extra("regmix")
+    ours, theirs = extra(BASE) or extra("tikmix-d"), extra("regmix")
     if not ours or not theirs:
         return None
     return {
         "claim": "overhead of TiKMiX-D over RegMix's",
         "here": f"{100 * np.mean(ours) / np.mean(theirs):.0f} % of the operations",
         "paper": "about 20 %",
-        "on": f"{len(ours)} and {len(theirs)} seeds",
+        "on": f"`{budget}`, {len(ours)} and {len(theirs)} seeds",
     }
 
 
@@ -190,5 +191,5 @@ def run_claims(
         found.append(stability(windows, curvature))
     found.append(probe_tokens(windows, curvatures[0], (4, 8, 16, 32, 64, 128)))
     for settings in sorted(output.glob("*/settings.json")):
-        found.append(overhead(Cells.read(settings.parent)))
+        found.append(overhead(Cells.read(settings.parent), settings.parent.name))
     return [claim for claim in found if claim is not None]

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.pretraining import claims
-from benchmarks.pretraining.claims import additivity, figure4
+from benchmarks.pretraining.claims import additivity, figure4, overhead
+from benchmarks.pretraining.tables import Cells
 from dynmix import Influence, TokenStore
 
 
@@ -82,3 +84,14 @@ def test_a_pool_is_half_of_the_smallest_domain_at_most(pools: SimpleNamespace) -
     found = additivity(pools, 32, [150, 10**6], 10**6, "EKFAC:1")
     assert "drawn from 200 sequences a domain" in found["on"]
     assert "1,000,000 sequences: not drawn, as one takes " in found["here"]
+
+
+def test_the_overhead_says_which_budget_it_is_of() -> None:
+    def spent(before: float, mixing: float) -> dict[int, Any]:
+        return {0: {"spent": {"flops": {"before": before, "mixing": mixing}}}}
+
+    found = overhead(Cells({}, {"tikmix-d": spent(0, 1), "regmix": spent(4, 0)}), "swift")
+    assert found is not None
+    assert found["here"] == "25 % of the operations"
+    assert found["on"] == "`swift`, 1 and 1 seeds"
+    assert overhead(Cells({}, {"tikmix-d": spent(0, 1)}), "swift") is None
