@@ -127,10 +127,6 @@ def group_weights(
     """
     if not groups:
         raise ValueError("there are no groups: no sample was scored")
-    density = np.array([group.density for group in groups])
-    if not density.sum() > 0:
-        logger.warning("no group has positive joint influence: the weights fall back to the prior")
-        return None
     upper = np.ones(len(groups))
     if max_epochs is not None:
         if tokens is None or not tokens > 0 or not max_epochs > 0:
@@ -142,6 +138,10 @@ def group_weights(
                 f"the groups hold {held:,} tokens, seen {max_epochs:g} times at most, and {tokens:,} are trained on: "
                 "raise keep or max_epochs, or train on fewer tokens"
             )
+    density = np.array([group.density for group in groups])
+    if not density.sum() > 0:  # asked after the bounds, which no fallback can keep either if they do not fit
+        logger.warning("no group has positive joint influence: the weights fall back to the prior")
+        return None
     weights = cap(density / density.sum(), upper)
     return dict(zip((group.name for group in groups), weights.tolist(), strict=True))
 
