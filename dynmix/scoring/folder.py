@@ -152,7 +152,9 @@ class ScoreFolder:
     def _read(self, file: Path, columns: list[str] | None = None) -> pa.Table:
         try:
             table = pq.read_table(file, columns=columns, partitioning=None)
-        except pa.ArrowException as problem:
+        except (pa.ArrowException, OSError) as problem:
+            if isinstance(problem, FileNotFoundError) or getattr(problem, "errno", None):
+                raise  # of the disk: what Arrow says of a damaged page is an OSError too, without a number
             raise ValueError(f"{file} is damaged ({problem}): remove it and run the same scoring again") from problem
         if (table.schema.metadata or {}).get(_KEY) != self._digest:
             raise ValueError(f"{file} is of another configuration than scoring.json: remove it and score again")

@@ -120,6 +120,15 @@ def test_a_folder_that_vanishes_is_an_error(tmp_path, monkeypatch):
         folder.write("x", 0, part("x", ["t", "u.v"], 0))
 
 
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-9], lambda whole: whole[:4] + bytes(40) + whole[44:]])
+def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, damage):
+    write_all(ScoreFolder.begin(tmp_path, CONFIG), 0, 1)
+    file = tmp_path / "scores-00001.parquet"
+    file.write_bytes(damage(file.read_bytes()))  # its end is missing; the header of its first page is zeros
+    with pytest.raises(ValueError, match=r"(?s)scores-00001.parquet is damaged .*remove it and run"):
+        read_scores(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{", "{}", '{"domains": 3}', "[]"])
 def test_a_damaged_configuration_is_found_out(tmp_path, content):
     (tmp_path / "scoring.json").write_text(content)
