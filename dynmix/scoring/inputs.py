@@ -155,7 +155,10 @@ def _checkpoints(path: Path) -> list[Checkpoint]:
     if not _is_checkpoint(path) or any(_is_checkpoint(each) for each in numbered):
         return list_checkpoints(path)
     path = path.absolute()
-    own = [each for each in list_checkpoints(path.parent) if each.path == path]
+    try:
+        own = [each for each in list_checkpoints(path.parent) if each.path == path]
+    except ValueError:  # of the folder above, which nobody gave: there is none in it
+        own = []
     if not own:
         raise ValueError(f"--checkpoints {path}: no whole checkpoint whose name ends in its step, like step-500")
     return own

@@ -167,6 +167,12 @@ def test_what_is_wrong_is_one_clear_line(world, tmp_path, changes, message):
     assert message in said(call(world, out=tmp_path / "out", **changes))
 
 
+def test_a_single_checkpoint_without_a_step_in_its_name_is_refused_by_its_own(world, tmp_path):
+    save_model(tmp_path / "final", seed=1)  # as trainer.save_model("final") does; nothing else is beside it
+    refused = call(world, checkpoints=tmp_path / "final", select="last", out=tmp_path / "out")
+    assert f"--checkpoints {tmp_path / 'final'}: no whole checkpoint whose name ends in its step" in said(refused)
+
+
 def test_names_that_collide_are_refused(world, tmp_path):
     same = call(world, "--data", world / "stores" / "web", out=tmp_path / "out")
     assert "have the same name 'web'" in said(same)
