@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -267,7 +268,8 @@ def load_model(path: Path, kind: Any = AutoModelForCausalLM) -> nn.Module:
     """
     try:
         loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
+        # A RuntimeError: the weights have other shapes; a KeyError: the configuration has a name that is not known.
         raise ValueError(f"checkpoint {path} does not load: {problem}") from problem
     model: nn.Module = loaded[0]
     if lacking := sorted(loaded[1]["missing_keys"]):

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from itertools import count
 
@@ -420,6 +421,16 @@ def test_weights_that_lack_something_are_refused(setting: Setting, tmp_path):
     (tmp_path / "model" / "config.json").write_text((source.path / "config.json").read_text())
     broken = Source("broken", 1, tmp_path / "model", tuple(setting.tasks))
     with pytest.raises(ValueError, match=r"its weights lack \['model.norm.weight'\]"):
+        score_corpus(**setting.arguments(out=tmp_path / "out", checkpoints=[broken]))
+
+
+@pytest.mark.parametrize("changed", [{"hidden_size": 64}, {"hidden_act": "none"}])  # weights of other shapes; unknown
+def test_weights_that_do_not_fit_their_configuration_are_named(setting: Setting, tmp_path, changed):
+    shutil.copytree(setting.sources[0].path, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | changed))
+    broken = Source("broken", 1, tmp_path / "model", tuple(setting.tasks))
+    with pytest.raises(ValueError, match=f"checkpoint {tmp_path / 'model'} does not load"):
         score_corpus(**setting.arguments(out=tmp_path / "out", checkpoints=[broken]))
 
 
