@@ -164,7 +164,10 @@ class ShardScorer:
         for batch in curvature_batches:
             self._check(batch, "the corpus")
         self._probe = [curvature_batches[0], curvature_batches[-1]]
-        self.scorer = SampleScorer(model, tasks, curvature_batches, curvature=job.curvature, layers=job.layers)
+        try:
+            self.scorer = SampleScorer(model, tasks, curvature_batches, curvature=job.curvature, layers=job.layers)
+        except ValueError as problem:  # it knows of one model, and not which of several it is
+            raise ValueError(f"checkpoint {source.name!r}: {problem}") from problem
 
     @property
     def flops_per_token(self) -> float:

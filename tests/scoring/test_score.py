@@ -434,6 +434,15 @@ def test_weights_that_do_not_fit_their_configuration_are_named(setting: Setting,
         score_corpus(**setting.arguments(out=tmp_path / "out", checkpoints=[broken]))
 
 
+def test_the_checkpoint_that_has_no_finite_gradient_is_named(setting: Setting, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(setting.sources[0].path)
+    model.lm_head.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    broken = Source("diverged", 9, tmp_path / "model", ("arc",))
+    with pytest.raises(ValueError, match="checkpoint 'diverged': curvature: no sequence has a finite gradient"):
+        score_corpus(**setting.arguments(out=tmp_path / "out", checkpoints=[*setting.sources, broken]))
+
+
 def test_the_configuration_is_written_for_people(setting: Setting, finished):
     config = json.loads((finished / "scoring.json").read_text())
     assert [domain["name"] for domain in config["domains"]] == ["web", "code"]
