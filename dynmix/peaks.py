@@ -334,7 +334,10 @@ def select_checkpoints(
     """
     check_tasks(tasks, metric, min_delta)
     cache = Path(folder) / "evaluations.json"
-    scores: dict[str, dict[str, float | None]] = json.loads(cache.read_text()) if cache.exists() else {}
+    try:
+        scores: dict[str, dict[str, float | None]] = json.loads(cache.read_text()) if cache.exists() else {}
+    except ValueError as problem:
+        raise ValueError(f"{cache}: damaged ({problem}): remove it, and the tasks are evaluated anew") from problem
     evaluated = []
     candidates = list_checkpoints(folder) if checkpoints is None else sorted(checkpoints, key=lambda each: each.step)
     for checkpoint in tqdm(candidates, desc="evaluating checkpoints", leave=False, delay=2):

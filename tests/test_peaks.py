@@ -441,3 +441,9 @@ def test_a_task_that_is_finite_nowhere_is_named(checkpoints, monkeypatch):
     monkeypatch.setattr(Task, "evaluate", lambda self, model: nowhere)
     with pytest.raises(ValueError, match="task 'up' has a finite loss in none of the 4 checkpoints"):
         select_checkpoints(checkpoints, tasks())
+
+
+def test_damaged_evaluations_are_named_with_what_to_do(checkpoints):
+    (checkpoints / "evaluations.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluations.json: damaged \(Expecting .*\): remove it"):
+        select_checkpoints(checkpoints, tasks())
