@@ -101,7 +101,7 @@ def open_groups(
         stores: folder of the token stores, if they are not where they were.
 
     Raises:
-        ValueError: no groups in `folder`, or a store that is missing or changed.
+        ValueError: no groups in `folder`, or damaged ones, or a store that is missing or changed.
     """
     file = Path(folder) / "groups.json"
     try:
@@ -109,6 +109,8 @@ def open_groups(
         table = pq.read_table(Path(folder) / "groups.parquet")
     except FileNotFoundError as problem:
         raise ValueError(f"{problem.filename or problem}: no such file; write groups with dynmix regroup") from problem
+    except ValueError as problem:  # what JSON and Arrow raise names no file, or not what to do
+        raise ValueError(f"{folder}: its groups are damaged ({problem}); write them anew: dynmix regroup") from problem
     opened = []
     for name, known in facts["stores"].items():
         store = TokenStore.open(Path(known["path"]) if stores is None else Path(stores) / Path(known["path"]).name)

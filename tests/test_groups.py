@@ -74,3 +74,14 @@ def test_stores_that_moved_or_changed(corpus, tmp_path):
         open_groups(tmp_path / "g", stores=tmp_path / "moved")
     assert not [path for path in (tmp_path / "g").iterdir() if path.suffix == ".tmp"]
     assert json.loads((tmp_path / "g/groups.json").read_text())["unit"] == "document"
+
+
+@pytest.mark.parametrize("name", ["groups.parquet", "groups.json"])
+def test_damaged_groups_are_named_with_what_to_do(corpus, tmp_path, name):
+    scores = scored(np.zeros(20, int), np.arange(20), np.full(20, 3))
+    groups = regroup(scores)
+    write_groups(tmp_path / "g", groups, group_weights(groups), scores, corpus, unit="document", sequence_length=4)
+    file = tmp_path / "g" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"(?s)/g: its groups are damaged .*write them anew: dynmix regroup"):
+        open_groups(tmp_path / "g")
