@@ -8,6 +8,7 @@ done, and Ray starts lost actors again. Knows jobs, folders and Ray; not how a s
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def score_on_ray(
     Raises:
         ImportError: Ray is not installed.
         ValueError: as `ShardScorer` does, in an actor.
+        RuntimeError: anything else was raised in an actor, in whose words it is, with where.
     """
     try:
         import ray
@@ -84,13 +86,15 @@ def score_on_ray(
     )
     stream.context.enable_progress_bars = False
     for block in stream.iter_batches(batch_size=None):
-        for i, tokens, flops, speed, error in zip(*(block[key].tolist() for key in _SUMMARY), strict=True):
+        for i, tokens, flops, speed, error, failure in zip(*(block[key].tolist() for key in _SUMMARY), strict=True):
             if error:  # as a value, because Ray keeps neither type nor message of what an actor raises
                 raise ValueError(error)
+            if failure:
+                raise RuntimeError(f"an actor failed: {failure}")
             yield Scored(job.sources[i], tokens, flops, speed)
 
 
-_SUMMARY = ("source", "tokens", "flops_per_token", "speed", "error")
+_SUMMARY = ("source", "tokens", "flops_per_token", "speed", "error", "failure")
 
 
 class _Actor:
@@ -104,14 +108,16 @@ class _Actor:
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         source, shard = self._job.sources[int(batch["source"][0])], int(batch["shard"][0])
-        error = ""
+        error = failure = ""
         try:
             if not self._folder.done(source.name, shard):  # else an actor wrote it, and died before it could say so
                 scorer = self._prepared(source)
                 self._folder.write(source.name, shard, scorer.score(shard))
         except ValueError as problem:
             error = str(problem)
-        facts = (int(batch["source"][0]), self._job.tokens(shard), *self._facts, error)
+        except Exception as problem:
+            failure = f"{type(problem).__name__}: {problem}\n{traceback.format_exc()}"
+        facts = (int(batch["source"][0]), self._job.tokens(shard), *self._facts, error, failure)
         return {name: np.array([fact]) for name, fact in zip(_SUMMARY, facts, strict=True)}
 
     def _prepared(self, source: Source) -> ShardScorer:

@@ -88,3 +88,11 @@ def test_an_actor_that_is_killed_is_replaced(setting, finished, tmp_path):
 def test_what_is_wrong_in_an_actor_reaches_the_caller(setting, tmp_path):
     with pytest.raises(ValueError, match="layers='nothing' selects no trainable linear layer"):
         score_corpus(**setting.arguments(out=tmp_path / "out", **SMALL, actors=1, layers="nothing"))
+
+
+def test_a_failure_of_another_kind_in_an_actor_says_what_it_was(setting, tmp_path):
+    def load(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.raises(RuntimeError, match=r"an actor failed: OSError: \[Errno 28\] No space left on device"):
+        score_corpus(**setting.arguments(out=tmp_path / "out", **SMALL, actors=1, load=load))
