@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,15 @@ def score_on_ray(
         ray.init()
     if resources is None:
         resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    # A worker of a cluster has not the driver's working directory, which relative paths are from.
+    sources = tuple(replace(source, path=Path(source.path).absolute()) for source in job.sources)
     # Checkpoint by checkpoint, so that an actor, which is given them in order, loads each about once.
     items = [{"source": i, "shard": shard} for i, source in enumerate(job.sources) for shard in shards[source]]
     stream = ray.data.from_items(items, override_num_blocks=min(len(items), _BLOCKS)).map_batches(
         _Actor,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
-        fn_constructor_args=(job, folder.path.absolute(), load, device),
+        fn_constructor_args=(replace(job, sources=sources), folder.path.absolute(), load, device),
         **resources,
     )
     stream.context.enable_progress_bars = False

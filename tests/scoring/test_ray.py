@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,15 @@ def test_an_actor_that_is_killed_is_replaced(setting, finished, tmp_path):
     score_corpus(**setting.arguments(out=tmp_path / "out", **SMALL, actors=2, load=load))
     assert marker.exists()
     assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_relative_paths_are_from_where_the_caller_is(setting, finished, monkeypatch):
+    monkeypatch.chdir(setting.folder)  # the workers, started before, are elsewhere, as those of a cluster are
+    sources = [replace(source, path=source.path.relative_to(setting.folder)) for source in setting.sources]
+    score_corpus(**setting.arguments(out="out-of-ray", checkpoints=sources, **SMALL, actors=1))
+    found, want = contents(setting.folder / "out-of-ray"), contents(finished)
+    assert found.keys() == want.keys()
+    assert all(found[name] == want[name] for name in want if name != "scoring.json")  # it has the paths
 
 
 def test_what_is_wrong_in_an_actor_reaches_the_caller(setting, tmp_path):
