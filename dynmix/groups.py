@@ -78,7 +78,7 @@ def write_groups(
     }
     (folder / "groups.json").unlink(missing_ok=True)  # it would be of other groups
     beside = folder / f".{secrets.token_hex(4)}.tmp"
-    with pq.ParquetWriter(beside, table.schema) as file:
+    with pq.ParquetWriter(beside, table.schema, write_page_checksum=True) as file:
         for start in tqdm(range(0, len(table), _ROWS), desc="writing groups", unit="part", leave=False, delay=2):
             file.write_table(table.slice(start, _ROWS))
     os.replace(beside, folder / "groups.parquet")
@@ -106,7 +106,7 @@ def open_groups(
     file = Path(folder) / "groups.json"
     try:
         facts: dict[str, Any] = json.loads(file.read_text())
-        table = pq.read_table(Path(folder) / "groups.parquet")
+        table = pq.read_table(Path(folder) / "groups.parquet", page_checksum_verification=True)
     except FileNotFoundError as problem:
         raise ValueError(f"{problem.filename or problem}: no such file; write groups with dynmix regroup") from problem
     except ValueError as problem:  # what JSON and Arrow raise names no file, or not what to do

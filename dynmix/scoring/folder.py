@@ -146,12 +146,12 @@ class ScoreFolder:
 
     def _keep(self, file: Path, table: pa.Table) -> None:
         content = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata({_KEY: self._digest}), content)
+        pq.write_table(table.replace_schema_metadata({_KEY: self._digest}), content, write_page_checksum=True)
         _write(file, content.getvalue(), beside=self.path / "parts")
 
     def _read(self, file: Path, columns: list[str] | None = None) -> pa.Table:
         try:
-            table = pq.read_table(file, columns=columns, partitioning=None)
+            table = pq.read_table(file, columns=columns, partitioning=None, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as problem:
             if isinstance(problem, FileNotFoundError) or getattr(problem, "errno", None):
                 raise  # of the disk: what Arrow says of a damaged page is an OSError too, without a number

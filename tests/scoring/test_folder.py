@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dynmix.scoring.folder import ScoreFolder, read_losses, read_scores
@@ -127,6 +128,18 @@ def test_a_damaged_shard_is_named_with_what_to_do(tmp_path, damage):
     file.write_bytes(damage(file.read_bytes()))  # its end is missing; the header of its first page is zeros
     with pytest.raises(ValueError, match=r"(?s)scores-00001.parquet is damaged .*remove it and run"):
         read_scores(tmp_path)
+
+
+def test_a_flipped_bit_of_any_column_is_found_out(tmp_path):
+    write_all(ScoreFolder.begin(tmp_path, CONFIG), 0, 1)
+    file = tmp_path / "scores-00001.parquet"
+    group, whole = pq.ParquetFile(file).metadata.row_group(0), file.read_bytes()
+    for column in map(group.column, range(group.num_columns)):
+        first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+        last = first + column.total_compressed_size - 1
+        file.write_bytes(whole[:last] + bytes([whole[last] ^ 4]) + whole[last + 1 :])
+        with pytest.raises(ValueError, match=r"(?s)scores-00001.parquet is damaged .*remove it and run"):
+            read_scores(tmp_path), read_losses(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"domains": 3}', "[]"])
