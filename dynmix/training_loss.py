@@ -39,6 +39,7 @@ class TrainingLoss:
             self.reference = self.reference.eval().requires_grad_(False)
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._device = torch.device("cpu")
+        self._warned = False
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -57,6 +58,12 @@ class TrainingLoss:
         if not model.training or not torch.is_grad_enabled():
             return  # an evaluation or a measurement
         batch = {"input_ids": args[0]} | kwargs if args else kwargs
+        if "labels" not in batch and self.dataset.masks_labels and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the model is called without labels (the Trainer keeps them back with label_smoothing_factor or "
+                "compute_loss_func): losses by domain count every token, also those whose label is -100"
+            )
         with torch.no_grad():
             labels = next_token_labels(batch) if "input_ids" in batch else None
             loss = None if labels is None else _losses(output, labels)

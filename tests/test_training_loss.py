@@ -114,6 +114,17 @@ def test_log_probabilities_in_place_of_logits_are_as_good():
     assert seen[0] == seen[1]
 
 
+def test_tokens_that_a_loop_keeps_out_of_the_loss_itself_are_warned_of_once(caplog):
+    rows = [{"input_ids": torch.tensor([1, row, 2, 3, 4])} for row in range(40)]
+    for ignored, warned in (((), 0), ((4,), 1)):
+        data = MixtureDataset({"a": rows}, num_samples=24, block=BATCH, ignore_token_ids=ignored)
+        model = Bigram()
+        TrainingLoss(data).attach(model)
+        for _ in range(2):
+            model(torch.stack([data[g]["input_ids"] for g in range(BATCH)]))
+        assert sum("label_smoothing_factor" in record.message for record in caplog.records) == warned
+
+
 def test_token_losses_leave_out_ignored_labels():
     logits, labels = torch.randn(2, 5, 7), torch.tensor([[1, -100, 3, 2], [0, 1, -100, -100]])
     found = token_losses(logits, labels)

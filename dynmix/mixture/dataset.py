@@ -296,6 +296,11 @@ class MixtureDataset(Dataset[Item]):
         return dict(self._rows(np.array([self.domains.index(domain)]), np.array([row]))[0])
 
     @property
+    def masks_labels(self) -> bool:
+        """Whether labels of some items may be -100: of padding, the first tokens of documents, or ignored ids."""
+        return self._masked
+
+    @property
     def gone(self) -> tuple[str, ...]:
         """Domains of a state that was loaded which this dataset was not given: they cannot be drawn any more."""
         return tuple(rows.name for rows in (*self._first, *self._late.values()) if isinstance(rows, late.Gone))
