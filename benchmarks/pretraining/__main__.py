@@ -84,7 +84,7 @@ def claims(
     mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
     repeats: Annotated[int, typer.Option(help="Windows of each of them, with other sequences.")] = 8,
     samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
-    sequences: Annotated[str, typer.Option(help="Of each of them, by commas.")] = "64,1024,4096,8192",
+    sequences: Annotated[str, typer.Option(help="Of each of them, by commas.")] = "64,1024,4096,16384,65536",
     pool: Annotated[
         int,
         typer.Option(help="Sequences of each domain that they are drawn from; the domains' own are as many others."),

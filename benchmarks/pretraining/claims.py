@@ -81,7 +81,8 @@ def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int,
 
     A set's influence is the sum of its sequences' scores over the sum of their tokens, so that one pass measures
     samples of any mixture. The domains' own influences are of `pool` sequences a domain, or of half of the smallest
-    domain where that is less; the samples are drawn from as many others: what is on both sides agrees with itself.
+    domain where that is less; the samples are drawn from as many others, with replacement: what is on both sides agrees
+    with itself, and no small corpus holds samples as large as the paper's.
     """
     domains, length = list(windows.corpus.domains), windows.settings.size.length
     pool = min(pool, *(len(TokenStore.open(windows.corpus.stores[name]).tokens) // length // 2 for name in domains))
@@ -104,12 +105,9 @@ def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int,
     by_size = []
     for size in sizes:
         generator = np.random.default_rng(size)
-        measured, samples = np.zeros_like(predicted), generator.multinomial(size, drawn)
-        if samples.max() > pool:
-            by_size.append(f"{size:,} sequences: not drawn, as one takes {samples.max():,} of one domain")
-            continue
-        for k, counts in enumerate(samples):
-            rows = [(d, generator.choice(pool, n, replace=False)) for d, n in enumerate(counts)]
+        measured = np.zeros_like(predicted)
+        for k, counts in enumerate(generator.multinomial(size, drawn)):
+            rows = [(d, generator.integers(pool, size=n)) for d, n in enumerate(counts)]
             measured[:, k] = sum(scores[at].sum(axis=0) for at in rows) / sum(tokens[at].sum() for at in rows)
         each = [float(pearsonr(p, m).statistic) for p, m in zip(predicted, measured, strict=True)]
         by_task = ", ".join(f"{task} {r:.3f}" for task, r in zip(windows.tasks, each, strict=True))

@@ -81,9 +81,7 @@ def test_samples_share_no_sequence_with_what_foretells_them(pools: SimpleNamespa
 
 
 def test_a_pool_is_half_of_the_smallest_domain_at_most(pools: SimpleNamespace) -> None:
-    found = additivity(pools, 32, [150, 10**6], 10**6, "EKFAC:1")
-    assert "drawn from 200 sequences a domain" in found["on"]
-    assert "1,000,000 sequences: not drawn, as one takes " in found["here"]
+    assert "drawn from 200 sequences a domain" in additivity(pools, 32, [150], 10**6, "EKFAC:1")["on"]
 
 
 def test_the_overhead_says_which_budget_it_is_of() -> None:
