@@ -6,6 +6,7 @@ Knows the built objects and arithmetic; trains and measures nothing. The model i
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console
@@ -13,11 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from dynmix.decider import Evidence
 from dynmix.influence.capture import measurable_layers
 from dynmix.influence.memory import peak_memory
 from dynmix.influence.sample import last_layers
 from dynmix.measurement import HELD_OUT
 from dynmix.mixers.static import Fixed, Natural, Static, Temperature, Uniform, UniMax
+from dynmix.observation import Influence
 from dynmix.recipe.run import Run
 from dynmix.scoring.cost import flops_per_token
 
@@ -104,6 +107,7 @@ def make_plan(run: Run) -> Plan:
     recipe, controller, dataset = run.recipe, run.callback.controller, run.dataset
     steps, batch = recipe.training["max_steps"], recipe.batch_size
     controller.plan(batch_size=batch, max_steps=steps)
+    _check_mixer(run)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(run.config)  # type: ignore[no-untyped-call]
     total, stage = controller.total, recipe.stages.steps * batch
@@ -153,6 +157,18 @@ def make_plan(run: Run) -> Plan:
         | (_memory(run, model) if measures else {}),
         scoring=_scoring(run, model, flops) if controller.sampler is not None else None,
     )  # fmt: skip
+
+
+def _check_mixer(run: Run) -> None:
+    """Let a mixer that goes by influences decide from one that says nothing: what it refuses, it would refuse later."""
+    controller, dataset = run.callback.controller, run.dataset
+    decider, measurement = controller.decider, controller.measurement
+    if not decider.needs <= {"influence", "guards", "measure"}:
+        return
+    rows = [*measurement.sets, *([HELD_OUT] if measurement.held_out_sequences else [])]
+    influence = Influence(np.zeros((len(rows), len(dataset.domains))), rows, dataset.domains)
+    upper = controller.budget.upper(0, controller.stage_steps * controller.batch_size)
+    decider.rehearse(Evidence(measurement.marked(influence)), dataset.schedule.weights_at(0), upper)
 
 
 def _domains(run: Run, total: int, first: int) -> dict[str, DomainPlan]:

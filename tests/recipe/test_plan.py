@@ -57,6 +57,17 @@ def test_stages_and_what_is_taken_of_each_domain(recipe):
     assert static.least_epochs == static.most_epochs == static.expected_epochs
 
 
+@pytest.mark.parametrize("name", ["tikmix-d", "tikmix-m"])
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [("lower: 0.6", "lower"), ("upper: 0.1", "upper"), ("lower: {nope: 0.1}", "nope")],
+)
+def test_bounds_that_leave_no_mixture_are_refused_in_the_plan(recipe, name, bounds, message):
+    given = f"{{name: {name}, {bounds}}}" if name == "tikmix-d" else f"{{name: {name}, direct: {{{bounds}}}}}"
+    with pytest.raises(ValueError, match=message):
+        make_plan(build_run(recipe(f"mixer={given}")))
+
+
 def test_the_tokens_of_a_measurement_are_those_that_one_reads(recipe, monkeypatch):
     plan = make_plan(build_run(recipe()))
     read = []
