@@ -109,7 +109,9 @@ def open_groups(
         table = pq.read_table(Path(folder) / "groups.parquet", page_checksum_verification=True)
     except FileNotFoundError as problem:
         raise ValueError(f"{problem.filename or problem}: no such file; write groups with dynmix regroup") from problem
-    except ValueError as problem:  # what JSON and Arrow raise names no file, or not what to do
+    except (ValueError, OSError) as problem:  # what JSON and Arrow raise names no file, or not what to do
+        if getattr(problem, "errno", None):
+            raise  # of the disk: Arrow's OSError of a damaged page has no number
         raise ValueError(f"{folder}: its groups are damaged ({problem}); write them anew: dynmix regroup") from problem
     opened = []
     for name, known in facts["stores"].items():

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +36,8 @@ logger = logging.getLogger("dynmix")
 
 Sets = Mapping[str, list[Batch]]
 
-_LOOKED_AT = 32  # sequences of a domain, for tokens that the model has not
+# Sequences that are looked at for tokens that the model has not: of a domain, and of all together.
+_LOOKED_AT, _LOOKED_AT_IN_ALL = 32, 4096
 
 HELD_OUT = "held-out"
 """Name of the default guard: the mean over the domains of their own text that the coming stage does not train on."""
@@ -164,13 +166,14 @@ class Measurement:
         if not isinstance(vocabulary, int):
             return
         sets = {f"{'guards' if name in self.guards else 'tasks'}[{name!r}]": own for name, own in self.sets.items()}
-        sets |= {f"domains[{name!r}]": self._batches(name, rows) for name, rows in self._some_of_each().items()}
-        for where, batches in sets.items():
-            if (largest := max((int(batch["input_ids"].max()) for batch in batches), default=0)) >= vocabulary:
-                raise ValueError(
-                    f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the model's "
-                    "own tokenizer"
-                )
+        read = ((f"domains[{name!r}]", self._batches(name, rows)) for name, rows in self._some_of_each().items())
+        with random_state_kept():  # a domain's items may draw from it
+            for where, batches in chain(sets.items(), read):
+                if (largest := max((int(batch["input_ids"].max()) for batch in batches), default=0)) >= vocabulary:
+                    raise ValueError(
+                        f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
+                        "model's own tokenizer"
+                    )
 
     def _some_of_each(self) -> dict[str, Ints]:
         """A few rows of each domain that can be read, evenly spread over those that a measurement may take."""
@@ -178,7 +181,8 @@ class Measurement:
             sizes = {name: self.dataset.probes(name) for name in self.dataset.domains}
         else:
             sizes = {name: size for name, size in self.dataset.sizes.items() if name not in self.dataset.gone}
-        return {name: np.linspace(0, size - 1, min(size, _LOOKED_AT)).astype(np.int64) for name, size in sizes.items()}
+        few = max(1, min(_LOOKED_AT, _LOOKED_AT_IN_ALL // max(1, len(sizes))))
+        return {name: np.linspace(0, size - 1, min(size, few)).astype(np.int64) for name, size in sizes.items()}
 
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""

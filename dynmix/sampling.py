@@ -8,6 +8,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,10 @@ class Sampler:
             there = [at for _, at in self._snapshots()]
             if lacking := [at for at in (due[-1:] if self.plan.checkpoints == "last" else due) if at not in there]:
                 logger.warning(
-                    "the snapshots of steps %s are not there, as they go when a later checkpoint is saved than that of "
-                    "step %d, which this run goes on from: others score in their place, and its groups may be others",
-                    lacking, step,
+                    "snapshots of %d steps are not there, the first that of step %d (they go when a later checkpoint "
+                    "is saved than that of step %d, which this run goes on from): others score in their place, and its "
+                    "groups may be others",
+                    len(lacking), lacking[0], step,
                 )  # fmt: skip
 
     def rehearse(self, model: nn.Module) -> SampleScores:
@@ -280,7 +282,11 @@ def _calls(forward: Any, module: nn.Module) -> bool:
     """Whether a function that replaces a module's forward has in it the bound one of this very module."""
     while forward is not None:
         closure = getattr(getattr(forward, "__func__", forward), "__closure__", None) or ()
-        if any(getattr(each, "__self__", None) is module for each in (forward, *(x.cell_contents for x in closure))):
+        inside = [forward]
+        for cell in closure:
+            with suppress(ValueError):  # it is empty
+                inside.append(cell.cell_contents)
+        if any(each is module or getattr(each, "__self__", None) is module for each in inside):
             return True
         forward = getattr(forward, "__wrapped__", None)
     return False

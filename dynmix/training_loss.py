@@ -62,7 +62,7 @@ class TrainingLoss:
             self._warned = True
             logger.warning(
                 "the model is called without labels (the Trainer keeps them back with label_smoothing_factor or "
-                "compute_loss_func): losses by domain count every token, also those whose label is -100"
+                "compute_loss_func): losses by domain may count tokens whose label is -100"
             )
         with torch.no_grad():
             labels = next_token_labels(batch) if "input_ids" in batch else None

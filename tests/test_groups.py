@@ -1,6 +1,8 @@
 import json
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dynmix import MixtureDataset, TokenStore
@@ -76,12 +78,27 @@ def test_stores_that_moved_or_changed(corpus, tmp_path):
     assert json.loads((tmp_path / "g/groups.json").read_text())["unit"] == "document"
 
 
-@pytest.mark.parametrize("name", ["groups.parquet", "groups.json"])
-def test_damaged_groups_are_named_with_what_to_do(corpus, tmp_path, name):
+def flipped(file: Path) -> bytes:
+    """The last bit of the first column is another."""
+    column, whole = pq.ParquetFile(file).metadata.row_group(0).column(0), bytearray(file.read_bytes())
+    first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    whole[first + column.total_compressed_size - 1] ^= 1
+    return bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("groups.parquet", lambda file: file.read_bytes()[:-9]),
+        ("groups.parquet", flipped),
+        ("groups.json", lambda file: file.read_bytes()[:-9]),
+    ],
+)
+def test_damaged_groups_are_named_with_what_to_do(corpus, tmp_path, name, damage):
     scores = scored(np.zeros(20, int), np.arange(20), np.full(20, 3))
     groups = regroup(scores)
     write_groups(tmp_path / "g", groups, group_weights(groups), scores, corpus, unit="document", sequence_length=4)
     file = tmp_path / "g" / name
-    file.write_bytes(file.read_bytes()[:-9])
+    file.write_bytes(damage(file))
     with pytest.raises(ValueError, match=r"(?s)/g: its groups are damaged .*write them anew: dynmix regroup"):
         open_groups(tmp_path / "g")

@@ -129,6 +129,22 @@ def test_a_token_that_the_model_does_not_have_is_named():
         room.check(nn.parallel.DataParallel(model))
 
 
+def test_looking_for_such_tokens_draws_no_random_number():
+    class Drawing:
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, row):
+            return {"input_ids": torch.randint(0, 64, (5,))}
+
+    model, room = nn.Module(), measurement(frozenset())
+    model.config = type("Config", (), {"vocab_size": 64})
+    room.dataset = MixtureDataset({"a": Drawing()}, num_samples=8)
+    before = torch.get_rng_state()
+    room.check(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_domain_of_another_tokenizer_is_named_though_its_first_row_fits(streamed):
     model = nn.Module()

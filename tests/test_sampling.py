@@ -77,6 +77,22 @@ def test_a_copy_does_not_call_the_model_that_trains(tmp_path, around):
     assert torch.equal(load_like(model, tmp_path / "snapshot")(x), before)
 
 
+def test_a_closure_over_the_model_and_a_name_without_a_value_is_no_hindrance(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    write_snapshot(model, tmp_path / "snapshot", {})
+
+    def closing(model):
+        if model is None:
+            never = 1
+        return lambda x: torch.nn.Sequential.forward(model, x) if x is not None else never
+
+    model.forward = closing(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    found = load_like(model, tmp_path / "snapshot")
+    assert not torch.equal(found(torch.ones(2, 3)), model(torch.ones(2, 3)))  # a closure over the model itself is, too
+
+
 def test_a_model_whose_snapshots_would_not_load_is_refused_at_the_start():
     with pytest.raises(ValueError, match="cannot be made from its configuration alone: TypeError"):
         check_like(Halved(LlamaConfig(**TINY), width=2))

@@ -22,6 +22,7 @@ def run_cell(bench: Bench, name: str, seed: int, folder: Path) -> dict[str, Any]
 
     Its folder gets `cell.json` at last; `run/journal.jsonl` is dynmix's own journal of the run.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # from now on the settings stand
     result: dict[str, Any] = kept(folder / "cell.json", lambda: _run(bench, Method.parse(name), seed, folder))
     (folder / "state.pt").unlink(missing_ok=True)
     return result

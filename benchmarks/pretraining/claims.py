@@ -97,7 +97,7 @@ def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int,
         )  # fmt: skip
         return {name: [found.scores[name].tolist(), found.tokens[name].tolist()] for name in domains}
 
-    scored = kept(windows.folder / f"influence/scored-{curvature}-{pool}.json", measure)
+    scored = kept(windows.folder / f"influence/pools-{curvature}-{pool}.json", measure)
     scores, tokens = (np.array([scored[name][part] for name in domains]) for part in (0, 1))
     own = scores[:, :pool].sum(axis=1) / tokens[:, :pool].sum(axis=1)[:, None]
     predicted = (drawn @ own).T

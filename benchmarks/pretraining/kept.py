@@ -28,8 +28,8 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write down what the folder's results were made with, or see that it is the same. Exits where it is not."""
     file, own = folder / "settings.json", json.loads(json.dumps(settings))
-    if file.exists() and not any(path != file for path in folder.iterdir()):
-        file.unlink()  # of a call that failed before it had a result
+    if file.exists() and json.loads(file.read_text()) != own and not any(path != file for path in folder.iterdir()):
+        file.unlink(missing_ok=True)  # of a call that failed before it began with a result
     known = kept(file, lambda: own)
     if changed := [key for key in own if known.get(key) != own[key]]:
         words = "; ".join(f"{key} was {known.get(key)!r} and is {own[key]!r}" for key in changed)

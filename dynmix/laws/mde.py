@@ -107,6 +107,10 @@ class WithExperts(Law):
         return found
 
 
+WITH_EXPERTS = ("ridge + MDE", "LightGBM + MDE", "GP + MDE", "multi-task GP + MDE", "MDE")
+"""What `laws_with_experts` has, before there are any."""
+
+
 def laws_with_experts(experts: Experts) -> dict[str, Law]:
     """Return X-MDE of each law that takes features, and MDE alone: candidates for `AutoLaw`, by name."""
     from dynmix.laws.gp import GP

@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -58,7 +57,11 @@ class Limits:
     def __post_init__(self) -> None:
         given = self.max_epochs if isinstance(self.max_epochs, Mapping) else {None: self.max_epochs}
         for name, limit in given.items():
-            if limit is not None and not (isinstance(limit, Real) and limit >= 0):
+            try:
+                fits = limit is None or (not isinstance(limit, str) and float(limit) >= 0)
+            except (TypeError, ValueError):
+                fits = False
+            if not fits:
                 raise ValueError(f"max_epochs{'' if name is None else f'[{name!r}]'}={limit!r}: a number, at least 0")
         if isinstance(self.max_epochs, Mapping):
             object.__setattr__(self, "max_epochs", {n: x for n, x in self.max_epochs.items() if x is not None})

@@ -134,9 +134,11 @@ def token_ids(sequences: Sequences, row: int, where: str) -> Ints:
     try:
         item: Any = sequences[row]
     except LookupError as error:
+        if not hasattr(sequences, "columns"):
+            raise
         raise ValueError(
-            f"item {row} of {where}, a {type(sequences).__name__}, is not there ({error!r}): give a sequence of dicts"
-            " with input_ids; of a DataFrame, datasets.Dataset.from_pandas(...)"
+            f"{where} is a {type(sequences).__name__}, which has columns and no items ({error!r}): give a sequence of"
+            " dicts with input_ids, of a DataFrame datasets.Dataset.from_pandas(...)"
         ) from error
     if not hasattr(item, "keys"):
         raise ValueError(

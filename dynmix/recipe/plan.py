@@ -20,6 +20,8 @@ from dynmix.influence.memory import peak_memory
 from dynmix.influence.sample import last_layers
 from dynmix.measurement import HELD_OUT
 from dynmix.mixers.static import Fixed, Natural, Static, Temperature, Uniform, UniMax
+from dynmix.mixers.tikmix_d import TiKMiXD
+from dynmix.mixers.tikmix_m import TiKMiXM
 from dynmix.observation import Influence
 from dynmix.recipe.run import Run
 from dynmix.scoring.cost import flops_per_token
@@ -160,10 +162,10 @@ def make_plan(run: Run) -> Plan:
 
 
 def _check_mixer(run: Run) -> None:
-    """Let a mixer that goes by influences decide from one that says nothing: what it refuses, it would refuse later."""
+    """Let TiKMiX decide from an influence that says nothing: the bounds that it refuses then, it would refuse later."""
     controller, dataset = run.callback.controller, run.dataset
     decider, measurement = controller.decider, controller.measurement
-    if not decider.needs <= {"influence", "guards", "measure"}:
+    if not isinstance(decider.mixer, TiKMiXD | TiKMiXM):  # others may not take it
         return
     rows = [*measurement.sets, *([HELD_OUT] if measurement.held_out_sequences else [])]
     influence = Influence(np.zeros((len(rows), len(dataset.domains))), rows, dataset.domains)

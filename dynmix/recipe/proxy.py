@@ -19,6 +19,7 @@ from dynmix.groups import open_groups, write_groups
 from dynmix.laws.auto import default_laws
 from dynmix.laws.criteria import criterion_weights
 from dynmix.laws.experts import Experts
+from dynmix.laws.mde import WITH_EXPERTS
 from dynmix.laws.runs import read_runs
 from dynmix.mixers.regroup import Blend, group_weights, regroup
 from dynmix.mixture.store import TokenStore
@@ -81,8 +82,8 @@ def _check(proxy: MDEProxy | AutoMixerProxy, domains: int, tasks: tuple[str, ...
     """Raises ValueError for what would be asked for, and refused, only when the small runs are there."""
     if isinstance(proxy, MDEProxy):
         criterion_weights(proxy.criterion, tasks)
-        laws = ["auto", "MDE", *default_laws(proxy.mixtures + domains, len(tasks))]
-        if proxy.law.removesuffix(" + MDE") not in laws:
+        laws = ["auto", *default_laws(proxy.mixtures + domains, len(tasks)), *WITH_EXPERTS]
+        if proxy.law not in laws:
             raise RecipeError(f"proxy.law={proxy.law!r}: there are {', '.join(laws)}")
         return
     curvature(proxy.curvature, {}, None, "proxy.curvature")

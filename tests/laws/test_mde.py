@@ -17,7 +17,7 @@ from dynmix.laws import (
     WithExperts,
     solve,
 )
-from dynmix.laws.mde import laws_with_experts
+from dynmix.laws.mde import WITH_EXPERTS, laws_with_experts
 
 TOKENS = {"web": 600, "code": 400, "math": 1000}
 
@@ -169,6 +169,7 @@ def test_every_domain_with_an_expert_is_seen():
 def test_auto_law_chooses_among_laws_with_experts():
     experts = some_experts(6)
     W, L = runs(experts, 20)
+    assert tuple(laws_with_experts(experts)) == WITH_EXPERTS
     auto = AutoLaw({"ridge": Ridge()} | laws_with_experts(experts)).fit(W, L)
     assert any("MDE" in name for name in auto.laws_)
     new, losses = runs(experts, 50, seed=2)
