@@ -81,10 +81,8 @@ class Corpus:
     @cached_property
     def stores(self) -> dict[str, Path]:
         """Domain -> token store, named by the domain and by what it was made of: another corpus has others there."""
-        folder, tokenizer = (
-            self.cache / "stores",
-            [item for item in self.facts.items() if item[0].startswith("tokenizer")],
-        )
+        folder = self.cache / "stores"
+        tokenizer = [item for item in self.facts.items() if item[0].startswith("tokenizer")]
         made = {name: repr((self.facts[f"domains/{name}.jsonl.gz"], tokenizer)) for name in self.domains}
         stores = {
             name: f"{name}-{hashlib.blake2b(of.encode(), digest_size=4).hexdigest()}" for name, of in made.items()
