@@ -208,12 +208,12 @@ def costs(cells: Cells) -> str:
     for name in order(cells):
         own = [cell["spent"] for cell in cells.cells[name].values()]
         row = [f"`{name}`"]
-        for unit, scale in (("flops", 1e12), ("seconds", 1.0)):
+        for unit, scale in (("flops", 1e9), ("seconds", 1.0)):
             parts = {key: np.mean([spent[unit][key] for spent in own]) for key in ("training", "before", "mixing")}
             extra = parts["before"] + parts["mixing"]
             row += [f"{parts[key] / scale:,.1f}" for key in parts] + [f"{100 * extra / sum(parts.values()):.1f} %"]
         rows.append(row)
-    head = [f"{what}, {unit}" for unit in ("TFLOP", "s") for what in ("training", "beforehand", "in the run", "share")]
+    head = [f"{what}, {unit}" for unit in ("GFLOP", "s") for what in ("training", "beforehand", "in the run", "share")]
     return markdown(["method", *head], rows)
 
 
