@@ -54,7 +54,8 @@ class Sampler:
         micro_batch: sequences a forward pass.
 
     Raises:
-        ValueError: a metric that a task does not have, layers that are no regular expression.
+        ValueError: a metric that a task does not have, a task of packed documents, layers that are no regular
+            expression.
     """
 
     def __init__(
@@ -79,6 +80,12 @@ class Sampler:
         self.every = plan.every or max(1, stage_steps // 4)
         self.tasks = {name: source for name, source in sources.items() if isinstance(source, Task)}
         self.sets = {name: sets[name] for name in sources}
+        for name, batches in self.sets.items():
+            if any(map(_packed, batches)):
+                raise ValueError(
+                    f"tasks[{name!r}] packs several documents into a sequence (position_ids that restart, or a mask of"
+                    " its own for each token): scoring the corpus takes each apart, so give its documents unpacked"
+                )
         for name in sources:
             metric = metric_of(plan.metric, name)
             if metric != "loss" and name not in self.tasks:
@@ -290,6 +297,17 @@ def _calls(forward: Any, module: nn.Module) -> bool:
             return True
         forward = getattr(forward, "__wrapped__", None)
     return False
+
+
+def _packed(batch: Batch) -> bool:
+    """Whether something other than the sequence's own end keeps its tokens apart."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and mask.ndim > 2:
+        return True
+    if positions is None:
+        return False
+    jumps = positions.diff(dim=-1) != 1
+    return bool((jumps if mask is None else jumps & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)).any())
 
 
 def _examples(batches: list[Batch]) -> list[dict[str, torch.Tensor]]:

@@ -2,12 +2,16 @@
 
 import functools
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dynmix.callbacks import MixtureHook
+from dynmix.mixers import AutoMixer
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.sampling import check_like, load_like
 from dynmix.snapshot import write_snapshot
 
@@ -100,3 +104,20 @@ def test_a_model_whose_snapshots_would_not_load_is_refused_at_the_start():
     changed.adapter = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"differs from it in \['adapter.bias', 'adapter.weight'\]"):
         check_like(changed)
+
+
+PACKED = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+BLOCKS = {"attention_mask": torch.block_diag(*[torch.ones(3, 3)] * 2).tril()[None, None].bool()}
+LEFT_PADDED = {
+    "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]),
+    "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]]),
+}
+
+
+@pytest.mark.parametrize(("extra", "refused"), [(PACKED, True), (BLOCKS, True), (LEFT_PADDED, False), ({}, False)])
+def test_a_task_of_packed_documents_is_refused_as_it_would_be_scored_as_one(extra, refused):
+    batch = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None], **extra}
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
+    with pytest.raises(ValueError, match=r"tasks\['code'\] packs several documents") if refused else nullcontext():
+        MixtureHook(model, dataset, {"code": [batch]}, AutoMixer(), stage_steps=4)
