@@ -249,6 +249,8 @@ def test_bad_inputs_are_named_before_anything_is_read(tmp_path: Path) -> None:
     check(folder, "in: no such file or folder")
     check([], "no files given")
     folder.mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    check({"web": [], "code": [tmp_path / "a.txt"]}, r"inputs\['web'\]: no files given; leave the domain out")
     check(folder, "in: an empty folder")
     (folder / "web").mkdir()
     check(folder, "web: an empty folder")

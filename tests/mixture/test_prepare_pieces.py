@@ -48,6 +48,18 @@ def test_paragraphs_are_documents_wherever_it_is_cut(
     assert [text for each in pieces for _, text, _ in each.records(Fields("text"))] == slowly(text)
 
 
+def test_a_line_that_ends_with_a_block_ends_no_paragraph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynmix.mixture.prepare.inputs._BLOCK", 16)
+    file = tmp_path / "a.txt"
+    for length in range(60):
+        file.write_text("x" * length + " " * 20 + "y\nthe same\n\nnext\n")
+        found = [text for piece in File(file).pieces(Fields("text"), 8) for _, text, _ in piece.records(Fields("text"))]
+        assert found == ["x" * length + " " * 20 + "y\nthe same", "next"]
+        file.write_text("x" * length + "\nthe same\n\nnext\n")
+        found = [text for piece in File(file).pieces(Fields("text"), 8) for _, text, _ in piece.records(Fields("text"))]
+        assert found == [("x" * length + "\nthe same").lstrip(), "next"]
+
+
 def test_text_becomes_a_store_and_a_held_out_one(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("\n\n".join(f"line {i}\nand another" for i in range(100)))
     stores = prepare(tmp_path / "book.txt", tmp_path / "out", TOKENIZER, held_out=0.2, progress=False)

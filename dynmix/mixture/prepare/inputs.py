@@ -162,6 +162,8 @@ def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input
                 add(str(path) if by_field else name, path, _all_inputs(name, path))
     if not any(domains.values()):
         raise PrepareError("inputs: no files given")
+    if empty := [name for name, found in domains.items() if not found]:
+        raise PrepareError(f"{sources[empty[0]]}: no files given; leave the domain out, or correct its paths")
     if bad := [each.name for found in domains.values() for each in found if not is_utf8(each.name)]:
         raise PrepareError(f"{bad[0]!r}: the name is not UTF-8, and has to be written to the manifest; rename it")
     return domains
@@ -244,8 +246,10 @@ def _cut_text(file: File, piece: int) -> Iterator[Piece]:
     with open(file.path, "rb", buffering=_BLOCK) as lines:
         while start < file.size:
             lines.seek(min(start + piece, file.size) - 1)
-            lines.readline(_BLOCK)
-            while (part := lines.readline(_BLOCK)) and not part.isspace():
+            ended = lines.readline(_BLOCK).endswith(b"\n")
+            # A part of a line may be blank where the line is not.
+            while (part := lines.readline(_BLOCK)) and not (ended and part.isspace() and part.endswith(b"\n")):
+                ended = part.endswith(b"\n")
                 _check_line(file.name, f"after byte {start}", lines.tell() - start - piece, "paragraph", "blank lines")
             stop = lines.tell()
             yield FileParagraphs(file.name, stop - start, start)
