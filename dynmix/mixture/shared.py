@@ -9,10 +9,15 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dynmix.mixture.store import with_room
+
+_MEMORY = Path("shared memory")  # in the error where too many files are open
 
 
 class SharedArray:
@@ -31,13 +36,14 @@ class SharedArray:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int64) -> None:
-        file = _anonymous_file()
+        file = with_room(_MEMORY, _anonymous_file)
         file.truncate(np.dtype(dtype).itemsize * int(np.prod(shape)))
         self._map(file, shape, dtype)
 
     def _map(self, file: IO[bytes], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self._file = file  # kept open: its descriptor is what a spawned process is given
-        self.array: npt.NDArray[Any] = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype).reshape(shape)
+        self._file = file  # kept open: its descriptor is what a spawned process is given; the map has one of its own
+        content = with_room(_MEMORY, lambda: mmap.mmap(file.fileno(), 0))
+        self.array: npt.NDArray[Any] = np.frombuffer(content, dtype).reshape(shape)
 
     def __reduce__(self) -> tuple[Callable[..., "SharedArray"], tuple[Any, ...]]:
         if get_spawning_popen() is None:

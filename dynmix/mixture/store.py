@@ -232,8 +232,8 @@ def with_room(file: Path, open_it: Callable[[], T]) -> T:
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if now == most:
         raise StoreError(
-            f"{file}: {now} files are open, two for each store and one for each flat file; allow more of them with"
-            " `ulimit -n`"
+            f"{file}: {now} files are open, two for each store, one for each flat file, six for each plan of best fit;"
+            " allow more of them with `ulimit -n`"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return with_room(file, open_it)

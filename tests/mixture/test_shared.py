@@ -1,6 +1,7 @@
 import copy
 import multiprocessing
 import pickle
+import resource
 from typing import Any
 
 import pytest
@@ -54,3 +55,13 @@ def resident_pages() -> int:
             return int(file.read().split()[1])
     except OSError:
         pytest.skip("needs /proc")
+
+
+def test_more_of_them_than_open_files_are_allowed_at_first() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        several = [SharedArray((2,)) for _ in range(70)]
+        assert not any(shared.array.any() for shared in several)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
