@@ -156,6 +156,13 @@ class MixtureCallback(TrainerCallback):
             check_micro_batch(self.dataset, args.train_batch_size // (args.world_size if shared else 1))
         if args.auto_find_batch_size:
             raise ValueError("auto_find_batch_size changes what a step is during the run: set it to False")
+        apart = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if self._trainer is not None and (found := self._trainer.get_total_train_batch_size(args)) != apart:
+            raise ValueError(
+                f"{args.world_size} processes take {found} samples a step and not {apart}: in tensor, context and "
+                "sequence parallelism several of them share samples, and a model that is split so is not measured "
+                "rightly here; use DDP or FSDP"
+            )
         if args.ignore_data_skip and state.global_step:
             raise ValueError("ignore_data_skip=True would start the data again from its first sample: set it to False")
         if state.max_steps > -(-len(self.dataset) // batch_size):

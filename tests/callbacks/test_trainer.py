@@ -189,6 +189,12 @@ def test_what_cannot_work_is_refused_before_training(training, tmp_path, argumen
         training.run(tmp_path, **arguments)
 
 
+def test_processes_that_share_samples_are_refused(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "get_total_train_batch_size", lambda self, args: 2)
+    with pytest.raises(ValueError, match="1 processes take 2 samples a step and not 8: in tensor, context and"):
+        training.run(tmp_path)
+
+
 def test_a_second_callback_is_refused(training, tmp_path, monkeypatch):
     data = training.dataset()
     monkeypatch.setattr(training, "dataset", lambda **_: data)
