@@ -115,7 +115,7 @@ def split(batches: Iterable[Batch], size: int) -> list[Batch]:
     ]
 
 
-def scored_sequence(batches: Sequence[Batch], name: str) -> Batch:
+def scored_sequence(batches: Iterable[Batch], name: str) -> Batch:
     """Return the first sequence that has a scored token, as a batch of one; raise ValueError if there is none."""
     for batch in batches:
         scored = (next_token_labels(batch) != -100).any(dim=1).nonzero()

@@ -34,6 +34,7 @@ from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixture.accounting import new_epochs
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.stages import MAX_STAGES
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
 from dynmix.ranks import from_rank_0, gathered, is_rank_0, on_every_rank
@@ -266,6 +267,12 @@ class MixtureController:
                 "first stage does, so that nothing would ever be decided; make stages shorter"
                 + (f" ({schedule.why_exhausted(dry)})" if dry is not None and self.total < self._planned else "")
             )
+        stages = -(-self.total // (self.stage_steps * batch_size))
+        if min(stages, self.max_stages or stages) > MAX_STAGES:
+            raise ValueError(
+                f"stage_steps={self.stage_steps}: the run of {-(-self.total // batch_size)} steps would have {stages} "
+                f"stages, and a schedule takes {MAX_STAGES}: make stages longer, or pass max_stages"
+            )
         if self._boundary() < self.total and schedule.end is None:
             if self.dataset.read_until > self._boundary():
                 raise ValueError(
@@ -301,11 +308,11 @@ class MixtureController:
             found.influence, found.drawn = self.measurement.rehearse(model)
         self._say_memory(model)
         schedule = self.dataset.schedule
-        first = schedule.starts[0]  # that is known: a state may have left out the oldest stages
-        upper = self.budget.upper(first, self.stage_steps * self.batch_size)
+        last = schedule.starts[-1]
+        upper = self.budget.upper(last, self.stage_steps * self.batch_size)
         if self.sampler is not None and not self.resumed:
             found.samples = self.sampler.rehearse(model)
-        self.decider.rehearse(found, schedule.weights_at(first), upper)
+        self.decider.rehearse(found, schedule.weights_at(last), upper)
         if self.resumed:
             if self.sampler is not None and self.folder is not None:
                 self.sampler.begin(self.folder.path, step, self._samples_wanted())

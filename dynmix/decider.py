@@ -83,11 +83,15 @@ class Decider:
                 self.random_access(dataset), reference if "reference_loss" in self.needs else None
             )
         self._observed = False
-        length = dataset.sequence_length
-        tokens = {name: size * length for name, size in dataset.sizes.items()}
-        first = self.mixer.start(Run(tokens, len(dataset) * length, dataset.schedule.weights_at(0)))
+        first = self._start(dataset)
         if first is not None:
             dataset.begin(integer_cdf(normalized(first, dataset.domains)))
+
+    def _start(self, dataset: Mixture) -> Mapping[str, float] | None:
+        length, schedule = dataset.sequence_length, dataset.schedule
+        self._started = dataset.domains
+        tokens = {name: size * length for name, size in dataset.sizes.items()}
+        return self.mixer.start(Run(tokens, len(dataset) * length, schedule.weights_at(schedule.starts[0])))
 
     def random_access(self, dataset: Mixture) -> MixtureDataset:
         """Return the dataset, if rows of it can be looked up. Raises ValueError."""
@@ -219,7 +223,12 @@ class Decider:
         return {"name": self.name, "state": copy.deepcopy(self.mixer.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, if it is this mixer's; another one starts afresh, with a warning."""
+        """Go on from `state`, if it is this mixer's; another one starts afresh, with a warning.
+
+        The dataset's own state is loaded before: where it has other domains than were listed, the mixer is told.
+        """
+        if self.dataset.domains != self._started or self.dataset.schedule.joined:
+            self._start(self.dataset)
         if state["name"] == self.name:
             self.mixer.load_state_dict(state["state"])
         else:

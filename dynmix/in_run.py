@@ -180,13 +180,13 @@ class InRunInfluence:
             logger.warning("in-run influence: no gradient reached %s in the window", ", ".join(silent[:8]))
         if window.skipped:
             logger.warning("in-run influence: %d micro-batches were not finite and left out", window.skipped)
-        units = zip(self.dataset.domains, window.tally.units.tolist(), strict=True)
-        if rare := [name for name, seen in units if seen < self.options.least]:
+        units = dict(zip(self.dataset.domains, window.tally.units.tolist(), strict=True))
+        if rare := [name for name in self.measurement.here if units[name] < self.options.least]:
             found = self.measurement.products(model, window.gradients, window.probes, rare)
             for name, (products, tokens) in found.items():
                 window.tally.add(self.dataset.domains.index(name), products, tokens)
         influence = window.tally.influence(window.gradients, self.dataset.domains)
-        return self.measurement.marked(influence), window.seconds
+        return self.measurement.whole(influence), window.seconds
 
     def close(self) -> None:
         """Look no longer."""

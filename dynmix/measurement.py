@@ -180,26 +180,36 @@ class Measurement:
         if isinstance(self.dataset, MixtureStream):
             sizes = {name: self.dataset.probes(name) for name in self.dataset.domains}
         else:
-            sizes = {name: size for name, size in self.dataset.sizes.items() if name not in self.dataset.gone}
+            sizes = {name: self.dataset.sizes[name] for name in self.here}
         few = max(1, min(_LOOKED_AT, _LOOKED_AT_IN_ALL // max(1, len(sizes))))
         return {name: np.linspace(0, size - 1, min(size, few)).astype(np.int64) for name, size in sizes.items()}
 
+    @property
+    def here(self) -> list[str]:
+        """The domains that can be measured: all but those of a state that this run was not given."""
+        gone = () if isinstance(self.dataset, MixtureStream) else self.dataset.gone
+        return [name for name in self.dataset.domains if name not in gone]
+
+    def _scored(self, domain: str, rows: Ints) -> Batch:
+        """A sequence of a domain that has a token to score, the first of these."""
+        return scored_sequence((self._batches(domain, row[None])[0] for row in rows), f"domains[{domain!r}]")
+
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""
-        domains = {name: self._batches(name, np.zeros(1, dtype=np.int64)) for name in self.dataset.domains}
+        domains = {name: [self._scored(name, rows)] for name, rows in self._some_of_each().items()}
         sets = {name: [scored_sequence(batches, f"tasks[{name!r}]")] for name, batches in self._rows({}).items()}
         if self.held_out_sequences:
-            sets[HELD_OUT] = domains[self.dataset.domains[0]]
+            sets[HELD_OUT] = next(iter(domains.values()))
         return self._measured(model, domains, sets, Identity(), 0, layers=self.layers)
 
     def peak_memory(self, model: nn.Module) -> PeakMemory:
         """Say what an influence takes beside the model; runs the longest kind of sequence through it."""
-        first = [self._batches(self.dataset.domains[0], np.zeros(1, dtype=np.int64)), *self._rows({}).values()]
+        first = [self._batches(self.here[0], np.zeros(1, dtype=np.int64)), *self._rows({}).values()]
         longest = max((batches[0] for batches in first), key=lambda batch: batch["input_ids"].shape[1])
         return peak_memory(
             model,
             split([longest], 1)[0],
-            domains=len(self.dataset.domains),
+            domains=len(self.here),
             tasks=len(self._rows({})) + bool(self.held_out_sequences),
             micro_batch=self._largest_batch,
             curvature=self.curvature,
@@ -215,7 +225,8 @@ class Measurement:
         """Return rows of each domain that the `window` samples from `start` on will not train on, if it has so many."""
         shares = self._curvature_shares(prior)
         domains, held_out = {}, {}
-        for i, name in enumerate(self.dataset.domains):
+        for name in self.here:
+            i = self.dataset.domains.index(name)
             count, more = max(self.probe_sequences, shares[name]), self.held_out_sequences
             domains[name] = self._probe_rows(i, name, count, start, window)
             rows = self._probe_rows(i, name, count + more, start, window)
@@ -266,10 +277,25 @@ class Measurement:
 
         return self._within_memory(measure)
 
-    def marked(self, influence: Influence) -> Influence:
-        """Return the influence with the names of its rows that are guards."""
+    def whole(self, influence: Influence) -> Influence:
+        """Return the influence with the names of its rows that are guards, and a column for every domain.
+
+        That of a domain which is not here is 0: it cannot be drawn, and its weight is bounded by 0.
+        """
         guards = tuple(name for name in influence.tasks if name in self.guards)
-        return replace(influence, guards=guards) if guards else influence
+        influence = replace(influence, guards=guards) if guards else influence
+        if len(here := self.here) == len(self.dataset.domains):
+            return influence
+        measured, columns = (
+            [names.index(name) for name in here] for names in (influence.domains, self.dataset.domains)
+        )
+
+        by_domain: dict[str, Any] = {}
+        for key in ("scores", "standard_error", "left_out_bound"):
+            if (values := getattr(influence, key)) is not None:
+                by_domain[key] = np.zeros((len(values), len(self.dataset.domains)))
+                by_domain[key][:, columns] = values[:, measured]
+        return replace(influence, domains=self.dataset.domains, **by_domain)
 
     def gradient(self, model: nn.Module, probes: Probes) -> Influence:
         """Return the products of the domains' gradients with the sets' own: an influence without a curvature."""
@@ -279,7 +305,7 @@ class Measurement:
         sets = self._rows(probes.held_out)
         domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
         with self._progress(0, domains, sets, self.held["layer_groups"]) as tick:
-            return self.marked(
+            return self.whole(
                 group_influence(
                     model,
                     domains,
@@ -297,9 +323,8 @@ class Measurement:
         """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""
         if isinstance(self.dataset, MixtureStream):
             return  # it has kept them aside, or said that it could not
-        for i, name in enumerate(self.dataset.domains):
-            rows = probes.domains[name]
-            if n := repeated(self.dataset.schedule, i, rows, start, stop):
+        for name, rows in probes.domains.items():
+            if n := repeated(self.dataset.schedule, self.dataset.domains.index(name), rows, start, stop):
                 logger.warning(
                     "%d of the %d probe sequences of domain %r are trained on within the next stage: it has only %d "
                     "sequences; shorten the stage or bound the domain with max_epochs",
@@ -345,10 +370,16 @@ class Measurement:
         self, model: nn.Module, domains: Sets, sets: Sets, curvature: Curvature, seed: int, **options: Any
     ) -> tuple[Influence, DrawnMixtures | None]:
         if "measure" not in self.needs:
-            return self.marked(group_influence(model, domains, sets, curvature, over_ranks=True, **options)), None
+            return self.whole(group_influence(model, domains, sets, curvature, over_ranks=True, **options)), None
         found = scored_groups(model, domains, sets, curvature, over_ranks=True, **options)
-        drawn = DrawnMixtures(found.scores, found.tokens, self.sample_sequences, seed)
-        return self.marked(found.influence), drawn
+        # Nothing is drawn of what is not here; but it has a weight, 0.
+        nothing, rows = np.zeros(1), np.zeros((1, len(found.influence.tasks)))
+        scores, tokens = (
+            {name: own.get(name, empty) for name in self.dataset.domains}
+            for own, empty in ((found.scores, rows), (found.tokens, nothing))
+        )
+        drawn = DrawnMixtures(scores, tokens, self.sample_sequences, seed)
+        return self.whole(found.influence), drawn
 
     @property
     def _strata(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from torch import nn
 
 import dynmix.measurement
 import dynmix.run_folder
-from dynmix import EKFAC, Influence, MixtureController, MixtureDataset, Static, TiKMiXD
+from dynmix import EKFAC, Identity, Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
 from dynmix.mixers import Mixer, Proposal
 from dynmix.saved_influence import propose_from, read_influence
@@ -397,6 +397,61 @@ def test_a_first_sequence_without_a_scored_token_is_no_obstacle():
     nothing.plan(batch_size=BATCH)
     with pytest.raises(ValueError, match=r"tasks\['t'\]: no sequence has a token to score"):
         nothing.begin(Bigram())
+
+
+def test_a_first_row_of_a_domain_without_a_scored_token_is_no_obstacle(caplog):
+    data = MixtureDataset(
+        {
+            name: [{**row, "labels": row["input_ids"] if n else torch.full((5,), -100)} for n, row in enumerate(rows)]
+            for name, rows in (("a", sequences(0, 200)), ("b", sequences(1, 300)))
+        },
+        num_samples=100,
+        block=BATCH,
+    )
+    run(controller(data), steps=4)
+    assert data.schedule.num_stages == 2
+    assert "keeps the weights" not in caplog.text
+
+
+def test_more_stages_than_a_schedule_takes_are_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr("dynmix.controller.MAX_STAGES", 4)
+    with pytest.raises(ValueError, match="25 steps would have 5 stages, and a schedule takes 4: make stages longer"):
+        controller(dataset()).plan(batch_size=BATCH)
+    controller(dataset(), max_stages=4).plan(batch_size=BATCH)
+    controller(dataset(), stage_steps=7).plan(batch_size=BATCH)
+
+
+@pytest.mark.parametrize("mixer", ["tikmix-d", "tikmix-m", "doge", "odm", "ado"])
+@pytest.mark.parametrize("then", ["abc", "ab"])
+def test_a_run_goes_on_without_a_domain_that_is_not_drawn_and_with_one_that_joined(mixer, then, caplog):
+    def loop_of(names):
+        domains = {name: sequences("abc".index(name), 200) for name in names}
+        weights = {"a": 0.5, "b": 0.5} | dict.fromkeys(domains.keys() - {"a", "b"}, 0.0)
+        data = MixtureDataset(domains, weights, num_samples=100, block=BATCH)
+        return controller(data, mixer, curvature=Identity())
+
+    def steps(loop, model, first, last):
+        loop.watch(model)
+        for step in range(first, last):
+            model(torch.stack([loop.dataset[g]["input_ids"] for g in range(step * BATCH - BATCH, step * BATCH)]))
+            loop.step_ended(model, step)
+
+    before, model = loop_of(then), Bigram()
+    before.plan(batch_size=BATCH)
+    before.begin(model)
+    steps(before, model, 1, 3)
+    now = "ab" if then == "abc" else "abc"
+    after = loop_of(now)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    after.plan(batch_size=BATCH)
+    after.begin(model, 2)
+    steps(after, model, 3, 12)
+    stages = after.dataset.schedule.stages
+    assert "keeps the weights" not in caplog.text
+    assert "taught the mixer nothing" not in caplog.text
+    assert len(stages) == 3
+    assert now == "abc" or stages[-1].weights["c"] == 0
+    assert now == "ab" or mixer not in ("doge", "odm") or stages[-1].weights["c"] > 0.2
 
 
 def test_a_stage_longer_than_the_run_is_refused():

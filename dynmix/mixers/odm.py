@@ -59,6 +59,15 @@ class ODM(OnlineMixer):
                 self._reward[name] = self.alpha * self._reward[name] + (1 - self.alpha) * reward
         self._steps += bool(losses)
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned; a domain that joined since is one that was never drawn.
+
+        Raises ValueError if a part of it is missing.
+        """
+        super().load_state_dict(state)
+        never = dict.fromkeys(self._domains, 0.0)
+        self._reward, self._drawn = never | self._reward, never | self._drawn
+
     def _exploration(self, step: int) -> float:
         arms = len(self._domains)
         return 1 / arms if step == 0 else min(1 / arms, math.sqrt(math.log(arms) / (arms * step)))

@@ -147,6 +147,18 @@ class Multiplicative(OnlineMixer):
         self._average = dict(self._weights)
         self._updates = 0
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned; a domain that joined since begins with its share of the uniform mixture.
+
+        Raises ValueError if a part of it is missing.
+        """
+        super().load_state_dict(state)
+        if new := dict.fromkeys((name for name in self._domains if name not in self._weights), 1 / len(self._domains)):
+            left = 1 - sum(new.values())
+            self._weights, self._average = (
+                {name: left * weight for name, weight in each.items()} | new for each in (self._weights, self._average)
+            )
+
     def _ascend(self, exponents: Mapping[str, float]) -> None:
         """Multiply each weight by the exponential of its exponent, renormalise, smooth."""
         w = as_array(self._weights, self._domains)

@@ -170,7 +170,7 @@ def _check_mixer(run: Run) -> None:
     rows = [*measurement.sets, *([HELD_OUT] if measurement.held_out_sequences else [])]
     influence = Influence(np.zeros((len(rows), len(dataset.domains))), rows, dataset.domains)
     upper = controller.budget.upper(0, controller.stage_steps * controller.batch_size)
-    decider.rehearse(Evidence(measurement.marked(influence)), dataset.schedule.weights_at(0), upper)
+    decider.rehearse(Evidence(measurement.whole(influence)), dataset.schedule.weights_at(0), upper)
 
 
 def _domains(run: Run, total: int, first: int) -> dict[str, DomainPlan]:
