@@ -163,6 +163,13 @@ class MixtureCallback(Callback):
                 "sampler=callback.sampler), which reads in order (the mixture is shuffled already) and goes on where "
                 "a checkpoint was saved"
             )
+        replicas = getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", trainer.world_size)
+        if replicas != trainer.world_size:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} has {trainer.world_size} processes take the samples of {replicas}: "
+                "in tensor parallelism several of them share samples, and a model that is split so is not measured "
+                "rightly here; use DDP or FSDP"
+            )
         if len(trainer.optimizers) > 1:
             raise ValueError(f"{len(trainer.optimizers)} optimizers: their steps would each count as one of the run")
         if any(isinstance(c, GradientAccumulationScheduler) and len(c.scheduling) > 1 for c in trainer.callbacks):  # type: ignore[attr-defined]

@@ -68,6 +68,7 @@ class MixtureHook:
         self.batch_size = batch_size
         self.steps = 0
         self._begun = self._checked = False
+        self._logs: dict[str, float] | None = None  # of a stage that was decided as a state was loaded
         self._saving: int | None = None  # step of a state that was asked for, and is on the disk by the next step
         if batch_size is not None:
             self.controller.plan(batch_size=batch_size, max_steps=max_steps)
@@ -83,7 +84,7 @@ class MixtureHook:
             self.controller.saved(self._saving)
             self._saving = None
         self.steps += 1
-        logs = None if self._begun else self._begin()
+        logs, self._logs = self._logs if self._begun else self._begin(), None
         assert self.batch_size is not None
         if not self._checked:
             self._check_reading(self.batch_size)
@@ -111,7 +112,10 @@ class MixtureHook:
         return {"steps": self.steps, "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; call before the loader reads, and let it start at `position`."""
+        """Go on from `state`; call when the model has its own, before the loader reads; let that start at `position`.
+
+        A run that ended with a stage decides the next one here, by the model as it is.
+        """
         if not state["steps"]:
             return
         self.controller.load_state_dict(state["controller"])
@@ -120,7 +124,7 @@ class MixtureHook:
         self.batch_size = self.controller.batch_size
         self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
         self._begun = True
-        self.controller.begin(self.model, self.steps)
+        self._logs = self.controller.begin(self.model, self.steps)
 
     def _begin(self) -> dict[str, float] | None:
         if self.batch_size is None:

@@ -109,6 +109,14 @@ def test_what_cannot_be_is_said_before_it_trains(options, message, lightning, tm
         lightning.run(tmp_path, **options)
 
 
+def test_processes_that_share_samples_are_refused(lightning, tmp_path, monkeypatch):
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    monkeypatch.setattr(SingleDeviceStrategy, "distributed_sampler_kwargs", {"num_replicas": 2}, raising=False)
+    with pytest.raises(ValueError, match="SingleDeviceStrategy has 1 processes take the samples of 2: in tensor"):
+        lightning.run(tmp_path)
+
+
 def test_a_checkpoint_of_a_run_without_it_is_refused(lightning, tmp_path):
     lightning.run(tmp_path, stop_at=3, callback=False)
     with pytest.raises(ValueError, match="at step 3 holds no state of a MixtureCallback"):

@@ -124,6 +124,16 @@ def test_state_resumes_bit_for_bit(training, tmp_path):
     assert all(torch.equal(value, whole.state()[name]) for name, value in second.state().items())
 
 
+def test_what_is_decided_as_a_state_is_loaded_is_logged_with_the_next_step(training):
+    ended = Loop(training, Static(), max_steps=10, batch_size=8).run(steps=10)
+    assert ended.dataset.schedule.num_stages == 2
+    longer = Loop(training, Static(), batch_size=8)
+    longer.hook.load_state_dict(ended.hook.state_dict())
+    assert longer.dataset.schedule.num_stages == 3
+    longer.run(steps=15)
+    assert [logs["dynmix/stage"] for logs in longer.logs] == [2, 3]
+
+
 @pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_other_ranks_workers_and_batches(training, ranks):
     """Ranks that know nothing of each other, with a mixer that needs nothing of them."""
