@@ -7,6 +7,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from dynmix.mixture.store import with_room
 
 _MEMORY = Path("shared memory")  # in the error where too many files are open
+_SENT = 128  # descriptors that go with a process
 
 
 class SharedArray:
@@ -46,9 +48,13 @@ class SharedArray:
         self.array: npt.NDArray[Any] = np.frombuffer(content, dtype).reshape(shape)
 
     def __reduce__(self) -> tuple[Callable[..., "SharedArray"], tuple[Any, ...]]:
-        if get_spawning_popen() is None:
+        process: Any = get_spawning_popen()
+        if process is None:
             return _copy, (self.array.copy(),)
-        return _attach, (DupFd(self._file.fileno()), self.array.shape, self.array.dtype)
+        # Python's fork server takes some 250 descriptors with a process: that asks this one for further ones itself.
+        few = process.method != "forkserver" or len(process._fds) < _SENT
+        descriptor = DupFd(self._file.fileno()) if few else resource_sharer.DupFd(self._file.fileno())
+        return _attach, (descriptor, self.array.shape, self.array.dtype)
 
 
 def is_starting_process() -> bool:

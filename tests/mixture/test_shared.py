@@ -24,6 +24,21 @@ def test_a_child_and_its_parent_see_each_others_writing(method: str) -> None:
     assert shared.array.sum() == shared.array[1, 2] == 8
 
 
+def add_one(several: list[SharedArray]) -> None:
+    for shared in several:
+        shared.array += 1
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_child_is_given_more_of_them_than_a_fork_server_takes(method: str) -> None:
+    several = [SharedArray((2,)) for _ in range(300)]
+    process: Any = multiprocessing.get_context(method).Process(target=add_one, args=(several,))  # type: ignore[attr-defined]
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert all(shared.array.tolist() == [1, 1] for shared in several)
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda shared: pickle.loads(pickle.dumps(shared))])
 def test_a_copy_has_a_memory_of_its_own(make_copy: Any) -> None:
     shared = SharedArray((2, 2))
