@@ -149,15 +149,19 @@ class MixtureHook:
                 "with other ranks or batches"
             )
         if read and isinstance(self.dataset, MixtureDataset) and self.dataset.read_until < len(self.dataset):
-            check_micro_batch(self.dataset, read)
+            check_micro_batch(self.dataset, self.dataset.read_span)
 
 
 def check_micro_batch(dataset: MixtureDataset, sequences: int) -> None:
-    """Raise ValueError if micro-batches of so many sequences would hold several domains where they should not."""
+    """Raise ValueError if micro-batches out of so many sequences in a row would hold several domains, and should not.
+
+    Of those a rank may take some alone, where several take them in turn.
+    """
     if dataset.homogeneous > 1 and dataset.homogeneous % sequences:
         raise ValueError(
             f"micro-batches of {sequences} sequences would hold several domains, as homogeneous={dataset.homogeneous} "
-            "of one stand in a row: pass MixtureDataset the sequences of a micro-batch, or a multiple of them"
+            "of one stand in a row: pass MixtureDataset the sequences of a micro-batch (those of all ranks, where they "
+            "take samples in turn), or a multiple of them"
         )
 
 

@@ -258,7 +258,7 @@ class MixtureDataset(Dataset[Item]):
             start, stop = _bounds(runs)
             self.schedule.check_decided(start, stop)
         # Noted before the stages are looked at: who publishes sees either the note, or is seen.
-        self._progress.note(len(positions), stop)
+        self._progress.note(len(positions), stop, runs[0].step)
         items = self._items(runs)
         for each in self._ahead.told_of(start, stop):
             if any(each.position in run for run in runs):
@@ -401,6 +401,11 @@ class MixtureDataset(Dataset[Item]):
     def read_size(self) -> int:
         """Positions in the last request of a loader, its batch size in this process; 0 before, and after loading."""
         return self._progress.read_size
+
+    @property
+    def read_span(self) -> int:
+        """`read_size`, times the ranks where these take the positions in turn."""
+        return self._progress.read_span
 
     def plan_steps(self, samples: int) -> None:
         """Say how many samples an optimizer step takes: the stream ends with a whole one, and the log names them."""

@@ -17,7 +17,8 @@ logger = logging.getLogger("dynmix.mixture")
 _POLL_SECONDS = 0.005
 _WARN_SECONDS, _GIVE_UP_SECONDS = 30.0, 1800.0  # without a sign of life from the main process
 _SLOTS = 1024  # of the reading counters, one a worker
-_PULSE, _SIZE, _STEP, _MAIN, _WORKERS = range(5)  # cells; the last two, and those that follow, are ends of reading
+# Cells; the last two, and those that follow, are ends of reading.
+_PULSE, _SIZE, _SPAN, _STEP, _MAIN, _WORKERS = range(6)
 
 
 class Progress:
@@ -42,6 +43,11 @@ class Progress:
         return int(self._cells.array[_SIZE])
 
     @property
+    def read_span(self) -> int:
+        """Positions in a row of which the last request took its own, those between them being other ranks'."""
+        return int(self._cells.array[_SPAN])
+
+    @property
     def step_size(self) -> int:
         """Samples an optimizer step takes, as `plan_steps` was told; 0 before."""
         return int(self._cells.array[_STEP])
@@ -50,13 +56,13 @@ class Progress:
         """Say how many samples an optimizer step takes."""
         self._cells.array[_STEP] = samples
 
-    def note(self, size: int, stop: int) -> None:
-        """Say that a request of so many positions was read, and so all positions before `stop`."""
+    def note(self, size: int, stop: int, stride: int = 1) -> None:
+        """Say that a request of so many positions, each `stride`-th, was read, and so all positions before `stop`."""
         worker, cells = get_worker_info(), self._cells.array
         # A cell for each writer, because nothing here makes "take the maximum" one step between processes.
         cell = _MAIN if worker is None else _WORKERS + worker.id % _SLOTS
         cells[cell] = max(int(cells[cell]), stop)
-        cells[_SIZE] = size
+        cells[_SIZE], cells[_SPAN] = size, size * stride
 
     def check_begin(self) -> None:
         """Raise ValueError if a loader has read: then the weights of the first stage are what they are."""
@@ -73,7 +79,7 @@ class Progress:
 
     def forget(self) -> None:
         """Start again from nothing; what a step takes stays."""
-        self._cells.array[[_PULSE, _SIZE]], self._cells.array[_MAIN:] = 0, 0
+        self._cells.array[[_PULSE, _SIZE, _SPAN]], self._cells.array[_MAIN:] = 0, 0
 
     def pulse(self) -> None:
         """Say that the main process is at work: a worker that waits for a stage is then patient with it."""

@@ -182,6 +182,19 @@ def test_a_loop_ends_with_the_last_whole_step_of_its_data(training, tmp_path, ca
     assert f"the run ends after step {end // 8}: {reason}" in caplog.text
 
 
+@pytest.mark.parametrize("homogeneous", [4, 8])
+def test_micro_batches_of_ranks_that_take_samples_in_turn_are_of_one_domain(training, homogeneous):
+    data = training.dataset(homogeneous=homogeneous)
+    hook = MixtureHook(training.model(), data, training.tasks(), Static(), 5, batch_size=8)
+    batches = list(DataLoader(data, 4, sampler=range(0, 32, 2)))  # of the first of two ranks
+    if homogeneous == 8:
+        assert all(len(set(batch["domain"].tolist())) == 1 for batch in batches)
+        hook.step()
+    else:
+        with pytest.raises(ValueError, match="micro-batches of 8 sequences would hold several domains"):
+            hook.step()
+
+
 def test_a_resumed_loader_that_starts_from_the_beginning_is_caught(training):
     saved = Loop(training).run(steps=12).hook.state_dict()
     loop = Loop(training)
