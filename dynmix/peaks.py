@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from dynmix.json_file import write_json
 from dynmix.ranks import from_rank_0, is_rank_0
 from dynmix.scores import Metric
 from dynmix.snapshot import write_snapshot
@@ -250,7 +251,9 @@ class PeakSnapshots:
             }
             for task, curve in self.curves.items()
         }
-        write_json(self._file, {"min_delta": self.min_delta, "lost": sorted(self._lost), "tasks": tasks})
+        write_json(
+            self._file, {"min_delta": self.min_delta, "lost": sorted(self._lost), "tasks": tasks}, allow_nan=False
+        )
 
     def _load(self) -> None:
         if not self._file.exists():
@@ -344,7 +347,7 @@ def select_checkpoints(
         keys = {name: f"{_identity(checkpoint.path)}/{task.fingerprint}" for name, task in tasks.items()}
         for key, figures in _evaluated(checkpoint.path, {k: tasks[n] for n, k in keys.items() if k not in scores}):
             scores[key] = figures
-            write_json(cache, scores)
+            write_json(cache, scores, allow_nan=False)
         if all(key in scores for key in keys.values()):
             evaluated.append((checkpoint, keys))
     selected = {}
@@ -396,15 +399,3 @@ def _evaluated(path: Path, tasks: Mapping[str, Task]) -> Iterator[tuple[str, dic
     for key, task in tasks.items():
         found = asdict(task.evaluate(model))
         yield key, {name: found[name] if math.isfinite(found[name] or 0.0) else None for name in METRICS}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file beside and rename it: whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    with open(beside, "w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -4,7 +4,6 @@ Every rank holds one, and rank 0 writes. Knows files and what is in them; not wh
 cannot be written is logged and does not end a run.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from dynmix.influence.carried import Carried
 from dynmix.influence.task_gradients import TaskGradients
 from dynmix.journal import Journal, Row
+from dynmix.json_file import write_json
 from dynmix.ranks import is_rank_0
 from dynmix.snapshot import save_snapshot
 
@@ -53,8 +53,7 @@ class RunFolder:
     def write_config(self, facts: Mapping[str, Any]) -> None:
         """Write `config.json`."""
         if is_rank_0():
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+            write_json(self.path / "config.json", facts, default=str)
 
     def append(self, row: Row) -> None:
         """Add a row to the journal."""

@@ -195,7 +195,7 @@ def test_a_lost_snapshot_leaves_no_task_with_a_peak_that_was_never_saved(tmp_pat
 def test_a_kill_at_any_moment_leaves_nothing_half(tmp_path, monkeypatch):
     peaks = recorded(tmp_path, {1: 5.0, 2: 4.0})
 
-    def killed(*args):
+    def killed(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

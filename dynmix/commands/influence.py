@@ -32,8 +32,8 @@ def influence(
     from rich.console import Console
 
     from dynmix.heatmap import draw_influence
+    from dynmix.json_file import write_json
     from dynmix.measure_checkpoint import measure_checkpoint
-    from dynmix.mixture.prepare.work import write_json
     from dynmix.tables import influence_table
 
     found, facts = measure_checkpoint(

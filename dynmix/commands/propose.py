@@ -38,7 +38,7 @@ def propose(
 
     from rich.console import Console
 
-    from dynmix.mixture.prepare.work import write_json
+    from dynmix.json_file import write_json
     from dynmix.saved_influence import numbers, parse_options, prior_weights, propose_from, read_influence
     from dynmix.tables import proposal_table
 

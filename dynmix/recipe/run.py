@@ -43,9 +43,9 @@ from transformers import (
 from dynmix.alone import alone
 from dynmix.callbacks import MixtureCallback
 from dynmix.journal import Journal
+from dynmix.json_file import write_json
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.prepare.manifest import describe_tokenizer
-from dynmix.mixture.prepare.work import write_json
 from dynmix.proxies.plan import write
 from dynmix.ranks import is_rank_0, on_every_rank
 from dynmix.recipe.build import (

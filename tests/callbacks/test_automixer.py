@@ -435,7 +435,7 @@ def test_whatever_fails_where_a_snapshot_is_written_parts_no_rank_from_the_other
     def failing(*args, **options):
         raise ValueError("GenerationConfig is invalid")
 
-    def full(file, content):
+    def full(file, content, **options):
         if content["tasks"]:  # that it can be written is seen as the run begins
             raise OSError(28, "No space left on device")
 

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from dynmix.json_file import write_json
 from dynmix.mixture.prepare.pieces import PrepareError
-from dynmix.mixture.prepare.work import write_json
 from dynmix.mixture.store import TokenStore
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dynmix.json_file import write_json
 from dynmix.mixture.prepare.pieces import PrepareError
 
 FOLDER = ".prepare"
@@ -157,18 +158,6 @@ class Work:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(self.folder / name, content)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside, sync and rename."""
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _differences(known: Plan, now: Plan) -> list[str]:
