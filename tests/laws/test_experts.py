@@ -108,6 +108,15 @@ def test_a_sample_is_near_the_whole_and_keeps_the_sets():
     np.testing.assert_allclose(some.losses(W), experts.losses(W), atol=0.3)
 
 
+def test_the_experts_own_losses_are_of_all_tokens_in_a_sample_too():
+    # They stand beside losses of runs, which are: of 17 tokens they were off by as much as mixtures differ.
+    experts = Experts(log_probabilities(), TOKENS, list("abcd"))
+    some = experts.sample(17)
+    assert np.abs(some.losses(np.eye(4)) - experts.corners).max() > 0.1
+    np.testing.assert_array_equal(some.corners, experts.corners)
+    np.testing.assert_array_equal(some.only(some.targets[:0:-1]).corners, experts.corners[:, :0:-1])
+
+
 def test_a_cache_holds_what_was_written(tmp_path):
     log_p, W = log_probabilities(), mixtures(5)
     written = Experts.write(tmp_path / "cache", dict(zip("abcd", log_p, strict=True)), TOKENS)
