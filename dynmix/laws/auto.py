@@ -76,7 +76,7 @@ class AutoLaw(Law):
         why_: the choice in one sentence.
         report_: a table of the scores, and the choice.
         left_out_: float64[n_runs, n_targets], what the chosen laws predict for each run without it; NaN for a target
-            with too few runs.
+            with too few runs, and for a run whose losses a law knows (`Law.known`), which is never left out.
         correlation_: float64[n_targets, n_targets], of what the chosen law misses on left-out runs.
     """
 
@@ -91,8 +91,14 @@ class AutoLaw(Law):
         laws = dict(default_laws(*L.shape) if self.laws is None else self.laws)
         if not laws:
             raise ValueError("laws is empty: name at least one law")
-        fold = folds(W, self.folds, self.random_state)
-        judged = np.array([_can_be_left_out(np.isfinite(y), fold) for y in L.T])
+        # Runs whose losses a law has from elsewhere, as laws with experts have the experts', would flatter it. They are
+        # fitted to in every fold, and nobody is judged by them.
+        known = np.any([law.known(W) for law in laws.values()], axis=0)
+        fold = np.full(len(W), -1, dtype=np.intp)
+        if not known.all():
+            fold[~known] = folds(W[~known], self.folds, self.random_state)
+        judges = np.where(known[:, None], np.nan, L)
+        judged = np.array([_can_be_left_out(np.isfinite(y), fold) for y in judges.T])
         self.scores_, left_out = {}, {}
         if not judged.any():
             chosen = ["power law" if "power law" in laws else next(iter(laws))]
@@ -111,7 +117,9 @@ class AutoLaw(Law):
             if not left_out:
                 failures = "; ".join(f"{name}: {score.failure}" for name, score in self.scores_.items())
                 raise ValueError(f"no law could be fitted to every fold: {failures}")
-            chosen, mean, own, self.why_ = self._choose(L[:, judged], left_out)
+            chosen, mean, own, self.why_ = self._choose(judges[:, judged], left_out)
+            if known.any():
+                self.why_ += f"; not left out: {int(known.sum())} runs that laws with experts know without a fit"
             misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
             misses[:, judged], std[:, judged] = L[:, judged] - mean, own
         last = tqdm(chosen, desc="fitting to all runs", unit="law", leave=False, delay=2)
@@ -221,10 +229,12 @@ def _cross_validate(
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as failure:
             return _failed(time.perf_counter() - start, str(failure)), None
         tick()
-    if not np.isfinite(mean).all():
+    judges = fold >= 0
+    if not np.isfinite(mean[judges]).all():
         bad = "a target has too few runs outside a fold, or a prediction is not finite"
         return _failed(time.perf_counter() - start, bad), None
-    return _score(L, mean, time.perf_counter() - start), (mean, std)
+    judged = np.where(judges[:, None], L, np.nan)
+    return _score(judged, mean, time.perf_counter() - start), (mean, std)
 
 
 def _failed(seconds: float, why: str) -> Score:

@@ -189,6 +189,10 @@ class Law(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-l
             mean, std = mean[:, 0], std if std is None else std[:, 0]
         return (mean, std) if return_std else mean
 
+    def known(self, W: Array) -> NDArray[np.bool_]:
+        """Which mixtures' losses the law has from elsewhere, bool[n]: of those no left-out prediction is one."""
+        return np.zeros(len(W), dtype=np.bool_)
+
     @abstractmethod
     def _fit(self, W: Array, L: Array) -> None:
         """Fit to mixtures float64[n_runs, n_domains] and losses float64[n_runs, n_targets], NaN where unknown."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from dynmix.laws.base import Array, Law, check_runs
 from dynmix.laws.bounds import Bounds
@@ -37,6 +37,10 @@ class MDE(Law):
         W, L = check_runs(W, L, min_runs=0)
         _check_columns(W, L, self.experts)
         return self
+
+    def known(self, W: Array) -> NDArray[np.bool_]:
+        """The experts' own mixtures."""
+        return _corners(W)
 
     def _fit(self, W: Array, L: Array) -> None:
         pass
@@ -73,7 +77,8 @@ class WithExperts(Law):
         experts: of the domains of W, in order.
         corners: fit to the experts' own losses, too: each is a run of one domain alone. "auto" as the paper found
             (B.3): yes for the multi-task Gaussian process, no for others, which a run so far off bends. They need
-            targets that are the experts' validation sets, in order.
+            targets that are the experts' validation sets, in order. Runs of one domain alone that are given are such
+            losses: of an expert that is among them no other is added, and without corners they are left out.
 
     Raises:
         ValueError: from `fit`: a law that takes no features, or runs of other domains or targets.
@@ -83,6 +88,10 @@ class WithExperts(Law):
         self.law = law
         self.experts = experts
         self.corners = corners
+
+    def known(self, W: Array) -> NDArray[np.bool_]:
+        """The experts' own mixtures, whose losses are features."""
+        return _corners(W)
 
     def _fit(self, W: Array, L: Array) -> None:
         from sklearn.base import clone
@@ -98,7 +107,11 @@ class WithExperts(Law):
             raise ValueError(f"W has {W.shape[1]} domains, there are {len(self.experts.names)} experts: one a domain")
         if isinstance(self.law, MultiTaskGP) if self.corners == "auto" else self.corners:
             _check_columns(W, L, self.experts)
-            W, L = np.vstack([W, np.eye(W.shape[1])]), np.vstack([L, self.experts.corners])
+            # `dynmix proxies` has the experts in its table of runs: twice they would count as two runs.
+            missing = W[_corners(W)].sum(axis=0) == 0
+            W, L = np.vstack([W, np.eye(W.shape[1])[missing]]), np.vstack([L, self.experts.corners[missing]])
+        elif (mixed := ~_corners(W)).any():
+            W, L = W[mixed], L[mixed]
         self.seen_ = np.ones(W.shape[1], dtype=bool)  # an expert is a run of its domain
         self.law_ = clone(self.law).set_params(extra=MDEFeatures(self.experts)).fit(W, L)
 
@@ -196,6 +209,11 @@ def _newton(slope: Array, H: Array, w: Array, limits: Bounds) -> Array:
         options={"maxiter": 200, "ftol": 1e-14},
     )
     return limits.nearest(np.clip(found.x, 0, 1)) if np.isfinite(found.x).all() else w
+
+
+def _corners(W: Array) -> NDArray[np.bool_]:
+    """Which mixtures are of one domain alone, bool[n]."""
+    return np.asarray(W.max(axis=1) > 1 - 1e-9)
 
 
 def _check_columns(W: Array, L: Array, experts: Experts) -> None:

@@ -144,6 +144,32 @@ def test_corners_are_in_the_fit_as_the_paper_found(law, corners, rows):
     assert len(X) == rows
 
 
+@pytest.mark.parametrize(("law", "rows"), [(Ridge(), 15), (MultiTaskGP(), 19)])
+def test_experts_in_the_table_of_runs_are_in_the_fit_as_if_they_were_not(law, rows):
+    # `dynmix proxies` writes them there, where they were in the fit of every law, and twice in the process's.
+    experts = some_experts()
+    W, L = runs(experts, 15)
+    alone = WithExperts(law, experts).fit(W, L)
+    beside = WithExperts(law, experts).fit(np.vstack([W, np.eye(4)]), np.vstack([L, experts.corners]))
+    np.testing.assert_allclose(beside.predict(W), alone.predict(W), rtol=1e-9)
+    if isinstance(law, MultiTaskGP):
+        assert len(beside.law_._cells.X) == rows
+
+
+def test_no_law_is_judged_by_runs_that_one_knows_from_its_experts():
+    experts = some_experts()
+    W, L = runs(experts, 15)
+    table, losses = np.vstack([np.eye(4), W]), np.vstack([experts.corners, L])
+    laws = {"ridge": Ridge(), "MDE": MDE(experts), "multi-task GP + MDE": WithExperts(MultiTaskGP(), experts)}
+    law = AutoLaw(laws).fit(table, losses)
+    assert np.isnan(law.left_out_[:4]).all()
+    assert np.isfinite(law.left_out_[4:]).all()
+    # MDE misses nothing at its experts: they made its error smaller than that on mixtures is.
+    miss = np.sqrt(np.mean((experts.losses(W) - L) ** 2, axis=0)) / L.std(axis=0)
+    assert law.scores_["MDE"].error == pytest.approx(miss.mean(), rel=1e-6)
+    assert "not left out: 4 runs" in law.why_
+
+
 def test_a_law_fitted_to_the_corners_knows_them():
     experts = some_experts()
     W, L = runs(experts, 15)
