@@ -19,6 +19,8 @@ from dynmix.observation import Influence, Observation
 
 logger = logging.getLogger("dynmix.mixers")
 
+LEAST = 1e-300  # weight of a domain that had one before: without smoothing, exponents of hundreds are not rare
+
 
 class OnlineMixer(Mixer):
     """Proposes what `_policy` has learnt from the observations so far; the prior while that is nothing.
@@ -166,6 +168,8 @@ class Multiplicative(OnlineMixer):
             logs = np.log(w) + as_array(exponents, self._domains)
         moved = np.exp(logs - logs.max())
         moved = (1 - self.smoothing) * moved / moved.sum() + self.smoothing / len(moved)
+        # What underflows to 0 could never grow again, whatever is observed later.
+        moved = np.where(w > 0, np.maximum(moved, LEAST), moved)
         self._updates += 1
         mean = as_array(self._average, self._domains)
         mean = mean + (moved - mean) / self._updates

@@ -39,6 +39,17 @@ def test_universal_generalisation_is_the_product_with_the_sum_over_domains():
     assert mixer.propose(None, RUN.weights).weights["a"] == pytest.approx(up / (up + down))
 
 
+def test_a_domain_that_nearly_vanished_can_come_back():
+    mixer = DoGE(step_size=0.01)
+    mixer.start(RUN)
+    # Gradients of norm 20, as early in training: an exponent of 400 a boundary is beyond float64 after the second.
+    for sign in (1, 1, 1, -1, -1, -1):
+        mixer.observe(products([[sign * 400.0, 0.0]], ["t"]))
+    weights = mixer.propose(None, RUN.weights).weights
+    assert weights["b"] > 0.99
+    assert weights["a"] > 0
+
+
 def test_domains_are_matched_by_name():
     mixer = DoGE(step_size=0.01)
     mixer.start(RUN)
