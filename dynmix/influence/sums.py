@@ -71,11 +71,14 @@ def within_budget(batches: Batches, tokens: int | None) -> Batches:
     if tokens is None:
         return batches
     if isinstance(batches, list | tuple):
-        total = sum(_tokens(batch) for batch in batches)
-        if total <= tokens:
+        sizes = [_tokens(batch) for batch in batches]
+        if sum(sizes) <= tokens:
             return batches
-        count = max(1, len(batches) * tokens // total)
-        return [batches[i * len(batches) // count] for i in range(count)]
+        for count in range(max(1, len(batches) * tokens // sum(sizes)), 0, -1):  # fewer, where large ones are met
+            chosen = [i * len(batches) // count for i in range(count)]
+            if sum(sizes[i] for i in chosen) <= tokens:
+                break
+        return [batches[i] for i in chosen]
     taken: list[Batch] = []
     for batch in batches:
         tokens -= _tokens(batch)

@@ -161,6 +161,14 @@ def test_sums_of_halves_are_grams() -> None:
         torch.testing.assert_close(total.tril(), (x.mT @ x).tril())
 
 
+@pytest.mark.parametrize(("sizes", "budget", "most"), [([100, 1, 1, 1], 60, 1), ([1, 1, 100, 100], 110, 2)])
+def test_a_budget_holds_for_batches_of_unlike_sizes_too(sizes: list[int], budget: int, most: int) -> None:
+    batches = [{"input_ids": torch.zeros(1, size, dtype=torch.long)} for size in sizes]
+    some = list(within_budget(batches, budget))
+    assert 0 < len(some) <= most
+    assert len(some) == 1 or sum(batch["input_ids"].numel() for batch in some) <= budget
+
+
 def test_factor_tokens_are_a_budget(tiny_lm: Models, token_batches: Batcher) -> None:
     batches = token_batches(12, size=2, ragged=True)
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]
