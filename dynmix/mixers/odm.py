@@ -19,7 +19,8 @@ class ODM(OnlineMixer):
 
     Where a step holds several domains, L_i is the sum of the losses of its draws of domain i over the number of all its
     draws (by tokens: the mean loss times the domain's share of them), so that L_i / pi_i estimates the domain's loss
-    without bias however large the batch; for a batch of one domain it is the loss itself. (The paper sums over the
+    without bias over all batches, however large; for a batch of one domain it is the loss itself. (R is of the batches
+    that the domain is in, as the paper's: it is higher for one that is in few of them. The paper sums over the
     accumulated micro-batches and does not divide by their number.) pi is what the batch was drawn with: the weights of
     the stage. The first stage, which keeps the run's weights, is the warm-up.
 

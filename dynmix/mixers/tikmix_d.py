@@ -45,8 +45,9 @@ class TiKMiXD(Mixer):
     With standard errors, a gain counts by its lower confidence bound, S_i (w - prior) - q |E_i * (w - prior)|, both in
     the objective and in the Pareto constraint. Because the mixture is chosen after the noise was drawn, the bound holds
     for all mixtures at once (Scheffé's, for contrasts of n_domains scores): q^2 is the quantile of the chi-squared
-    distribution with n_domains - 1 degrees of freedom at the probability of `confidence` standard deviations. A task
-    whose scores differ by no more than that from each other tells nothing, and the mixture stays at the prior.
+    distribution with n_domains - 1 degrees of freedom at the probability of `confidence` standard deviations. (Errors
+    are taken as known: estimated from few sequences, they make it less sure than that.) A task whose scores differ by
+    no more than the bound from each other tells nothing, and the mixture stays at the prior.
 
     Args:
         alpha: weight of the standard deviation over tasks of the normalised influence (evenness).
