@@ -165,7 +165,7 @@ class Measurement:
         vocabulary = getattr(getattr(unwrap(model), "config", None), "vocab_size", None)
         if not isinstance(vocabulary, int):
             return
-        sets = {f"{'guards' if name in self.guards else 'tasks'}[{name!r}]": own for name, own in self.sets.items()}
+        sets = {self._called(name): own for name, own in self.sets.items()}
         read = ((f"domains[{name!r}]", self._batches(name, rows)) for name, rows in self._some_of_each().items())
         with random_state_kept():  # a domain's items may draw from it
             for where, batches in chain(sets.items(), read):
@@ -174,6 +174,9 @@ class Measurement:
                         f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
                         "model's own tokenizer"
                     )
+
+    def _called(self, name: str) -> str:
+        return f"{'guards' if name in self.guards else 'tasks'}[{name!r}]"
 
     def _some_of_each(self) -> dict[str, Ints]:
         """A few rows of each domain that can be read, evenly spread over those that a measurement may take."""
@@ -197,7 +200,7 @@ class Measurement:
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""
         domains = {name: [self._scored(name, rows)] for name, rows in self._some_of_each().items()}
-        sets = {name: [scored_sequence(batches, f"tasks[{name!r}]")] for name, batches in self._rows({}).items()}
+        sets = {name: [scored_sequence(batches, self._called(name))] for name, batches in self._rows({}).items()}
         if self.held_out_sequences:
             sets[HELD_OUT] = next(iter(domains.values()))
         return self._measured(model, domains, sets, Identity(), 0, layers=self.layers)
