@@ -198,7 +198,7 @@ def check_parts(recipe: Recipe) -> None:
     check_arguments(f"mixer {name!r}", options, make)
     make_mixer(recipe.mixer)
     _dtype(recipe.model)
-    _curvature(recipe.measurement, None)
+    _curvature(recipe.measurement, lambda: None)
     _layers(recipe.measurement)
     _in_run(recipe.measurement)
     if isinstance(weights := recipe.data.weights, Mapping):
@@ -239,8 +239,10 @@ def make_callback(
 
 
 def curvature(name: str, options: Mapping[str, Any], optimizer: Any, where: str = "measurement.curvature") -> Curvature:
-    """A curvature by name and arguments. Raises RecipeError."""
+    """A curvature by name and arguments; `optimizer` as in `make_callback`, None: there is none. Raises RecipeError."""
     check_names(where, [name], CURVATURES)
+    if name == "adam" and optimizer is None:
+        raise RecipeError(f"{where}: adam is the optimizer of the run that trains, and there is none here; take ekfac")
     check_arguments(f"{where} {name!r}", options, CURVATURES[name])
     own = {"source": optimizer} if name == "adam" else {}
     try:

@@ -115,6 +115,7 @@ def test_what_is_wrong_is_one_sentence(measured, words, message):
         ({"--tasks": "nowhere"}, "--tasks nowhere: no such file or token store"),
         ({"--data": "nowhere"}, "nowhere.idx: no such file"),
         ({"--curvature": "ekfak"}, "did you mean 'ekfac'?"),
+        ({"--curvature": "adam"}, "--curvature: adam is the optimizer of the run that trains"),
         ({"--probe-sequences": "0"}, "--probe-sequences"),
         ({"--sequence-length": "2000"}, "not one sequence of 2000"),
     ],
