@@ -19,7 +19,9 @@ def fit(
     criterion: Annotated[str, typer.Option(help='"avg", or target=weight,... with patterns for groups.')] = "avg",
     law: Annotated[str, typer.Option(help='"auto", or a law by name, such as "power law".')] = "auto",
     experts: Annotated[Path | None, typer.Option(help="Cache of experts, for laws with MDE features.")] = None,
-    max_epochs: Annotated[float | None, typer.Option(help="Times that a domain may be seen.")] = None,
+    max_epochs: Annotated[
+        float | None, typer.Option(help="Times that a domain may be seen; needs --tokens and --total-tokens.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="That each domain has: domain=number,...")] = None,
     total_tokens: Annotated[float | None, typer.Option(help="Of the run that the mixture is for.")] = None,
     smooth: Annotated[bool, typer.Option(help="Answer 0.99 of the best mixture + 0.01 uniform.")] = False,

@@ -16,8 +16,8 @@ class Model:
     Attributes:
         path: folder or hub name of a checkpoint, whose weights the run goes on from.
         config: instead, of a new model: folder or hub name of a configuration, or `model_type` and its arguments.
-            Without `vocab_size`, `max_position_embeddings` and the ids of BOS and EOS they follow from the tokenizer
-            and `data.sequence_length`.
+            Where `vocab_size`, `max_position_embeddings` or the ids of BOS, EOS and PAD are left out, they follow from
+            the tokenizer and `data.sequence_length`.
         dtype: of the parameters.
         attn_implementation: as in `from_pretrained`; None: transformers' choice.
     """
@@ -34,10 +34,11 @@ class Domain:
 
     Attributes:
         path: whatever `MixtureDataset` takes as a path (token store, flat file, folder or glob of these, saved HF
-            dataset, `s3://`), or text: jsonl (.gz, .zst) and parquet files and folders of them, which are tokenised
-            once.
+            dataset, `s3://`), or text: jsonl (.gz, .zst), plain text (.txt, where a blank line ends a document) and
+            parquet files, and folders of them, which are tokenised once.
         text_field: field of a record that holds its text.
-        held_out: share of the documents of text that is kept for tasks, by a hash of the text; None: nothing.
+        held_out: share of the documents of text that is kept for tasks, above 0 and below 1, by a hash of the text;
+            None: nothing.
     """
 
     path: Any = MISSING
@@ -51,7 +52,8 @@ class Data:
 
     Attributes:
         sequence_length: tokens of a sequence.
-        weights: of the first stage: "natural", "uniform", or domain -> weight, which sum to 1.
+        weights: of the first stage: "natural", "uniform", or domain -> weight, which sum to 1. With a `proxy` of automixer
+            they are the small run's; with one of mde they are not used.
         max_epochs: how often a domain may be read, for all or by name; None: no limit.
         when_exhausted, packing, boundaries: as in `MixtureDataset`.
         homogeneous: sequences of one domain that stand in a row, so that micro-batches are of one domain.
@@ -201,15 +203,25 @@ class Recipe:
 
     Attributes:
         output: run folder: checkpoints, `model/` at the end, `recipe.yaml`, `run.json`, and `dynmix/` with the journal.
+        model: see `Model`; needed.
         tokenizer: folder or hub name; may be left out with `model.path`, which has one.
+        domains: name -> `Domain`; needed but with `data.groups`.
+        data: see `Data`.
+        tasks: name -> `TaskFile`: what the mixture is optimised for, at least one.
         guards: sets that a mixture must not do worse on: "domains", None, or as `tasks`.
         mixer: name and arguments, as `dynmix mixers` lists them; a name alone will do.
         reference: path of the reference model of mixers that need one.
+        stages: see `Stages`; its `steps` are needed.
+        measurement: see `Measurement`.
         proxy: small runs that decide the weights first: `name` mde or automixer, and the attributes of `MDEProxy` or
             `AutoMixerProxy`; None: none.
         batch_size: sequences of an optimizer step, over all processes; the accumulation follows.
         seed: of the parameters and the data's order.
-        training: arguments of transformers' `TrainingArguments`, `max_steps` among them.
+        training: arguments of transformers' `TrainingArguments`, `max_steps` among them. Where it is silent:
+            `per_device_train_batch_size` is 8, or `batch_size` if that is less; a checkpoint is saved every
+            `stages.steps` and two are kept; losses are logged every 10 steps, and to no tracker (`report_to: none`).
+            `output_dir`, `gradient_accumulation_steps`, `num_train_epochs` and `resume_from_checkpoint` follow from the
+            recipe and are refused, as is `save_only_model`.
     """
 
     output: str = MISSING

@@ -77,8 +77,8 @@ def prepare(
             domain, instead of its file. Characters that no file name should have become `_`, and of names that would
             begin with `.` or `_` a hash is the end instead.
         domain_default: domain of the documents without that field; None: they are an error.
-        held_out: share of the documents, 0 to 1, that goes to `<domain>.valid` instead: by a hash of the text, so that
-            equal documents are always on the same side. Those stores are not among the returned ones.
+        held_out: share of the documents, above 0 and below 1, that goes to `<domain>.valid` instead: by a hash of the
+            text, so that equal documents are always on the same side. Those stores are not among the returned ones.
         workers: processes that tokenise; 1: this one; None: as many as there are cores, where the input is worth it.
         overwrite: replace stores that are there, and discard unfinished work of other inputs or options.
         progress: show a bar.
