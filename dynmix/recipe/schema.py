@@ -52,8 +52,8 @@ class Data:
 
     Attributes:
         sequence_length: tokens of a sequence.
-        weights: of the first stage: "natural", "uniform", or domain -> weight, which sum to 1. With a `proxy` of automixer
-            they are the small run's; with one of mde they are not used.
+        weights: of the first stage: "natural", "uniform", or domain -> weight, which sum to 1. With a `proxy` of
+            automixer they are the small run's; with one of mde they are not used.
         max_epochs: how often a domain may be read, for all or by name; None: no limit.
         when_exhausted, packing, boundaries: as in `MixtureDataset`.
         homogeneous: sequences of one domain that stand in a row, so that micro-batches are of one domain.
