@@ -42,7 +42,8 @@ class MixtureHook:
         batch_size: samples an optimizer step takes over all ranks and accumulation steps. None: what the loader asks
             the dataset for at once, times the number of ranks, which is right without gradient accumulation.
         max_steps: optimizer steps of the run; None: as many as the dataset has samples for.
-        output: folder for journal, config and snapshots; None writes nothing.
+        output: folder for journal, config and snapshots; None writes nothing (and does not go with AutoMixer, `in_run`
+            and curvatures that are carried on, which keep files).
         options: further arguments of `dynmix.controller.MixtureController`.
 
     Raises:
@@ -79,7 +80,16 @@ class MixtureHook:
         return self.steps * (self.batch_size or 0)
 
     def step(self) -> dict[str, float] | None:
-        """Call after each optimizer step; returns what a tracker should log where a stage was decided, else None."""
+        """Call after each optimizer step.
+
+        Returns:
+            What a tracker should log, key -> number: after the first step, and where a stage was decided or AutoMixer
+            has the tasks evaluated; else None.
+
+        Raises:
+            ValueError: nothing tells what a step is, or the loader has read something else than it says; what the first
+                rehearsal of a measurement refuses.
+        """
         if self._saving is not None:
             self.controller.saved(self._saving)
             self._saving = None

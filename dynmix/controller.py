@@ -74,8 +74,9 @@ class MixtureController:
         max_stages: stages of the run at most, at least 2: the last one goes on to the end, and nothing is measured
             for another. None: no limit.
         guards: sets, in the form of `tasks`, that a mixture must not do worse on but is not optimised for. "domains":
-            one such row, the mean over the domains of their own text (rows that the coming stage does not train on);
-            None: none. Measured for the mixers that use them; the losses of named ones are journaled for all.
+            one such row, called "held-out", the mean over the domains of their own text (rows that the coming stage
+            does not train on); None: none. Measured for the mixers that use them; the losses of named ones are
+            journaled for all.
         reference: the reference model of mixers that need `reference_loss`: a causal LM, or the path of one.
         curvature: the curvature of the influence, fitted anew at each boundary, or as seldom as it says; None:
             `EKFAC()`, and `DataInf()` where the whole corpus is scored.
@@ -89,12 +90,13 @@ class MixtureController:
         max_epochs: how often a domain's sequences may be seen over the whole run, for all domains or by name; gives
             the mixer its upper bounds. None: the dataset's `max_epochs`, which is the place to say it: there it holds
             to the sample.
-        output: folder for `config.json`, `journal.jsonl` and `snapshots/`; None writes nothing.
+        output: folder for `config.json`, `journal.jsonl` and `snapshots/`; None writes nothing, and is refused with
+            what keeps files: mixers that regroup the corpus, `in_run`, a curvature's `ema` and `refresh_every`.
         keep: newest snapshots that are kept; 0 saves none.
         loss_every: the tasks' losses are measured for the journal at every so many boundaries, where they do not come
             with an influence; raise it for short stages, as mixers that learn from the training loss like them.
-        layers: which linear layers are measured, as `group_influence` takes it; None: all, and where the whole corpus
-            is scored, `dynmix.influence.sample.last_layers`.
+        layers: which linear layers are measured, as `group_influence` takes it; None: all. Where the whole corpus is
+            scored, a regular expression; None: `dynmix.influence.sample.last_layers`.
         in_run: have the training's own backward passes measure the domains, in the last steps of each stage; None:
             passes of their own do, at the boundary. The journal's task losses are then those at the boundary, and the
             influence is measured against the tasks as they were when the window began.

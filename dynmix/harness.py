@@ -27,6 +27,7 @@ class HarnessTasks:
 
     Raises:
         ImportError: lm-evaluation-harness is not installed.
+        ValueError: no names, or a single string in place of a list.
     """
 
     def __init__(

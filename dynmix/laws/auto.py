@@ -36,7 +36,7 @@ class Score(NamedTuple):
 
 
 def default_laws(n_runs: int, n_targets: int) -> dict[str, Law]:
-    """Return the candidates for so many runs and targets, by name."""
+    """Return the candidates for so many runs and targets (the shape of L), by name: what `AutoLaw` takes by itself."""
     from dynmix.laws.bimix import BiMix
     from dynmix.laws.exponential import DML
     from dynmix.laws.gp import GP, PowerLawGP

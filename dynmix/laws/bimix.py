@@ -9,7 +9,7 @@ UNSEEN = np.geomspace(1e-4, 0.1, 9)  # what other domains are worth, as a share 
 
 
 class BiMix(Law):
-    """L_i(w) = c_i + k_i (w_j + e_i)^(-alpha_i), j the one domain that target i hangs on.
+    """L_i(w) = c_i + k_i (w_j + e_i)^(-alpha_i), j the one domain that target i hangs on (arXiv 2405.14908, Eq. 3).
 
     The published law takes the validation set of domain j for target j and has neither floor: it is infinite at
     w_j = 0. Here c_i is one of the loss and e_i one of the weight, and j is the domain that fits best. Given alpha_i

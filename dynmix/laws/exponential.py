@@ -9,7 +9,7 @@ STEEPEST = 30.0  # |sum_j t_ij w_j|: the exponential stays finite at every step 
 
 
 class DML(CurveLaw):
-    """L_i(w) = c_i + k_i exp(sum_j t_ij w_j), with t kept from running away.
+    """L_i(w) = c_i + k_i exp(sum_j t_ij w_j), with t kept from running away (DML, arXiv 2403.16952, Eq. 7).
 
     k_i is part of t here, since weights sum to 1. Fitted without bounds its predictions beyond the runs grow without
     end; here t has a normal prior around a constant loss, c_i stays between 0 and the least loss, and predictions stay

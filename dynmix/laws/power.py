@@ -16,11 +16,12 @@ SMALLEST = 1e-5  # added to every weight: 0^g has no derivative, and a weight of
 
 
 class PowerLaw(CurveLaw):
-    """Power law of effective data, with a prior on each parameter so that 8 runs of 17 domains fit it too.
+    """L_i(w) = c_i + (sum_j a_ij w_j^g_ij)^(-alpha_i), a power law of effective data; ours.
 
-    Parameters are logarithms (a, g, alpha > 0) and a logistic share (c between 0 and the least loss), normal around the
-    defaults. A small alpha makes a wide range of a cost little loss, so it is what keeps a law of few runs calm; the
-    defaults were chosen on RegMix's training runs, 25, 64 and 400 of them, by the others of the 512.
+    With a prior on each parameter 8 runs of 17 domains fit it too. Parameters are logarithms (a, g, alpha > 0) and a
+    logistic share (c between 0 and the least loss), normal around the defaults. A small alpha makes a wide range of a
+    cost little loss, so it is what keeps a law of few runs calm; the defaults were chosen on RegMix's training runs,
+    25, 64 and 400 of them, by the others of the 512.
 
     Args:
         alpha, exponent: prior medians of alpha_i and g_ij.

@@ -6,7 +6,7 @@ from dynmix.laws.base import Array, Features, Law, joined
 
 
 class LightGBM(Law):
-    """LightGBM, one model a target, with settings that follow the number of its runs.
+    """LightGBM, one model a target, with settings that follow the number of its runs: RegMix's law (arXiv 2407.01492).
 
     LightGBM's least leaf of 20 runs makes one leaf, a constant, of 25 runs; here a leaf holds 1 in 64 of the runs, at
     least 2, and a tree has at most as many leaves as fit twice, up to 12. Trees are step functions: they have no slope

@@ -22,7 +22,8 @@ class DoGE(Multiplicative):
 
     Args:
         target: `"tasks"`: what is generalised to is the tasks, by the sum of their gradients. `"domains"`: all domains
-            (universal generalization), by the guard row, which is the mean of their gradients.
+            (universal generalization), by the guard row of `guards="domains"`, which is the mean of their gradients;
+            guards of your own would stand in its place.
         step_size: lr / mu. Default: the code's learning rate of 5e-4 over its default mu of 0.05 (one of its
             configurations sets 0.01).
         smoothing: share of the uniform mixture mixed in at each update; none in paper and code.

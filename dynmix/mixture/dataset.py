@@ -351,8 +351,8 @@ class MixtureDataset(Dataset[Item]):
 
         Raises:
             ValueError: a name that is taken, no rows, a domain or row that is not there, sequences of another length,
-                data in memory where workers run already, which do not see it, more domains than there is room for
-                (`roster.MAX_JOINED`). Nothing is changed then.
+                data in memory where workers run already, which do not see it, more than 1,024 domains that
+                joined. Nothing is changed then.
         """
         views: dict[str, Any] = {name: data for name, data in domains.items() if late.is_view(data)}
         if views and folder is None:

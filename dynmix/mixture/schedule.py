@@ -170,7 +170,7 @@ class MixtureSchedule:
         No position changes its sample. (The schedule of a dataset is extended by `MixtureDataset.extend`.)
 
         Raises:
-            ValueError: a name that is taken, a domain without rows, more than `roster.MAX_JOINED` of them.
+            ValueError: a name that is taken, a domain without rows, more than 1,024 of them.
         """
         self._roster.put(domains, keep=len(self.joined))
         self.outdate()
@@ -196,7 +196,7 @@ class MixtureSchedule:
         Raises:
             ValueError: a start in the past or with a gap before it, an end not beyond start, bad weights.
             Exhausted: a start beyond where the stream ends, because what may be read has been read.
-            RuntimeError: `MAX_STAGES` are published already.
+            RuntimeError: 4,096 stages are published already.
         """
         start, last = self._whole_groups("start", start), self._stage(self.num_stages - 1)
         if start <= last.start:
