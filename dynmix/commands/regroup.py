@@ -1,11 +1,14 @@
 """The `regroup` command: scores in, groups out."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dynmix.commands import command, print_json
+
+logger = logging.getLogger("dynmix")
 
 
 @command
@@ -46,6 +49,7 @@ def regroup(
     groups = grouped(found, keep=keep, blend=blend, budget=budget)  # type: ignore[arg-type]
     weights = group_weights(groups, max_epochs=max_epochs, tokens=tokens)
     if weights is None:
+        logger.warning("the weights are in proportion to the groups' tokens")
         whole = sum(group.tokens for group in groups)
         weights = {group.name: group.tokens / whole for group in groups}
     paths = {name: stores[name].path for name in found.domains}

@@ -22,7 +22,7 @@ PREFIX = "group:"
 
 
 class AutoMixer(Mixer):
-    """Regroups the corpus at a stage boundary by sample influence from the tasks' peak checkpoints.
+    """Regroups the corpus at a stage boundary by sample influence from the tasks' peak checkpoints (arXiv 2506.21910).
 
         MixtureCallback(dataset, tasks=tasks, mixer=AutoMixer(), stage_steps=2000)
 

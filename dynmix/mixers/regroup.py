@@ -140,7 +140,7 @@ def group_weights(
             )
     density = np.array([group.density for group in groups])
     if not density.sum() > 0:  # asked after the bounds, which no fallback can keep either if they do not fit
-        logger.warning("no group has positive joint influence: the weights fall back to the prior")
+        logger.warning("no group has positive joint influence: it gives no weights")
         return None
     weights = cap(density / density.sum(), upper)
     return dict(zip((group.name for group in groups), weights.tolist(), strict=True))
