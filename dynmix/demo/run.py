@@ -30,7 +30,7 @@ from dynmix.tables import comparison_table
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demonstration, chosen so that both runs fit into three minutes on two cores."""
+    """Sizes of the demonstration, chosen so that both runs take about four minutes on two cores."""
 
     stages: int = 4
     stage_steps: int = 60
@@ -57,7 +57,7 @@ def run_demo(
         output: folder for the stores, the journal, snapshots and report of the dynamic run; the static one is in
             `output/static`. What an earlier demonstration left is moved aside.
         seed: of the model's parameters and of the order of the data.
-        settings: sizes; the default fits into three minutes.
+        settings: sizes; the default takes about four minutes on two cores.
         console: where the tables are printed.
         mixer: name of the mixer of the dynamic run.
 

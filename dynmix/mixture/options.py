@@ -38,6 +38,8 @@ class SequenceOptions(NamedTuple):
         """Raises ValueError for values that are none, or that would do nothing."""
         if is_default := bos_token_id == "auto":
             bos_token_id = None if tokenizer is None else _added_bos(tokenizer)
+        if isinstance(bos_token_id, str):
+            raise ValueError(f'bos_token_id={bos_token_id!r}: a token id, "auto" or None')
         if packing not in get_args(Packing):
             raise ValueError(f'packing={packing!r}: "concat" or "best_fit"')
         if boundaries is not None and boundaries not in get_args(Boundaries):

@@ -157,7 +157,7 @@ def test_named_weights() -> None:
         ({"a": plain(3)}, {"sequence_length": 0}, "sequence_length must be at least 1"),
         ({"a": plain(3)}, {"seed": "x"}, "seed='x': give a whole number"),
         ({"a": plain(3)}, {"block": 2.5}, "block=2.5: give a whole number"),
-        ({"a": plain(3)}, {"bos_token_id": "<s>"}, "bos_token_id='<s>': give a whole number"),
+        ({"a": plain(3)}, {"bos_token_id": "<s>"}, "bos_token_id='<s>': a token id, \"auto\" or None"),
         ({"a": plain(3)}, {"ignore_token_ids": 3}, "ignore_token_ids=3: give a list of token ids"),
         ({"a": plain(3)}, {"ignore_token_ids": ["x"]}, "ignore_token_ids='x': give a whole number"),
         ({"a": plain(3)}, {"max_epochs": 0}, "max_epochs=0: no sequence may be read"),
