@@ -24,6 +24,8 @@ html_title = "dynmix"
 html_math_renderer = "mathml"
 html_static_path, html_css_files = ["_static"], ["pages.css"]
 autodoc_member_order = "bysource"
+# What scikit-learn gives every class that has `fit`.
+autodoc_default_options = {"exclude-members": "set_fit_request, set_predict_request, set_score_request"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100

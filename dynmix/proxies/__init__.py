@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Proxies", "run_proxies", "small_llama"]
+__all__ = ["Proxies", "Training", "run_proxies", "small_llama"]
 
-_HOME = {"Proxies": "run", "run_proxies": "run", "small_llama": "plan"}
+_HOME = {"Proxies": "run", "Training": "plan", "run_proxies": "run", "small_llama": "plan"}
 
 
 def __getattr__(name: str) -> Any:
