@@ -354,7 +354,12 @@ class MixtureController:
             tqdm.write(f"dynmix: a measurement takes about {self.memory}", file=sys.stderr)
 
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        """Tell that optimizer step `step` (counted from 1) ended; at a boundary, return what a tracker should log."""
+        """Tell that optimizer step `step` (counted from 1) of `model` ended; return what a tracker should log.
+
+        That is at a boundary, and where a mixer that regroups the corpus has the tasks evaluated; else None. Where a
+        measurement or a decision fails nothing is raised, and the weights stay. What `Mixer.observe` raises at the
+        first step is raised.
+        """
         self.dataset.pulse()
         self._ahead.tell(step * self.batch_size, step)
         self.decider.observe(step, self.batch_size)
@@ -396,7 +401,10 @@ class MixtureController:
         return any(self.mixer.wants_samples(n, stages[-1].weights) for n in range(number, number + ahead))
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Measure the task losses once more and close the journal; return what a tracker should log."""
+        """Measure the task losses of `model` once more and close the journal; return what a tracker should log.
+
+        `step`: optimizer steps done. What fails is logged, and raises nothing.
+        """
         if self.decider.watch is not None:
             self.decider.watch.detach()
         if self.in_run is not None:

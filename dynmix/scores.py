@@ -18,7 +18,10 @@ Metric = Literal["loss", "bits_per_byte", "accuracy"]
 
 @dataclass(frozen=True, order=True)
 class Column:
-    """One column of scores: a task, and the checkpoint that scored for it, by name and by optimizer steps done."""
+    """One column of scores: a task, and the checkpoint that scored for it, by name and by optimizer steps done.
+
+    Raises ValueError for a step below 0.
+    """
 
     task: str
     checkpoint: str

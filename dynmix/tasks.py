@@ -40,6 +40,7 @@ class TaskScore:
         loss: nats per gold token, over all of them.
         bits_per_byte: bits per UTF-8 byte of the gold texts, over all of them: comparable between tokenizers.
         accuracy: share of the examples with choices whose gold is the likeliest one; None if there are none.
+        loss_standard_error, bits_per_byte_standard_error, accuracy_standard_error: of these, in their units.
         examples: how many the task has.
     """
 

@@ -32,7 +32,8 @@ class AdamDiagonal:
             it is needed (`lambda: trainer.optimizer`).
         eps: added to the root; None: the optimizer's own, 1e-8 for a mapping.
 
-    Raises ValueError for a parameter that has no second moments, as before the first step.
+    Raises (when it is fitted or applied):
+        ValueError: there is no optimizer yet, or a parameter has no second moments, as before the first step.
     """
 
     source: Source | Callable[[], Source | None]

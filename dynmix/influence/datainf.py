@@ -26,13 +26,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataInf:
-    """The curvature of DataInf, a block a layer.
+    """The curvature of DataInf (Kwon et al. 2024, arXiv 2310.00902, Eq. 5), a block a layer.
 
     Args:
         damping: lambda, as a multiple of the layer's mean eigenvalue, mean(G^2): 0.1 as in the authors' code.
 
     Cheap to set up, and made for few layers: every product reads the batches twice and keeps nothing of them. Sequences
     with a gradient that is not finite are left out, with a warning.
+
+    Raises:
+        ValueError: a damping that is not above 0 and finite.
     """
 
     damping: float = 0.1

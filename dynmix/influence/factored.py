@@ -48,6 +48,9 @@ class FactoredCurvature(ABC):
 
     Factors are float32 at least, float64 for a float64 model. Sequences with a loss or gradient that is not finite are
     left out, with a warning.
+
+    Raises:
+        ValueError: a setting out of range; from `fit`, sampled labels with another loss than the next token's.
     """
 
     damping: float = 0.1

@@ -40,6 +40,9 @@ class GaussNewton:
         iterations: at most; a solve that stops there says so in a warning.
         probes: products that the trace is estimated from.
         seed: of the signs.
+
+    Raises:
+        ValueError: a setting out of range; from `fit`, another loss, a sharded model, or layers that share a weight.
     """
 
     damping: float = 0.1

@@ -105,11 +105,16 @@ def sample_influence(
 class SampleScorer:
     """Holds the tasks' preconditioned gradients at one state of a model, and scores batches of sequences by them.
 
-    The model must stay as it is while the scorer is in use. Args as in `sample_influence`.
+    The model must stay as it is while the scorer is in use.
+
+    Args: as in `sample_influence`, but that `curvature_batches` have to be given.
 
     Attributes:
         tasks: names of the scores' columns.
         layers: names of the layers that are measured.
+
+    Raises:
+        ValueError: no task, one without batches or scored tokens, no layer to measure.
     """
 
     def __init__(

@@ -78,6 +78,9 @@ class AutoLaw(Law):
         left_out_: float64[n_runs, n_targets], what the chosen laws predict for each run without it; NaN for a target
             with too few runs, and for a run whose losses a law knows (`Law.known`), which is never left out.
         correlation_: float64[n_targets, n_targets], of what the chosen law misses on left-out runs.
+
+    Raises (from `fit`):
+        ValueError: what `Law.fit` refuses, no laws, or none that could be fitted to every fold.
     """
 
     def __init__(self, laws: Mapping[str, Law] | None = None, folds: int = 5, random_state: int = 0):

@@ -154,6 +154,10 @@ class Experts:
     def open(cls, folder: Path | str, *, memory: int = 1 << 30) -> "Experts":
         """Open a cache that `write` made, memory-mapped.
 
+        Args:
+            folder: of the cache.
+            memory: as in `Experts`.
+
         Raises:
             ValueError: a file is missing, damaged or of another format; says which.
         """
@@ -212,7 +216,10 @@ class Experts:
 
     @_one_thread
     def slopes(self, W: ArrayLike) -> Slopes:
-        """Return the losses of `losses` and their gradients: d L / d w_k = -mean of p_k / sum_j w_j p_j."""
+        """Return the losses of mixtures W float[n, n_experts] as `losses` does, and their gradients.
+
+        These are d L / d w_k = -mean of p_k / sum_j w_j p_j, float64[n, n_targets, n_experts].
+        """
         W = self._mixtures(W)
         total, slope = np.zeros((len(W), len(self.targets))), np.zeros((len(W), len(self.targets), len(self.names)))
         for target, best, p in self._pass():
@@ -225,7 +232,12 @@ class Experts:
 
     @_one_thread
     def curvature(self, w: ArrayLike, criterion: Array) -> Array:
-        """Return the Hessian of sum_i criterion_i L_i at one mixture, float64[n_experts, n_experts]."""
+        """Return the Hessian of sum_i criterion_i L_i at one mixture, float64[n_experts, n_experts].
+
+        Args:
+            w: the mixture, float[n_experts].
+            criterion: float64[n_targets].
+        """
         W = self._mixtures(np.asarray(w)[None])
         H = np.zeros((len(self.names),) * 2)
         for target, _, p in self._pass():

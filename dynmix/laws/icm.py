@@ -20,6 +20,9 @@ class MultiTaskGP(Law):
         kernel_cells: hyperparameters are chosen on whole runs of at most that many cells (run, target).
         max_cells: more known cells than that are refused: memory and time are their square and cube.
         extra: what the law is told besides the weights.
+
+    Raises (from `fit`):
+        ValueError: what `Law.fit` refuses, or more known losses than `max_cells`.
     """
 
     min_runs = 2

@@ -66,7 +66,11 @@ class Ridge(Law):
 
 
 class Linear(Ridge):
-    """L_i(w) = b_i + sum_j x_ij w_j by least squares, of least norm where the runs leave x open."""
+    """L_i(w) = b_i + sum_j x_ij w_j by least squares, of least norm where the runs leave x open.
+
+    Args:
+        extra: what the law is told besides the weights.
+    """
 
     def __init__(self, extra: Features | None = None) -> None:
         super().__init__(penalties=(0.0,), extra=extra)

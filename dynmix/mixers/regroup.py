@@ -153,6 +153,9 @@ def blending(columns: Sequence[Column], blend: Blend) -> Array:
     default, is that number: alpha_j = step_j / sum of steps, so late checkpoints, which know more, count for more.
     "early" is the other reading: the reciprocals of the steps, normalised, so skills that came early count for more.
     "equal" makes no difference. A checkpoint of step 0 has no share in the first and counts as step 1 in the second.
+
+    Raises:
+        ValueError: another `blend`.
     """
     steps = np.array([column.step for column in columns], dtype=np.float64)
     if blend == "early":

@@ -188,7 +188,8 @@ class TiKMiXD(Mixer):
     ) -> Proposal:
         """Return what `propose` does of this influence alone; remembers nothing.
 
-        `present`: the mixture that `max_change` is counted from; None: the prior.
+        Args and Raises as in `propose`; `present` is the mixture that `max_change` is counted from, None: the prior. An
+        influence on guards alone is refused.
         """
         if not influence.optimised.any():
             raise ValueError(f"there is no task to optimise for, only guards: {list(influence.tasks)}")

@@ -40,6 +40,8 @@ class Training:
         batch_size: sequences of an optimizer step, and of a forward pass on a validation set.
         learning_rate: the highest, of AdamW with a cosine schedule after a tenth of warm-up.
         seed: of the parameters and of the order of the data, the same for all, and of the mixtures.
+
+    Raises ValueError for fewer tokens than one step takes, or sizes below 2 tokens and 1 sequence.
     """
 
     tokens: int
@@ -86,7 +88,18 @@ class Training:
 def small_llama(
     vocab_size: int, hidden_size: int = 256, layers: int = 4, heads: int = 4, sequence_length: int = 1024
 ) -> LlamaConfig:
-    """Return the configuration of a Llama with tied embeddings. Raises ValueError for sizes that make none."""
+    """Return the configuration of a Llama with tied embeddings, for `run_proxies`.
+
+    Args:
+        vocab_size: of the tokenizer that the stores were made with.
+        hidden_size: a multiple of twice `heads`; the MLP is three times as wide.
+        layers: transformer blocks.
+        heads: of attention.
+        sequence_length: positions.
+
+    Raises:
+        ValueError: sizes that make none.
+    """
     if min(hidden_size, layers, heads) < 1 or hidden_size % (2 * heads):
         raise ValueError(
             f"hidden_size={hidden_size}, layers={layers}, heads={heads}: at least 1, and an even number of dimensions "
