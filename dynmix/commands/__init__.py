@@ -52,8 +52,9 @@ def in_words(problem: Exception) -> str:
     said = str(problem)
     if "out of memory" in said or "can't allocate memory" in said or isinstance(problem, MemoryError):
         return (
-            "out of memory: what was saved is not lost; for a measurement lower measurement.micro_batch or measure "
-            "fewer layers, for training lower training.per_device_train_batch_size, and give the same command again "
+            "out of memory: what was saved is not lost; of a recipe lower measurement.micro_batch or measure fewer "
+            "layers, for training lower training.per_device_train_batch_size; `dynmix influence` has --micro-batch, "
+            "`dynmix score` --batch-tokens (and then another --out); and give the same command again "
             f"({_first_line(said)})"
         )
     full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
