@@ -154,7 +154,7 @@ def test_experts_in_another_order_are_matched_by_name():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"law": "magic"}, "no law 'magic' for 20 runs; there are auto, power law"),
+        ({"law": "magic"}, "no law 'magic' for 20 runs; there are 'auto', 'power law'"),
         ({"criterion": "mmlu"}, "no target is called 'mmlu'"),
         ({"max_epochs": 2}, "max_epochs needs tokens"),
         ({"tokens": {"web": 1}}, "tokens are of web; the domains are web, code"),

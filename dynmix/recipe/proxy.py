@@ -84,7 +84,7 @@ def _check(proxy: MDEProxy | AutoMixerProxy, domains: int, tasks: tuple[str, ...
         criterion_weights(proxy.criterion, tasks)
         laws = ["auto", *default_laws(proxy.mixtures + domains, len(tasks)), *WITH_EXPERTS]
         if proxy.law not in laws:
-            raise RecipeError(f"proxy.law={proxy.law!r}: there are {', '.join(laws)}")
+            raise RecipeError(f"proxy.law={proxy.law!r}: there are {', '.join(map(repr, laws))}")
         return
     curvature(proxy.curvature, {}, None, "proxy.curvature")
     if proxy.blend not in get_args(Blend):

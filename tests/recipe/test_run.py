@@ -161,7 +161,7 @@ def test_every_other_recipe_of_the_package_trains_a_model(world, monkeypatch, na
 @pytest.mark.parametrize(
     ("name", "word", "message"),
     [
-        ("mde", "proxy.law=rigde", "proxy.law='rigde': there are auto, power law"),
+        ("mde", "proxy.law=rigde", "proxy.law='rigde': there are 'auto', 'power law'"),
         ("mde", "proxy.criterion=sum=1", "no target is called 'sum'"),
         ("automixer", "proxy.curvature=datainff", "did you mean 'datainf'?"),
         ("automixer", "proxy.blend=late", "proxy.blend='late': one of step, early, equal"),
