@@ -180,7 +180,8 @@ class MixtureDataset(Dataset[Item]):
             if not isinstance(weights, str) or weights not in ("natural", "uniform"):
                 raise ValueError(f'weights={weights!r}: give "natural", "uniform" or a mapping from name to weight')
             parts = {name: size if weights == "natural" else 1 for name, size in sizes.items()}
-            weights = {name: part / sum(parts.values()) for name, part in parts.items()}
+            total = sum(parts.values())
+            weights = {name: part / total for name, part in parts.items()}
         weights = dict(zip(sizes, matched(weights, tuple(sizes), "weights"), strict=True))
         for name, weight in weights.items():
             if not isinstance(weight, SupportsFloat) or not 0 <= float(weight) < float("inf"):
