@@ -156,6 +156,14 @@ def test_experts_in_the_table_of_runs_are_in_the_fit_as_if_they_were_not(law, ro
         assert len(beside.law_._cells.X) == rows
 
 
+@pytest.mark.parametrize(("mixtures", "rows"), [(3, 7), (4, 4)])
+def test_experts_in_a_table_of_few_runs_are_in_every_fit(mixtures, rows):
+    experts = some_experts()
+    W, L = runs(experts, mixtures)
+    fitted = WithExperts(GP(), experts).fit(np.vstack([W, np.eye(4)]), np.vstack([L, experts.corners]))
+    assert len(fitted.law_.models_[0].X_train_) == rows
+
+
 def test_no_law_is_judged_by_runs_that_one_knows_from_its_experts():
     experts = some_experts()
     W, L = runs(experts, 15)
