@@ -164,7 +164,7 @@ def test_a_fingerprint_tells_other_rows_and_other_bases(stores: list[TokenStore]
 class Starting:
     """Stands in for a process that is being started: descriptors are counted, not passed."""
 
-    descriptors = 0
+    descriptors, method = 0, "spawn"
 
     def duplicate_for_child(self, descriptor: int) -> int:
         self.descriptors += 1
