@@ -61,6 +61,7 @@ class Row(TypedDict):
     message: str  # the decision in words
     error: str | None  # why the previous weights were kept
     seconds: Seconds
+    scored_tokens: NotRequired[dict[str, float | None] | None]  # domain -> mean number in a probe sequence
     decided_influence: NotRequired[list[list[float | None]] | None]  # what decided, where it is not `influence` alone
     decided_standard_error: NotRequired[list[list[float | None]] | None]
     left_out: NotRequired[dict[str, float | None] | None]  # task -> share of its gradient that a low rank leaves out

@@ -298,6 +298,9 @@ class Measurement:
             if (values := getattr(influence, key)) is not None:
                 by_domain[key] = np.zeros((len(values), len(self.dataset.domains)))
                 by_domain[key][:, columns] = values[:, measured]
+        if (scored := influence.scored_tokens) is not None:
+            by_domain["scored_tokens"] = np.full(len(self.dataset.domains), scored.mean())
+            by_domain["scored_tokens"][columns] = scored[measured]
         return replace(influence, domains=self.dataset.domains, **by_domain)
 
     def gradient(self, model: nn.Module, probes: Probes) -> Influence:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,10 @@ class Influence:
         left_out: float64[n_tasks], where the tasks' gradients were held low-rank the share of each one's norm that is
             missing, or None.
         left_out_bound: float64[n_tasks, n_domains], the most that a score can be wrong for it, or None.
+        scored_tokens: float64[n_domains], mean number of them in a sequence of each domain, or None: the same in all.
 
-    Raises ValueError for shapes that do not fit the names, names that are empty or occur twice, negative errors.
+    Raises ValueError for shapes that do not fit the names, names that are empty or occur twice, negative errors, a
+    number of scored tokens that is not above 0.
     """
 
     scores: Array
@@ -47,6 +49,7 @@ class Influence:
     guards: tuple[str, ...]
     left_out: Array | None
     left_out_bound: Array | None
+    scored_tokens: Array | None
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Influence:
         guards: Sequence[str] = (),
         left_out: ArrayLike | None = None,
         left_out_bound: ArrayLike | None = None,
+        scored_tokens: ArrayLike | None = None,
     ) -> None:
         tasks, domains = _names("tasks", tasks), _names("domains", domains)
         matrix, row = (len(tasks), len(domains)), (len(tasks),)
@@ -86,6 +90,32 @@ class Influence:
         set_field(self, "left_out", None if left_out is None else _array("left_out", left_out, row))
         bound = None if left_out_bound is None else _array("left_out_bound", left_out_bound, matrix)
         set_field(self, "left_out_bound", bound)
+        scored = None if scored_tokens is None else _array("scored_tokens", scored_tokens, (len(domains),))
+        if scored is not None and (scored <= 0).any():
+            raise ValueError(f"scored_tokens has an entry that is not above 0: {scored.min()}")
+        set_field(self, "scored_tokens", scored)
+
+    def of_sequences(self, weights: Array) -> Influence:
+        """Return the influence of extra sequences in place of extra tokens, around a mixture of sequences.
+
+        A mixture w of sequences with T_j scored tokens each trains on tokens in proportion to w_j T_j, so that its
+        influence is m_i(w) = sum_j w_j T_j S_ij / sum_j w_j T_j. To first order around `weights`, where the sum is n,
+        that is the influence w has by the scores m_i + (S_ij - m_i) T_j / n: a domain whose sequences have few scored
+        tokens moves little by a change of its weight. Errors are scaled alike; that of m_i is left out.
+
+        Args:
+            weights: float64[n_domains], shares of sequences.
+
+        Returns the influence itself where all domains have as many scored tokens.
+        """
+        T, S, E = self.scored_tokens, self.scores, self.standard_error
+        if T is None or np.ptp(T) == 0:
+            return self
+        share = T / (weights @ T)
+        mean = (S @ (weights * share))[:, None]
+        error = None if E is None else E * share
+        # The result is of sequences already; asked again it has nothing to change.
+        return replace(self, scores=mean + (S - mean) * share, standard_error=error, scored_tokens=None)
 
     @property
     def optimised(self) -> NDArray[np.bool_]:
@@ -111,6 +141,7 @@ class Influence:
             "task_loss_standard_error": self.task_loss_standard_error,
             "left_out": self.left_out,
             "left_out_bound": self.left_out_bound,
+            "scored_tokens": self.scored_tokens,
         }
         lists = {name: _plain(values.tolist()) for name, values in arrays.items() if values is not None}
         return {"tasks": list(self.tasks), "domains": list(self.domains), "guards": list(self.guards), **lists}
@@ -131,6 +162,7 @@ class Influence:
             guards=plain.get("guards", ()),
             left_out=plain.get("left_out"),
             left_out_bound=plain.get("left_out_bound"),
+            scored_tokens=plain.get("scored_tokens"),
         )
 
 

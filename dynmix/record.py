@@ -53,6 +53,7 @@ def make_row(
     seconds = seconds or {}
     missing = None if influence is None else influence.left_out
     bound = None if influence is None else influence.left_out_bound
+    scored = None if influence is None else influence.scored_tokens
     return Row(
         kind=kind,
         stage=schedule.num_stages - 1,
@@ -83,6 +84,7 @@ def make_row(
             "propose": seconds.get("propose", 0.0),
             "snapshot": seconds.get("snapshot", 0.0),
         },
+        scored_tokens=None if scored is None else dict(zip(dataset.domains, scored.tolist(), strict=True)),
         decided_influence=_scores(decided),
         decided_standard_error=_errors(decided),
         left_out=None if missing is None else dict(zip(tasks, missing.tolist(), strict=True)),

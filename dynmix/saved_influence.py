@@ -154,6 +154,7 @@ def _of_journal(source: Path, stage: int | None) -> tuple[Influence, dict[str, A
     scores, errors = row["influence"], row["standard_error"]
     if row.get("decided_influence") is not None:
         scores, errors = row["decided_influence"], row.get("decided_standard_error")
+    scored: Any = row.get("scored_tokens")
     return Influence(
         scores=np.array(scores, dtype=np.float64),
         tasks=row["tasks"],
@@ -161,4 +162,5 @@ def _of_journal(source: Path, stage: int | None) -> tuple[Influence, dict[str, A
         # What was not finite is written as null: an error that is not known keeps the domain's weight.
         standard_error=None if errors is None else np.nan_to_num(np.array(errors, dtype=np.float64), nan=np.inf),
         guards=row["guards"],
+        scored_tokens=None if scored is None else [scored[name] for name in row["domains"]],
     ), {"weights": row["weights_before"]}

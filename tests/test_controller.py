@@ -524,7 +524,8 @@ def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_aga
 
     def measure(model, domains, tasks, *args, **kwargs):
         errors = generator.uniform(0.5, 1, (1, 2))
-        return Influence(generator.normal(size=(1, 2)), list(tasks), list(domains), errors, [2.0], [0.5])
+        scores = generator.normal(size=(1, 2))
+        return Influence(scores, list(tasks), list(domains), errors, [2.0], [0.5], scored_tokens=[2.0, 5.0])
 
     monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     run(controller(dataset(), TiKMiXD(confidence=0), guards=None, output=tmp_path, keep=0))

@@ -6,6 +6,7 @@ from torch import nn
 import dynmix.measurement
 from dynmix import Identity, MixtureDataset, MixtureStream
 from dynmix.measurement import HELD_OUT, Measurement
+from dynmix.observation import Influence
 
 
 class Bigram(nn.Module):
@@ -91,6 +92,23 @@ def test_measure_draws_from_what_was_measured():
     np.testing.assert_allclose(drawn({"a": 1.0, "b": 0.0}), influence.scores[:, 0], rtol=1e-6)
     mixed = np.mean([drawn({"a": 0.3, "b": 0.7}) for _ in range(300)], axis=0)
     np.testing.assert_allclose(mixed, influence.scores @ [0.3, 0.7], rtol=0.02)
+
+
+def test_a_domain_that_is_not_here_has_a_column_that_says_nothing(monkeypatch):
+    room = measurement({"influence"})
+    monkeypatch.setattr(Measurement, "here", ["b"])
+    found = room.whole(Influence([[0.5]], ["t"], ["b"], [[0.1]], scored_tokens=[7.0]))
+    assert (found.domains, found.scores.tolist(), found.standard_error.tolist()) == (("a", "b"), [[0, 0.5]], [[0, 0.1]])
+    assert found.scored_tokens.tolist() == [7, 7]
+
+
+def test_it_says_how_many_tokens_sequences_score():
+    room = measurement({"influence"})
+    few = [item | {"labels": torch.where(torch.arange(5) > 2, item["input_ids"], -100)} for item in sequences(0, 100)]
+    data = MixtureDataset({"few": few, "b": sequences(1, 200)}, num_samples=400, block=10)
+    room.dataset, prior = data, {"few": 0.5, "b": 0.5}
+    influence, _ = room.influence(Bigram(), room.probes(100, 50, prior), prior)
+    assert influence.scored_tokens.tolist() == [2, 4]  # the first token of a sequence is predicted by none
 
 
 def test_the_gradient_is_the_influence_without_a_curvature():

@@ -15,7 +15,7 @@ def dataset():
 
 
 def test_a_row_is_what_the_journal_takes_and_log_keys_are_its_numbers(tmp_path):
-    influence = Influence([[1.0, np.nan]], ["t"], ["a", "b"], [[0.5, np.inf]], [2.0], [0.1])
+    influence = Influence([[1.0, np.nan]], ["t"], ["a", "b"], [[0.5, np.inf]], [2.0], [0.1], scored_tokens=[2, 3])
     proposal = Proposal({"a": 0.25, "b": 0.75}, "dual", "why", {"t": 0.1}, {"t": 0.2})
     row = make_row(
         "stage",
@@ -36,6 +36,7 @@ def test_a_row_is_what_the_journal_takes_and_log_keys_are_its_numbers(tmp_path):
     read = journal.rows()[0]
     assert (read["stage"], read["start"], read["end"], read["weights"]) == (1, 100, 200, {"a": 0.25, "b": 0.75})
     assert read["influence"] == [[1.0, None]]
+    assert read["scored_tokens"] == {"a": 2.0, "b": 3.0}
     drawn = dict(zip("ab", dataset().schedule.counts(100).tolist(), strict=True))
     assert read["tokens"] == {name: 3 * n for name, n in drawn.items()}
     assert read["epochs"] == {name: n / 100 for name, n in drawn.items()}

@@ -327,6 +327,7 @@ class _Measured:
             task_loss_standard_error=np.sqrt(np.concatenate([variance for _, variance in losses])),
             left_out=None if self.how.rank is None else self.left_out.relative,
             left_out_bound=None if self.how.rank is None else self.left_out.bound,
+            scored_tokens=[domain.tokens.mean() for domain in self.domains],
         )
         return self.capture.ranks.exchange("the influence", influence)[0]  # machines may round in their own ways
 

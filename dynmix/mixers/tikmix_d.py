@@ -174,7 +174,7 @@ class TiKMiXD(Mixer):
         if against is prior:
             return found
         move = [found.weights[name] - prior[name] for name in influence.domains]
-        gain, error = predicted_gain(remembered, np.array(move))
+        gain, error = predicted_gain(of_sequences(remembered, against), np.array(move))
         return replace(found, predicted_gain=gain, predicted_gain_standard_error=error)
 
     def decide(
@@ -193,6 +193,7 @@ class TiKMiXD(Mixer):
         """
         if not influence.optimised.any():
             raise ValueError(f"there is no task to optimise for, only guards: {list(influence.tasks)}")
+        influence = of_sequences(influence, prior)
         posed = self._pose(influence, prior, upper, lower, present)
         problem, note = posed.problem, posed.note
         if problem is None:
@@ -214,7 +215,7 @@ class TiKMiXD(Mixer):
         lower: Mapping[str, float] | None = None,
     ) -> Problem | None:
         """Return the problem that `propose` solves; None where it keeps the prior without one."""
-        return self._pose(influence, prior, upper, lower).problem
+        return self._pose(of_sequences(influence, prior), prior, upper, lower).problem
 
     def _pose(
         self,
@@ -388,6 +389,11 @@ class _Posed:
     inside: Array
     note: str = ""
     widest: tuple[Array, Array] | None = None
+
+
+def of_sequences(influence: Influence, prior: Mapping[str, float]) -> Influence:
+    """Return the influence of sequences, which weights are shares of, around the prior."""
+    return influence.of_sequences(normalized(prior, influence.domains))
 
 
 def predicted_gain(influence: Influence, move: Array) -> tuple[dict[str, float], dict[str, float]]:

@@ -19,7 +19,7 @@ from dynmix.mixers.problem import Array, Problem
 from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixers.surrogate import NAMES, Name, Smooth, fit
-from dynmix.mixers.tikmix_d import EPS, TiKMiXD, predicted_gain, row_scales
+from dynmix.mixers.tikmix_d import EPS, TiKMiXD, of_sequences, predicted_gain, row_scales
 from dynmix.observation import Influence
 
 logger = logging.getLogger("dynmix.mixers")
@@ -188,6 +188,7 @@ class TiKMiXM(Mixer):
             raise ValueError("TiKMiXM decides from the influence: pass the Influence measured at this boundary")
         if measure is None:
             return self._linear(influence, prior, upper)
+        influence = of_sequences(influence, prior)  # as what is measured of a drawn sample is
         rng = np.random.default_rng((self.seed, self._proposals))
         self._proposals += 1
         posed = self.direct.problem(influence, prior, upper)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
 import dynmix.mixers.tikmix_d
+from dynmix.mixers.base import Run
 from dynmix.mixers.solvers import solve_dual
 from dynmix.mixers.tikmix_d import TiKMiXD, row_scales
 from dynmix.observation import Influence
@@ -162,6 +163,24 @@ def test_the_predicted_gain_is_the_influence_of_the_move():
     np.testing.assert_allclose(
         list(proposal.predicted_gain_standard_error.values()), 0.1 * np.linalg.norm(move), rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("against", ["stage", "run"])
+def test_the_predicted_gain_is_that_of_the_tokens_trained_on(against):
+    """Weights are of sequences: what a small move of them does to the mean influence of the tokens in them."""
+    S, T = np.array([[1.0, 0.5, -1.0], [0.2, 0.3, 0.1]]), np.array([4.0, 500.0, 60.0])
+    prior, influence = np.array([0.2, 0.3, 0.5]), replace(observed(S), scored_tokens=T)
+
+    def mixed(w):
+        return S @ (w * T) / (w @ T)
+
+    mixer = TiKMiXD(against=against, max_change=1e-4)
+    mixer.start(Run(tokens=named(prior), total_tokens=100, weights=named(prior)))
+    proposal = mixer.propose(influence, named(prior))
+    move = array(proposal.weights) - prior
+    assert np.abs(move).max() > 5e-5
+    np.testing.assert_allclose(list(proposal.predicted_gain.values()), mixed(prior + move) - mixed(prior), rtol=0.01)
+    assert (mixed(prior + move) >= mixed(prior) - 1e-9).all()
 
 
 def test_where_clarabel_fails_the_answer_is_nearly_the_same(monkeypatch):

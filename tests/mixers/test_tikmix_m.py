@@ -217,6 +217,23 @@ def test_scale_of_a_task_does_not_matter():
     np.testing.assert_allclose(small, large, atol=0.01)
 
 
+def test_influences_are_of_sequences_as_drawn_samples_are():
+    """A sample that is drawn is of sequences; with few scored tokens in some domains' ones, so must the scores be."""
+    S, T = np.array([[1.0, 0.5, -1.0, 0.3], [0.2, 0.3, 0.1, -0.5]]), np.array([4.0, 500.0, 60.0, 90.0])
+    prior = np.array([0.2, 0.3, 0.3, 0.2])
+
+    def measure(weights):
+        w = array(weights)
+        return S @ (w * T) / (w @ T)
+
+    mixer = TiKMiXM(direct=TiKMiXD(max_change=1e-3), **QUICK)
+    proposal = mixer.propose(observed(S, scored_tokens=T), named(prior), measure=measure)
+    gain = measure(proposal.weights) - measure(named(prior))
+    assert gain.max() > 1e-5
+    np.testing.assert_allclose(list(proposal.predicted_gain.values()), gain, rtol=0.05)
+    assert "the linear prediction correlates 1.00 with" in proposal.message
+
+
 @pytest.mark.parametrize("surrogate", ["ridge", "lightgbm", "smooth"])
 def test_a_named_surrogate_is_used(surrogate):
     S, prior, _ = problem(6, 1, seed=6)
