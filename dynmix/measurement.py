@@ -157,6 +157,7 @@ class Measurement:
             "guards": list(self.guards),
         }
 
+    @random_state_kept()  # a domain's items may draw from it, here as in what follows
     def check(self, model: nn.Module) -> None:
         """Raise ValueError for a token that the model's vocabulary has not: in a task, a guard or some of a domain.
 
@@ -167,13 +168,12 @@ class Measurement:
             return
         sets = {self._called(name): own for name, own in self.sets.items()}
         read = ((f"domains[{name!r}]", self._batches(name, rows)) for name, rows in self._some_of_each().items())
-        with random_state_kept():  # a domain's items may draw from it
-            for where, batches in chain(sets.items(), read):
-                if (largest := max((int(batch["input_ids"].max()) for batch in batches), default=0)) >= vocabulary:
-                    raise ValueError(
-                        f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
-                        "model's own tokenizer"
-                    )
+        for where, batches in chain(sets.items(), read):
+            if (largest := max((int(batch["input_ids"].max()) for batch in batches), default=0)) >= vocabulary:
+                raise ValueError(
+                    f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
+                    "model's own tokenizer"
+                )
 
     def _called(self, name: str) -> str:
         return f"{'guards' if name in self.guards else 'tasks'}[{name!r}]"
@@ -197,6 +197,7 @@ class Measurement:
         """A sequence of a domain that has a token to score, the first of these."""
         return scored_sequence((self._batches(domain, row[None])[0] for row in rows), f"domains[{domain!r}]")
 
+    @random_state_kept()
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""
         domains = {name: [self._scored(name, rows)] for name, rows in self._some_of_each().items()}
@@ -205,6 +206,7 @@ class Measurement:
             sets[HELD_OUT] = next(iter(domains.values()))
         return self._measured(model, domains, sets, Identity(), 0, layers=self.layers)
 
+    @random_state_kept()
     def peak_memory(self, model: nn.Module) -> PeakMemory:
         """Say what an influence takes beside the model; runs the longest kind of sequence through it."""
         first = [self._batches(self.here[0], np.zeros(1, dtype=np.int64)), *self._rows({}).values()]
@@ -337,6 +339,7 @@ class Measurement:
                     n, len(rows), name, self.dataset.sizes[name],
                 )  # fmt: skip
 
+    @random_state_kept()
     def _within_memory(self, measure: Callable[[], T]) -> T:
         carried = self.carried
         before = None if carried is None else (carried.fitted, carried.used)

@@ -117,6 +117,7 @@ class Sampler:
                     len(lacking), lacking[0], step,
                 )  # fmt: skip
 
+    @random_state_kept()  # a domain's items may draw from it
     def rehearse(self, model: nn.Module) -> SampleScores:
         """Score one sequence of each domain with the model as it is; raises whatever fails, then or later."""
         for task in self.tasks.values():

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -147,20 +149,36 @@ def test_a_token_that_the_model_does_not_have_is_named():
         room.check(nn.parallel.DataParallel(model))
 
 
-def test_looking_for_such_tokens_draws_no_random_number():
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda room, probes: room.check(Bigram()),
+        lambda room, probes: room.rehearse(Bigram()),
+        lambda room, probes: room.peak_memory(Bigram()),
+        lambda room, probes: room.influence(Bigram(), probes, PRIOR),
+        lambda room, probes: room.gradient(Bigram(), probes),
+        lambda room, probes: room.products(Bigram(), room.task_gradients(Bigram(), probes, PRIOR, 2), probes, "ab"),
+    ],
+)
+def test_items_that_draw_random_numbers_leave_the_training_its_own(read, monkeypatch):
     class Drawing:
         def __len__(self):
-            return 9
+            return 200
 
         def __getitem__(self, row):
-            return {"input_ids": torch.randint(0, 64, (5,))}
+            torch.rand(1), np.random.rand(), random.random()
+            return sequences(0, 200)[row]
 
-    model, room = nn.Module(), measurement(frozenset())
-    model.config = type("Config", (), {"vocab_size": 64})
-    room.dataset = MixtureDataset({"a": Drawing()}, num_samples=8)
-    before = torch.get_rng_state()
-    room.check(model)
-    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(Bigram, "config", type("Config", (), {"vocab_size": 64}), raising=False)
+    room = measurement({"influence", "guards"})
+    room.dataset = MixtureDataset({"a": Drawing(), "b": Drawing()}, num_samples=400, block=10)
+    probes = room.probes(100, 50, PRIOR)
+    Bigram()  # which seeds torch
+    before = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
+    read(room, probes)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[2] == before[1]
+    assert random.getstate() == before[2]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

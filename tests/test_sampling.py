@@ -121,3 +121,20 @@ def test_a_task_of_packed_documents_is_refused_as_it_would_be_scored_as_one(extr
     dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
     with pytest.raises(ValueError, match=r"tasks\['code'\] packs several documents") if refused else nullcontext():
         MixtureHook(model, dataset, {"code": [batch]}, AutoMixer(), stage_steps=4)
+
+
+def test_items_that_draw_random_numbers_leave_the_training_its_own():
+    class Drawing:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, row):
+            return {"input_ids": torch.randint(0, TINY["vocab_size"], (4,))}
+
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    dataset = MixtureDataset({"code": Drawing()}, num_samples=64)
+    batch = {"input_ids": torch.arange(6)[None]}
+    hook = MixtureHook(model, dataset, {"code": [batch]}, AutoMixer(), stage_steps=4)
+    before = torch.get_rng_state()
+    hook.controller.sampler.rehearse(model)
+    assert torch.equal(torch.get_rng_state(), before)
