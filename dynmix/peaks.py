@@ -251,9 +251,8 @@ class PeakSnapshots:
             }
             for task, curve in self.curves.items()
         }
-        write_json(
-            self._file, {"min_delta": self.min_delta, "lost": sorted(self._lost), "tasks": tasks}, allow_nan=False
-        )
+        found = {"min_delta": self.min_delta, "lost": sorted(self._lost), "tasks": tasks}
+        write_json(self._file, found, allow_nan=False, ensure_ascii=True)  # any task's name, in any locale
 
     def _load(self) -> None:
         if not self._file.exists():
@@ -347,7 +346,7 @@ def select_checkpoints(
         keys = {name: f"{_identity(checkpoint.path)}/{task.fingerprint}" for name, task in tasks.items()}
         for key, figures in _evaluated(checkpoint.path, {k: tasks[n] for n, k in keys.items() if k not in scores}):
             scores[key] = figures
-            write_json(cache, scores, allow_nan=False)
+            write_json(cache, scores, allow_nan=False, ensure_ascii=True)
         if all(key in scores for key in keys.values()):
             evaluated.append((checkpoint, keys))
     selected = {}

@@ -53,7 +53,8 @@ class RunFolder:
     def write_config(self, facts: Mapping[str, Any]) -> None:
         """Write `config.json`."""
         if is_rank_0():
-            write_json(self.path / "config.json", facts, default=str)
+            # Paths and names need not be UTF-8, and a run does not end because of that.
+            write_json(self.path / "config.json", facts, default=str, ensure_ascii=True)
 
     def append(self, row: Row) -> None:
         """Add a row to the journal."""
