@@ -109,7 +109,7 @@ class WithExperts(Law):
         if isinstance(self.law, MultiTaskGP) if self.corners == "auto" else self.corners:
             _check_columns(W, L, self.experts)
             # `dynmix proxies` has the experts in its table of runs: twice they would count as two runs.
-            missing = W[_corners(W)].sum(axis=0) == 0
+            missing = ~(W[_corners(W)] > 0.5).any(axis=0)  # the rest of a corner may be all but 0
             W, L = np.vstack([W, np.eye(W.shape[1])[missing]]), np.vstack([L, self.experts.corners[missing]])
         elif (mixed := ~_corners(W)).sum() >= W.shape[1]:  # fewer would leave the weights' own part open
             W, L = W[mixed], L[mixed]

@@ -156,6 +156,14 @@ def test_experts_in_the_table_of_runs_are_in_the_fit_as_if_they_were_not(law, ro
         assert len(beside.law_._cells.X) == rows
 
 
+def test_a_corner_that_rounding_left_a_rest_is_of_its_domain_alone():
+    experts = some_experts()
+    W, L = runs(experts, 15)
+    corner = np.array([[1 - 3e-10, 1e-10, 1e-10, 1e-10]])
+    fitted = WithExperts(MultiTaskGP(), experts).fit(np.vstack([W, corner]), np.vstack([L, experts.corners[:1]]))
+    assert len(fitted.law_._cells.X) == 19
+
+
 @pytest.mark.parametrize(("mixtures", "rows"), [(3, 7), (4, 4)])
 def test_experts_in_a_table_of_few_runs_are_in_every_fit(mixtures, rows):
     experts = some_experts()
