@@ -106,7 +106,7 @@ class MixtureHook:
                 f"{self.dataset.read_until}: call hook.step() once an optimizer step, let the loader of a resumed run "
                 "start with sampler=range(hook.position, len(dataset)), or correct batch_size"
             )
-        return self.controller.step_ended(self.model, self.steps) or logs
+        return {**(logs or {}), **(self.controller.step_ended(self.model, self.steps) or {})} or None
 
     def finish(self) -> dict[str, float]:
         """Close the journal with the final task losses; returns what a tracker should log."""

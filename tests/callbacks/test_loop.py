@@ -134,6 +134,14 @@ def test_what_is_decided_as_a_state_is_loaded_is_logged_with_the_next_step(train
     assert [logs["dynmix/stage"] for logs in longer.logs] == [2, 3]
 
 
+def test_what_the_first_step_logs_is_not_lost_where_the_tasks_are_evaluated_after_it(training, monkeypatch):
+    loop = Loop(training, Static())
+    monkeypatch.setattr(loop.hook.controller, "step_ended", lambda model, step: {"dynmix/task_accuracy/x": 0.5})
+    logs = loop.run(steps=1).logs[0]
+    assert logs["dynmix/task_accuracy/x"] == 0.5
+    assert logs["dynmix/stage"] == 0
+
+
 @pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_other_ranks_workers_and_batches(training, ranks):
     """Ranks that know nothing of each other, with a mixer that needs nothing of them."""
