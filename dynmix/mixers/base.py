@@ -113,7 +113,8 @@ class Mixer(ABC):
     def start(self, run: Run) -> Mapping[str, float] | None:
         """Prepare for a run; return the weights of its first stage, or None to leave them as the dataset's are.
 
-        Called again, with the same arguments, when a run is resumed, before `load_state_dict`.
+        Called again when a run is resumed, before `load_state_dict`; what it returns counts for nothing then. Where the
+        state has other domains than this run lists, it is called a second time, with those of both.
         """
         return None
 
