@@ -34,13 +34,13 @@ from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixture.accounting import new_epochs
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.stages import MAX_STAGES
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
 from dynmix.ranks import from_rank_0, gathered, is_rank_0, on_every_rank
 from dynmix.record import Losses, log_keys, losses_of, make_row
 from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
+from dynmix.timetable import Timetable
 
 logger = logging.getLogger("dynmix")
 
@@ -132,12 +132,7 @@ class MixtureController:
         layer_groups: int = 1,
         rank: int | None = None,
     ):
-        if stage_steps < 2:
-            raise ValueError(
-                f"stage_steps={stage_steps}: at least 2, since a stage is decided one step before it starts"
-            )
-        if max_stages is not None and max_stages < 2:
-            raise ValueError(f"max_stages={max_stages}: at least 2, since nothing is decided in the first")
+        self.timetable = Timetable(dataset, stage_steps, max_stages)
         if keep < 0:
             raise ValueError(f"keep={keep}: at least 0 snapshots")
         if loss_every < 1:
@@ -184,8 +179,6 @@ class MixtureController:
         if output is not None:
             self.write_to(output)
         self.memory: PeakMemory | None = None  # what a measurement takes, known when the run begins
-        self.batch_size = 0  # samples an optimizer step, over all ranks; known when the run is planned
-        self._planned = 0  # samples of the whole run
         self._warnings: list[str] = []  # what was warned of since the journal's last row
         self._clock: float | None = None  # when this process wrote its last row
         self._ahead = Ahead(dataset)
@@ -199,17 +192,18 @@ class MixtureController:
         self.folder = RunFolder(Path(output))
 
     @property
+    def batch_size(self) -> int:
+        """Samples an optimizer step, over all ranks; 0 before the run is planned."""
+        return self.timetable.batch_size
+
+    @property
     def total(self) -> int:
         """Samples of the whole run: as planned, or up to where the dataset is exhausted."""
-        ends_at = self.dataset.ends_at if isinstance(self.dataset, MixtureDataset) else self._planned
-        return min(self._planned, ends_at)
+        return self.timetable.total
 
     def why_over(self, step: int) -> str:
         """Why the run ends with `step` before it is as long as planned, because the data is exhausted; "" if not."""
-        dry = self.dataset.schedule.exhausted_at
-        if dry is None or self.total == self._planned or step * self.batch_size < self.total:
-            return ""
-        return self.dataset.schedule.why_exhausted(dry)
+        return self.timetable.why_over(step)
 
     @property
     def mixer(self) -> Mixer:
@@ -236,10 +230,6 @@ class MixtureController:
         Raises:
             ValueError: a run that cannot be carried out as described, or that differs from the one being resumed.
         """
-        schedule = self.dataset.schedule
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least 1 sample an optimizer step")
-        self._check_same_batch(batch_size)
         if self.sampler is not None and self.folder is None:
             raise ValueError(
                 f"{self.decider.name} keeps checkpoints, scores and groups in files: pass output=, a folder"
@@ -251,40 +241,9 @@ class MixtureController:
             )
         if self.in_run is not None and self.folder is None:
             raise ValueError("in_run= keeps the tasks' gradients in files: pass output=, a folder")
-        self.batch_size = batch_size
-        if isinstance(self.dataset, MixtureDataset):
-            if batch_size % (group := self.dataset.homogeneous):
-                raise ValueError(
-                    f"batch_size={batch_size}: a step takes whole groups of the homogeneous={group} samples of one "
-                    "domain that stand in a row"
-                )
-            self.dataset.plan_steps(batch_size)
-        self._planned = len(self.dataset) if max_steps is None else min(len(self.dataset), max_steps * batch_size)
-        if schedule.num_stages > 1 and not self.resumed:
-            raise ValueError(f"the dataset has {schedule.num_stages} stages: pass one with a single, undecided stage")
-        if not self.resumed and self._boundary() >= self.total:
-            dry = schedule.exhausted_at
-            raise ValueError(
-                f"stage_steps={self.stage_steps}: the run of {-(-self.total // batch_size)} steps ends before its "
-                "first stage does, so that nothing would ever be decided; make stages shorter"
-                + (f" ({schedule.why_exhausted(dry)})" if dry is not None and self.total < self._planned else "")
-            )
-        stages = -(-self.total // (self.stage_steps * batch_size))
-        if min(stages, self.max_stages or stages) > MAX_STAGES:
-            raise ValueError(
-                f"stage_steps={self.stage_steps}: the run of {-(-self.total // batch_size)} steps would have {stages} "
-                f"stages, and a schedule takes {MAX_STAGES}: make stages longer, or pass max_stages"
-            )
-        if self._boundary() < self.total and schedule.end is None:
-            if self.dataset.read_until > self._boundary():
-                raise ValueError(
-                    f"the loader has read {self.dataset.read_until} samples ahead, past the end of the first stage at "
-                    f"{self._boundary()}: pass batch_size, so that the boundary is known before it reads, or raise "
-                    "stage_steps"
-                )
-            schedule.hold(self._boundary())
+        self.timetable.plan(batch_size, max_steps, resumed=self.resumed)
         if not self.resumed:
-            self.budget.check(self.total, min(self._boundary(), self.total))
+            self.budget.check(self.total, min(self.timetable.boundary, self.total))
 
     def begin(self, model: nn.Module, step: int = 0) -> dict[str, float] | None:
         """Rehearse the measurement and, in a fresh run, open the journal; return what a tracker should log.
@@ -311,24 +270,20 @@ class MixtureController:
         self._say_memory(model)
         schedule = self.dataset.schedule
         last = schedule.starts[-1]
-        upper = self.budget.upper(last, self.stage_steps * self.batch_size)
+        upper = self.budget.upper(last, self.timetable.stage_samples)
         if self.sampler is not None and not self.resumed:
             found.samples = self.sampler.rehearse(model)
         self.decider.rehearse(found, schedule.weights_at(last), upper)
         if self.resumed:
             if self.sampler is not None and self.folder is not None:
                 self.sampler.begin(self.folder.path, step, self._samples_wanted())
-            if self._boundary() < min(step * self.batch_size, self.total):
-                raise ValueError(
-                    f"the state is older than step {step}: the stage of sample {self._boundary()} is not in it; resume "
-                    "model and mixture from the same checkpoint"
-                )
+            self.timetable.check_step(step)
             if self.in_run is not None and self.folder is not None and self._window is not None:
                 window = self._window_from(int(self._window["began"]))
                 self.in_run.resume(model, self.folder, self._window, step, window)
             self._ahead = Ahead(self.dataset)
             self._ahead.look(step * self.batch_size, self.total)
-            return self._decide(model, step) if self._is_due(step) else None
+            return self._decide(model, step) if self.timetable.is_due(step) else None
         if self.folder is not None:
             self.folder.set_aside()
             self.folder.write_config(self._describe(model))
@@ -369,7 +324,7 @@ class MixtureController:
                 logs |= self.sampler.evaluate(model, step, self._samples_wanted())
             if self.in_run is not None:
                 self.in_run.step_ended(step, self.batch_size)
-            if self._is_due(step):
+            if self.timetable.is_due(step):
                 logs |= self._decide(model, step)
             if self.in_run is not None:
                 self._arm(self.in_run, model, step)
@@ -378,8 +333,8 @@ class MixtureController:
     def _arm(self, in_run: InRunInfluence, model: nn.Module, step: int) -> None:
         """Open the window of an in-run influence, if it is time: it ends as the next stage is decided."""
         stage, carried = self.dataset.schedule.num_stages, self.measurement.carried
-        begins = self._boundary() - (in_run.options.window + 1) * self.batch_size
-        if self.folder is None or step * self.batch_size != begins or self._boundary() >= self.total:
+        begins = self.timetable.boundary - (in_run.options.window + 1) * self.batch_size
+        if self.folder is None or step * self.batch_size != begins or self.timetable.boundary >= self.total:
             return
         in_run.arm(model, self.folder, stage, self.keep, step, self._window_from(step))
         if carried is not None:
@@ -387,7 +342,7 @@ class MixtureController:
 
     def _window_from(self, step: int) -> range:
         """Positions from the end of a step to the end of the stage that is to be decided next."""
-        return range(step * self.batch_size, self._next_end())
+        return range(step * self.batch_size, self.timetable.next_end)
 
     def saved(self, step: int) -> None:
         """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
@@ -396,9 +351,8 @@ class MixtureController:
 
     def _samples_wanted(self) -> bool:
         """Whether the mixer asks for scores at any boundary that is still ahead, or would if the run went on."""
-        stages, number = self.dataset.schedule.stages, self.dataset.schedule.num_stages
-        ahead = max(1, -((self._boundary() - self.total) // (self.stage_steps * self.batch_size)))
-        return any(self.mixer.wants_samples(n, stages[-1].weights) for n in range(number, number + ahead))
+        weights = self.dataset.schedule.stages[-1].weights
+        return any(self.mixer.wants_samples(number, weights) for number in self.timetable.boundaries_ahead())
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure the task losses of `model` once more and close the journal; return what a tracker should log.
@@ -432,9 +386,7 @@ class MixtureController:
         if self._dataset_state is None or self._dataset_state[0] != stages:
             self._dataset_state = stages, _stages_of(self.dataset)  # asked for after every step
         return {
-            "batch_size": self.batch_size,
-            "stage_steps": self.stage_steps,
-            "max_stages": self.max_stages,
+            **self.timetable.state_dict(),
             "dataset": self._dataset_state[1],
             "mixer": self.decider.state_dict(),
             "curvature": self._factors,
@@ -449,23 +401,7 @@ class MixtureController:
             ValueError: the state is of other data or of other stages, with what changed, or it is damaged.
         """
         try:
-            if state["stage_steps"] != self.stage_steps:
-                raise ValueError(
-                    f"the checkpoint's stages are {state['stage_steps']} steps, stage_steps={self.stage_steps}"
-                )
-            if state.get("max_stages") != self.max_stages:
-                raise ValueError(
-                    f"the checkpoint has max_stages={state.get('max_stages')}, this run {self.max_stages}: pass that of"
-                    " the checkpoint, or begin anew"
-                )
-            batch_size = int(state["batch_size"])
-            self._check_same_batch(batch_size)
-            stages = state["dataset"]["schedule"]["stages"]
-            starts = stages["starts"]
-            if starts != [(stages["first"] + k) * self.stage_steps * batch_size for k in range(len(starts))]:
-                raise ValueError(
-                    f"this state is damaged: its stages start at {starts[:5]}..., which are no stages of it"
-                )
+            self.timetable.check(state)
             groups = self.folder.groups if self.folder is not None and self.folder.groups.is_dir() else None
             self.dataset.load_state_dict(state["dataset"], views=groups)
             self.decider.load_state_dict(state["mixer"])
@@ -476,7 +412,7 @@ class MixtureController:
             self.measurement.shrink(sequences)
         if self._factors is not None and self.measurement.carried is not None and self.folder is not None:
             self.measurement.carried.load(self.folder.factors / self._factors)
-        self.batch_size = batch_size
+        self.timetable.load_state_dict(state)
         self.resumed = True
         self._window = state.get("in_run")
         if self.folder is not None:
@@ -485,25 +421,8 @@ class MixtureController:
 
     # -- a boundary --------------------------------------------------------------------------------------------------
 
-    def _boundary(self) -> int:
-        """Position at which the stage after the last published one starts; beyond any run where that was the last."""
-        stages = self.dataset.schedule.num_stages
-        return sys.maxsize if stages == self.max_stages else stages * self.stage_steps * self.batch_size
-
-    def _next_end(self) -> int:
-        """Position at which that stage ends, if the run is not over before."""
-        last = self.dataset.schedule.num_stages + 1 == self.max_stages
-        return self.total if last else self._boundary() + self.stage_steps * self.batch_size
-
-    def _is_due(self, step: int) -> bool:
-        """Whether the next stage is to be decided after `step`: one step before it starts, or as it starts."""
-        return self._boundary() < self.total and self._boundary() in (
-            step * self.batch_size,
-            (step + 1) * self.batch_size,
-        )
-
     def _decide(self, model: nn.Module, step: int) -> dict[str, float]:
-        schedule, start, following = self.dataset.schedule, self._boundary(), self._next_end()
+        schedule, start, following = self.dataset.schedule, self.timetable.boundary, self.timetable.next_end
         samples = min(following, self.total) - start  # of the stage that is decided
         prior, upper = schedule.weights_at(start - 1), self.budget.upper(start, samples)
         seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
@@ -602,13 +521,6 @@ class MixtureController:
         if isinstance(self.dataset, MixtureStream):
             raise ValueError("domains that enter a run are rows of others, and a MixtureStream has no rows")
         self.dataset.extend(proposal.groups, self.folder.groups)
-
-    def _check_same_batch(self, batch_size: int) -> None:
-        if self.batch_size not in (0, batch_size):
-            raise ValueError(
-                f"the checkpoint and this run take {sorted((self.batch_size, batch_size))} samples a step: keep "
-                "per-device batch x gradient accumulation x processes the same, so that steps stay positions"
-            )
 
     # -- writing down -------------------------------------------------------------------------------------------
 

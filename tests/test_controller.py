@@ -414,7 +414,7 @@ def test_a_first_row_of_a_domain_without_a_scored_token_is_no_obstacle(caplog):
 
 
 def test_more_stages_than_a_schedule_takes_are_refused_before_anything_is_trained(monkeypatch):
-    monkeypatch.setattr("dynmix.controller.MAX_STAGES", 4)
+    monkeypatch.setattr("dynmix.timetable.MAX_STAGES", 4)
     with pytest.raises(ValueError, match="25 steps would have 5 stages, and a schedule takes 4: make stages longer"):
         controller(dataset()).plan(batch_size=BATCH)
     controller(dataset(), max_stages=4).plan(batch_size=BATCH)

@@ -30,6 +30,7 @@ FORBIDDEN = {
     "dynmix/observation.py": {"torch", "transformers", "dynmix"},
     "dynmix/controller.py": {"transformers", "accelerate", "dynmix.callbacks"},
     "dynmix/decider.py": {"transformers", "accelerate", "dynmix.callbacks", "dynmix.controller", "dynmix.influence"},
+    "dynmix/timetable.py": {"torch", "dynmix.influence", "dynmix.mixers", "dynmix.controller", "dynmix.callbacks"},
     "dynmix/scores.py": {"torch", "transformers", "dynmix"},
     "dynmix/scoring": {"dynmix.mixers", "dynmix.controller", "dynmix.callbacks"},
     "dynmix/sampling.py": {"dynmix.mixers", "dynmix.controller", "dynmix.callbacks"},

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from dynmix import MixtureDataset
+from dynmix.timetable import Timetable
+
+BATCH, STEPS = 4, 5
+
+
+def dataset(samples=100, **options):
+    rows = [{"input_ids": torch.tensor([1, 2])}] * 50
+    found = MixtureDataset({"a": rows, "b": rows}, num_samples=samples, block=BATCH, **options)
+    found.controlled = True
+    return found
+
+
+def planned(max_stages=None, max_steps=None, **options):
+    timetable = Timetable(dataset(**options), STEPS, max_stages)
+    timetable.plan(BATCH, max_steps, resumed=False)
+    return timetable
+
+
+def publish(timetable):
+    schedule, start, end = timetable.dataset.schedule, timetable.boundary, timetable.next_end
+    schedule.publish({"a": 0.5, "b": 0.5}, start, end if end < timetable.total else None)
+
+
+def due(timetable, steps=25):
+    found = []
+    for step in range(1, steps + 1):
+        if timetable.is_due(step):
+            found.append(step)
+            publish(timetable)
+    return found
+
+
+def test_a_stage_is_due_one_step_before_it_starts_up_to_the_end_of_the_run():
+    timetable = planned()
+    assert due(timetable) == [4, 9, 14, 19]
+    assert timetable.dataset.schedule.starts == [0, 20, 40, 60, 80]
+    assert due(planned(max_steps=16)) == [4, 9, 14]
+
+
+def test_a_stage_is_due_as_it_starts_where_it_was_not_before():
+    timetable = planned()
+    assert [step for step in range(25) if timetable.is_due(step)] == [4, 5]
+
+
+def test_the_last_of_max_stages_goes_on_to_the_end():
+    timetable = planned(max_stages=3)
+    assert due(timetable) == [4, 9]
+    assert timetable.dataset.schedule.end is None
+
+
+def test_the_run_ends_where_the_data_does_with_a_whole_step():
+    timetable = planned(samples=200, max_epochs=0.5, max_stages=2)
+    assert due(timetable) == [4]
+    assert timetable.total == 48  # of 50 that may be read
+    assert not timetable.why_over(11)
+    assert "'a' (max_epochs=0.5)" in timetable.why_over(12)
+    assert not planned(max_steps=25).why_over(25)
+
+
+def test_boundaries_ahead_are_those_of_the_stages_that_are_left():
+    timetable = planned()
+    found = []
+    for _ in range(4):
+        found.append(list(timetable.boundaries_ahead()))
+        publish(timetable)
+    assert found == [[1, 2, 3, 4], [2, 3, 4], [3, 4], [4]]
+    assert list(timetable.boundaries_ahead()) == [5]  # of a run that goes on
+
+
+def test_a_state_of_other_stages_is_refused():
+    timetable = planned()
+    state = timetable.state_dict() | {"dataset": timetable.dataset.state_dict()}
+    Timetable(dataset(), STEPS, None).check(state)
+    for changed, message in [
+        ({"stage_steps": 6}, "the checkpoint's stages are 6 steps, stage_steps=5"),
+        ({"max_stages": 3}, "the checkpoint has max_stages=3, this run None"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Timetable(dataset(), STEPS, None).check(state | changed)
+    with pytest.raises(ValueError, match=r"take \[4, 8\] samples a step"):
+        timetable.check(state | {"batch_size": 8})
+    publish(timetable)
+    state = timetable.state_dict() | {"dataset": timetable.dataset.state_dict()}
+    with pytest.raises(ValueError, match=r"damaged: its stages start at \[0, 20\]"):
+        Timetable(dataset(), STEPS, None).check(state | {"batch_size": 8})
+
+
+def test_a_state_that_is_older_than_the_model_is_refused():
+    timetable = planned()
+    timetable.check_step(5)
+    with pytest.raises(ValueError, match="older than step 6: the stage of sample 20 is not in it"):
+        timetable.check_step(6)
