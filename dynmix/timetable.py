@@ -65,9 +65,10 @@ class Timetable:
         return self.boundary < self.total and self.boundary in (step * self.batch_size, (step + 1) * self.batch_size)
 
     def boundaries_ahead(self) -> range:
-        """Numbers of the stages that are still to be decided; the next one's if none are, as if the run went on."""
+        """Numbers of the stages that are still to be decided; at the end of the run of the next, were it to go on."""
         number = self.dataset.schedule.num_stages
-        return range(number, number + max(1, -((self.boundary - self.total) // self.stage_samples)))
+        left = max(1, -((self.boundary - self.total) // self.stage_samples)) if number != self.max_stages else 0
+        return range(number, min(number + left, self.max_stages or sys.maxsize))
 
     def why_over(self, step: int) -> str:
         """Why the run ends with `step` before it is as long as planned, because the data is exhausted; "" if not."""

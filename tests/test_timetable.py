@@ -71,6 +71,17 @@ def test_boundaries_ahead_are_those_of_the_stages_that_are_left():
     assert list(timetable.boundaries_ahead()) == [5]  # of a run that goes on
 
 
+def test_no_boundary_is_ahead_of_the_last_of_max_stages():
+    # For one, mixers that regroup the corpus would keep snapshots of the model to the end.
+    timetable = planned(max_stages=3)
+    found = []
+    for _ in range(2):
+        found.append(list(timetable.boundaries_ahead()))
+        publish(timetable)
+    assert found == [[1, 2], [2]]
+    assert not timetable.boundaries_ahead()
+
+
 def test_a_state_of_other_stages_is_refused():
     timetable = planned()
     state = timetable.state_dict() | {"dataset": timetable.dataset.state_dict()}
