@@ -18,8 +18,9 @@ from rich.table import Table
 from scipy.optimize import linprog, minimize
 
 from dynmix.mixers.candidates import around, hit_and_run, spread
+from dynmix.mixers.search import Pareto
 from dynmix.mixers.tikmix_d import TiKMiXD
-from dynmix.mixers.tikmix_m import TiKMiXM, _Pareto
+from dynmix.mixers.tikmix_m import TiKMiXM
 from dynmix.observation import Influence
 
 Array = NDArray[np.float64]
@@ -113,10 +114,10 @@ def searched(c: Case, most: float, anneal: Literal["narrowing", "literal"], vert
     influence = Influence(c.S, [f"task{i}" for i in range(n)], names)
     problem = TiKMiXD().problem(influence, dict(zip(names, c.prior, strict=True)), high, low)
     assert problem is not None
-    mixer, constraint, rng = TiKMiXM(anneal=anneal), _Pareto(problem), np.random.default_rng(0)
+    mixer, constraint, rng = TiKMiXM(anneal=anneal), Pareto(problem), np.random.default_rng(0)
     w = c.prior
     if vertices:
-        w = mixer._search(c.total, w, problem, constraint, rng)
+        w = mixer.search.find(c.total, w, problem, constraint, rng)
     else:
         steps = np.geomspace(*mixer.concentration, mixer.iterations) * m
         for step in steps if anneal == "narrowing" else steps[::-1]:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import linprog
 
 from dynmix.mixers.base import Mixer, Proposal
 from dynmix.mixers.candidates import around, into, spread
-from dynmix.mixers.problem import Array, Problem
+from dynmix.mixers.problem import Array
 from dynmix.mixers.registry import make_mixer
+from dynmix.mixers.search import Pareto, Search, largest
 from dynmix.mixers.simplex import normalized
 from dynmix.mixers.surrogate import NAMES, Name, Smooth, fit
 from dynmix.mixers.tikmix_d import EPS, TiKMiXD, of_sequences, predicted_gain, row_scales
@@ -26,11 +26,8 @@ logger = logging.getLogger("dynmix.mixers")
 
 Measure = Callable[[dict[str, float]], ArrayLike]
 
-FEASIBLE = 1e-9  # row-scaled violation that is rounding
 # Of the mixtures to measure, the share that is spread over the box; the others follow the search.
 DESIGN = 0.6
-# The search ends after this many iterations that moved nothing: a narrower one may move what a broad one did not.
-STILL = 3
 # A surrogate this much of R2 behind the best is not fitted again in later rounds, to save its time.
 BEHIND = 0.05
 # How near to the found mixture the first and the last round look: Dirichlet parameters as `concentration` counts them.
@@ -124,6 +121,7 @@ class TiKMiXM(Mixer):
         self.anneal: Literal["narrowing", "literal"] = anneal
         self.pareto, self.seed = bool(pareto), int(seed)
         self.surrogate: Literal["auto"] | Name = surrogate
+        self.search = Search(self.iterations, self.samples, self.top_k, self.concentration, self.anneal)
         self._proposals = 0
         self._warned = False
 
@@ -206,7 +204,7 @@ class TiKMiXM(Mixer):
         found = np.array([*self.direct.decide(influence, prior, most, lower=least).weights.values()])
 
         target = _Target(influence, measure, self.direct.normalization)
-        constraint = _Pareto(problem if self.pareto else None)
+        constraint = Pareto(problem if self.pareto else None)
         stay = inside if constraint.holds(inside[None])[0] else problem.start
         w0 = found if constraint.holds(found[None])[0] else stay
         target.add(stay, "prior")
@@ -226,43 +224,13 @@ class TiKMiXM(Mixer):
             design_r2 = design_r2 or fitted.r2
             names = tuple(other for other in names if fitted.r2[other] > max(fitted.r2.values()) - BEHIND)
             known = target.W[constraint.holds(target.W)]
-            starts = (w0, _best(model.predict, known))  # Algorithm 1's, and where measurements say that it is better
-            ends = [self._search(model.predict, start, problem, constraint, rng) for start in starts]
-            middle = _best(model.predict, np.stack(ends))
+            starts = (w0, largest(model.predict, known))  # Algorithm 1's, and where measurements say that it is better
+            ends = [self.search.find(model.predict, start, problem, constraint, rng) for start in starts]
+            middle = largest(model.predict, np.stack(ends))
             for w in around(size - 1, middle, near * len(middle), problem.lower, problem.upper, rng):
                 target.add(w)
             target.add(middle, f"tikmix-m:{fitted.name}")
         return self._answer(influence, given, target, design_r2, correlation)
-
-    def _search(
-        self,
-        predict: Callable[[Array], Array],
-        start: Array,
-        problem: Problem,
-        constraint: "_Pareto",
-        rng: np.random.Generator,
-    ) -> Array:
-        """Return the mixture with the largest prediction that Algorithm 1 finds, float64[n_domains].
-
-        To Algorithm 1's candidates come `top_k` on the way to the vertex that a linear fit to the others' predictions
-        points to: the best mixtures lie on faces of the box, which Dirichlet draws in many domains do not reach.
-        """
-        lower, upper = problem.lower, problem.upper
-        steps = np.geomspace(*self.concentration, self.iterations) * len(start)
-        middle, best, still = start, start, 0
-        for step in steps if self.anneal == "narrowing" else steps[::-1]:
-            W = around(self.samples, middle, step, lower, upper, rng)
-            values = predict(W)
-            slope = np.linalg.lstsq(W - W.mean(axis=0), values - values.mean(), rcond=1e-6)[0]
-            way = np.linspace(0, 1, self.top_k + 1)[:, None] * (constraint.vertex(slope, lower, upper, middle) - middle)
-            W = constraint.shrink(np.concatenate([W, middle + way]), middle)
-            top = W[np.argsort(-predict(W), kind="stable")[: self.top_k]]
-            before, middle = middle, top.mean(axis=0)
-            best = _best(predict, np.stack([best, middle, top[0]]))
-            still = still + 1 if np.abs(middle - before).max() < 1e-9 else 0
-            if still == STILL:
-                break
-        return best
 
     def _answer(
         self, influence: Influence, prior: Array, target: "_Target", r2: dict[Name, float], correlation: float
@@ -348,65 +316,6 @@ class _Target:
             self.labels[len(self._values)] = label
         self._mixtures.append(w)
         self._values.append(float(rows @ self._share))
-
-
-class _Pareto:
-    """The constraint of the search: that of TiKMiX-D's problem, or none. Convex, so averages keep it."""
-
-    def __init__(self, problem: Problem | None):
-        self._problem = problem
-        self._cuts = [] if problem is None else list(zip(-problem.C, -problem.floor, strict=True))
-
-    def holds(self, W: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        if self._problem is None:
-            return np.ones(len(W), dtype=np.bool_)
-        return np.asarray(self._problem.violation(W) <= FEASIBLE)
-
-    def shrink(self, W: Array, centre: Array) -> Array:
-        """Return `W`, those that break the constraint moved towards `centre`, which keeps it, by bisection."""
-        out = ~self.holds(W)
-        way = W[out] - centre
-        good, bad = np.zeros((len(way), 1)), np.ones((len(way), 1))
-        for _ in range(20):
-            middle = (good + bad) / 2
-            kept = self.holds(centre + middle * way)[:, None]
-            good, bad = np.where(kept, middle, good), np.where(kept, bad, middle)
-        W = W.copy()
-        W[out] = centre + good * way
-        return W
-
-    def vertex(self, slope: Array, lower: Array, upper: Array, otherwise: Array) -> Array:
-        """Return the mixture with the largest `slope` @ w in the box, float64[n_domains].
-
-        A linear programme over the plain constraints. What noise adds to them (`Problem.R`) is a cone: its tangents
-        where an answer broke it are added, for this call and the later ones.
-        """
-        for _ in range(4):
-            answer = linprog(
-                -slope / max(float(np.abs(slope).max()), 1e-300),
-                A_ub=np.array([row for row, _ in self._cuts]) if self._cuts else None,
-                b_ub=np.array([bound for _, bound in self._cuts]) if self._cuts else None,
-                A_eq=np.ones((1, len(slope))),
-                b_eq=[1.0],
-                bounds=np.stack([lower, upper], axis=1),
-            )
-            if answer.status != 0:
-                return otherwise
-            w = into(answer.x, lower, upper)
-            p = self._problem
-            if p is None or not p.robust or self.holds(w[None])[0]:
-                break
-            risk = p.risk(w)
-            i = int(np.argmax(p.floor - p.C @ w + risk))
-            if risk[i] == 0:
-                break
-            tangent = p.R[i] ** 2 * (w - p.centre) / risk[i]
-            self._cuts.append((tangent - p.C[i], tangent @ w - risk[i] - p.floor[i]))
-        return w
-
-
-def _best(predict: Callable[[Array], Array], W: Array) -> Array:
-    return np.asarray(W[int(np.argmax(predict(W)))], dtype=np.float64)
 
 
 def _correlation(x: Array, y: Array) -> float:
