@@ -1,20 +1,18 @@
 """Validation sets that are both an objective of influence and an evaluation.
 
-Knows files of examples, tokenizers and models; no mixture, no curvature and no trainer. As a sequence of examples a
+Knows examples, tokenizers and models; no mixture, no curvature and no trainer. As a sequence of examples a
 `Task` goes wherever the package takes one; `Task.evaluate` scores a model on it.
 """
 
-import gzip
 import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, overload
+from typing import Literal, NamedTuple, Self, overload
 
 import numpy as np
 import torch
@@ -27,6 +25,8 @@ from dynmix.batches import Batch, collate
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits, unwrap
 from dynmix.influence.group import ratio_of_sums
 from dynmix.scores import Metric
+from dynmix.task_records import Record as Record  # part of this module's names
+from dynmix.task_records import read_records
 
 TIE = 1e-6
 """Log-likelihoods that differ by less, relative to the best, are equal: float32 does not tell them apart."""
@@ -58,16 +58,6 @@ class TaskScore:
         if value is None:
             raise ValueError("a task without choices has no accuracy: use metric='loss' or 'bits_per_byte'")
         return value
-
-
-@dataclass(frozen=True)
-class Record:
-    """One example as text: `gold` follows `context`, and is one of `choices` if there are any; `where` it was read."""
-
-    where: str
-    context: str
-    gold: str
-    choices: tuple[str, ...] = ()
 
 
 class _Piece(NamedTuple):
@@ -168,7 +158,7 @@ class Task(Sequence[dict[str, Tensor]]):
                 tokenizer = AutoTokenizer.from_pretrained(tokenizer)
             except (OSError, ValueError) as problem:
                 raise ValueError(f"tokenizer={str(tokenizer)!r}: no folder or name of a tokenizer: {problem}") from None
-        records = _read(path)
+        records = read_records(path)
         if not records:
             raise ValueError(f"{path}: no examples in it")
         if limit is not None and limit < len(records):
@@ -343,53 +333,3 @@ def _summed_losses(model: nn.Module, batch: Batch, device: torch.device) -> NDAr
     losses = F.cross_entropy(logits.flatten(0, 1), scored.flatten(), ignore_index=-100, reduction="none")
     found: NDArray[np.float64] = losses.view(scored.shape).cpu().double().sum(1).numpy()
     return found
-
-
-def _read(path: Path) -> list[Record]:
-    number, records = 0, []
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    records.append(_record(line, f"{path}, line {number}"))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
-        raise ValueError(f"{path}, after line {number}: damaged or truncated: {problem}") from problem
-    return records
-
-
-def _record(line: bytes, where: str) -> Record:
-    try:
-        fields = json.loads(line)
-    except ValueError as problem:
-        raise ValueError(f"{where}: not JSON, one object a line: {problem}") from problem
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: a JSON {type(fields).__name__}, not an object")
-    if "gold" not in fields and "text" in fields:
-        return Record(where, "", _string(fields["text"], "text", where))
-    if missing := [name for name in ("context", "gold") if name not in fields]:
-        raise ValueError(f"{where}: no field {missing[0]!r}; there are {', '.join(map(repr, fields)) or 'none'}")
-    context = _string(fields["context"], "context", where, empty=True)
-    gold = _string(fields["gold"], "gold", where)
-    given = fields.get("choices")
-    if given is None:
-        return Record(where, context, gold)
-    if not isinstance(given, list):
-        raise ValueError(f"{where}: field 'choices' is {type(given).__name__}, not a list of strings or null")
-    choices = tuple(dict.fromkeys(_string(choice, "choices", where) for choice in given))
-    if len(choices) < 2:
-        raise ValueError(f"{where}: field 'choices' has {len(choices)} different texts: give at least 2, or null")
-    if gold not in choices:
-        raise ValueError(f"{where}: field 'gold' {gold!r} is none of the 'choices' {list(choices)}")
-    return Record(where, context, gold, choices)
-
-
-def _string(value: Any, field: str, where: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: field {field!r} holds {'null' if value is None else type(value).__name__}, no text")
-    if not value and not empty:
-        raise ValueError(f"{where}: field {field!r} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as problem:  # a lone surrogate, which JSON can escape, is no text
-        raise ValueError(f"{where}: field {field!r} is not UTF-8: {problem}") from problem
-    return value

@@ -287,30 +287,9 @@ def test_it_is_an_objective_of_influence(tmp_path):
     assert found.task_loss == pytest.approx([task.evaluate(model).loss], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"context": "a"}', "line 2: no field 'gold'; there are 'context'"),
-        ('{"gold": " a"}', "line 2: no field 'context'"),
-        ('{"context": null, "gold": " a"}', "line 2: field 'context' holds null"),
-        ('{"context": "", "gold": ""}', "line 2: field 'gold' is empty"),
-        ('{"text": ""}', "line 2: field 'text' is empty"),
-        ('{"context": "", "gold": 3}', "line 2: field 'gold' holds int"),
-        ('{"context": "", "gold": " a", "choices": " a"}', "line 2: field 'choices' is str"),
-        ('{"context": "", "gold": " a", "choices": [" a", " a"]}', "field 'choices' has 1 different texts"),
-        ('{"context": "", "gold": " a", "choices": [" b", "a"]}', "line 2: field 'gold' ' a' is none of"),
-        ('{"context": "", "gold": " a", "choices": [" a", null]}', "field 'choices' holds null"),
-        ('{"text": "\\ud800"}', "line 2: field 'text' is not UTF-8"),
-        ("[1]", "line 2: a JSON list"),
-        ('{"text": "a"', "line 2: not JSON"),
-        ("\udcff", "line 2: not JSON"),
-        ('{"context": "a", "gold": "b"}', "line 2: its gold or one of its choices adds no token"),
-    ],
-)
-def test_a_broken_record_is_named_with_file_line_and_field(tmp_path, line, message):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + line.encode(errors="surrogateescape") + b"\n")
-    with pytest.raises(ValueError, match=f"x.jsonl, {message}" if message.startswith("line") else message):
+def test_a_gold_that_adds_no_token_is_named_with_file_and_line(tmp_path):
+    path = written(tmp_path / "x.jsonl", [{"text": "fine"}, {"context": "a", "gold": "b"}])
+    with pytest.raises(ValueError, match="x.jsonl, line 2: its gold or one of its choices adds no token"):
         Task.from_jsonl(path, TOKENIZER)
 
 
