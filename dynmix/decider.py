@@ -20,8 +20,8 @@ from dynmix.mixers.base import NEEDS, Mixer, Proposal, Run, within
 from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.schedule import integer_cdf
 from dynmix.mixture.stream import Mixture, MixtureStream
+from dynmix.mixture.weights import integer_cdf
 from dynmix.observation import Influence, Observation
 from dynmix.scores import SampleScores
 from dynmix.training_loss import TrainingLoss

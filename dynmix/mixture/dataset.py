@@ -33,7 +33,7 @@ from dynmix.mixture.reading import InOrder
 from dynmix.mixture.roster import Domain
 from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
 from dynmix.mixture.samples import Samples
-from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, domains_of, matched
+from dynmix.mixture.schedule import Ints, MixtureSchedule, domains_of
 from dynmix.mixture.sequences import (
     Item,
     Sequences,
@@ -44,6 +44,7 @@ from dynmix.mixture.sequences import (
 from dynmix.mixture.sources import Source, open_domains
 from dynmix.mixture.text import Tokenizer
 from dynmix.mixture.view import RowView
+from dynmix.mixture.weights import Weights, matched
 
 logger = logging.getLogger("dynmix.mixture")
 

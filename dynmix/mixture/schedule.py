@@ -7,7 +7,6 @@ loaders or models.
 """
 
 import logging
-import math
 import operator
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -24,11 +23,12 @@ from dynmix.mixture.quota import TOTAL
 from dynmix.mixture.roster import Domain, Roster
 from dynmix.mixture.shared import is_starting_process
 from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
+from dynmix.mixture.weights import Weights, checked_cdf, matched
+from dynmix.mixture.weights import integer_cdf as integer_cdf  # part of this module's names
 
 logger = logging.getLogger("dynmix.mixture")
 
 Ints = npt.NDArray[np.int64]
-Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
 
 MAX_BLOCK = 1 << 20
 _VERSION = 3  # of the order itself; raise it when the same state would give other samples
@@ -45,40 +45,6 @@ class Stage(NamedTuple):
     start: int
     end: int | None
     weights: dict[str, float]
-
-
-def integer_cdf(weights: npt.ArrayLike) -> Ints:
-    """Cumulative weights in units of 2**-32; compute it once and share it, as float sums may differ between machines.
-
-    Domain k is drawn by the integers [cdf[k - 1], cdf[k]). A zero weight has none; a positive one has at least one.
-
-    Args:
-        weights: float[n_domains], finite, >= 0, with a sum within 1e-6 of 1 (it is normalised).
-
-    Returns:
-        int64[n_domains], non-decreasing, the last exactly 2**32.
-
-    Raises:
-        ValueError: anything else.
-    """
-    share = np.asarray(weights, np.float64)
-    if share.ndim != 1 or not share.size:
-        raise ValueError(f"weights must be a vector with one weight a domain, not an array of shape {share.shape}")
-    if bad := np.flatnonzero(~(np.isfinite(share) & (share >= 0))).tolist():
-        raise ValueError(f"weights must be finite and >= 0: weight {share[bad[0]]} of domain number {bad[0]} is not")
-    total = math.fsum(share)  # the same on every machine, which a vectorised sum need not be
-    if not math.isclose(total, 1.0, rel_tol=0.0, abs_tol=1e-6):
-        raise ValueError(f"weights sum to {total:.9g}, not to 1: divide each of them by their sum")
-    # Whole units first, at least one where the weight is positive so that none vanishes by rounding, then largest
-    # remainders. Weights that are multiples of a unit stay as they are: what was published can be published again.
-    exact = share / total * TOTAL
-    units = np.maximum(np.floor(exact).astype(np.int64), share > 0)
-    left = TOTAL - int(units.sum())
-    if left > 0:
-        units[np.argsort(units - exact, kind="stable")[:left]] += 1
-    else:
-        units[np.argmax(units)] += left  # at most a unit a domain, from the one that will not miss it
-    return np.cumsum(units)
 
 
 class MixtureSchedule:
@@ -410,7 +376,7 @@ class MixtureSchedule:
                     raise ValueError(f"damaged state: stage {number} cannot begin at {start}")
                 base = course.counts(start)
                 owed = course.owed(start, base, self.homogeneous)
-            stages.append(StageRow(number, start, None, _checked_cdf(weights, sizes), base, owed))
+            stages.append(StageRow(number, start, None, checked_cdf(weights, sizes), base, owed))
         stages[-1] = stages[-1]._replace(end=self._checked_end(stages[-1].start, saved.end))
         self.limits = limits
         self._roster.put(joined, keep=0)
@@ -514,7 +480,7 @@ class MixtureSchedule:
         return end
 
     def _cdf(self, weights: Weights) -> Ints:
-        return _checked_cdf(weights, self.sizes)
+        return checked_cdf(weights, self.sizes)
 
     def _floats(self, cdf: Ints) -> dict[str, float]:
         # Not strict: more domains may have joined since the cdf was read.
@@ -547,25 +513,6 @@ class MixtureSchedule:
         return row.view(np.int64), np.repeat(epoch, high - low)
 
 
-def _checked_cdf(weights: Weights, sizes: Mapping[str, int]) -> Ints:
-    """`weights` as an integer cdf over the domains of `sizes`."""
-    if isinstance(weights, Mapping):
-        cdf = integer_cdf(matched(weights, tuple(sizes), "weights"))
-    else:
-        given = np.asarray(weights)
-        if given.dtype.kind not in "iu" or given.shape != (len(sizes),):
-            raise ValueError(
-                f"weights must be a mapping from name to weight or the {len(sizes)} integers of an integer_cdf, not"
-                f" {given.dtype} of shape {given.shape}"
-            )
-        cdf = given.astype(np.int64)
-        if cdf[-1] != TOTAL or (np.diff(cdf, prepend=0) < 0).any():
-            raise ValueError(f"an integer cdf must ascend from 0 to 2**32, not {cdf.tolist()[:8]}...{cdf[-1]}")
-    if empty := [n for n, units in zip(sizes, np.diff(cdf, prepend=0), strict=True) if units and not sizes[n]]:
-        raise ValueError(f"domain {empty[0]!r} has weight but no rows: give it rows, or weight 0")
-    return cdf
-
-
 def domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
     """A state's first domains, name -> size, and those that joined."""
     sizes, sources = list(zip(state["names"], state["sizes"], strict=True)), state.get("joined", [])
@@ -573,11 +520,3 @@ def domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
         raise ValueError(f"damaged state: {len(sources)} of its {len(sizes)} domains joined")
     joined = [Domain(name, size, source) for (name, size), source in zip(sizes[first:], sources, strict=True)]
     return dict(sizes[:first]), joined
-
-
-def matched(values: Mapping[str, Any], names: Sequence[str], what: str) -> list[Any]:
-    """`values` in the order of `names`; a ValueError names those that are missing or unknown."""
-    missing, extra = [n for n in names if n not in values], [n for n in values if n not in names]
-    if missing or extra:
-        raise ValueError(f"{what} must have the domains {list(names)}: missing {missing}, unknown {extra}")
-    return [values[name] for name in names]

@@ -20,8 +20,9 @@ from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, Tokenize
 from dynmix.mixture.items import Items, PassEnded, Source, check_shared, check_source
 from dynmix.mixture.options import whole
 from dynmix.mixture.progress import Progress
-from dynmix.mixture.schedule import Ints, MixtureSchedule, Weights, matched
+from dynmix.mixture.schedule import Ints, MixtureSchedule
 from dynmix.mixture.sequences import Item
+from dynmix.mixture.weights import Weights, matched
 
 _AHEAD = 4096  # positions assigned at once
 _UNKNOWN = 1 << 40  # rows of a domain that nobody has counted: domains and counts of positions do not depend on it

@@ -186,37 +186,6 @@ def test_no_order_is_left_between_the_domains_of_a_block() -> None:
     assert abs(follows - 0.5) < 0.02
 
 
-@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-300, 1)), min_size=1, max_size=50).filter(lambda w: sum(w) > 0))
-@settings(deadline=None)
-def test_an_integer_cdf_keeps_every_positive_weight(values: list[float]) -> None:
-    weights = np.array(values) / sum(values)
-    units = np.diff(integer_cdf(weights), prepend=0)
-    assert units.sum() == TOTAL
-    assert ((units > 0) == (weights > 0)).all()
-    assert np.abs(units - weights * TOTAL).max() <= len(values) + 1
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([0.5, 0.6], "sum to 1.1, not to 1: divide"),
-        ([0.5, 0.5 + 3e-6], "sum to 1.000003"),
-        ([-0.5, 1.5], "weight -0.5 of domain number 0"),
-        ([0.5, float("nan")], "weight nan of domain number 1"),
-        ([0.0, 0.0], "sum to 0"),
-        ([[1.0]], "shape"),
-        ([], "shape"),
-    ],
-)
-def test_what_is_no_distribution_is_refused(weights: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        integer_cdf(weights)
-
-
-def test_sums_almost_one_are_normalised() -> None:
-    assert integer_cdf([0.5, 0.5 + 4e-7])[-1] == TOTAL
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -439,14 +408,6 @@ def test_a_state_that_makes_no_sense_is_refused_though_its_check_is_right(change
     with pytest.raises(ValueError, match=message):
         made.load_state_dict({**state, "stages": {**stages, "check": packed._check(stages)}})
     assert made.state_dict() == two_stages().state_dict()
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=50).filter(lambda weights: sum(weights) > 1e-3))
-def test_weights_of_a_stage_can_be_published_again(weights: list[float]) -> None:
-    cdf = integer_cdf(np.array(weights) / sum(weights))
-    again = integer_cdf(np.diff(cdf, prepend=0) / TOTAL)
-    assert again.tolist() == cdf.tolist()
-    assert ((np.diff(cdf, prepend=0) > 0) == (np.array(weights) / sum(weights) > 0)).all()
 
 
 def late(**sizes: int) -> list[Domain]:
