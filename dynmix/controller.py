@@ -34,6 +34,7 @@ from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixture.accounting import new_epochs
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.options import whole
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
 from dynmix.ranks import from_rank_0, gathered, is_rank_0, on_every_rank
@@ -133,6 +134,7 @@ class MixtureController:
         rank: int | None = None,
     ):
         self.timetable = Timetable(dataset, stage_steps, max_stages)
+        keep, loss_every = whole("keep", keep), whole("loss_every", loss_every)
         if keep < 0:
             raise ValueError(f"keep={keep}: at least 0 snapshots")
         if loss_every < 1:

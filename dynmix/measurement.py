@@ -25,6 +25,7 @@ from dynmix.influence.losses import task_losses
 from dynmix.influence.memory import PeakMemory, peak_memory
 from dynmix.influence.storage import Offload, check_offload
 from dynmix.influence.task_gradients import TaskGradients, sequence_products, task_gradients
+from dynmix.mixture.options import whole
 from dynmix.mixture.probe import probe_rows, repeated
 from dynmix.mixture.schedule import Ints
 from dynmix.mixture.stream import Mixture, MixtureStream
@@ -94,7 +95,9 @@ class Measurement:
             "layer_groups": layer_groups,
             "rank": rank,
         }.items():
-            if value is not None and value < 1:
+            if value is None and argument in ("task_sequences", "rank"):
+                continue
+            if whole(argument, value) < 1:
                 raise ValueError(f"{argument}={value}: at least 1")
         if not tasks:
             raise ValueError("tasks is empty: give at least one validation set, as {name: batches}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.options import whole
 from dynmix.mixture.stages import MAX_STAGES
 from dynmix.mixture.stream import Mixture
 
@@ -27,6 +28,8 @@ class Timetable:
     """
 
     def __init__(self, dataset: Mixture, stage_steps: int, max_stages: int | None):
+        stage_steps = whole("stage_steps", stage_steps)
+        max_stages = None if max_stages is None else whole("max_stages", max_stages)
         if stage_steps < 2:
             raise ValueError(
                 f"stage_steps={stage_steps}: at least 2, since a stage is decided one step before it starts"
@@ -83,7 +86,8 @@ class Timetable:
         Raises:
             ValueError: a run that cannot be carried out as described, or that differs from the one being resumed.
         """
-        schedule = self.dataset.schedule
+        schedule, batch_size = self.dataset.schedule, whole("batch_size", batch_size)
+        max_steps = None if max_steps is None else whole("max_steps", max_steps)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1 sample an optimizer step")
         self._check_same_batch(batch_size)

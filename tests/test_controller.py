@@ -546,6 +546,11 @@ def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_aga
         ({"max_stages": 1}, "max_stages=1: at least 2"),
         ({"probe_sequences": 0}, "probe_sequences=0"),
         ({"keep": -1}, "keep=-1"),
+        ({"stage_steps": "500"}, "stage_steps='500': give a whole number"),
+        ({"stage_steps": 2.5}, "stage_steps=2.5: give a whole number"),
+        ({"probe_sequences": None}, "probe_sequences=None: give a whole number"),
+        ({"layer_groups": 2.5}, "layer_groups=2.5: give a whole number"),
+        ({"micro_batch": "8"}, "micro_batch='8': give a whole number"),
         ({"mixer": "tikmix"}, "did you mean 'tikmix"),
         ({"mixer": "doremi"}, "pass reference="),
         ({"mixer": object()}, "subclass of dynmix.mixers.Mixer"),
@@ -560,6 +565,15 @@ def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_aga
 def test_bad_arguments_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         controller(dataset(), **options)
+
+
+def test_numbers_of_a_plan_are_whole_and_those_of_numpy_do_not_keep_a_state_from_being_saved():
+    for options in ({"batch_size": 2.5}, {"batch_size": "4"}, {"batch_size": BATCH, "max_steps": 7.5}):
+        with pytest.raises(ValueError, match="give a whole number"):
+            controller(dataset()).plan(**options)
+    loop = controller(dataset(), stage_steps=np.int64(5), max_stages=np.int64(3))
+    loop.plan(batch_size=np.int64(BATCH))
+    assert json.loads(json.dumps(loop.state_dict()))["batch_size"] == BATCH
 
 
 def test_no_tasks_and_decided_stages_are_refused():
