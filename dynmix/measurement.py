@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dynmix.batches import Batch, as_batches, collate, scored_sequence, split
 from dynmix.drawn import DrawnMixtures
+from dynmix.influence.base import check_curvature
 from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
 from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import Curvature, Identity
@@ -105,6 +106,7 @@ class Measurement:
             raise ValueError(f"guards={guards!r}: {{name: batches}}, 'domains' or None")
         self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch
         check_offload(offload)
+        check_curvature(curvature)
         self.held: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
         self.shrunk_to: int | None = None  # sequences a batch at most, once memory has run out
         self.curvature: Curvature = curvature

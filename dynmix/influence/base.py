@@ -40,6 +40,7 @@ class LayerByLayer(ABC):
             gradients[layer] = self.precondition(layer, stack)
 
 
+@runtime_checkable
 class Curvature(Protocol):
     """Which curvature to use."""
 
@@ -51,6 +52,15 @@ class Curvature(Protocol):
     def fit(self, capture: Capture, batches: Batches) -> InverseCurvature:
         """Read the batches as often as it takes, inside `isolated(capture.model)`."""
         ...
+
+
+def check_curvature(curvature: object) -> None:
+    """Raise ValueError for what is no curvature: a name, which recipes alone know, a class, or what lacks a part."""
+    if isinstance(curvature, type) or not isinstance(curvature, Curvature):
+        raise ValueError(
+            f"curvature={curvature!r} is no curvature: pass an instance, as EKFAC() or DataInf(), or one of your own "
+            "that has `fit` and `passes`"
+        )
 
 
 @runtime_checkable

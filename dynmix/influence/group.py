@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, SummingCurvature
+from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, SummingCurvature, check_curvature
 from dynmix.influence.capture import (
     Batch,
     Batches,
@@ -190,6 +190,7 @@ def _measured(
 ) -> _Measured:
     """Measure part after part of the layers, and add up."""
     curvature = EKFAC() if curvature is None else curvature
+    check_curvature(curvature)
     _check(domains, tasks, how)
     if how.layer_groups > 1 and isinstance(curvature, Carried):
         raise ValueError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from dynmix.influence.base import Curvature
+from dynmix.influence.base import Curvature, check_curvature
 from dynmix.influence.capture import (
     Batch,
     Batches,
@@ -130,11 +130,13 @@ class SampleScorer:
     ) -> None:
         if not tasks:
             raise ValueError("tasks is empty: give at least one, by name")
+        curvature = DataInf() if curvature is None else curvature
+        check_curvature(curvature)
         self.tasks = tuple(tasks)
         chosen = last_layers(model) if layers is None else layers
         self._capture = Capture(model, layers=chosen, embeddings=True, loss=loss, tick=tick)
         with isolated(self._capture.model):
-            inverse = (DataInf() if curvature is None else curvature).fit(self._capture, curvature_batches)
+            inverse = curvature.fit(self._capture, curvature_batches)
             self._towards = _task_gradients(self._capture, tasks)
             inverse.precondition_all(self._towards)
 

@@ -281,6 +281,7 @@ def test_bad_arguments_are_refused_by_name(tiny_lm: Models, token_batches: Batch
         ({"tasks": {"t": good[0]}}, TypeError, r"tasks\['t'\] must be a list or DataLoader.*dict"),
         ({"curvature_batches": iter(good)}, TypeError, "curvature_batches can be read only once"),
         ({"error_sequences": 1}, ValueError, "error_sequences=1: at least 2"),
+        ({"curvature": "ekfac"}, ValueError, "curvature='ekfac' is no curvature: pass an instance"),
         ({"layers": "nothing"}, ValueError, "layers='nothing'"),
         (
             {"tasks": {"t": [{**good[0], "labels": torch.full_like(good[0]["input_ids"], -100)}]}},
