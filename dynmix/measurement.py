@@ -22,6 +22,7 @@ from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import Curvature, Identity
 from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.group import group_influence, scored_groups
+from dynmix.influence.layers import Layers
 from dynmix.influence.losses import task_losses
 from dynmix.influence.memory import PeakMemory, peak_memory
 from dynmix.influence.storage import Offload, check_offload
@@ -107,6 +108,8 @@ class Measurement:
         self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch
         check_offload(offload)
         check_curvature(curvature)
+        if not isinstance(layers, Layers):
+            Layers(layers)  # says now what is no regular expression
         self.held: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
         self.shrunk_to: int | None = None  # sequences a batch at most, once memory has run out
         self.curvature: Curvature = curvature

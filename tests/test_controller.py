@@ -559,6 +559,8 @@ def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_aga
         ({"guards": {"t": [{"input_ids": [1, 2]}]}}, r"\['t'\] are tasks and guards"),
         ({"mixer": TiKMiXD}, "pass an instance"),
         ({"curvature": "ekfac"}, "curvature='ekfac' is no curvature: pass an instance"),
+        ({"layers": "*.q_proj"}, r"layers='\*.q_proj' is no regular expression: nothing to repeat"),
+        ({"layers": ["head"]}, r"layers=\['head'\] is no regular expression"),
         ({"curvature": EKFAC}, "is no curvature: pass an instance"),
         ({"max_epochs": {"c": 1}}, "no domain 'c'"),
         ({"max_epochs": {"a": -1}}, "at least 0"),

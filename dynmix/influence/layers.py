@@ -28,6 +28,9 @@ class Layers:
         embeddings: the tables of embeddings too. A table that is tied to the head is one matrix with it.
         norms: the weights and biases of RMSNorm, LayerNorm and their kin too.
         head: the linear layer that predicts tokens, where the model says which (`get_output_embeddings`).
+
+    Raises:
+        ValueError: an `include` or `exclude` that is no regular expression.
     """
 
     include: str | Callable[[str], bool] | None = None
@@ -35,6 +38,16 @@ class Layers:
     embeddings: bool = False
     norms: bool = False
     head: bool = True
+
+    def __post_init__(self) -> None:
+        for pattern in (None if callable(self.include) else self.include, self.exclude):
+            try:
+                re.compile(pattern or "")
+            except (re.error, TypeError) as problem:
+                raise ValueError(
+                    f"layers={pattern!r} is no regular expression: {problem}; give one that is found in the names of "
+                    r"layers, as r'\.(10|11)\.' or 'q_proj|k_proj', or a function of a name"
+                ) from problem
 
     def __call__(self, name: str) -> bool:
         """Whether a layer of this name is wanted."""

@@ -3,7 +3,6 @@
 Knows the constructors of the library and of transformers, and which value of a recipe goes where. Decides nothing.
 """
 
-import re
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -273,14 +272,14 @@ def _in_run(measurement: Measurement) -> InRun | None:
 
 
 def _layers(measurement: Measurement) -> Any:
-    if isinstance(measurement.layers, Mapping):
-        check_arguments("measurement.layers", measurement.layers, Layers)
-        return Layers(**measurement.layers)
+    given = measurement.layers
+    if isinstance(given, Mapping):
+        check_arguments("measurement.layers", given, Layers)
     try:
-        re.compile(measurement.layers or "")
-    except re.error as problem:
-        raise RecipeError(f"measurement.layers={measurement.layers!r} is no regular expression: {problem}") from problem
-    return measurement.layers
+        found = Layers(**given) if isinstance(given, Mapping) else Layers(given)
+    except ValueError as problem:
+        raise RecipeError(f"measurement.{problem}") from problem
+    return found if isinstance(given, Mapping) else given
 
 
 def _new_config(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dynmix.batches import Batch, collate
 from dynmix.influence.capture import next_token_labels, unwrap
 from dynmix.influence.curvature import Curvature
 from dynmix.influence.datainf import DataInf
+from dynmix.influence.layers import Layers
 from dynmix.influence.sample import SampleScorer
 from dynmix.scoring.corpus import Corpus, by_length, windows
 from dynmix.scoring.cost import flops_per_token
@@ -72,10 +72,7 @@ class Job:
         for name in ("curvature_sequences", "batch_tokens", "shard_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        try:
-            re.compile(self.layers or "")
-        except re.error as problem:
-            raise ValueError(f"layers={self.layers!r} is no regular expression: {problem}") from problem
+        Layers(self.layers)  # says now what is no regular expression
         check_sources(self.sources, self.tasks)
 
     def config(self) -> dict[str, Any]:

@@ -179,6 +179,9 @@ def test_patterns_include_and_exclude() -> None:
     assert "lm_head" not in Capture(model, layers=Layers(exclude="lm_head")).layers
     assert list(Capture(model, layers=Layers(include=lambda name: name == "lm_head")).layers) == ["lm_head"]
     assert not [name for name in Capture(model).layers if "norm" in name or "embed" in name]
+    for wrong in ({"include": "*.mlp"}, {"include": ["mlp"]}, {"exclude": "("}):
+        with pytest.raises(ValueError, match=r"layers=.* is no regular expression"):
+            Layers(**wrong)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
