@@ -101,8 +101,9 @@ class Measurement:
                 continue
             if whole(argument, value) < 1:
                 raise ValueError(f"{argument}={value}: at least 1")
-        if not tasks:
-            raise ValueError("tasks is empty: give at least one validation set, as {name: batches}")
+        if not isinstance(tasks, Mapping) or not tasks:
+            what = "empty" if isinstance(tasks, Mapping) else f"a {type(tasks).__name__}"
+            raise ValueError(f"tasks is {what}: give at least one validation set, as {{name: batches}}")
         if not (guards is None or isinstance(guards, Mapping) or guards == "domains"):
             raise ValueError(f"guards={guards!r}: {{name: batches}}, 'domains' or None")
         self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch

@@ -583,6 +583,9 @@ def test_numbers_of_a_plan_are_whole_and_those_of_numpy_do_not_keep_a_state_from
 def test_no_tasks_and_decided_stages_are_refused():
     with pytest.raises(ValueError, match="tasks is empty"):
         MixtureController(dataset(), {}, TiKMiXD(), stage_steps=5)
+    for wrong, name in (("stores/web.valid", "str"), ([sequences(0, 8)], "list")):
+        with pytest.raises(ValueError, match=f"tasks is a {name}: give .* as {{name: batches}}"):
+            MixtureController(dataset(), wrong, TiKMiXD(), stage_steps=5)
     data = dataset()
     data.schedule.publish({"a": 0.5, "b": 0.5}, 20)
     with pytest.raises(ValueError, match="the dataset has 2 stages"):
