@@ -100,7 +100,8 @@ class TiKMiXD(Mixer):
         settings: dict[str, Any] = {"alpha": alpha, "beta": beta, "gamma": gamma, "confidence": confidence}
         settings |= {"memory": memory, "guard_weight": guard_weight, "guard_slack": guard_slack}
         for name, value in (settings | {"lower": lower, "upper": upper, "max_change": max_change}).items():
-            for number in value.values() if isinstance(value, Mapping) else [value]:
+            by_name = isinstance(value, Mapping) and name in ("lower", "upper", "guard_slack")
+            for number in value.values() if by_name else [value]:
                 real = isinstance(number, Real) and not isinstance(number, bool)
                 optional = number is None and name not in settings
                 if not optional and not (real and 0 <= cast(float, number) < np.inf):

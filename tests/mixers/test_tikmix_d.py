@@ -426,6 +426,8 @@ def test_without_clarabel_slsqp_answers_the_same(monkeypatch):
         ({"confidence": -1}, "confidence=-1"),
         ({"guard_slack": -0.1}, "guard_slack=-0.1"),
         ({"max_change": -0.1}, "max_change=-0.1"),
+        ({"max_change": {"domain0": 0.1}}, "max_change={'domain0': 0.1}: a finite number"),
+        ({"alpha": {"domain0": 1}}, "alpha={'domain0': 1}: a finite number"),
     ],
 )
 def test_bad_guards_and_bounds_are_refused(arguments, message):
