@@ -31,7 +31,7 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
         # Its decoder is fed the labels moved by one, so that its logits are those of the token before.
         raise TypeError(
             f"{type(unwrap(model)).__name__} is an encoder-decoder, and the next-token loss is that of a causal LM: "
-            "take a causal LM, or give a loss="
+            "take a causal LM, or outside of a run give a loss="
         )
     accepted = set(inspect.signature(unwrap(model).forward).parameters)
     if accepted <= {"args", "kwargs"}:  # a wrapper that hands on what it gets, as PEFT's
@@ -39,7 +39,8 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     if not accepted & set(batch):
         raise TypeError(
             f"{type(unwrap(model)).__name__}.forward takes {', '.join(sorted(accepted))} and none of a batch's "
-            f"{', '.join(sorted(batch))}: let its forward take input_ids and return logits [B, T, V], or give a loss="
+            f"{', '.join(sorted(batch))}: let its forward, or that of a module around it, take input_ids and return "
+            "logits [B, T, V], or outside of a run give a loss="
         )
     inputs = {key: value for key, value in batch.items() if key in accepted and key != "labels"}
     if "use_cache" in accepted:
@@ -49,14 +50,15 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     if logits is None:
         raise TypeError(
             f"{type(unwrap(model)).__name__}.forward returned {type(output).__name__} without logits [B, T, V]: let it "
-            "return them, alone, as output.logits or first in a tuple, or give a loss="
+            "return them, alone, as output.logits or first in a tuple, or outside of a run give a loss="
         )
     ids = inputs.get("input_ids")
     if ids is not None and "logits_to_keep" not in inputs and logits.shape[:2] != ids.shape:
         raise ValueError(
             f"{type(unwrap(model)).__name__}.forward returned logits of {list(logits.shape[:2])} positions for "
             f"input_ids of {list(ids.shape)}: let it return one for each token (prompt and p-tuning "
-            "have some of their own in front, and some models keep the last alone without labels), or give a loss="
+            "have some of their own in front, and some models keep the last alone without labels), or outside of a run "
+            "give a loss="
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

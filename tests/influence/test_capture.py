@@ -462,7 +462,10 @@ def test_a_frozen_bias_is_no_part_of_its_layer_and_a_bias_alone_is_named(
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (lambda self, idx: self.table(idx), "Odd.forward takes idx and none of a batch's .*let its forward take input"),
+        (
+            lambda self, idx: self.table(idx),
+            "Odd.forward takes idx and none of a batch's .*module around it, take",
+        ),
         (lambda self, input_ids: {"loss": self.table(input_ids).mean()}, "Odd.forward returned dict without logits"),
     ],
 )
