@@ -198,11 +198,13 @@ class TiKMiXD(Mixer):
         posed = self._pose(influence, prior, upper, lower, present)
         problem, note = posed.problem, posed.note
         if problem is None:
-            return self._answer(influence, posed.wanted, posed.inside, "prior", note)
+            return self._answer(influence, posed.wanted, posed.inside, "prior", f"prior {posed.kept}: {note}")
         w, multipliers, solver = self._solve(problem)
         message = f"objective {problem.objective(posed.inside):.4f} -> {problem.objective(w):.4f}{note}"
         if np.array_equal(w, posed.inside):
-            message = f"weights kept: no mixture does better and is no worse on any row, as sure as asked for{note}"
+            message = (
+                f"weights {posed.kept}: no mixture does better and is no worse on any row, as sure as asked for{note}"
+            )
         binding = self._binding(influence, posed, w, multipliers) if solver != "prior" else {}
         if binding:
             message += "; binding: " + ", ".join(binding)
@@ -239,7 +241,7 @@ class TiKMiXD(Mixer):
             low, high = np.maximum(low, now - self.max_change), np.minimum(high, now + self.max_change)
             inside = inside if present is None else cap(wanted, high, low)
         if bad := influence.not_finite:
-            return _Posed(None, wanted, inside, f"influence not finite on {bad}: prior kept")
+            return _Posed(None, wanted, inside, f"influence not finite on {bad}")
         self._warn_of_flips(influence)
         S, weight = influence.scores, np.where(influence.optimised, 1.0, self.guard_weight)
         scale = np.abs(S).max(axis=1)
@@ -250,8 +252,8 @@ class TiKMiXD(Mixer):
         note = f"; weights kept, for want of a finite standard error: {', '.join(held)}" if held else ""
         moving = high > low
         if uninformed := [t for t, s, e in zip(influence.tasks, S, E, strict=True) if self._is_noise(s, e, moving)]:
-            kept = f"prior kept: the influence on {', '.join(uninformed)} cannot be told from its noise"
-            return _Posed(None, wanted, inside, f"{kept} (more probe_sequences and task_sequences, or less confidence)")
+            why = f"the influence on {', '.join(uninformed)} cannot be told from its noise"
+            return _Posed(None, wanted, inside, f"{why} (more probe_sequences and task_sequences, or less confidence)")
         # Eq. 6's eps is where an influence ends to count. To second order in it, because a row of ordinary scale must
         # hold to rounding and a row at eps must not decide the mixture of all others.
         slack = (EPS / np.maximum(scale, EPS)) ** 2 + self._guard_slack(influence)
@@ -390,6 +392,11 @@ class _Posed:
     inside: Array
     note: str = ""
     widest: tuple[Array, Array] | None = None
+
+    @property
+    def kept(self) -> str:
+        """What becomes of the prior where nothing better is found."""
+        return "kept" if np.array_equal(self.inside, self.wanted) else "moved inside the bounds and no further"
 
 
 def of_sequences(influence: Influence, prior: Mapping[str, float]) -> Influence:

@@ -461,6 +461,19 @@ def test_where_nothing_does_better_the_message_says_that_weights_are_kept():
     assert "weights kept" in proposal.message
 
 
+@pytest.mark.parametrize(
+    ("scores", "error", "said"),
+    [([0.0, 1.0], 0.1, "no mixture does better"), ([0.0, 0.01], 0.1, "its noise"), ([0.0, np.nan], 0.1, "not finite")],
+)
+def test_weights_that_a_bound_moves_are_not_called_kept(scores, error, said):
+    influence = observed(np.array([scores]), np.full((1, 2), error))
+    moved = TiKMiXD(gamma=0.0).propose(influence, named([0.5, 0.5]), upper={"domain1": 0.25})
+    np.testing.assert_allclose(array(moved.weights), [0.75, 0.25])
+    assert said in moved.message
+    assert "moved inside the bounds and no further" in moved.message
+    assert "kept" not in moved.message
+
+
 @pytest.mark.parametrize("value", ["0.3", True, [0.1], float("nan"), -0.1, {"a": "x"}])
 def test_what_is_no_number_is_refused_by_name(value):
     for name in ("alpha", "confidence", "guard_slack", "lower", "upper", "max_change"):
