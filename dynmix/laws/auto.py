@@ -121,10 +121,10 @@ class AutoLaw(Law):
                 failures = "; ".join(f"{name}: {score.failure}" for name, score in self.scores_.items())
                 raise ValueError(f"no law could be fitted to every fold: {failures}")
             chosen, mean, own, self.why_ = self._choose(judges[:, judged], left_out)
-            if known.any():
-                self.why_ += f"; not left out: {int(known.sum())} runs that laws with experts know without a fit"
             misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
             misses[:, judged], std[:, judged] = L[:, judged] - mean, own
+        if known.any():
+            self.why_ += f"; not left out: {int(known.sum())} runs that laws with experts know without a fit"
         last = tqdm(chosen, desc="fitting to all runs", unit="law", leave=False, delay=2)
         self.laws_ = {name: clone(laws[name]).fit(W, L) for name in last}
         self.left_out_ = L - misses

@@ -184,6 +184,9 @@ def test_no_law_is_judged_by_runs_that_one_knows_from_its_experts():
     miss = np.sqrt(np.mean((experts.losses(W) - L) ** 2, axis=0)) / L.std(axis=0)
     assert law.scores_["MDE"].error == pytest.approx(miss.mean(), rel=1e-6)
     assert "not left out: 4 runs" in law.why_
+    few = AutoLaw(laws).fit(table[:7], losses[:7])
+    assert "no target has 6 different mixtures, too few" in few.why_
+    assert "not left out: 4 runs" in few.why_  # with them there would be seven
 
 
 def test_a_law_fitted_to_the_corners_knows_them():
