@@ -421,14 +421,15 @@ def test_more_stages_than_a_schedule_takes_are_refused_before_anything_is_traine
     controller(dataset(), stage_steps=7).plan(batch_size=BATCH)
 
 
-@pytest.mark.parametrize("mixer", ["tikmix-d", "tikmix-m", "doge", "odm", "ado"])
+@pytest.mark.parametrize("mixer", ["tikmix-d", "tikmix-m", "doge", "odm", "ado", "fixed", "staged"])
 @pytest.mark.parametrize("then", ["abc", "ab"])
 def test_a_run_goes_on_without_a_domain_that_is_not_drawn_and_with_one_that_joined(mixer, then, caplog):
     def loop_of(names):
         domains = {name: sequences("abc".index(name), 200) for name in names}
         weights = {"a": 0.5, "b": 0.5} | dict.fromkeys(domains.keys() - {"a", "b"}, 0.0)
         data = MixtureDataset(domains, weights, num_samples=100, block=BATCH)
-        return controller(data, mixer, curvature=Identity())
+        by_hand = {"fixed": {"weights": weights}, "staged": {"stages": [weights, weights]}}
+        return controller(data, {"name": mixer} | by_hand.get(mixer, {}), curvature=Identity())
 
     def steps(loop, model, first, last):
         loop.watch(model)

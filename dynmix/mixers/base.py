@@ -42,11 +42,13 @@ class Run:
         tokens: domain -> tokens that it has, in the dataset's order.
         total_tokens: tokens that the run trains on at most, over all domains.
         weights: domain -> weight in the first stage, as the dataset was given it.
+        gone: those domains of a state that is resumed which the run does not list any more: they cannot be drawn.
     """
 
     tokens: Mapping[str, int]
     total_tokens: int
     weights: Mapping[str, float]
+    gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -149,20 +149,22 @@ class Staged(_Planned):
         if isinstance(stages, Mapping) or not stages:
             raise ValueError("stages: a list of at least one mapping from domain to weight")
         self._stages = [_mixture(stage, stages[0], f"stage {k}") for k, stage in enumerate(stages)]
+        self._mixtures = self._stages  # of all domains that the run has
         self._done = 0
 
     def _plan(self, run: Run) -> dict[str, float]:
-        for stage in self._stages:
-            _mixture(stage, run.tokens, type(self).__name__)
+        self._mixtures = [_given(stage, run, type(self).__name__) for stage in self._stages]
         self._done = 0
-        return self._stages[0]
+        return self._mixtures[0]
 
     def propose(
         self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
     ) -> Proposal:
         """Return the next stage's weights inside `upper`. See `Mixer.propose`."""
         stage = min(self._done + 1, len(self._stages) - 1)
-        proposal = Proposal(within(self._stages[stage], upper), message=f"{stage + 1} of {len(self._stages)} mixtures")
+        proposal = Proposal(
+            within(self._mixtures[stage], upper), message=f"{stage + 1} of {len(self._stages)} mixtures"
+        )
         self._done += 1
         return proposal
 
@@ -193,7 +195,7 @@ class Fixed(_Planned):
         self._given = _mixture(weights, weights, "weights")
 
     def _plan(self, run: Run) -> dict[str, float]:
-        return _mixture(self._given, run.tokens, "Fixed")
+        return _given(self._given, run, "Fixed")
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
@@ -204,6 +206,11 @@ def _proportional(tokens: Mapping[str, int], exponent: float) -> dict[str, float
     sizes: Array = np.array(list(tokens.values()), dtype=np.float64)
     shares = (sizes / sizes.max()) ** exponent  # of the largest: no overflow for exponents above 1
     return dict(zip(tokens, (shares / shares.sum()).tolist(), strict=True))
+
+
+def _given(weights: Mapping[str, float], run: Run, what: str) -> dict[str, float]:
+    """Return the weights that a user gives in the order of the run's domains, of those that are gone 0."""
+    return _mixture(dict.fromkeys(run.gone, 0.0) | dict(weights), run.tokens, what)
 
 
 def _mixture(weights: Mapping[str, float], domains: Mapping[str, Any], what: str) -> dict[str, float]:

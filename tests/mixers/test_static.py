@@ -24,6 +24,15 @@ def test_static_keeps_the_prior_and_measures_only_if_asked():
     assert Static().start(run({"a": 1, "b": 1, "c": 1})) is None
 
 
+def test_weights_that_are_given_are_0_for_domains_that_are_gone():
+    resumed = Run({"a": 1, "b": 1, "c": 1}, 1000, {"a": 0.2, "b": 0.3, "c": 0.5}, gone=("c",))
+    for mixer in (Fixed({"b": 0.4, "a": 0.6}), Staged([{"a": 1.0, "b": 0.0}, {"a": 0.6, "b": 0.4}])):
+        mixer.start(resumed)
+        assert mixer.propose(None, PRIOR, upper={"c": 0.0}).weights == {"a": 0.6, "b": 0.4, "c": 0.0}
+        with pytest.raises(ValueError, match=r"missing \['c'\]"):
+            mixer.start(run({"a": 1, "b": 1, "c": 1}))
+
+
 def test_natural_uniform_and_temperature():
     tokens = {"a": 900, "b": 100}
     assert Natural().start(run(tokens)) == pytest.approx({"a": 0.9, "b": 0.1})
