@@ -7,7 +7,6 @@ a dataset's schedule; no model, no mixer and no journal.
 import logging
 
 from dynmix.mixture.accounting import NewEpoch, UsedUp, in_words, new_epochs, used_up
-from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture
 from dynmix.ranks import is_rank_0
 
@@ -39,8 +38,7 @@ class Ahead:
         again: list[NewEpoch] = []
         if position < stop:
             drawn = schedule.counts(stop) - schedule.counts(position)
-            gone = self.dataset.gone if isinstance(self.dataset, MixtureDataset) else ()
-            if needed := [name for name in gone if drawn[schedule.names.index(name)]]:
+            if needed := [name for name in self.dataset.gone if drawn[schedule.names.index(name)]]:
                 raise ValueError(
                     f"{needed} are drawn {position}..{stop}, and are not among the domains of this run: list them "
                     "until the boundary of a stage that gives them no weight"

@@ -5,7 +5,6 @@ Knows the dataset's sizes and counts; no mixer and no model.
 
 from collections.abc import Mapping
 
-from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.limits import Limits, MaxEpochs
 from dynmix.mixture.stream import Mixture
 
@@ -52,9 +51,8 @@ class EpochBudget:
 
     def upper(self, start: int, samples: int) -> dict[str, float]:
         """Return domain -> the largest weight of a stage of `samples` samples from `start` on that stays within it."""
-        gone = self.dataset.gone if isinstance(self.dataset, MixtureDataset) else ()
         bounds = {name: max(0.0, left) / samples for name, left in self.left(start).items()}
-        return bounds | dict.fromkeys(gone, 0.0)
+        return bounds | dict.fromkeys(self.dataset.gone, 0.0)
 
     def entering(self, sizes: Mapping[str, int], samples: int) -> dict[str, float]:
         """Return the same for domains that are about to enter, by how many sequences they have."""

@@ -91,9 +91,8 @@ class Decider:
         length, schedule = dataset.sequence_length, dataset.schedule
         self._started = dataset.domains
         tokens = {name: size * length for name, size in dataset.sizes.items()}
-        gone = () if isinstance(dataset, MixtureStream) else dataset.gone
         first = schedule.weights_at(schedule.starts[0])
-        return self.mixer.start(Run(tokens, len(dataset) * length, first, gone))
+        return self.mixer.start(Run(tokens, len(dataset) * length, first, dataset.gone))
 
     def random_access(self, dataset: Mixture) -> MixtureDataset:
         """Return the dataset, if rows of it can be looked up. Raises ValueError."""

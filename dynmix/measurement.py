@@ -199,7 +199,7 @@ class Measurement:
     @property
     def here(self) -> list[str]:
         """The domains that can be measured: all but those of a state that this run was not given."""
-        gone = () if isinstance(self.dataset, MixtureStream) else self.dataset.gone
+        gone = self.dataset.gone
         return [name for name in self.dataset.domains if name not in gone]
 
     def _scored(self, domain: str, rows: Ints) -> Batch:

@@ -190,6 +190,11 @@ class MixtureStream(IterableDataset[Item]):
         """Name -> sequences of one pass over the domain, as far as they were told."""
         return self.schedule.sizes
 
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """None: a state is of the domains that are listed, or refused."""
+        return ()
+
     def sequence(self, domain: str, row: int) -> Item:
         """Probe sequence `row` of a domain, as an item.
 
