@@ -272,7 +272,8 @@ class MixtureController:
         self._say_memory(model)
         schedule = self.dataset.schedule
         last = schedule.starts[-1]
-        upper = self.budget.upper(last, self.timetable.stage_samples)
+        # The run's last stage may be shorter than others, and what is left of the domains no more than it takes.
+        upper = self.budget.upper(last, max(1, min(self.timetable.stage_samples, self.total - last)))
         if self.sampler is not None and not self.resumed:
             found.samples = self.sampler.rehearse(model)
         self.decider.rehearse(found, schedule.weights_at(last), upper)

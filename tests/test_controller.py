@@ -344,6 +344,20 @@ def test_a_run_at_its_limit_of_epochs_can_be_resumed(seed):
     second.begin(Bigram(), step=25)
 
 
+@pytest.mark.parametrize("steps", [23, 10])
+def test_a_run_that_takes_all_that_may_be_read_can_be_resumed_in_its_last_short_stage(steps):
+    def loop():
+        return controller(dataset(rows=(46, 46), samples=92), max_epochs=1, curvature=Identity())
+
+    first = loop()
+    run(first, steps=20)
+    assert first.dataset.schedule.starts[-1] == 80
+    second = loop()
+    second.load_state_dict(first.state_dict())
+    second.plan(batch_size=BATCH, max_steps=steps)
+    second.begin(Bigram(), step=20)
+
+
 def test_the_last_row_counts_the_samples_that_there_were(tmp_path):
     loop = controller(dataset(samples=98), output=tmp_path, keep=0)
     run(loop)
