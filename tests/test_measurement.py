@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import dynmix.measurement
-from dynmix import Identity, MixtureDataset, MixtureStream
+from dynmix import Identity, Influence, MixtureDataset, MixtureStream
 from dynmix.measurement import HELD_OUT, Measurement
 from dynmix.observation import Influence
 
@@ -117,6 +117,18 @@ def test_the_gradient_is_the_influence_without_a_curvature():
     room = measurement({"influence", "gradient", "guards"})
     probes, influence, _ = measured(room)
     np.testing.assert_allclose(room.gradient(Bigram(), probes).scores, influence.scores, rtol=1e-6)
+
+
+def test_a_domain_that_is_gone_has_a_column_of_zeros_in_all_that_is_measured(monkeypatch):
+    room = measurement({"influence"})
+    monkeypatch.setattr(MixtureDataset, "gone", ("a",))
+    measured = {"scores": [[2.0]], "standard_error": [[1.0]], "left_out_bound": [[3.0]]}
+    arrays = {key: np.array(values) for key, values in measured.items()}
+    found = room.whole(Influence(tasks=["t"], domains=["b"], left_out=np.array([0.1]), **arrays))
+    assert found.domains == ("a", "b")
+    assert {key: getattr(found, key).tolist() for key in measured} == {
+        key: [[0.0, *values[0]]] for key, values in measured.items()
+    }
 
 
 def test_probes_that_the_curvature_is_fitted_on_are_the_same_batches(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dynmix import InRun, Static, TiKMiXD
+from dynmix import InRun, MixtureDataset, Static, TiKMiXD
 from dynmix.callbacks import MixtureHook
 from dynmix.journal import Journal
 
@@ -130,3 +130,40 @@ def test_what_does_not_go_together_is_refused(training: Any, tmp_path: Path) -> 
             MixtureHook(training.model(), dataset, tasks, mixer, 5, **options)
     with pytest.raises(ValueError, match="micro-batches of 8 sequences would hold several domains"):
         training.run(tmp_path, data_options={"homogeneous": 4})
+
+
+def test_it_measures_the_domains_that_are_left_where_one_is_gone(training: Any, tmp_path: Path) -> None:
+    def loop(names: list[str], weights: dict[str, float]) -> MixtureHook:
+        rows = {name: training.sequences(number) for number, name in enumerate(training.DOMAINS) if name in names}
+        dataset = MixtureDataset(rows, weights, num_samples=96, block=8, homogeneous=4)
+        return MixtureHook(
+            training.model(),
+            dataset,
+            training.tasks(),
+            mixer=TiKMiXD(confidence=0.0, upper={"noise": 0.0}),
+            stage_steps=5,
+            batch_size=8,
+            output=tmp_path,
+            in_run=InRun(window=3),
+            **{"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0},
+        )
+
+    def steps(hook: MixtureHook, last: int) -> None:
+        for batch in DataLoader(hook.dataset, batch_size=4, sampler=range(8 * hook.steps, 8 * last)):
+            hook.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+            if hook.dataset.read_until % 8 == 0:
+                hook.model.zero_grad()
+                hook.step()
+
+    first = loop(["web", "code", "noise"], {"web": 0.5, "code": 0.5, "noise": 0.0})
+    steps(first, 5)
+    second = loop(["web", "code"], {"web": 0.5, "code": 0.5})
+    second.load_state_dict(first.state_dict())
+    steps(second, 9)
+    row = Journal(tmp_path / "journal.jsonl").rows()[2]
+    assert (row["step"], row["error"]) == (9, None)
+    assert not [words for words in row["warnings"] if "in-run" in words]
+    assert row["influence"] is not None
+    influence = torch.tensor(row["influence"])
+    assert (influence[:, :2] != 0).all()
+    assert (influence[:, 2] == 0).all()
