@@ -50,6 +50,14 @@ def test_a_domain_that_nearly_vanished_can_come_back():
     assert weights["a"] > 0
 
 
+def test_a_domain_of_weight_0_is_not_given_any():
+    # The least weight that there is would be drawn.
+    mixer = DoGE(step_size=0.01, initial="prior")
+    mixer.start(Run(RUN.tokens, RUN.total_tokens, {"a": 1.0, "b": 0.0}))
+    mixer.observe(products([[-400.0, 400.0]], ["t"]))
+    assert mixer.propose(None, {"a": 1.0, "b": 0.0}).weights == {"a": 1.0, "b": 0.0}
+
+
 def test_domains_are_matched_by_name():
     mixer = DoGE(step_size=0.01)
     mixer.start(RUN)
