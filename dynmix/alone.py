@@ -13,6 +13,25 @@ logger = logging.getLogger("dynmix")
 PATIENCE = 30.0  # seconds that processes of a killed parent may take to end
 
 
+def locked(descriptor: int, folder: Path, patience: float) -> bool:
+    """Lock an open file or folder; return whether no other process held it to the end of so many seconds.
+
+    Where the file system has no locks, nothing keeps others out, and the log says so.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        except OSError as problem:
+            logger.info("%s: its file system has no locks, and nothing keeps others out (%s)", folder, problem)
+            return True
+
+
 @contextmanager
 def alone(folder: Path, doing: str) -> Iterator[int]:
     """Hold the folder, made if it is not there; yield the descriptor that holds it.
@@ -29,22 +48,12 @@ def alone(folder: Path, doing: str) -> Iterator[int]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    file.seek(0)
-                    raise ValueError(
-                        f"{folder}: another process ({file.read() or 'of another machine'}) {doing}; wait until it is "
-                        "done, or end it"
-                    ) from None
-                time.sleep(0.1)
-            except OSError as problem:
-                logger.info("%s: its file system has no locks, and nothing keeps others out (%s)", folder, problem)
-                break
+        if not locked(file.fileno(), folder, PATIENCE):
+            file.seek(0)
+            raise ValueError(
+                f"{folder}: another process ({file.read() or 'of another machine'}) {doing}; wait until it is done, or "
+                "end it"
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -213,6 +213,17 @@ def test_a_bad_line_costs_its_own_file_only(corpus, tmp_path, monkeypatch):
     }
 
 
+def test_a_file_system_without_locks_can_be_prepared_in(tmp_path, monkeypatch):
+    from dynmix.mixture.prepare import work
+
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with work.Work(tmp_path).alone():
+        pass
+
+
 def test_another_process_in_the_folder_is_waited_for_and_then_refused(tmp_path, monkeypatch):
     import fcntl
 

@@ -7,17 +7,16 @@ when the preparation is finished.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dynmix.alone import locked
 from dynmix.json_file import write_json
 from dynmix.mixture.prepare.pieces import PrepareError
 
@@ -49,17 +48,8 @@ class Work:
         self.output.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.output, os.O_RDONLY)
         try:
-            end = time.monotonic() + _PATIENCE
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        raise PrepareError(
-                            f"{self.output}: another process prepares in it; wait until it is done"
-                        ) from None
-                    time.sleep(0.1)
+            if not locked(handle, self.output, _PATIENCE):
+                raise PrepareError(f"{self.output}: another process prepares in it; wait until it is done")
             yield handle
         finally:
             os.close(handle)
