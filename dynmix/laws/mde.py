@@ -79,7 +79,7 @@ class WithExperts(Law):
             (B.3): yes for the multi-task Gaussian process, no for others, which a run so far off bends. They need
             targets that are the experts' validation sets, in order. Runs of one domain alone that are given are such
             losses: of an expert that is among them no other is added, and without corners they are left out where
-            there are as many other runs as domains.
+            every target has as many other runs as there are domains.
 
     Raises:
         ValueError: from `fit`: a law that takes no features, or runs of other domains or targets.
@@ -111,8 +111,8 @@ class WithExperts(Law):
             # `dynmix proxies` has the experts in its table of runs: twice they would count as two runs.
             missing = ~(W[_corners(W)] > 0.5).any(axis=0)  # the rest of a corner may be all but 0
             W, L = np.vstack([W, np.eye(W.shape[1])[missing]]), np.vstack([L, self.experts.corners[missing]])
-        elif (mixed := ~_corners(W)).sum() >= W.shape[1]:  # fewer would leave the weights' own part open
-            W, L = W[mixed], L[mixed]
+        elif (np.isfinite(L[mixed := ~_corners(W)]).sum(axis=0) >= W.shape[1]).all():
+            W, L = W[mixed], L[mixed]  # fewer would leave the weights' own part open
         self.seen_ = np.ones(W.shape[1], dtype=bool)  # an expert is a run of its domain
         self.law_ = clone(self.law).set_params(extra=MDEFeatures(self.experts)).fit(W, L)
 

@@ -172,6 +172,14 @@ def test_experts_in_a_table_of_few_runs_are_in_every_fit(mixtures, rows):
     assert len(fitted.law_.models_[0].X_train_) == rows
 
 
+def test_experts_stay_in_the_fit_where_a_target_has_few_other_runs():
+    experts = some_experts()
+    W, L = runs(experts, 15)
+    L[:, 0] = np.nan
+    fitted = WithExperts(Ridge(), experts).fit(np.vstack([W, np.eye(4)]), np.vstack([L, experts.corners]))
+    assert np.isfinite(fitted.predict(W)).all()
+
+
 def test_no_law_is_judged_by_runs_that_one_knows_from_its_experts():
     experts = some_experts()
     W, L = runs(experts, 15)
