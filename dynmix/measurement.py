@@ -204,7 +204,8 @@ class Measurement:
 
     def _scored(self, domain: str, rows: Ints) -> Batch:
         """A sequence of a domain that has a token to score, the first of these."""
-        return scored_sequence((self._batches(domain, row[None])[0] for row in rows), f"domains[{domain!r}]")
+        looked_at = f"domains[{domain!r}], of which {len(rows)} sequences were looked at"
+        return scored_sequence((self._batches(domain, row[None])[0] for row in rows), looked_at)
 
     @random_state_kept()
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:

@@ -427,6 +427,15 @@ def test_a_first_row_of_a_domain_without_a_scored_token_is_no_obstacle(caplog):
     assert "keeps the weights" not in caplog.text
 
 
+def test_a_domain_of_which_hardly_a_row_has_a_scored_token_is_refused_in_words_that_are_true():
+    rows = [row | {"labels": torch.full((5,), -100)} for row in sequences(0, 200)]
+    rows[1] = sequences(0, 2)[1]  # not among those that are looked at, which are spread over it
+    loop = controller(MixtureDataset({"a": rows, "b": sequences(1, 300)}, num_samples=100, block=BATCH))
+    loop.plan(batch_size=BATCH)
+    with pytest.raises(ValueError, match=r"domains\['a'\], of which 32 sequences were looked at: no sequence has a"):
+        loop.begin(Bigram())
+
+
 def test_more_stages_than_a_schedule_takes_are_refused_before_anything_is_trained(monkeypatch):
     monkeypatch.setattr("dynmix.timetable.MAX_STAGES", 4)
     with pytest.raises(ValueError, match="25 steps would have 5 stages, and a schedule takes 4: make stages longer"):
