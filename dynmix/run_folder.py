@@ -5,6 +5,7 @@ cannot be written is logged and does not end a run.
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,15 @@ class RunFolder:
                 logger.error("a row of %s was not written, training goes on: %s", self._journal.path, failure)
 
     def rewind(self, stages: int, measured: int) -> None:
-        """Drop the journal's rows from stage number `stages` on, and files of measurements from `measured` on."""
+        """Drop the journal's rows and the snapshots from stage number `stages` on, and measurements from `measured` on.
+
+        What is left of stages that are to come again would count as newer than what is saved of them.
+        """
         if is_rank_0():
             self._journal.truncate(stages)
+            for snapshot in self.path.glob("snapshots/stage-[0-9]*"):
+                if int(snapshot.name[6:]) >= stages:
+                    shutil.rmtree(snapshot)
             for folder in (self.factors, self.in_run):
                 for file in _by_stage(folder):
                     if int(file.stem[6:]) >= measured:

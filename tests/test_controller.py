@@ -199,6 +199,26 @@ def test_files_of_a_run_hold_no_code_and_say_what_it_was(tmp_path):
     assert len(Journal(tmp_path / "journal.jsonl").rows()) == 6
 
 
+def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what_is_undone(tmp_path):
+    first, model = controller(dataset(), output=tmp_path), Bigram()
+    first.plan(batch_size=BATCH)
+    first.begin(model)
+    for step in range(1, 26):
+        first.step_ended(model, step)
+        if step == 5:
+            state = first.state_dict()
+    kept = tmp_path / "snapshots"
+    assert sorted(path.name for path in kept.iterdir()) == ["stage-0003", "stage-0004"]
+    again = controller(dataset(), output=tmp_path)
+    again.load_state_dict(state)
+    again.plan(batch_size=BATCH)
+    again.begin(model, 5)
+    assert not list(kept.iterdir())
+    for step in range(6, 10):
+        again.step_ended(model, step)
+    assert [path.name for path in kept.iterdir()] == ["stage-0002"]
+
+
 def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
     first = controller(dataset(), output=tmp_path, keep=0)
     model = Bigram()
