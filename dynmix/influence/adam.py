@@ -32,13 +32,21 @@ class AdamDiagonal:
             it is needed (`lambda: trainer.optimizer`).
         eps: added to the root; None: the optimizer's own, 1e-8 for a mapping.
 
-    Raises (when it is fitted or applied):
-        ValueError: there is no optimizer yet, or a parameter has no second moments, as before the first step.
+    Raises:
+        ValueError: a `source` that is none of these; when it is fitted or applied: there is no optimizer yet, or a
+            parameter has no second moments, as before the first step.
     """
 
     source: Source | Callable[[], Source | None]
     eps: float | None = None
     passes: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, torch.optim.Optimizer | Mapping) and not callable(self.source):
+            raise ValueError(
+                f"AdamDiagonal: source is a {type(self.source).__name__}: give an optimizer, a mapping, or where there "
+                "is none yet a function, as lambda: trainer.optimizer"
+            )
 
     def __repr__(self) -> str:  # goes into a run's configuration, where the optimizer's is of no use
         return f"AdamDiagonal(eps={self.eps})"

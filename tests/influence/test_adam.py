@@ -73,5 +73,7 @@ def test_what_is_not_there_yet_is_named(tiny_lm: Models, token_batches: Batcher)
     sets = {"d": token_batches(4)}, {"t": token_batches(4, seed=1)}
     with pytest.raises(ValueError, match=r"'lm_head.weight' has no second moments: take a step"):
         group_influence(model, *sets, AdamDiagonal(torch.optim.AdamW(model.parameters())), layers="lm_head")
+    with pytest.raises(ValueError, match=r"source is a NoneType: .*lambda: trainer.optimizer"):
+        AdamDiagonal(None)  # type: ignore[arg-type]  # of a Trainer that has not begun
     with pytest.raises(ValueError, match="no optimizer yet"):
         group_influence(model, *sets, AdamDiagonal(lambda: None))
