@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class FactoredCurvature(ABC):
             raise ValueError(f"damping must be finite and >= 0, got {self.damping}")
         if self.labels not in ("empirical", "sampled"):
             raise ValueError(f'labels must be "empirical" or "sampled", got {self.labels!r}')
+        if not (isinstance(self.largest_basis, SupportsFloat) and self.largest_basis >= 0):
+            raise ValueError(f"largest_basis must be a number of at least 0, got {self.largest_basis!r}")
         if self.factor_tokens is not None and self.factor_tokens < 1:
             raise ValueError(f"factor_tokens must be at least 1, or None for all, got {self.factor_tokens}")
         if not 0 <= self.ema < 1:

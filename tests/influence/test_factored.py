@@ -272,6 +272,7 @@ def test_factors_that_are_not_finite_are_not_carried(
     ("settings", "message"),
     [
         ({"factor_tokens": 0}, "factor_tokens must be at least 1"),
+        ({"largest_basis": None}, "largest_basis must be a number of at least 0, got None"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1"),
         ({"refresh_every": 0}, "refresh_every must be at least 1"),
     ],
