@@ -133,6 +133,11 @@ class MixtureController:
         layer_groups: int = 1,
         rank: int | None = None,
     ):
+        if not isinstance(dataset, MixtureDataset | MixtureStream):
+            raise ValueError(
+                f"dataset is a {type(dataset).__name__}: give the MixtureDataset or MixtureStream that is trained on, "
+                "itself and not what wraps it"
+            )
         self.timetable = Timetable(dataset, stage_steps, max_stages)
         keep, loss_every = whole("keep", keep), whole("loss_every", loss_every)
         if keep < 0:

@@ -624,6 +624,12 @@ def test_numbers_of_a_plan_are_whole_and_those_of_numpy_do_not_keep_a_state_from
     assert json.loads(json.dumps(loop.state_dict()))["batch_size"] == BATCH
 
 
+@pytest.mark.parametrize("wrong", [torch.utils.data.Subset(sequences(0, 8), range(8)), Bigram(), sequences(0, 8)])
+def test_what_is_no_mixture_is_refused_as_the_dataset(wrong):
+    with pytest.raises(ValueError, match=f"dataset is a {type(wrong).__name__}: give the MixtureDataset"):
+        controller(wrong)
+
+
 def test_no_tasks_and_decided_stages_are_refused():
     with pytest.raises(ValueError, match="tasks is empty"):
         MixtureController(dataset(), {}, TiKMiXD(), stage_steps=5)
