@@ -50,9 +50,13 @@ class EpochBudget:
         return {name: n for name, n in zip(self.dataset.domains, left.tolist(), strict=True) if name in self.max_epochs}
 
     def upper(self, start: int, samples: int) -> dict[str, float]:
-        """Return domain -> the largest weight of a stage of `samples` samples from `start` on that stays within it."""
-        bounds = {name: max(0.0, left) / samples for name, left in self.left(start).items()}
-        return bounds | dict.fromkeys(self.dataset.gone, 0.0)
+        """Return domain -> the largest weight of a stage of `samples` samples from `start` on that stays within it.
+
+        Where all domains are limited and less is left of them, the stage is as long as that, its mixture what is left.
+        """
+        left = {name: max(0.0, n) for name, n in self.left(start).items()} | dict.fromkeys(self.dataset.gone, 0.0)
+        length = min(samples, sum(left.values())) if len(left) == len(self.dataset.domains) else samples
+        return {name: n / length for name, n in left.items()} if length else {}
 
     def entering(self, sizes: Mapping[str, int], samples: int) -> dict[str, float]:
         """Return the same for domains that are about to enter, by how many sequences they have."""

@@ -472,7 +472,8 @@ class MixtureController:
         if self.measurement.carried is not None and self.folder is not None:
             self._factors = self.folder.save_factors(self.measurement.carried, stage, self.keep)
         if found.probes is not None:
-            self.measurement.warn_of_repeated(found.probes, start, start + samples)
+            # As it is published the data may be exhausted within the stage, or before it.
+            self.measurement.warn_of_repeated(found.probes, start, max(start, min(start + samples, self.total)))
         seconds["measure"] += found.before
         if self.folder is not None and self.keep:
             facts = {"stage": stage, "step": step, "samples": step * self.batch_size}

@@ -54,6 +54,14 @@ def test_the_dataset_s_own_limit_is_the_one_that_counts():
         EpochBudget(data, 2)
 
 
+def test_a_stage_that_is_longer_than_what_is_left_of_all_domains_is_as_long_as_that():
+    data = dataset(max_epochs=1)
+    a, b = (100 - n for n in data.schedule.counts(150).tolist())
+    assert EpochBudget(data, None).upper(150, 80) == {"a": a / 50, "b": b / 50}
+    assert EpochBudget(data, None).upper(150, 20) == {"a": a / 20, "b": b / 20}
+    assert EpochBudget(data, None).upper(200, 20) == {}  # nothing is left that could be bounded
+
+
 def test_what_is_gone_gets_nothing():
     data = dataset()
     data.publish({"a": 1.0, "b": 0.0}, start=10)

@@ -378,6 +378,23 @@ def test_a_run_that_takes_all_that_may_be_read_can_be_resumed_in_its_last_short_
     second.begin(Bigram(), step=20)
 
 
+@pytest.mark.parametrize("rows", [44, 40, 31])  # exhausted in the last stage that is decided, or where it would begin
+@pytest.mark.parametrize("mixer", ["tikmix-d", "static"])
+def test_data_that_is_exhausted_before_the_planned_end_ends_the_run_and_not_with_an_error(rows, mixer, tmp_path):
+    domains = {name: sequences(i, rows) for i, name in enumerate(NAMES)}
+    data = MixtureDataset(domains, num_samples=100, block=BATCH, max_epochs=1)
+    loop, model = controller(data, mixer, output=tmp_path, keep=0), Bigram()
+    loop.plan(batch_size=BATCH)
+    loop.begin(model)
+    step = 0
+    while not loop.why_over(step):
+        step += 1
+        loop.step_ended(model, step)
+    loop.finish(model, step)
+    assert step == 2 * rows // BATCH
+    assert not any(row["error"] for row in Journal(tmp_path / "journal.jsonl").rows())
+
+
 def test_the_last_row_counts_the_samples_that_there_were(tmp_path):
     loop = controller(dataset(samples=98), output=tmp_path, keep=0)
     run(loop)
