@@ -8,7 +8,6 @@ from torch import nn
 import dynmix.measurement
 from dynmix import Identity, Influence, MixtureDataset, MixtureStream
 from dynmix.measurement import HELD_OUT, Measurement
-from dynmix.observation import Influence
 
 
 class Bigram(nn.Module):

@@ -33,7 +33,7 @@ from dynmix.mixture.reading import InOrder
 from dynmix.mixture.roster import Domain
 from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
 from dynmix.mixture.samples import Samples
-from dynmix.mixture.schedule import Ints, MixtureSchedule, domains_of
+from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, domains_of
 from dynmix.mixture.sequences import (
     Item,
     Sequences,
@@ -50,11 +50,11 @@ logger = logging.getLogger("dynmix.mixture")
 
 _READ_AHEAD = 4096  # positions assigned at once; a call has a fixed cost, and the next request wants the next ones
 _FURTHEST = 65_536  # where requests go on and on
-_WAITING = (
-    " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
-    " steps say: do not shuffle, with gradient accumulation pass batch_size to MixtureHook, and call its step() once an"
-    " optimizer step"
+_TOO_FAR = (
+    "the loader has read further than the optimizer steps say: do not shuffle, with gradient accumulation pass"
+    " batch_size to MixtureHook, and call its step() once an optimizer step"
 )
+_WAITING = f" A measurement or an evaluation may be under way. If nothing is, {_TOO_FAR}"
 
 
 class MixtureDataset(Dataset[Item]):
@@ -258,7 +258,14 @@ class MixtureDataset(Dataset[Item]):
             self._progress.wait(self.schedule, max(run.stop for run in runs), _WAITING)
             runs = self._within(runs)
             start, stop = _bounds(runs)
-            self.schedule.check_decided(start, stop)
+            try:
+                self.schedule.check_decided(start, stop)
+            except Undecided:
+                if not self.controlled:
+                    raise
+                # Whoever reads does not publish here.
+                waits = f"the stage of position {self.schedule.end} is not decided yet"
+                raise Undecided(f"{waits}: {_TOO_FAR}") from None
         # Noted before the stages are looked at: who publishes sees either the note, or is seen.
         self._progress.note(len(positions), stop, runs[0].step)
         items = self._items(runs)
