@@ -266,8 +266,20 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, item in items for k, v in _flat(item, f"{name}.{key}" if name else key).items()}
 
 
+def _named(config: Config) -> dict[str, Any]:
+    """With lists of named things as their names in order, and each thing under its own, for people."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, list):
+            found[key] = ", ".join(item["name"] for item in value)
+            value = {item["name"]: item for item in value}
+            key = key.removesuffix("s")
+        found[key] = value
+    return found
+
+
 def _differences(before: Config, now: Config) -> list[str]:
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(_named(before)), _flat(_named(now))
     return [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in dict.fromkeys([*old, *new])

@@ -262,11 +262,11 @@ def test_a_part_leaves_the_others_to_be_done(setting: Setting, tmp_path):
         ({"layers": "lm_head"}, "layers was None and is 'lm_head'"),
         ({"curvature": Identity()}, r"curvature was 'DataInf\(damping=0.1\)' and is 'Identity\(\)'"),
         ({"batch_tokens": 24}, "batch_tokens was 60 and is 24"),
-        ({"tasks": "other examples"}, "tasks.1.fingerprint was"),
-        ({"checkpoints": "other weights"}, "checkpoints.1.fingerprint was"),
-        ({"domains": "other tokens"}, "domains.1.fingerprint was"),
-        ({"domains": "other order"}, "domains.0.name was 'web' and is 'code'"),
-        ({"domains": "other boundaries"}, "domains.0.fingerprint was"),
+        ({"tasks": "other examples"}, "task.math.valid.fingerprint was"),
+        ({"checkpoints": "other weights"}, "checkpoint.step-8.fingerprint was"),
+        ({"domains": "other tokens"}, "domain.code.fingerprint was"),
+        ({"domains": "other order"}, "domains was 'web, code' and is 'code, web'"),
+        ({"domains": "other boundaries"}, "domain.web.fingerprint was"),
     ],
 )
 def test_another_configuration_is_refused(setting: Setting, tmp_path, change, said):
