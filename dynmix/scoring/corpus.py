@@ -41,8 +41,7 @@ Unit = Literal["sequence", "document"]
 Domains = Mapping[str, TokenStore | DocumentView | str | os.PathLike[str] | Sequences]
 Tokens = NDArray[np.integer[Any]]
 
-_ENDS = 1024  # tokens of a store's beginning and end that its fingerprint is made of, beside its index
-_LOOKED_AT = 64  # rows whose labels a fingerprint is made of, where they may differ from the ids
+_BLOCKS, _BLOCK = 64, 1 << 14  # a fingerprint is made of so many pieces of a domain, of so many tokens each
 
 
 class Corpus:
@@ -177,9 +176,9 @@ class Corpus:
 
     @property
     def fingerprints(self) -> list[str]:
-        """Of each domain: a hash of its index or length, and of its first and last tokens.
+        """Of each domain: a hash of its index or length, and of about a million tokens spread over it, or all of them.
 
-        Where labels or boundaries are not those of plain text, of these too, by some rows of the domain.
+        Where labels or boundaries are not those of plain text, of these too.
         """
         if self.unit == "sequence":
             return [self._rows_hash(domain) for domain in range(len(self.names))]
@@ -187,14 +186,17 @@ class Corpus:
 
     def _rows_hash(self, domain: int) -> str:
         rows, length, where = self._parts[domain], self.sequence_length, f"domain {self.names[domain]!r}"
-        content = content_hash(rows, length, where)
-        if not self._masked[domain]:
-            return content
-        told = f"{content} {self._options.boundaries} {self._options.ignore_token_ids}"
-        digest = hashlib.blake2b(told.encode(), digest_size=16)
-        some = np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT).astype(np.int64))
-        digest.update(labels(rows, some, gather(rows, some, length, where), where).astype("<i8").tobytes())
-        digest.update(documents(rows, some, length, where).astype("<i8").tobytes())
+        digest = hashlib.blake2b(content_hash(rows, length, where).encode(), digest_size=16)
+        if self._masked[domain]:
+            digest.update(f"{self._options.boundaries} {self._options.ignore_token_ids}".encode())
+        size = max(1, _BLOCK // length)
+        for start in _starts(len(rows), size):
+            some = np.arange(start, min(start + size, len(rows)))
+            ids = gather(rows, some, length, where)
+            digest.update(ids.astype("<i8").tobytes())
+            if self._masked[domain]:
+                digest.update(labels(rows, some, ids, where).astype("<i8").tobytes())
+                digest.update(documents(rows, some, length, where).astype("<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -229,6 +231,12 @@ def _documents(name: str, data: Any) -> TokenStore:
 
 def _store_hash(store: TokenStore) -> str:
     digest = hashlib.blake2b(store.fingerprint.encode(), digest_size=16)
-    for part in (store.tokens[:_ENDS], store.tokens[-_ENDS:]):
-        digest.update(part.astype("<i8").tobytes())
+    for start in _starts(len(store.tokens), _BLOCK):
+        digest.update(store.tokens[start : start + _BLOCK].astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _starts(n: int, size: int) -> list[int]:
+    """Where pieces of `size` begin that are spread over n things, and cover all where `_BLOCKS` of them can."""
+    starts: list[int] = np.linspace(0, max(0, n - size), min(_BLOCKS, -(-n // size))).astype(np.int64).tolist()
+    return starts

@@ -143,3 +143,18 @@ def test_fingerprints_tell_labels_and_boundaries_apart(stores):
     ]
     assert len({fingerprint(each) for each in (rows, without, bare, other)}) == 4
     assert fingerprint(rows) == fingerprint(chats(200))
+
+
+@pytest.mark.parametrize("unit", ["sequence", "document"])
+@pytest.mark.parametrize("n", [32, 1 << 14, (1 << 14) + 32, 100_000, 1 << 20])
+def test_fingerprints_tell_every_token_of_up_to_a_million(tmp_path, unit, n):
+    rng = np.random.default_rng(n)
+    tokens = rng.integers(0, 90, n)
+    whole = n // 32 * 32
+    known = None
+    for place in (None, 0, whole // 2, whole - 1, *rng.integers(0, whole, 3)):
+        changed = tokens + (np.arange(n) == place)
+        store = TokenStore.write(tmp_path / "x", [changed[: n // 3], changed[n // 3 :]])  # its index stays the same
+        [found] = Corpus({"x": store}, unit, 32).fingerprints
+        known = known or found
+        assert (found == known) == (place is None)
