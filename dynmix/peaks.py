@@ -235,7 +235,10 @@ class PeakSnapshots:
     def _delete(self, paths: Iterable[Path]) -> None:
         """Delete snapshots such that a kill leaves none that is half there under its name."""
         for path in paths:
-            path.rename(path.with_name(f".{path.name}.deleted"))
+            gone = path.with_name(f".{path.name}.deleted")
+            if gone.exists():  # a kill left it, and a run that began afresh did not clear it away
+                shutil.rmtree(gone)
+            path.rename(gone)
         for path in self.folder.glob(".step-*"):  # what a kill left half written is among them
             shutil.rmtree(path)
 

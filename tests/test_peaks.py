@@ -219,6 +219,15 @@ def test_a_task_may_have_any_name(tmp_path):
     assert PeakSnapshots(tmp_path).selected[name].step == 1
 
 
+def test_a_run_that_begins_afresh_does_not_trip_over_what_a_kill_left_half_deleted(tmp_path):
+    recorded(tmp_path, {1: 5.0})
+    (tmp_path / ".step-0000001.deleted").mkdir()
+    (tmp_path / ".step-0000001.deleted" / "model.safetensors").touch()
+    set_folder_aside(tmp_path)
+    recorded(tmp_path, {1: 5.0, 2: 4.0}).prune(2)
+    assert {path.name for path in tmp_path.iterdir()} == {"previous-1", "peaks.json", "step-0000002"}
+
+
 def test_a_snapshot_that_cannot_be_written_is_no_peak(tmp_path, monkeypatch, caplog):
     peaks = recorded(tmp_path, {1: 5.0})
 
