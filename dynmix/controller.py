@@ -298,6 +298,12 @@ class MixtureController:
             if self.sampler is not None:
                 from_rank_0(None)  # what an earlier run left is out of the way
                 self.sampler.begin(self.folder.path, step)
+                if not self._samples_wanted():
+                    logger.warning(
+                        "%s asks for the corpus to be scored at no boundary of this run, so its mixture stays as it is:"
+                        " let it ask earlier (AutoMixer's after=), or make stages shorter",
+                        self.decider.name,
+                    )
         seconds: dict[str, float] = {}
         with _timed(seconds, "measure"):
             loss = self.measurement.losses(model)

@@ -416,6 +416,12 @@ def test_a_task_that_a_resumed_run_was_not_given_is_let_go(training, tmp_path, m
     assert "group:code" not in rows[1]["domains"]
 
 
+@pytest.mark.parametrize(("after", "said"), [(2, False), (3, True)])
+def test_a_run_that_would_never_regroup_says_so(training, tmp_path, caplog, after, said):
+    training.run(tmp_path, mixer=AutoMixer(after=after, every=5), steps=15)
+    assert ("scored at no boundary of this run" in caplog.text) == said
+
+
 @pytest.mark.parametrize("checkpoints", ["last", 2])
 def test_a_run_that_ended_before_the_regrouping_regroups_when_it_is_extended(training, tmp_path, checkpoints):
     saving = {"save_strategy": "steps", "save_steps": 5}
