@@ -325,7 +325,8 @@ def select_checkpoints(
     """Return the checkpoint in `folder` in which each task peaks, by evaluating all of them, one in memory at a time.
 
     Scores are kept in `folder/evaluations.json`, by the checkpoint's files and the task's content, so that a selection
-    that was killed goes on and a second one costs nothing. A GPU is used if there is one.
+    that was killed goes on and a second one costs nothing; a folder that cannot be written to gets a warning. A GPU is
+    used if there is one.
 
     Args:
         folder: as in `list_checkpoints`.
@@ -343,13 +344,18 @@ def select_checkpoints(
         scores: dict[str, dict[str, float | None]] = json.loads(cache.read_text()) if cache.exists() else {}
     except ValueError as problem:
         raise ValueError(f"{cache}: damaged ({problem}): remove it, and the tasks are evaluated anew") from problem
-    evaluated = []
+    evaluated, kept = [], True
     candidates = list_checkpoints(folder) if checkpoints is None else sorted(checkpoints, key=lambda each: each.step)
     for checkpoint in tqdm(candidates, desc="evaluating checkpoints", leave=False, delay=2):
         keys = {name: f"{_identity(checkpoint.path)}/{task.fingerprint}" for name, task in tasks.items()}
         for key, figures in _evaluated(checkpoint.path, {k: tasks[n] for n, k in keys.items() if k not in scores}):
             scores[key] = figures
-            write_json(cache, scores, allow_nan=False, ensure_ascii=True)
+            try:
+                if kept:
+                    write_json(cache, scores, allow_nan=False, ensure_ascii=True)
+            except OSError as failure:  # others' checkpoints can often be read alone
+                kept = False
+                logger.warning("%s is not written, the next selection evaluates anew: %s", cache, failure)
         if all(key in scores for key in keys.values()):
             evaluated.append((checkpoint, keys))
     selected = {}

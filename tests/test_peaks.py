@@ -370,6 +370,17 @@ def test_selecting_from_a_folder_is_evaluating_every_checkpoint(checkpoints):
         select_checkpoints(checkpoints, {})
 
 
+def test_a_folder_that_can_be_read_alone_has_peaks_too(checkpoints, monkeypatch, caplog):
+    def refused(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    want = select_checkpoints(checkpoints, tasks())
+    (checkpoints / "evaluations.json").unlink()
+    monkeypatch.setattr("dynmix.peaks.write_json", refused)
+    assert select_checkpoints(checkpoints, tasks()) == want
+    assert caplog.text.count("evaluations.json is not written") == 1
+
+
 def test_a_killed_selection_goes_on_where_it_was(checkpoints, monkeypatch):
     real, calls = Task.evaluate, []
 
