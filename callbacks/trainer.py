@@ -144,6 +144,12 @@ class MixtureCallback(TrainerCallback):
             raise ValueError(
                 "the Trainer's train_dataset is not the dataset given to MixtureCallback: pass the same one"
             )
+        evaluated = None if self._trainer is None or args.eval_strategy == "no" else self._trainer.eval_dataset
+        if any(each is self.dataset for each in (evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
+            raise ValueError(
+                "the Trainer's eval_dataset is the dataset that is trained on, whose later stages are not decided yet "
+                "when it is evaluated: pass text that is held out, or a MixtureDataset of its own"
+            )
         if isinstance(self.dataset, MixtureStream):
             _check_stream(self.dataset, args)
         elif args.train_sampling_strategy != "sequential":

@@ -202,6 +202,12 @@ def test_a_second_callback_is_refused(training, tmp_path, monkeypatch):
         training.run(tmp_path, extra=(MixtureCallback(data, training.tasks(), "odm", 5),))
 
 
+@pytest.mark.parametrize("evaluated", [lambda data: data, lambda data: {"own": data}])
+def test_an_evaluation_of_what_is_trained_on_is_refused_and_does_not_hang(training, tmp_path, evaluated):
+    with pytest.raises(ValueError, match="eval_dataset is the dataset that is trained on"):
+        training.run(tmp_path, evaluated=evaluated, eval_strategy="steps", eval_steps=2)
+
+
 def test_a_task_that_does_not_fit_the_model_fails_at_once(training, tmp_path, monkeypatch):
     wrong = [{"input_ids": [training.VOCAB + 5] * 4}]
     monkeypatch.setattr(training, "tasks", lambda: {"wrong": wrong})

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def run(
     stages: list[Any] | None = None,
     options: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
+    evaluated: Callable[[MixtureDataset], Any] = lambda data: None,
     **arguments: Any,
 ) -> Recording:
     """Train; `arguments` go to TrainingArguments and `options` to MixtureCallback; `stages` are decided beforehand."""
@@ -131,6 +133,7 @@ def run(
         model(),
         TrainingArguments(output_dir=str(output), **settings | arguments),
         train_dataset=data,
+        eval_dataset=evaluated(data),
         callbacks=[*(made if callback else ()), *extra],
         kill_at=kill_at,
     )
