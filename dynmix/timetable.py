@@ -119,9 +119,9 @@ class Timetable:
         if self.boundary < self.total and schedule.end is None:
             if self.dataset.read_until > self.boundary:
                 raise ValueError(
-                    f"the loader has read {self.dataset.read_until} samples ahead, past the end of the first stage at "
-                    f"{self.boundary}: pass batch_size, so that the boundary is known before it reads, or raise "
-                    "stage_steps"
+                    f"the dataset has been read up to sample {self.dataset.read_until}, past the end of the first "
+                    f"stage at {self.boundary}: if a loop's loader reads so far ahead pass batch_size, so that the "
+                    "boundary is known before, or raise stage_steps; if it was read to look at it make it anew"
                 )
             schedule.hold(self.boundary)
 

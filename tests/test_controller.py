@@ -647,6 +647,13 @@ def test_what_is_no_mixture_is_refused_as_the_dataset(wrong):
         controller(wrong)
 
 
+def test_a_dataset_that_was_read_through_before_the_run_is_to_be_made_anew():
+    data = dataset()
+    list(torch.utils.data.DataLoader(data, batch_size=BATCH))
+    with pytest.raises(ValueError, match="up to sample 100, past the end of the first stage at 20.* make it anew"):
+        controller(data).plan(batch_size=BATCH)
+
+
 def test_no_tasks_and_decided_stages_are_refused():
     with pytest.raises(ValueError, match="tasks is empty"):
         MixtureController(dataset(), {}, TiKMiXD(), stage_steps=5)
