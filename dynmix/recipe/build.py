@@ -147,17 +147,28 @@ def model_config(
     return config
 
 
-def make_model(model: Model, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Load the checkpoint, or make a new model with parameters drawn from `seed`. Raises RecipeError."""
+def make_model(model: Model, config: PreTrainedConfig, seed: int, checkpoint: Path | None = None) -> PreTrainedModel:
+    """Load the checkpoint, or make a new model with parameters drawn from `seed`. Raises RecipeError.
+
+    Args:
+        model: what the recipe says of it.
+        config: of the model.
+        seed: of its parameters.
+        checkpoint: of the Trainer, from which the run goes on. The Trainer loads it too, but not what is called
+            otherwise in files than in the model, as experts are: that would stay as it was drawn.
+    """
     options: dict[str, Any] = {"dtype": _dtype(model)}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     set_seed(seed)
+    path: Any = model.path
+    if checkpoint is not None and any(checkpoint.glob("*.safetensors")):  # a sharded one may have its own format
+        path = checkpoint
     try:
-        if model.path is None:
+        if path is None:
             made = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
         else:
-            made = AutoModelForCausalLM.from_pretrained(model.path, config=config, **options)
+            made = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     except (OSError, ValueError, ImportError) as problem:
         raise RecipeError(f"model: {_line(problem)[:500]}") from problem
     assert isinstance(made, PreTrainedModel)

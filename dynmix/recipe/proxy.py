@@ -145,8 +145,9 @@ def _regroup(
     dataset = make_dataset(small, stores, recipe.data.weights, tokenizer, folder)
     peaks = PeakCallback(files, every=proxy.every, folder=folder / "peaks", metric=proxy.metric)  # type: ignore[arg-type]
     if not (folder / "peaks" / "done").exists():
-        model = make_model(proxy.model, model_config(proxy.model, tokenizer, length, "proxy.model"), recipe.seed)
         checkpoint = newest_checkpoint(folder)
+        config = model_config(proxy.model, tokenizer, length, "proxy.model")
+        model = make_model(proxy.model, config, recipe.seed, checkpoint)
         trainer = Trainer(
             model, arguments, train_dataset=dataset, data_collator=default_data_collator, callbacks=[peaks]
         )

@@ -188,7 +188,7 @@ def _train(run: Run, console: Console | None) -> int:
     if checkpoint is not None and is_rank_0():
         logger.warning("going on from %s", checkpoint)
     on_every_rank(lambda: _write_down(run, checkpoint))
-    model = make_model(run.recipe.model, run.config, run.recipe.seed)
+    model = make_model(run.recipe.model, run.config, run.recipe.seed, checkpoint)
     stop = _Stop()
     shown = [PrintStages(Journal(folder / "dynmix" / "journal.jsonl"), console)] if console and is_rank_0() else []
     trainer = Trainer(

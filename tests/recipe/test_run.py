@@ -117,6 +117,19 @@ def test_an_interrupted_run_goes_on_and_ends_bit_for_bit_as_one_that_was_not(wor
     assert parameters("cut") == parameters("whole")
 
 
+def test_experts_go_on_from_where_they_were(world, monkeypatch):
+    config = ["model_type=mixtral", "num_local_experts=2", "num_key_value_heads=2", "tie_word_embeddings=false"]
+    small = ["mixer=static", *HELD_OUT, *TINY, *(f"model.config.{each}" for each in config)]
+    whole = train("tikmix-d", *small, "output=whole-experts", "training.save_steps=4")
+    assert whole.exit_code == 0, whole.output
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "Trainer", StopsAt)
+        assert train("tikmix-d", *small, "output=cut-experts").exit_code == 130
+    done = train("tikmix-d", *small, "output=cut-experts")
+    assert done.exit_code == 0, done.output
+    assert parameters("cut-experts") == parameters("whole-experts")
+
+
 def small_runs(stores, validation, out, **options):
     """Stands in for trained proxies: a table of mixtures whose losses are lowest at 0.3 of web."""
     out.mkdir(parents=True)
