@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, MixtralConfig, get_cosine_schedule_with_warmup
 from transformers.trainer_utils import set_seed
 
 import dynmix.proxies.run as run_module
@@ -192,6 +192,24 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(finished, pla
     for file in ("result.json", "log_probabilities.npy", "model/model.safetensors"):
         assert (planned / "runs" / run / file).read_bytes() == (out / "runs" / run / file).read_bytes(), file
     assert not (planned / "runs" / run / "trainer").exists()
+
+
+def test_experts_go_on_from_where_they_were(world, tmp_path, monkeypatch):
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    for name in ("whole", "cut"):
+        Plan.make(*world, config, TRAINING, 0.5, (0.5, 2.0)).keep(tmp_path / name)
+    mixture = {"web": 0.5, "code": 0.5}
+    train_run(tmp_path / "whole", "mixture-000", mixture)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "token_log_probabilities", None)
+        with pytest.raises(TypeError):
+            train_run(tmp_path / "cut", "mixture-000", mixture)  # trained, and not read yet
+    train_run(tmp_path / "cut", "mixture-000", mixture)
+    file = "runs/mixture-000/model/model.safetensors"
+    assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 class Here:

@@ -243,9 +243,15 @@ class Plan:
         return {name: _tokens(batches) for name, batches in self.validation.items()}
 
 
-def new_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a causal LM with new parameters, float32, drawn from torch's random state."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+def new_model(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
+    """Return a causal LM, float32, with new parameters drawn from torch's random state, or those of a checkpoint.
+
+    (The Trainer loads a checkpoint too, but not what is called otherwise in files than in the model, as experts are.)
+    """
+    if checkpoint is not None:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -77,7 +77,8 @@ def token_log_probabilities(model: nn.Module, batches: Sequence[Batch]) -> NDArr
 def _trained(plan: Plan, weights: Mapping[str, float], folder: Path) -> nn.Module:
     training = plan.training
     set_seed(training.seed)
-    model = new_model(plan.model)
+    newest = _newest(folder)
+    model = new_model(plan.model, newest)
     every = -(-training.steps // CHECKPOINTS)
     trainer = Trainer(
         model,
@@ -100,7 +101,7 @@ def _trained(plan: Plan, weights: Mapping[str, float], folder: Path) -> nn.Modul
         ),
         train_dataset=training.dataset(plan.config["paths"], weights),
     )
-    trainer.train(resume_from_checkpoint=_newest(folder))
+    trainer.train(resume_from_checkpoint=newest)
     return model
 
 
