@@ -108,7 +108,7 @@ class Measurement:
             raise ValueError(f"guards={guards!r}: {{name: batches}}, 'domains' or None")
         self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch
         check_offload(offload)
-        check_curvature(curvature)
+        check_curvature(curvature, "passes")
         if not isinstance(layers, Layers):
             Layers(layers)  # says now what is no regular expression
         self.held: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}

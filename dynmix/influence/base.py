@@ -40,7 +40,6 @@ class LayerByLayer(ABC):
             gradients[layer] = self.precondition(layer, stack)
 
 
-@runtime_checkable
 class Curvature(Protocol):
     """Which curvature to use."""
 
@@ -54,9 +53,9 @@ class Curvature(Protocol):
         ...
 
 
-def check_curvature(curvature: object) -> None:
+def check_curvature(curvature: object, *parts: str) -> None:
     """Raise ValueError for what is no curvature: a name, which recipes alone know, a class, or what lacks a part."""
-    if isinstance(curvature, type) or not isinstance(curvature, Curvature):
+    if isinstance(curvature, type) or not all(hasattr(curvature, part) for part in ("fit", *parts)):
         raise ValueError(
             f"curvature={curvature!r} is no curvature: pass an instance, as EKFAC() or DataInf(), or one of your own "
             "that has `fit` and `passes`"
