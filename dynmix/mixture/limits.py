@@ -22,6 +22,7 @@ Policy = Literal["repeat", "stop", "redistribute"]
 MaxEpochs = float | Mapping[str, float] | None
 
 _WALKED = 1024  # positions that are gone through one by one, which then is quicker than to halve them
+_NEAR = 64  # of these, those that are gone through first
 
 NEVER = 1 << 62  # beyond every position, and more draws than any domain gives
 
@@ -156,20 +157,19 @@ class Course:
                 self.dry = stage.start + int(np.maximum(0, limit - stage.base)[self._weighted].sum())
             if (reached & self._weighted).any() and self.dry > stage.start:
                 self._rows[0] = self._row_from(stage.start, stage.base)
-            self._stops[0] = self._stop(self._rows[0], stage.start, stage.base)
+            self._stops[0], self._drawn = self._stop(self._rows[0], stage.start, stage.base)
         else:
             over = (reached & self._weighted).any()
-            self.dry = self._stops[0] = stage.start if over else self._stop(stage, stage.start, stage.base)
+            self.dry = self._stops[0] = stage.start if over else self._stop(stage, stage.start, stage.base)[0]
 
     def at(self, position: int) -> tuple[StageRow, int]:
         """The row that holds at `position`, and the first position at which it does not any more."""
         while self._stops[-1] <= position and self._stops[-1] < self.dry:
-            start, last = self._stops[-1], self._rows[-1]
-            drawn = self._counts(last, start)
-            row = self._row_from(start, drawn)
+            start, row = self._stops[-1], self._row_from(self._stops[-1], self._drawn)
+            stop, self._drawn = self._stop(row, start, self._drawn)
             self._rows.append(row)
             self._starts.append(start)
-            self._stops.append(self._stop(row, start, drawn))
+            self._stops.append(stop)
         index = bisect_right(self._starts, position) - 1
         return self._rows[index], self._stops[index]
 
@@ -204,33 +204,37 @@ class Course:
         row = self._stage._replace(cdf=redistributed(left), base=np.zeros_like(drawn))
         return row._replace(base=drawn - self._counts(row, start))
 
-    def _stop(self, row: StageRow, start: int, drawn: Ints) -> int:
-        """First position beyond `start` before which a domain of the row has reached its limit."""
+    def _stop(self, row: StageRow, start: int, drawn: Ints) -> tuple[int, Ints]:
+        """First position beyond `start` before which a domain of the row has reached its limit, and draws before it."""
         units = np.diff(row.cdf, prepend=0)
         live = np.flatnonzero((units > 0) & (drawn < self._limit) & (self._limit < NEVER))
         if not live.size:
-            return NEVER
+            return NEVER, drawn
         limit = self._limit[live]
         wait = float(((limit - drawn[live]) / units[live]).min()) * TOTAL
         if wait >= NEVER >> 1:
-            return NEVER
-        guess, low, near = start + math.ceil(wait), start, min(_WALKED, 64 + 2 * math.ceil(wait))
-        if guess >= start + _WALKED or (found := self._walk(row, live, start, start + near, drawn)) is None:
+            return NEVER, drawn
+        # Of many that are near their limits the first one reaches it long before it is to be expected of each.
+        guess, low, near = start + math.ceil(wait), start, _NEAR + (2 * math.ceil(wait) if wait < _WALKED else 0)
+        if (found := self._walk(row, live, start, start + min(_WALKED, near), drawn)) is None:
             low, high = bracket(lambda g: bool((self._counts(row, g)[live] >= limit).any()), low, guess, _WALKED)
             found = self._walk(row, live, low, high, self._counts(row, low))
             assert found is not None
         return found
 
-    def _walk(self, row: StageRow, live: Ints, low: int, high: int, drawn: Ints) -> int | None:
+    def _walk(self, row: StageRow, live: Ints, low: int, high: int, drawn: Ints) -> tuple[int, Ints] | None:
         """First position up to `high` before which one of the `live` domains has reached its limit, if there is one.
 
-        `drawn` are draws before `low`.
+        `drawn` are draws before `low`; those before the position come with it.
         """
         domain = self._domains(row, low, high)
         order = np.argsort(domain, kind="stable")
         last = np.searchsorted(domain[order], live) + (self._limit - drawn)[live] - 1  # of a domain, in that order
         reached = (last < len(domain)) & (domain[order[np.minimum(last, len(domain) - 1)]] == live)
-        return low + 1 + int(order[last[reached]].min()) if reached.any() else None
+        if not reached.any():
+            return None
+        count = 1 + int(order[last[reached]].min())
+        return low + count, drawn + np.bincount(domain[:count], minlength=len(drawn))
 
 
 def redistributed(units: Ints) -> Ints:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.limits import NEVER, Exhausted, Limits, bracket, redistributed
-from dynmix.mixture.quota import TOTAL
+from dynmix.mixture.quota import TOTAL, Ints, Quota
 from dynmix.mixture.roster import Domain
 from dynmix.mixture.schedule import MixtureSchedule, Undecided, integer_cdf
 from dynmix.mixture.stages import StageRow
@@ -341,6 +341,22 @@ def test_far_limits_are_exact() -> None:
     assert (made.assign(at, at + 1000)[0] == 0).all()
     assert made.assign(at - 1, at)[0].tolist() == [1]
     assert made.exhausted_at == 15 * 10**9 + 15 * 10**10
+
+
+def test_domains_that_are_used_up_together_are_counted_a_few_times_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, before = list[int](), Quota.before
+
+    def count(quota: Quota, number: int) -> Ints:
+        counted.append(number)
+        return before(quota, number)
+
+    monkeypatch.setattr(Quota, "before", count)
+    many = [f"domain {number}" for number in range(2000)]
+    schedule = MixtureSchedule(dict.fromkeys(many, 1 / 2000), dict.fromkeys(many, 3), max_epochs=1)
+    schedule.counts(4200)
+    used_up = (schedule.counts(4200) == 3).sum()
+    assert used_up > 100
+    assert len(counted) < 5 * used_up
 
 
 def test_a_domain_that_joined_under_limits_is_in_the_state(tmp_path: Path) -> None:
