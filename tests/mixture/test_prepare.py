@@ -262,7 +262,7 @@ def test_bad_inputs_are_named_before_anything_is_read(tmp_path: Path) -> None:
     check(folder, r"web and .*web\.json are both domain 'web'|web\.json and .*web are both domain 'web'")
     check([folder / "web.json", folder / "web.json"], "both domain 'web'")
     check({1: folder / "web.json"}, "domain 1: a int; names are strings")
-    for name in ("../web", "/web", "a/../../web", ".", "..", "a\0b", "\udcff"):
+    for name in ("../web", "/web", "a/web", ".", "..", "a\0b", "\udcff"):
         check({name: folder / "web.json"}, f"domain {re.escape(repr(name))}: no name of a file in the output folder")
     (folder / "web" / os.fsdecode(b"\xff.jsonl")).write_bytes(jsonl(["a"]))
     check({"web": folder / "web"}, r"\\udcff\.jsonl': the name is not UTF-8")

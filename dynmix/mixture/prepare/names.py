@@ -38,7 +38,7 @@ def check_names(domains: Iterable[str], held_out: bool) -> None:
     for name in names:
         if not isinstance(name, str):
             raise PrepareError(f"domain {name!r}: a {type(name).__name__}; names are strings")
-        if "\0" in name or name.startswith("/") or {".", ".."} & {*name.split("/")} or not is_utf8(name):
+        if {"\0", "/"} & {*name} or name in (".", "..") or not is_utf8(name):
             raise PrepareError(f"domain {name!r}: no name of a file in the output folder; rename it")
         if name.endswith((".bin", ".idx")) or not name:
             raise PrepareError(f"domain {name!r}: a store's files are called so; rename it")
