@@ -209,6 +209,22 @@ def test_a_domain_on_one_side_is_told(tmp_path, caplog):
     assert "everything was held out of the small domains two" in caplog.text
 
 
+def test_what_an_earlier_preparation_held_out_is_told_of(tmp_path, caplog):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(100)])
+    make(path, tmp_path / "out", held_out=0.5)
+    assert "earlier preparation" not in caplog.text
+    make(path, tmp_path / "out", overwrite=True)
+    assert f"{tmp_path / 'out'}: a.valid are of an earlier preparation" in caplog.text
+    facts = read_manifest(tmp_path / "out")["stores"]
+    assert [facts[name]["held_out"] for name in ("a", "a.valid")] == [False, True]
+
+
+def test_a_domain_called_as_one_held_out_stays_in_the_manifest(tmp_path):
+    make(jsonl(tmp_path / "web.valid.jsonl", [{"text": "x"}]), tmp_path / "out")
+    make(jsonl(tmp_path / "web.jsonl", [{"text": "y"}]), tmp_path / "out")
+    assert list(read_manifest(tmp_path / "out")["stores"]) == ["web", "web.valid"]
+
+
 def test_impossible_options_are_named(tmp_path):
     for options, message in (
         ({"held_out": 0.0}, r"held_out=0\.0 .*above 0 and below 1"),

@@ -160,7 +160,8 @@ class Pipeline:
                 self._failures[group.order] = error, files
                 return
             _log.info("%s: %d documents, and %d empty ones skipped", domain, documents[domain], empty[domain])
-        stores = [_name(self.job, domain, side) for domain in which for side in (False, True)]
+        sides = (False, True) if self.job.held_out else (False,)
+        stores = [_name(self.job, domain, side) for domain in which for side in sides]
         drop_from_manifest(self.work.output, stores)
         task = self.pool.submit(
             f"it wrote the stores of {which[0]} and {len(which) - 1} more",

@@ -124,6 +124,7 @@ def prepare(
             for n, each in group.inputs.items()
         ]
         add_to_manifest(folder, {"tokenizer": described, "options": options, "inputs": listed}, facts)
+        _warn_of_older(folder, facts)
         work.discard()
     return Stores(folder, [name for name in facts if not facts[name]["held_out"]])
 
@@ -195,6 +196,21 @@ def _check_others(folder: Path, described: Json, overwrite: bool) -> None:
                 f"{folder}: the store {name!r} in it was made with another tokenizer, {made['name']!r}: prepare into "
                 "another folder, or pass overwrite (--overwrite)"
             )
+
+
+def _warn_of_older(folder: Path, facts: Json) -> None:
+    """What was held out of a store that was replaced now may be in the new one."""
+    manifest = read_manifest(folder) or {"stores": {}}
+    older = {name for name, each in manifest["stores"].items() if each["held_out"]} - facts.keys()
+    if left := sorted(older & {store_name(name, True) for name in facts}):
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        _log.warning(
+            "%s: %s%s are of an earlier preparation: what they hold out may be in the stores that are made now; remove"
+            " them, or give held_out (--held-out) again",
+            folder,
+            ", ".join(left[:5]),
+            more,
+        )
 
 
 def _count(workers: int | None, size: int) -> int:
