@@ -17,7 +17,7 @@ import pyarrow as pa
 from torch.utils.data import IterableDataset
 
 from dynmix.mixture.arrow import dataset_documents
-from dynmix.mixture.documents import Documents, JoinedDocuments, check_vocabulary
+from dynmix.mixture.documents import Documents, JoinedDocuments, check_ids, check_vocabulary, spread
 from dynmix.mixture.files import open_path
 from dynmix.mixture.flat import FlatTokens
 from dynmix.mixture.packing import PackedSequences
@@ -32,6 +32,8 @@ logger = logging.getLogger("dynmix.mixture")
 
 Part: TypeAlias = "Documents | Dataset | str | os.PathLike[str]"
 Source: TypeAlias = "Part | Sequence[Part] | Sequences"
+
+_LOOKED_AT = 64  # items of a sequence, which may be made as they are asked for
 
 _KINDS = (
     "give a token store, a path, folder or glob of token files, a datasets.Dataset, a view, or a sequence of dicts with"
@@ -136,7 +138,7 @@ def as_sequences(
         name: of the domain, for errors.
         data: see `open_documents`.
         sequence_length: tokens of a row. None is for sequences, and for datasets whose rows have one length.
-        tokenizer: see `open_documents`.
+        tokenizer: see `open_documents`; of a sequence of dicts 64 items are looked at.
         cache_dir: see `open_documents`.
         packing: of documents, as in `PackedSequences`.
 
@@ -165,7 +167,9 @@ def as_sequences(
     if not len(opened):
         raise ValueError(f"domain {name!r} has not one whole sequence ({tokens}): give it more text, or leave it out")
     if not isinstance(opened, Rows):
-        token_ids(opened, 0, f"domain {name!r}")
+        size = None if tokenizer is None else vocabulary_size(tokenizer)
+        for row in spread(len(opened), 1, 1 if size is None else _LOOKED_AT).tolist():
+            check_ids(token_ids(opened, row, f"domain {name!r}"), f"domain {name!r}", size)
     return opened
 
 

@@ -308,6 +308,19 @@ def test_ids_beyond_the_vocabulary_of_the_tokenizer_are_refused(tmp_path: Path) 
             as_sequences("x", kind(tmp_path, [[5, 1000]]), 1, tokenizer=TOKENIZER)
 
 
+def test_items_with_ids_beyond_the_vocabulary_are_refused() -> None:
+    good, bad = (
+        {"input_ids": [999] * 4, "labels": [-100, 1, 2, 3]},
+        {"input_ids": [1000] * 4, "labels": [-100, 1, 2, 3]},
+    )
+    columns = {"input_ids": [[1000] * 4] * 9, "labels": [[-100, 1, 2, 3]] * 9}
+    for source in ([good, bad], datasets.Dataset.from_dict(columns)):
+        with pytest.raises(ValueError, match="domain 'x' has token 1000, and the vocabulary 1000 ids"):
+            as_sequences("x", source, None, tokenizer=TOKENIZER)
+        assert len(as_sequences("x", source, None)) == len(source)
+    assert len(as_sequences("x", [good] * 3, None, tokenizer=TOKENIZER)) == 3
+
+
 def test_documents_of_flat_files_end_with_the_eos_of_the_tokenizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
