@@ -5,6 +5,7 @@ Knows every kind of source, and what to tell the user of what is none; nothing o
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from dynmix.mixture.arrow import dataset_documents
 from dynmix.mixture.documents import Documents, JoinedDocuments, check_ids, check_vocabulary, spread
 from dynmix.mixture.files import open_path
 from dynmix.mixture.flat import FlatTokens
+from dynmix.mixture.folders import files_in, matching
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.sequences import Rows, Sequences, token_ids
 from dynmix.mixture.store import StoreError, with_room
@@ -34,6 +36,8 @@ Part: TypeAlias = "Documents | Dataset | str | os.PathLike[str]"
 Source: TypeAlias = "Part | Sequence[Part] | Sequences"
 
 _LOOKED_AT = 64  # items of a sequence, which may be made as they are asked for
+
+_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 _KINDS = (
     "give a token store, a path, folder or glob of token files, a datasets.Dataset, a view, or a sequence of dicts with"
@@ -56,10 +60,11 @@ def open_documents(
 
     - documents that are open (`TokenStore`, `FlatTokens`, `DocumentView`...), which stay as they are;
     - a path, folder or glob of token files, here or remote (`dynmix.mixture.files.open_path`);
-    - an HF `Dataset`, or the folder where `save_to_disk` put it. Rows of `input_ids`, of any lengths, are documents in
-      its Arrow memory. Text is tokenised, once: a mixture has to know how many tokens there are before it draws the
-      first, and where each is. The store that comes of it stays in `cache_dir`, by the dataset's fingerprint and the
-      tokenizer, for every process and every later run. A large corpus is better made a store by `dynmix prepare`;
+    - an HF `Dataset`, or the folder where `save_to_disk` put it, or a folder or glob of such. Rows of `input_ids`, of
+      any lengths, are documents in its Arrow memory. Text is tokenised, once: a mixture has to know how many tokens
+      there are before it draws the first, and where each is. The store that comes of it stays in `cache_dir`, by the
+      dataset's fingerprint and the tokenizer, for every process and every later run. A large corpus is better made a
+      store by `dynmix prepare`;
     - a list of these, end to end.
 
     Any other sequence is returned as it is: its items are to be dicts with `input_ids` of one length.
@@ -81,11 +86,11 @@ def open_documents(
 
     def opened(part: Any) -> Any:
         if isinstance(part, str | os.PathLike):
-            saved = _saved_dataset(part)
-            if saved is None:
-                options: Any = {"cache_dir": cache_dir, "storage_options": storage_options}
-                return open_path(part, vocab_size=vocab_size, eos_token_id=eos_token_id, **options)
-            part = saved
+            if saved := _saved_in(part):
+                parts = [opened(_saved_dataset(folder)) for folder in saved]
+                return parts[0] if len(parts) == 1 else _joined(parts)
+            options: Any = {"cache_dir": cache_dir, "storage_options": storage_options}
+            return open_path(part, vocab_size=vocab_size, eos_token_id=eos_token_id, **options)
         return _of_dataset(part, tokenizer, text_field, cache_dir) if _is_dataset(part) else part
 
     found = opened(source)
@@ -94,10 +99,7 @@ def open_documents(
         and source
         and all(isinstance(part, _Part) or _is_dataset(part) for part in source)
     ):
-        parts = [opened(part) for part in source]
-        if rows := [part for part in parts if not isinstance(part, Documents)]:
-            raise ValueError(f"{rows[0]!r} has padding, labels or a transform, and such rows are not joined")
-        found = JoinedDocuments(parts)
+        found = _joined([opened(part) for part in source])
     _check_random_access(found, "the source")
     if vocab_size is not None and isinstance(found, Documents):
         check_vocabulary(found, repr(found), vocab_size)
@@ -192,13 +194,25 @@ def _is_dataset(source: Any) -> bool:
     return module is not None and isinstance(source, getattr(module, "Dataset", ()))
 
 
-def _saved_dataset(path: str | os.PathLike[str]) -> Dataset | None:
-    """The dataset that `save_to_disk` put into a folder; None for any other path."""
-    folder = os.path.expanduser(path)
-    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        raise StoreError(f"{folder} is a DatasetDict: give the folder of one of its splits, which is in it")
-    if not all(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "state.json")):
-        return None
+def _joined(parts: Sequence[Any]) -> Any:
+    if rows := [part for part in parts if not isinstance(part, Documents)]:
+        raise ValueError(f"{rows[0]!r} has padding, labels or a transform, and such rows are not joined")
+    return JoinedDocuments(parts)
+
+
+def _saved_in(path: str | os.PathLike[str]) -> list[str]:
+    """Folders where `save_to_disk` put datasets, sorted, in a local folder or glob that has no token files."""
+    text = os.path.expanduser(path)
+    names = files_in(text) if os.path.isdir(text) else matching(text) if glob.has_magic(text) else []
+    if any(name.endswith((".idx", ".bin", ".npy")) for name in names):
+        return []
+    by_end = {end: {os.path.dirname(name) for name in names if name.endswith(f"/{end}")} for end in _SAVED}
+    if splits := sorted(by_end["dataset_dict.json"]):
+        raise StoreError(f"{splits[0]} is a DatasetDict: give the folder of one of its splits, which is in it")
+    return sorted(by_end["dataset_info.json"] & by_end["state.json"])
+
+
+def _saved_dataset(folder: str) -> Dataset:
     try:
         from datasets import Dataset
     except ImportError as error:

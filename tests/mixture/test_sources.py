@@ -366,6 +366,24 @@ def test_a_saved_dataset_that_is_cut_or_of_several_splits_is_refused(tmp_path: P
         open_documents(tmp_path / "splits")
 
 
+def test_a_folder_or_glob_of_saved_datasets_is_one_after_the_other(tmp_path: Path) -> None:
+    for name, ids in (("b", [[3, 4], [5]]), ("a", [[1, 2]])):
+        datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(tmp_path / "all" / name)
+    for path in (tmp_path / "all", tmp_path / "all" / "*", tmp_path / "all" / "*" / "*.json"):
+        assert [document.tolist() for document in open_documents(path)] == [[1, 2], [3, 4], [5]]
+    assert [document.tolist() for document in open_documents(tmp_path / "all" / "b*")] == [[3, 4], [5]]
+    datasets.Dataset.from_dict({"input_ids": [[6]], "labels": [[7]]}).save_to_disk(tmp_path / "all" / "c")
+    with pytest.raises(ValueError, match="has padding, labels or a transform, and such rows are not joined"):
+        open_documents(tmp_path / "all")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"input_ids": [[8]]})}).save_to_disk(
+        tmp_path / "all" / "d"
+    )
+    with pytest.raises(StoreError, match="d is a DatasetDict: give the folder of one of its splits"):
+        open_documents(tmp_path / "all")
+    TokenStore.write(tmp_path / "all" / "store", [[9]])
+    assert [document.tolist() for document in open_documents(tmp_path / "all")] == [[9]]
+
+
 def test_a_damaged_index_is_an_error_or_the_same_rows(tmp_path: Path) -> None:
     path = store(tmp_path, [[1, 2, 60_000], [], [4, 5, 6, 7], [8]]).path
     file, expected = Path(f"{path}.idx"), [[1, 2, 60_000], [4, 5, 6]]
