@@ -110,7 +110,7 @@ def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool
     if isinstance(data, TokenStore):
         data = data.path
     if isinstance(data, str | os.PathLike):
-        source["path"] = os.fspath(data) if "://" in os.fspath(data) else os.path.abspath(data)
+        source["path"] = os.fspath(data) if "://" in os.fspath(data) else os.path.abspath(os.path.expanduser(data))
     elif workers:
         raise ValueError(
             f"domain {name!r} is in memory, where the loader's worker processes, which run already, do not see it: give"

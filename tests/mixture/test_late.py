@@ -436,6 +436,17 @@ def test_new_data_joins_at_a_boundary_also_under_workers(make_new: Any, workers:
             ).load_state_dict(state)
 
 
+def test_a_path_of_the_home_folder_is_found_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_store(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    dataset = make(folder)
+    dataset.extend({"new": "~/new"})
+    dataset.publish(with_new, start=96)
+    twin = make(folder)
+    twin.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+    assert read(twin) == read(dataset)
+
+
 def test_a_resumed_run_may_list_new_data(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = make(folder)
     dataset.schedule.hold(96)
