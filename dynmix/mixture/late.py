@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import numpy.typing as npt
 
+from dynmix.mixture.documents import Documents
 from dynmix.mixture.index import Numbers, digest, numbered, write_numbers
 from dynmix.mixture.roster import Domain
 from dynmix.mixture.sequences import Ints, Rows, Sequences, content_hash
@@ -23,6 +24,8 @@ from dynmix.mixture.view import RowView
 
 Opener: TypeAlias = Callable[[Mapping[str, Any], int], tuple[Sequences, ...]]
 """Makes rows, of a length, of what domains were given as."""
+
+_DATA = (Mapping, str, os.PathLike, Documents)  # of which a pair is data that stands end to end, and no view
 
 _LONGEST = 200  # of an index file's name, where file systems take 255 bytes
 
@@ -51,7 +54,7 @@ class Gone(Rows):
 
 def is_view(data: Any) -> bool:
     """Whether what a domain was given as is a pair of integer vectors, the domain and the row of each of its rows."""
-    return isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, Mapping) for part in data)
+    return isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, _DATA) for part in data)
 
 
 def numbered_domains(

@@ -436,6 +436,16 @@ def test_new_data_joins_at_a_boundary_also_under_workers(make_new: Any, workers:
             ).load_state_dict(state)
 
 
+def test_a_pair_of_paths_joins_end_to_end(folder: Path) -> None:
+    new_store(folder)
+    pair, twin = make(folder), make(folder)
+    pair.extend({"new": (folder / "new", str(folder / "a"))})
+    twin.extend({"new": [folder / "new", folder / "a"]})
+    for dataset in (pair, twin):
+        dataset.publish(with_new, start=96)
+    assert read(pair) == read(twin)
+
+
 def test_a_path_of_the_home_folder_is_found_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_store(folder)
     monkeypatch.setenv("HOME", str(folder))
