@@ -55,18 +55,29 @@ class Encoder:
             except UnicodeDecodeError as error:
                 raise ValueError(f"a text of domain {name!r} is not UTF-8: {error}") from error
         if not isinstance(text, str):
-            found = f"the keys {list(item)}" if isinstance(item, Mapping) else f"type {type(item).__name__}"
-            raise ValueError(
-                f"an item of domain {name!r} has neither input_ids nor a text under {self._text_field!r}, but {found}:"
-                " pass text_field="
-            )
+            raise ValueError(f"an item of domain {name!r} {self._no_text(item)}")
         if self._tokenizer is None:
             raise ValueError(f"domain {name!r} gives text: pass tokenizer=")
         if not text:
             return np.empty(0, np.int64)
         if self._end is None:
             return _checked(self._tokenizer(text), name)
-        return _checked(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + self._end, name)
+        try:
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except TypeError as error:
+            raise ValueError(
+                f"a text of domain {name!r} is not for the tokenizer, as one with half a surrogate pair, which UTF-8"
+                f" cannot hold: {error}"
+            ) from error
+        return _checked(ids + self._end, name)
+
+    def _no_text(self, item: Any) -> str:
+        if not isinstance(item, Mapping):
+            return f"is a {type(item).__name__}: give mappings with input_ids or a text, or strings"
+        if self._text_field in item:
+            kind = type(item[self._text_field]).__name__
+            return f"has under {self._text_field!r} a {kind}, and no string: filter such out"
+        return f"has neither input_ids nor {self._text_field!r}, but the keys {list(item)}: pass text_field="
 
 
 def _checked(found: Any, name: str) -> Ints:

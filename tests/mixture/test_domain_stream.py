@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from dynmix.mixture.domain_stream import DomainReader, Encoder, kept_aside
 from dynmix.mixture.items import Items
@@ -20,6 +22,12 @@ class Letters:
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+
+def words() -> PreTrainedTokenizerFast:
+    """The word of a number is its id; 0 is EOS."""
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0} | {str(i): i for i in range(1, 1000)}, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")  # type: ignore[no-untyped-call]
 
 
 def documents(*lengths: int) -> list[dict[str, Any]]:
@@ -90,7 +98,9 @@ def test_a_tokenizer_without_eos_is_told_of(caplog: pytest.LogCaptureFixture) ->
     [
         (None, "text", "pass tokenizer="),
         (Letters(), {"body": "x"}, r"keys \['body'\]: pass text_field="),
-        (Letters(), 3, "type int"),
+        (Letters(), {"text": None}, "under 'text' a NoneType, and no string: filter such out"),
+        (Letters(), 3, "is a int: give mappings with input_ids"),
+        (words(), "\ud800", "is not for the tokenizer, as one with half a surrogate pair"),
         (Letters(), b"\xff", "not UTF-8"),
         (None, {"input_ids": [[1, 2]]}, r"int64 of shape \(1, 2\)"),
         (None, {"input_ids": [0.5]}, "float64"),
