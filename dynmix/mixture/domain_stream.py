@@ -15,7 +15,7 @@ import numpy as np
 from dynmix.mixture.documents import check_ids
 from dynmix.mixture.items import Items, PassEnded, Source
 from dynmix.mixture.sequences import Ints
-from dynmix.mixture.text import load
+from dynmix.mixture.text import load, vocabulary_size
 
 logger = logging.getLogger("dynmix.mixture")
 
@@ -26,8 +26,9 @@ class Encoder:
     """Token ids of an item: its `input_ids` as they are, or its text through a tokenizer.
 
     Args:
-        tokenizer: of transformers, or its path or hub name: adds no special token but its EOS after each text. A
-            function from text to token ids: as it says. None: there is no text.
+        tokenizer: of transformers, or its path or hub name: adds no special token but its EOS after each text, and
+            refuses `input_ids` that it does not have. A function from text to token ids: as it says. None: there is no
+            text.
         text_field: key of the text in items that are mappings.
     """
 
@@ -39,6 +40,7 @@ class Encoder:
             )
         self._tokenizer, self._text_field = tokenizer, text_field
         self._end: list[int] | None = None
+        self._vocab_size = vocabulary_size(tokenizer) if hasattr(tokenizer, "get_vocab") else None
         if hasattr(tokenizer, "eos_token_id"):
             self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             if not self._end:
@@ -47,7 +49,7 @@ class Encoder:
     def __call__(self, item: Any, name: str) -> Ints:
         """Token ids, int64[n]. Raises ValueError, in words for domain `name`, where the item has none."""
         if isinstance(item, Mapping) and "input_ids" in item:
-            return _checked(item["input_ids"], name)
+            return _checked(item["input_ids"], name, self._vocab_size)
         text = item.get(self._text_field) if isinstance(item, Mapping) else item
         if isinstance(text, bytes):
             try:
@@ -80,12 +82,12 @@ class Encoder:
         return f"has neither input_ids nor {self._text_field!r}, but the keys {list(item)}: pass text_field="
 
 
-def _checked(found: Any, name: str) -> Ints:
+def _checked(found: Any, name: str, vocab_size: int | None = None) -> Ints:
     ids = np.asarray(found)
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
         raise ValueError(f"token ids of domain {name!r} are {ids.dtype} of shape {ids.shape}, not a vector of integers")
     ids = ids.astype(np.int64)
-    check_ids(ids, f"domain {name!r}")
+    check_ids(ids, f"domain {name!r}", vocab_size)
     return ids
 
 

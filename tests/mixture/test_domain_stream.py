@@ -105,6 +105,7 @@ def test_a_tokenizer_without_eos_is_told_of(caplog: pytest.LogCaptureFixture) ->
         (None, {"input_ids": [[1, 2]]}, r"int64 of shape \(1, 2\)"),
         (None, {"input_ids": [0.5]}, "float64"),
         (lambda text: text, "text", "not a vector of integers"),
+        (words(), {"input_ids": [5, 1000]}, "has token 1000, and the vocabulary 1000 ids"),
         (None, {"input_ids": [5, -100]}, "has token -100: ids are not negative"),
     ],
 )
