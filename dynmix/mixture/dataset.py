@@ -33,7 +33,7 @@ from dynmix.mixture.reading import InOrder
 from dynmix.mixture.roster import Domain
 from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
 from dynmix.mixture.samples import Samples
-from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, domains_of
+from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, domains_of, schedule_of
 from dynmix.mixture.sequences import (
     Item,
     Sequences,
@@ -461,7 +461,7 @@ class MixtureDataset(Dataset[Item]):
             ValueError: the state is of other data, or an index file is missing or changed; the message says what, and
                 nothing was loaded. In a worker: of stages that the main process does not have.
         """
-        saved = late.relocated(state["schedule"], views)
+        saved = late.relocated(schedule_of(state), views)
         then, joined = domains_of(saved)
         schedule = self.schedule.like(then)
         found = schedule.differences(saved, self._listed)

@@ -513,6 +513,15 @@ class MixtureSchedule:
         return row.view(np.int64), np.repeat(epoch, high - low)
 
 
+def schedule_of(state: Any) -> Mapping[str, Any]:
+    """The schedule's part in the state of a dataset or stream. Raises ValueError for what is no such state."""
+    found = state.get("schedule") if isinstance(state, Mapping) else None
+    if not isinstance(found, Mapping) or "names" not in found:
+        what = f"a mapping of {list(state)[:8]}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise ValueError(f"this is {what}, and not what state_dict() of a MixtureDataset or MixtureStream gives")
+    return found
+
+
 def domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
     """A state's first domains, name -> size, and those that joined."""
     sizes, sources = list(zip(state["names"], state["sizes"], strict=True)), state.get("joined", [])

@@ -20,7 +20,7 @@ from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, Tokenize
 from dynmix.mixture.items import Items, PassEnded, Source, check_shared, check_source
 from dynmix.mixture.options import whole
 from dynmix.mixture.progress import Progress
-from dynmix.mixture.schedule import Ints, MixtureSchedule
+from dynmix.mixture.schedule import Ints, MixtureSchedule, schedule_of
 from dynmix.mixture.sequences import Item
 from dynmix.mixture.weights import Weights, matched
 
@@ -266,12 +266,13 @@ class MixtureStream(IterableDataset[Item]):
         Raises:
             ValueError: the state is of another mixture; in a worker: of stages that the main process does not have.
         """
-        found = self.schedule.differences(state["schedule"])
+        schedule = schedule_of(state)
+        found = self.schedule.differences(schedule)
         if state["sequence_length"] != self.sequence_length:
             found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
         if found:
             raise ValueError("this state belongs to another mixture: " + "; ".join(found))
-        known = self.schedule.continues(state["schedule"])
+        known = self.schedule.continues(schedule)
         if get_worker_info() is not None:
             if not known:
                 raise ValueError(
@@ -280,7 +281,7 @@ class MixtureStream(IterableDataset[Item]):
                 )
         else:
             if not known or self.read_until:
-                self.schedule.load_state_dict(state["schedule"])
+                self.schedule.load_state_dict(schedule)
             self._progress.forget()
             self._reading = None
         self._resume = state.get("reading")

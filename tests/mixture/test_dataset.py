@@ -16,6 +16,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.schedule import Undecided
 from dynmix.mixture.store import TokenStore
+from dynmix.mixture.stream import MixtureStream
 
 LENGTH = 6
 half = {"a": 0.5, "b": 0.5}
@@ -390,6 +391,19 @@ def test_a_worker_refuses_a_state_with_stages_that_the_main_process_has_not() ->
     resumed.load_state_dict(state)
     with pytest.raises(ValueError, match="load them there before the loader starts"):
         next(iter(resumed))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"), [({}, r"a mapping of \[\]"), ({"_snapshot": 1}, r"\['_snapshot'\]"), (None, "a NoneType")]
+)
+def test_what_is_no_state_is_refused(state: Any, message: str) -> None:
+    items = [{"input_ids": [1, 2]}]
+    for made in (
+        MixtureDataset({"a": items}, num_samples=4),
+        MixtureStream({"a": items}, num_samples=4, sequence_length=2),
+    ):
+        with pytest.raises(ValueError, match=f"this is .*{message}.* and not what state_dict\\(\\)"):
+            made.load_state_dict(state)
 
 
 def test_a_state_of_other_data_is_refused() -> None:
