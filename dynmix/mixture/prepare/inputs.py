@@ -174,6 +174,8 @@ def _all_inputs(name: str, source: Any) -> list[Input]:
     if _is_dataset(source):
         if not hasattr(source, "__len__") or not hasattr(source, "select_columns"):
             raise PrepareError(f"{name}: a {type(source).__name__} cannot be read from any row on; save it")
+        if source.format["type"] == "custom":  # the table is read here, without what the transform makes of it
+            raise PrepareError(f"{name}: a data set with a transform, which is not applied here: apply it with map")
         return [Rows(name, source)]
     path = Path(source)
     if not path.exists():
