@@ -270,6 +270,7 @@ def test_hf_datasets_and_named_inputs(tmp_path):
         (whole, "a data set has no name"),
         ({"a": whole.to_iterable_dataset()}, "IterableDataset cannot be read from any row on"),
         ({"a": whole.with_transform(dict)}, r"a\[0\]: a data set with a transform, which"),
+        ({"a": split}, r"inputs\['a'\]: a DatasetDict of \['train', 'test'\]: give one of these, or a list"),
         ({"a": whole.rename_column("text", "body")}, r"a\[0\]: no field 'text'; there are 'body', 's'"),
         ({"a": datasets.Dataset.from_dict({"text": ["a", None]})}, r"a\[0\], row 2: field 'text' is null"),
         ({}, "no files given"),

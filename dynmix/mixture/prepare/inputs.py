@@ -146,6 +146,9 @@ def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input
 
     if isinstance(inputs, Mapping):
         for name, source in inputs.items():
+            if isinstance(source, Mapping):
+                kind = type(source).__name__
+                raise PrepareError(f"inputs[{name!r}]: a {kind} of {list(source)[:8]}: give one of these, or a list")
             entries = [source] if _is_single(source) else list(source)
             found = [each for i, entry in enumerate(entries) for each in _all_inputs(f"{name}[{i}]", entry)]
             add(name, f"inputs[{name!r}]", found)
