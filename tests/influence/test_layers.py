@@ -119,7 +119,8 @@ def test_routers_that_compute_in_float32_whatever_the_model_does(token_batches: 
     model = GraniteMoeForCausalLM(GraniteMoeConfig(**settings, num_local_experts=4, num_experts_per_tok=2)).to(dtype)
     model.set_experts_implementation("eager")  # the fused ones know no float64
     [batch], every = token_batches(3), Layers()
-    found = {name: g for name, g in sequence_sums(model, batch, every).items() if name.endswith("router")}
+    # Older versions of transformers have a linear layer inside, `router.layer`.
+    found = {name: g for name, g in sequence_sums(model, batch, every).items() if ".router" in name}
     assert len(found) == 2
     for row in range(3):
         for name, expected in by_autograd(model, batch, list(found), row, every).items():
