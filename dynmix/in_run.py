@@ -7,7 +7,7 @@ ends a run: the stage is then measured at its boundary, as without it.
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -186,6 +186,9 @@ class InRunInfluence:
             for name, (products, tokens) in found.items():
                 window.tally.add(self.dataset.domains.index(name), products, tokens)
         influence = window.tally.influence(window.gradients, self.dataset.domains)
+        if isinstance(window.watch, TokenProducts):  # else units are micro-batches, and sequences of rare domains
+            with np.errstate(invalid="ignore"):  # of a domain that is not here
+                influence = replace(influence, scored_tokens=window.tally.tokens / window.tally.units)
         return self.measurement.whole(influence), window.seconds
 
     def close(self) -> None:

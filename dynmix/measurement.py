@@ -311,7 +311,7 @@ class Measurement:
                 by_domain[key] = np.zeros((len(values), len(self.dataset.domains)))
                 by_domain[key][:, columns] = values[:, measured]
         if (scored := influence.scored_tokens) is not None:
-            by_domain["scored_tokens"] = np.full(len(self.dataset.domains), scored.mean())
+            by_domain["scored_tokens"] = np.full(len(self.dataset.domains), scored[measured].mean())
             by_domain["scored_tokens"][columns] = scored[measured]
         return replace(influence, domains=self.dataset.domains, **by_domain)
 

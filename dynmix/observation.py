@@ -34,7 +34,7 @@ class Influence:
         left_out: float64[n_tasks], where the tasks' gradients were held low-rank the share of each one's norm that is
             missing, or None.
         left_out_bound: float64[n_tasks, n_domains], the most that a score can be wrong for it, or None.
-        scored_tokens: float64[n_domains], mean number of them in a sequence of each domain, or None: the same in all.
+        scored_tokens: float64[n_domains], mean number of them in a sequence of each domain; None: taken as the same.
 
     Raises ValueError for shapes that do not fit the names, names that are empty or occur twice, negative errors, a
     number of scored tokens that is not above 0.

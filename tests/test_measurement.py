@@ -98,9 +98,12 @@ def test_measure_draws_from_what_was_measured():
 def test_a_domain_that_is_not_here_has_a_column_that_says_nothing(monkeypatch):
     room = measurement({"influence"})
     monkeypatch.setattr(Measurement, "here", ["b"])
-    found = room.whole(Influence([[0.5]], ["t"], ["b"], [[0.1]], scored_tokens=[7.0]))
-    assert (found.domains, found.scores.tolist(), found.standard_error.tolist()) == (("a", "b"), [[0, 0.5]], [[0, 0.1]])
-    assert found.scored_tokens.tolist() == [7, 7]
+    measured = Influence([[0.5]], ["t"], ["b"], [[0.1]], scored_tokens=[7.0])
+    unseen = Influence([[np.nan, 0.5]], ["t"], ["a", "b"], [[np.nan, 0.1]], scored_tokens=[np.nan, 7.0])
+    for found in map(room.whole, (measured, unseen)):
+        assert found.domains == ("a", "b")
+        assert (found.scores.tolist(), found.standard_error.tolist()) == ([[0, 0.5]], [[0, 0.1]])
+        assert found.scored_tokens.tolist() == [7, 7]
 
 
 def test_it_says_how_many_tokens_sequences_score():

@@ -48,6 +48,11 @@ class Tally:
         """How many were seen of each domain, [n_domains]."""
         return self.table[:, 0]
 
+    @property
+    def tokens(self) -> Array:
+        """Scored tokens that were seen of each domain, [n_domains]."""
+        return self.table[:, 1]
+
     def influence(self, gradients: TaskGradients, domains: Sequence[str]) -> Influence:
         """Score of a task and a domain: the sum of products over the sum of tokens. NaN for a domain not seen.
 
@@ -66,8 +71,6 @@ class Tally:
                 both = k / (k - 1) * sum(map(of_domain, np.eye(k) - share[:, None])) if k > 1 else 0.0
                 both = min(both, over_domain, over_task[0])
                 error[i, j] = np.sqrt(over_domain + over_task[0] - (both if np.isfinite(both) else 0.0))
-        with np.errstate(invalid="ignore"):  # of a domain that was not seen
-            scored = self.table[:, 1] / self.units
         return Influence(
             scores=scores,
             tasks=gradients.tasks,
@@ -75,7 +78,6 @@ class Tally:
             standard_error=error,
             task_loss=gradients.loss,
             task_loss_standard_error=gradients.loss_standard_error,
-            scored_tokens=scored,
         )
 
     def _by_task(self, row: Array, rows: Sequence[slice]) -> Iterator[tuple[slice, Array, Callable[[Array], float]]]:

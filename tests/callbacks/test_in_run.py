@@ -38,6 +38,8 @@ def test_a_run_that_measures_itself_stays_what_it_is(training: Any, whole: tuple
     assert training.facts(trainer) == training.facts(without)
     row = rows(folder)[1]
     assert (row["step"], row["error"]) == (4, None)
+    # Of some domains whole micro-batches were seen, of those hardly seen single sequences: no number a sequence.
+    assert row["scored_tokens"] is None
     assert not [words for words in row["warnings"] if "in-run" in words]
     influence = torch.tensor(row["influence"])
     assert influence.shape == (3, 3)  # two tasks and the guard
@@ -105,6 +107,7 @@ def test_mixed_micro_batches_sequence_by_sequence(training: Any, tmp_path: Path)
     assert not [words for words in loop.rows[1]["warnings"] if "in-run" in words]
     influence = torch.tensor(loop.rows[1]["influence"])
     assert (influence.diagonal()[:2] > influence[:2, 2]).all()
+    assert loop.rows[1]["scored_tokens"] == dict.fromkeys(training.DOMAINS, training.LENGTH - 1)
     assert torch.tensor(loop.rows[1]["standard_error"]).isfinite().all()
     assert loop.hook.controller.state_dict()["in_run"] is None  # the window is closed
 
