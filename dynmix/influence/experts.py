@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 Watch = Callable[[str, int, Tensor, Tensor, Tensor], Tensor]
 """(stack of parameters, expert, inputs [n, in], outputs [n, out], numbers of the tokens [n]) -> the outputs."""
@@ -46,23 +46,6 @@ def experts_forward(module: Any, watch: Watch) -> Callable[[Tensor, Tensor, Tens
         return result
 
     return forward
-
-
-class Replaced:
-    """A module whose forward is another one, until the `with` is left."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
-        self._module, self._forward = module, forward
-
-    def __enter__(self) -> None:
-        self._before = vars(self._module).get("forward")
-        vars(self._module)["forward"] = self._forward
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            del vars(self._module)["forward"]
-        else:
-            vars(self._module)["forward"] = self._before
 
 
 def by_sequence(x: Tensor, tokens: Tensor, sequences: int, length: int) -> Tensor:
