@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dynmix.batches import Batch, collate
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits, unwrap
-from dynmix.influence.group import ratio_of_sums
+from dynmix.influence.sets import ratio_of_sums
 from dynmix.scores import Metric
 from dynmix.task_records import Record as Record  # part of this module's names
 from dynmix.task_records import read_records

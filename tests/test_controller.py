@@ -780,7 +780,7 @@ def test_factors_that_are_carried_from_stage_to_stage_survive_a_kill(tmp_path):
 
     for file in (tmp_path / "killed" / "factors").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="the curvature's factors cannot be read"):
+    with pytest.raises(ValueError, match="factors of a curvature cannot be read"):
         start(tmp_path / "killed", before[-1], first=12)
     with pytest.raises(ValueError, match="carried from stage to stage are kept in files: pass output="):
         run(controller(dataset(), curvature=EKFAC(ema=0.5)))

@@ -12,7 +12,6 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +64,11 @@ class NothingMeasuredError(ValueError):
 class Capture:
     """Runs batches through a model and hands over each linear layer's inputs and output gradients.
 
-    Measured is what `layers.measurable_layers` lists; with `embeddings` also their tables, and with
-    `layers=Layers(...)` what that says. Frozen layers are left out unless the whole model is frozen. A tied head is
-    measured as the linear layer that it is used as, and where the embedding is measured too, its uses as such are uses
-    of the same layer (g the one-hot tokens, a the gradients of what was looked up). A layer used several times in a
-    forward counts with the sum of its uses, also where they are those of several linear modules with one weight.
+    Measured is what `layers.measurable_layers` lists, and of that what `layers` says. Frozen layers are left out unless
+    all of the model is frozen. A tied head is measured as the linear layer that it is used as, and where the embedding
+    is measured too, its uses as such are uses of the same layer (g the one-hot tokens, a the gradients of what was
+    looked up). A layer used several times in a forward counts with the sum of its uses, also where they are those of
+    several linear modules with one weight.
 
     The first batch settles which layers are measured: an input must keep the sequences apart, as [B, T, in],
     [B, 1, T, in] or [B * T, in], unless it is an expert's. Others (tokens gathered by code that is not transformers', a
@@ -94,7 +93,6 @@ class Capture:
         model: nn.Module,
         *,
         layers: LayerFilter = None,
-        embeddings: bool = False,
         loss: Loss = next_token_loss,
         tick: Callable[[], object] | None = None,
         ranks: Ranks | None = None,
@@ -108,8 +106,7 @@ class Capture:
         self.coverage = 0.0
         self.sharing: dict[str, tuple[str, ...]] = {}
         self._settled = False
-        wanted = layers if isinstance(layers, Layers) else Layers(layers)
-        wanted = replace(wanted, embeddings=embeddings or wanted.embeddings)
+        wanted = Layers.of(layers)
         known = measurable_layers(self.model, embeddings=wanted.embeddings, norms=wanted.norms, head=wanted.head)
         frozen = not any(p.requires_grad for p in self.model.parameters())
         self.layers: dict[str, Layer] = {
@@ -166,18 +163,17 @@ class Capture:
         """Where the layer's gradient is."""
         return self.layers[layer].weight.device
 
-    def zeros(self, layer: str, n: int) -> Tensor:
-        """n matrices of the layer's gradient, [n, out, in (+1)]; float32 at least."""
-        return self._zeros(layer, n, None)
+    def dtype(self, layer: str) -> torch.dtype:
+        """Of the layer's gradient; float32 at least."""
+        return torch.promote_types(self.layers[layer].weight.dtype, torch.float32)
+
+    def zeros(self, layer: str, n: int, offload: Offload = None) -> Tensor:
+        """n matrices of the layer's gradient, [n, out, in (+1)]."""
+        return storage.zeros(offload, (n, *self.layers[layer].shape), self.dtype(layer), self.device(layer))
 
     def stored(self, layer: str, n: int) -> Tensor:
         """The same, to be kept where `offload` says."""
-        return self._zeros(layer, n, self.offload)
-
-    def _zeros(self, layer: str, n: int, offload: Offload) -> Tensor:
-        weight = self.layers[layer].weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return storage.zeros(offload, (n, *self.layers[layer].shape), dtype, weight.device)
+        return self.zeros(layer, n, self.offload)
 
     def _settle(self, caught: OnePass) -> None:
         lost, called = caught.lost, caught.called

@@ -5,13 +5,9 @@ Knows factored curvatures and safetensors; nothing of stages, and not when it is
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dynmix.influence.batch import Batches
@@ -19,8 +15,9 @@ from dynmix.influence.capture import Capture
 from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.factors import Factors, FittedFactors
 from dynmix.influence.sums import Sums
+from dynmix.influence.tensor_file import read_tensors, write_tensors
 
-_FORMAT = "dynmix-factors-1"
+_WHAT = "factors of a curvature"
 
 
 class Carried:
@@ -66,7 +63,6 @@ class Carried:
     def save(self, path: Path) -> None:
         """Write the factors, if there are any, to a file beside `path` and rename it."""
         if self.fitted is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_factors(self.fitted, path, used=self.used)
 
     def load(self, path: Path) -> None:
@@ -86,7 +82,7 @@ def save_factors(fitted: FittedFactors, path: Path, used: int = 0) -> None:
             if tensor is None:
                 continue
             name = written.setdefault(id(tensor), f"{layer}/{part}")
-            tensors[name] = tensor.contiguous()
+            tensors[name] = tensor
             names[layer][part] = name
     facts = {
         "damping": fitted.damping,
@@ -94,22 +90,12 @@ def save_factors(fitted: FittedFactors, path: Path, used: int = 0) -> None:
         "used": used,
         "layers": names,
     }
-    beside = path.with_name(f".{path.name}.writing")
-    save_file(tensors, beside, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
-    os.replace(beside, path)
+    write_tensors(path, _WHAT, tensors, facts)
 
 
 def load_factors(path: Path) -> tuple[FittedFactors, int]:
     """The factors of such a file, and how often they had been used. Raises ValueError if it is missing or another."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no factors of a curvature")
-            facts = json.loads(metadata["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as problem:
-        raise ValueError(f"{path}: the curvature's factors cannot be read: {problem}") from problem
+    tensors, facts = read_tensors(path, _WHAT)
     factors = {
         layer: Factors(**{part: tensors[name] for part, name in parts.items()})
         for layer, parts in facts["layers"].items()

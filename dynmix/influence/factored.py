@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, SupportsFloat
+from typing import ClassVar, Literal, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class FactoredCurvature(ABC):
         ValueError: a setting out of range; from `fit`, sampled labels with another loss than the next token's.
     """
 
+    passes: ClassVar[int]
     damping: float = 0.1
     labels: Literal["empirical", "sampled"] = "empirical"
     seed: int = 0
@@ -85,11 +86,6 @@ class FactoredCurvature(ABC):
     def fit_and_sum(self, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
         """As `fit`; and the gradients of those batches read that `sums` is waiting for are added to it."""
         return self.fit_after(None, capture, batches, sums)
-
-    @property
-    @abstractmethod
-    def passes(self) -> int:
-        """How often the batches are read."""
 
     @torch.no_grad()
     def fit_after(

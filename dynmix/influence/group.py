@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,7 @@ from dynmix.influence.gauss_newton import GaussNewton
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
-from dynmix.influence.sets import ProbeSet, complete, end
-from dynmix.influence.sets import ratio_of_sums as ratio_of_sums  # part of this module's names
+from dynmix.influence.sets import ProbeSet, complete, end, ratio_of_sums
 from dynmix.influence.storage import Offload, check_offload, let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
@@ -116,7 +116,7 @@ def group_influence(
 
     Loss or gradients that are not finite raise nothing: the scores they reach are NaN, and a warning names the set.
     """
-    how = _How(layers, curvature_batches, strata or {}, error_sequences, loss, tick, offload, layer_groups, rank)
+    how = _How(layers, curvature_batches, strata, error_sequences, loss, tick, offload, layer_groups, rank)
     ranks = Ranks(over_ranks)
     with ranks.together():
         return _measured(model, domains, tasks, curvature, how, ranks, keep_scores=False).influence()
@@ -143,19 +143,11 @@ def scored_groups(
     tasks: Mapping[str, Batches],
     curvature: Curvature | None = None,
     *,
-    layers: LayerFilter = None,
-    curvature_batches: Batches | None = None,
-    strata: Mapping[str, int] | None = None,
-    error_sequences: int | None = _ERROR_SEQUENCES,
-    loss: Loss = next_token_loss,
-    tick: Callable[[], object] | None = None,
     over_ranks: bool = False,
-    offload: Offload = None,
-    layer_groups: int = 1,
-    rank: int | None = None,
+    **arguments: Any,
 ) -> ScoredGroups:
-    """`group_influence` with the scores of every domain sequence, all of which are read after the curvature."""
-    how = _How(layers, curvature_batches, strata or {}, error_sequences, loss, tick, offload, layer_groups, rank)
+    """`group_influence`, with its arguments, and the scores of every domain sequence, all read after the curvature."""
+    how = _How(**arguments)
     ranks = Ranks(over_ranks)
     with ranks.together():
         measured = _measured(model, domains, tasks, curvature, how, ranks, keep_scores=True)
@@ -167,15 +159,15 @@ def scored_groups(
 class _How:
     """The arguments of a measurement, but for what is measured."""
 
-    layers: LayerFilter
-    curvature_batches: Batches | None
-    strata: Mapping[str, int]
-    error_sequences: int | None
-    loss: Loss
-    tick: Callable[[], object] | None
-    offload: Offload
-    layer_groups: int
-    rank: int | None
+    layers: LayerFilter = None
+    curvature_batches: Batches | None = None
+    strata: Mapping[str, int] | None = None
+    error_sequences: int | None = _ERROR_SEQUENCES
+    loss: Loss = next_token_loss
+    tick: Callable[[], object] | None = None
+    offload: Offload = None
+    layer_groups: int = 1
+    rank: int | None = None
 
 
 def _measured(
@@ -227,8 +219,8 @@ class _Measured:
     def __init__(
         self, capture: Capture, domains: Mapping[str, Batches], tasks: Mapping[str, Batches], how: _How
     ) -> None:
-        self.capture, self.how = capture, how
-        self.tasks = [ProbeSet("task", name, batches, how.strata.get(name)) for name, batches in tasks.items()]
+        self.capture, self.how, strata = capture, how, how.strata or {}
+        self.tasks = [ProbeSet("task", name, batches, strata.get(name)) for name, batches in tasks.items()]
         self.domains = [ProbeSet("domain", name, batches) for name, batches in domains.items()]
         self.scores = np.zeros((len(tasks), len(domains)))
         self.left_out = LeftOut(len(tasks), len(domains))

@@ -6,6 +6,7 @@ Knows layers and gradients; it knows no domains, no tasks and no scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,10 +31,7 @@ class KFAC(FactoredCurvature):
         eigh_dtype.
     """
 
-    @property
-    def passes(self) -> int:
-        """How often the batches are read."""
-        return 1
+    passes: ClassVar[int] = 1
 
     def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
         moments = Moments(capture, self.largest_basis)

@@ -49,6 +49,11 @@ class Layers:
                     r"layers, as r'\.(10|11)\.' or 'q_proj|k_proj', or a function of a name"
                 ) from problem
 
+    @staticmethod
+    def of(layers: LayerFilter) -> Layers:
+        """The same as `Layers`."""
+        return layers if isinstance(layers, Layers) else Layers(layers)
+
     def __call__(self, name: str) -> bool:
         """Whether a layer of this name is wanted."""
         if self.exclude is not None and re.search(self.exclude, name):
@@ -94,12 +99,12 @@ class Layer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def matrix(self, of: Callable[[nn.Parameter], Tensor]) -> Tensor:
-        """The layer's matrix of whatever `of` gives for each parameter, in the parameter's shape."""
-        parts = [of(p) if self.expert is None else of(p)[self.expert] for p in self.parameters]
+        """The layer's matrix, [..., out, in], of whatever `of` gives for each parameter, [..., *shape of it]."""
+        parts = [of(p) if self.expert is None else of(p).select(-p.ndim, self.expert) for p in self.parameters]
         if self.kind == "norm":
-            return torch.cat(parts)[:, None]
+            return torch.cat(parts, dim=-1)[..., None]
         weight = parts[0].mT if self.transposed else parts[0]
-        return weight if self.bias is None else torch.cat([weight, parts[1][:, None]], dim=1)
+        return weight if self.bias is None else torch.cat([weight, parts[1][..., None]], dim=-1)
 
     def split(self, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """The inverse: each parameter with its part of a matrix, in the parameter's shape (of an expert, its slice)."""

@@ -115,30 +115,16 @@ def peak_memory(
     curvature = EKFAC() if curvature is None else curvature
     parts, idle = [], None
     for part in layer_parts(model, layers, layer_groups):
-        capture, groups, alive = Capture(model, layers=part, loss=loss), dict[str, tuple[str, ...]](), _Alive()
-
-        def consume(
-            layer: str,
-            a: Tensor,
-            g: Tensor,
-            mask: Tensor,
-            capture: Capture = capture,
-            groups: dict[str, tuple[str, ...]] = groups,
-        ) -> None:
-            groups[layer] = capture.sharing[layer]
-
-        sequences = micro_batch
+        capture, alive, sequences = Capture(model, layers=part, loss=loss), _Alive(), micro_batch
         if sequence is not None:
             try:
                 with isolated(model), alive:
-                    capture.run(sequence, consume)
+                    capture.rerun(sequence)
             except NothingMeasuredError as why:
                 idle = why
                 continue
             sequences //= len(token_mask(sequence))
-        parts.append(
-            _of(capture, groups, curvature, alive.peak * sequences, micro_batch, domains, tasks, offload, rank)
-        )
+        parts.append(_of(capture, curvature, alive.peak * sequences, micro_batch, domains, tasks, offload, rank))
     if not parts:
         assert idle is not None
         raise idle
@@ -147,7 +133,6 @@ def peak_memory(
 
 def _of(
     capture: Capture,
-    groups: dict[str, tuple[str, ...]],
     curvature: Curvature,
     batch: int,
     sequences: int,
@@ -156,9 +141,9 @@ def _of(
     offload: Offload,
     rank: int | None,
 ) -> PeakMemory:
-    sizes = {name: capture.zeros(name, 1).nbytes for name in capture.layers}
+    sizes = {name: math.prod(layer.shape) * capture.dtype(name).itemsize for name, layer in capture.layers.items()}
     whole, rows = sum(sizes.values()), max(2 * tasks, domains)
-    factors, covariances, largest = _factors(curvature, capture, groups)
+    factors, covariances, largest = _factors(curvature, capture)
     factored = isinstance(curvature, FactoredCurvature | Carried)
     gradients = (2 * tasks + domains) * whole
     if rank is not None:  # one task's whole; only fitting factors sums up domains before the tasks are read
@@ -185,7 +170,7 @@ def _thin(size: int, shape: tuple[int, int], rank: int) -> int:
     return min(size, size * rank * (rows + columns) // (rows * columns))
 
 
-def _factors(curvature: Curvature, capture: Capture, groups: dict[str, tuple[str, ...]]) -> tuple[int, int, int]:
+def _factors(curvature: Curvature, capture: Capture) -> tuple[int, int, int]:
     """Bytes of what preconditions, of the covariances that it was made from, and of the largest of these."""
     if isinstance(curvature, AdamDiagonal):
         return sum(4 * p.numel() for p in capture.model.parameters()), 0, 0
@@ -197,15 +182,14 @@ def _factors(curvature: Curvature, capture: Capture, groups: dict[str, tuple[str
     bases = covariances = largest = 0
     shared = set[tuple[str, ...]]()
     for name, layer in capture.layers.items():
-        rows, columns = layer.shape
-        size = capture.zeros(name, 1).nbytes // (rows * columns)
+        size = capture.dtype(name).itemsize
         sides = [
             side_shape(layer, curvature.largest_basis, outputs=out, head=name == capture.head) for out in (False, True)
         ]
-        if (group := groups.get(name, (name,))) in shared:
+        if (group := capture.sharing.get(name, (name,))) in shared:
             sides = sides[1:]
         shared.add(group)
-        bases += size * (rows * columns + sum(n[0] ** 2 for n in sides if len(n) == 2))
+        bases += size * (math.prod(layer.shape) + sum(n[0] ** 2 for n in sides if len(n) == 2))
         covariances += size * sum(math.prod(n) for n in sides)
         largest = max(largest, *(size * math.prod(n) for n in sides))
     # Carried on are both, and those before while new ones are fitted.

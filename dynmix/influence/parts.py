@@ -24,7 +24,7 @@ def layer_parts(model: nn.Module, layers: LayerFilter, count: int) -> list[Layer
         raise ValueError(f"layer_groups={count}: at least 1")
     if count == 1:
         return [layers]
-    wanted = layers if isinstance(layers, Layers) else Layers(layers)
+    wanted = Layers.of(layers)
     capture = Capture(model, layers=layers)
     sizes = np.cumsum([np.prod(layer.shape) for layer in capture.layers.values()])
     count = min(count, len(sizes))

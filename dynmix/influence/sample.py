@@ -8,7 +8,7 @@ This module knows batches with names; it knows no mixture, no files and no train
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dynmix.influence.capture import (
     Batches,
     Capture,
     LayerFilter,
+    Layers,
     Loss,
     isolated,
     measurable_layers,
@@ -26,8 +27,10 @@ from dynmix.influence.capture import (
     unwrap,
 )
 from dynmix.influence.datainf import DataInf
+from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.layers import plain_name
+from dynmix.influence.sets import ProbeSet, complete
 from dynmix.observation import Array
 
 _CURVATURE_BATCHES = 32
@@ -134,7 +137,7 @@ class SampleScorer:
         check_curvature(curvature)
         self.tasks = tuple(tasks)
         chosen = last_layers(model) if layers is None else layers
-        self._capture = Capture(model, layers=chosen, embeddings=True, loss=loss, tick=tick)
+        self._capture = Capture(model, layers=replace(Layers.of(chosen), embeddings=True), loss=loss, tick=tick)
         with isolated(self._capture.model):
             inverse = curvature.fit(self._capture, curvature_batches)
             self._towards = _task_gradients(self._capture, tasks)
@@ -225,19 +228,8 @@ def _inside(layer: str, name: str) -> bool:
 
 def _task_gradients(capture: Capture, tasks: Mapping[str, Batches]) -> dict[str, Tensor]:
     """Per layer the tasks' gradients of the mean loss per token, [n_tasks, out, in]."""
-    gradients: dict[str, Tensor] = {}
-    for number, (name, batches) in enumerate(tasks.items()):
-        scored = 0.0
-
-        def add(layer: str, a: Tensor, g: Tensor, mask: Tensor, number: int = number) -> None:
-            if layer not in gradients:
-                gradients[layer] = capture.zeros(layer, len(tasks))
-            gradients_of(a, g).add_weighted(g.new_ones(1, len(g)), gradients[layer][number : number + 1])
-
-        for batch in batches:
-            scored += capture.run(batch, add)[1].sum().item()
-        if not scored:
-            raise ValueError(f"tasks[{name!r}] has no scored token: no batches, or every label is -100 or masked")
-        for stack in gradients.values():
-            stack[number] /= scored
-    return gradients
+    gradients, turns = dict[str, Tensor](), Turns(capture.ranks, capture.rerun)
+    sets = [ProbeSet("task", name, batches) for name, batches in tasks.items()]
+    for number, task in enumerate(sets):
+        task.sum_up(capture, turns, gradients, slice(number, number + 1), len(sets))
+    return complete(sets, turns, capture, gradients)

@@ -120,7 +120,7 @@ class ProbeSet:
         """End a pass: what was found in it, by the number of the batch, in order."""
         if not found:
             raise ValueError(
-                f"{self.kind} {self.name!r} has no batches in this pass: it must give the same ones every time"
+                f"{self.kind} {self.name!r} has no batches in this pass: give some, the same ones every time"
             )
         self.found = {}
         products = [(own.products, own.tokens) for own in found.values() if own.products is not None]

@@ -7,17 +7,13 @@ safetensors; it knows no domain and no trainer.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature
@@ -27,12 +23,13 @@ from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.layers import Layer
 from dynmix.influence.sets import ratio_of_sums
+from dynmix.influence.tensor_file import read_tensors, write_tensors
 from dynmix.observation import Array
 from dynmix.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "dynmix-task-gradients-1"
+_WHAT = "gradients of tasks"
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,7 @@ class TaskGradients:
 
     def matrix(self, layer: Layer, name_of: Mapping[int, str]) -> Tensor:
         """The layer's part as `Capture` sees it, [n_rows, out, in (+1)]; `name_of` the parameters by their id."""
-        parts = [self.parameters[name_of[id(p)]] for p in layer.parameters]
-        if layer.kind == "norm":
-            return torch.cat(parts, dim=1)[..., None]
-        if layer.expert is not None:
-            parts = [part[:, layer.expert] for part in parts]
-        weight = parts[0].mT if layer.transposed else parts[0]
-        return weight if layer.bias is None else torch.cat([weight, parts[1][..., None]], dim=-1)
+        return layer.matrix(lambda parameter: self.parameters[name_of[id(parameter)]])
 
     def on(self, model: nn.Module) -> TaskGradients:
         """The same, where the model's parameters are. Raises ValueError if it has not all of them in these shapes."""
@@ -84,27 +75,14 @@ class TaskGradients:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.writing")
         arrays = {name: getattr(self, name).tolist() for name in ("tokens", "loss", "loss_standard_error")}
         facts = {"tasks": self.tasks, "folds": self.folds, "layers": self.layers, **arrays}
-        tensors = {name: stack.contiguous() for name, stack in self.parameters.items()}
-        save_file(tensors, beside, metadata={"format": _FORMAT, "facts": json.dumps(facts)})
-        os.replace(beside, path)
+        write_tensors(path, _WHAT, self.parameters, facts)
 
     @classmethod
     def load(cls, path: Path) -> TaskGradients:
         """Read such a file. Raises ValueError if it is missing or another."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} holds no gradients of tasks")
-                facts = json.loads(metadata["facts"])
-                # As memory is aligned, so are sums in float32 split up: what is loaded is to give the same bit for bit.
-                parameters = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as problem:
-            raise ValueError(f"{path}: the tasks' gradients cannot be read: {problem}") from problem
+        parameters, facts = read_tensors(path, _WHAT)
         return cls(
             tasks=tuple(facts["tasks"]),
             folds=tuple(facts["folds"]),
@@ -260,7 +238,7 @@ def _summed(
 
 def with_tied_table(model: nn.Module, layers: LayerFilter) -> Layers:
     """The same layers, and the embedding whose table is the weight of one of them."""
-    wanted = layers if isinstance(layers, Layers) else Layers(layers)
+    wanted = Layers.of(layers)
     if wanted.embeddings:
         return wanted
     linear = measurable_layers(model, head=wanted.head)
