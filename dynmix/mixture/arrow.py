@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from dynmix.mixture.documents import Documents, Ints, JoinedDocuments, Tokens, content_sample, copy_window, read_windows
+from dynmix.mixture.documents import ArrayDocuments, Documents, Ints, JoinedDocuments, Tokens, content_sample
 from dynmix.mixture.view import DocumentView
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ class ArrowTokens(JoinedDocuments):
         return digest.hexdigest()
 
 
-class _Chunk(Documents):
+class _Chunk(ArrayDocuments):
     """One Arrow array of lists: its values are the documents end to end."""
 
     def __init__(self, lists: Any, where: str) -> None:
-        kind, self._where = lists.type, where
+        kind, self.where = lists.type, where
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         # Of lists that are all empty, nothing tells the type.
         if not is_list or not (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
@@ -84,14 +84,10 @@ class _Chunk(Documents):
         values = lists.flatten()
         if values.null_count:
             raise ValueError(f"{where} has {values.null_count} ids that are null")
-        self._tokens: Tokens = values.to_numpy() if len(values) else np.empty(0, np.int64)
+        self.tokens = values.to_numpy() if len(values) else np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
 
     @property
     def fingerprint(self) -> str:
@@ -99,9 +95,3 @@ class _Chunk(Documents):
 
     def starts(self, documents: Ints) -> Ints:
         return self._starts[documents].astype(np.int64)
-
-    def read(self, starts: Ints, length: int) -> Ints:
-        return read_windows(self._tokens, starts, length, self._where)
-
-    def copy(self, start: int, out: Ints) -> None:
-        copy_window(self._tokens, start, out, self._where)

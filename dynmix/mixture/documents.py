@@ -75,6 +75,57 @@ class Documents(ABC):
         return i
 
 
+class ArrayDocuments(Documents):
+    """Documents whose tokens lie end to end in one array.
+
+    Attributes:
+        tokens: [num_tokens], contiguous, mostly a memory map.
+        where: what an error calls it.
+        vocab_size: ids are below it; None: below 2^63.
+    """
+
+    tokens: Tokens
+    where: str
+    vocab_size: int | None = None
+
+    def __repr__(self) -> str:
+        facts = f"documents={len(self)}, tokens={self.num_tokens}, dtype={self.dtype}"
+        return f"{type(self).__name__}({self.where!r}, {facts})"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents together."""
+        return len(self.tokens)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a token in the array."""
+        return self.tokens.dtype
+
+    def read(self, starts: Ints, length: int) -> Ints:
+        """Tokens [start, start + length) for each start, int64[len(starts), length]. Raises as `Documents.read`."""
+        check_windows(starts, length, self.num_tokens)
+        if not len(starts) or not length:
+            return np.empty((len(starts), length), np.int64)
+        # Every window as a row of one overlapping table: as fast as a table of rows, and from any token on.
+        shape, step = (self.num_tokens - length + 1, length), self.tokens.itemsize
+        table: Tokens = np.ndarray(shape, self.dtype, self.tokens, 0, (step, step))
+        found = table[starts] if length > 1 else self.tokens[starts][:, None]
+        ids: Ints = found.astype(np.int64)
+        self._check(ids)
+        return ids
+
+    def copy(self, start: int, out: Ints) -> None:
+        """Put the tokens from `start` on into `out`, as many as it takes."""
+        out[:] = self.tokens[start : start + len(out)]
+        self._check(out)
+
+    def _check(self, ids: Ints) -> None:
+        """Of what was read, where the type of the tokens or a vocabulary leaves room for what is no id."""
+        if self.vocab_size is not None or self.dtype.kind == "i" or self.dtype.itemsize == 8:
+            check_ids(ids, self.where, self.vocab_size)
+
+
 class JoinedDocuments(Documents):
     """The documents of several `parts`, one part after the other, as one; no token is copied.
 
@@ -142,40 +193,6 @@ def check_windows(starts: Ints, length: int, num_tokens: int) -> None:
     """Raises IndexError for windows of `length` tokens that are not all within `num_tokens`."""
     if len(starts) and not 0 <= starts.min() <= starts.max() <= num_tokens - length:
         raise IndexError(f"{length} tokens from {starts.min()} to {starts.max()} on, of {num_tokens}")
-
-
-def read_windows(tokens: Tokens, starts: Ints, length: int, where: str, vocab_size: int | None = None) -> Ints:
-    """Windows of an array, int64[len(starts), length]: `Documents.read` of what lies in memory as one piece.
-
-    Args:
-        tokens: [num_tokens], contiguous.
-        starts: first token of each window.
-        length: tokens of a window.
-        where: what an error calls the array.
-        vocab_size: ids are below it; None: below 2^63.
-    """
-    check_windows(starts, length, len(tokens))
-    if not len(starts) or not length:
-        return np.empty((len(starts), length), np.int64)
-    # Every window as a row of one overlapping table: as fast as a table of rows, and from any token on.
-    shape, step = (len(tokens) - length + 1, length), tokens.itemsize
-    table: Tokens = np.ndarray(shape, tokens.dtype, tokens, 0, (step, step))
-    found = table[starts] if length > 1 else tokens[starts][:, None]
-    ids: Ints = found.astype(np.int64)
-    check_read(tokens, ids, where, vocab_size)
-    return ids
-
-
-def copy_window(tokens: Tokens, start: int, out: Ints, where: str, vocab_size: int | None = None) -> None:
-    """`Documents.copy` of what lies in memory as one piece."""
-    out[:] = tokens[start : start + len(out)]
-    check_read(tokens, out, where, vocab_size)
-
-
-def check_read(tokens: Tokens, ids: Ints, where: str, vocab_size: int | None) -> None:
-    """`check_ids` of some of `tokens`, where their type or a vocabulary leaves room for what is none."""
-    if vocab_size is not None or tokens.dtype.kind == "i" or tokens.itemsize == 8:
-        check_ids(ids, where, vocab_size)
 
 
 def check_vocabulary(documents: Documents, where: str, vocab_size: int | None = None) -> None:

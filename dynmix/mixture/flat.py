@@ -17,15 +17,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dynmix.mixture.documents import (
-    Documents,
+    ArrayDocuments,
     Ints,
     Tokens,
     check_vocabulary,
     content_sample,
-    copy_window,
-    read_windows,
     spread,
 )
+from dynmix.mixture.index import shared
 from dynmix.mixture.shared import SharedArray
 from dynmix.mixture.store import StoreError, mapped, with_room
 
@@ -43,7 +42,7 @@ _OTHER = re.compile(
 _SCAN = 1 << 22
 
 
-class FlatTokens(Documents):
+class FlatTokens(ArrayDocuments):
     """Token ids in one file, end to end, read through a memory map; pickles by path.
 
     A file with an npy header must be a vector of integers, of the size that the header says. Any other is taken as raw
@@ -104,9 +103,9 @@ class FlatTokens(Documents):
     def _map(
         self, path: Path, dtype: np.dtype[Any], offset: int, vocab_size: int | None, bounds: SharedArray | None
     ) -> None:
-        self.path, self.vocab_size, self._offset = path, vocab_size, offset
+        self.path, self.where, self.vocab_size, self._offset = path, str(path), vocab_size, offset
         self._bounds = bounds
-        self.tokens: Tokens = mapped(path, dtype, offset)
+        self.tokens = mapped(path, dtype, offset)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.path, self.dtype, self._offset, self.vocab_size, self._bounds)
@@ -114,23 +113,10 @@ class FlatTokens(Documents):
     def __len__(self) -> int:
         return 1 if self._bounds is None else len(self._bounds.array) - 1
 
-    def __repr__(self) -> str:
-        return f"FlatTokens({str(self.path)!r}, documents={len(self)}, tokens={self.num_tokens}, dtype={self.dtype})"
-
     @property
     def has_borders(self) -> bool:
         """Whether an `eos_token_id` was given."""
         return self._bounds is not None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the file."""
-        return len(self.tokens)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of a token in the file."""
-        return self.tokens.dtype
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -144,14 +130,6 @@ class FlatTokens(Documents):
         bounds = np.array([0, self.num_tokens]) if self._bounds is None else self._bounds.array
         found: Ints = bounds[documents]
         return found
-
-    def read(self, starts: Ints, length: int) -> Ints:
-        """Tokens [start, start + length) for each start, int64[len(starts), length]. Raises as `Documents.read`."""
-        return read_windows(self.tokens, starts, length, str(self.path), self.vocab_size)
-
-    def copy(self, start: int, out: Ints) -> None:
-        """Put the tokens from `start` on into `out`, as many as it takes."""
-        copy_window(self.tokens, start, out, str(self.path), self.vocab_size)
 
 
 def _reopened(
@@ -304,8 +282,4 @@ def _bounds(tokens: Tokens, end: int) -> SharedArray:
     """Where documents begin that end with the token `end`, and the end of the last one."""
     ends = [first + 1 + np.flatnonzero(tokens[first : first + _SCAN] == end) for first in range(0, len(tokens), _SCAN)]
     found = np.concatenate([[0], *ends, [len(tokens)]])
-    if len(found) > 2 and found[-1] == found[-2]:
-        found = found[:-1]
-    bounds = SharedArray(found.shape)
-    bounds.array[:] = found
-    return bounds
+    return shared(found[:-1] if len(found) > 2 and found[-1] == found[-2] else found)

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import operator
 import os
 import secrets
 import struct
@@ -27,7 +26,7 @@ from typing import IO, Any, NoReturn, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from dynmix.mixture.documents import Documents, Ints, copy_window, read_windows
+from dynmix.mixture.documents import ArrayDocuments, Ints
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -44,7 +43,7 @@ class StoreError(ValueError):
     """A token store that cannot be opened, or documents that cannot be written to one."""
 
 
-class TokenStore(Documents):
+class TokenStore(ArrayDocuments):
     """Documents of token ids on disk, read through memory maps; `TokenStore(path)` is the same as `open`.
 
     `store[i]` is document i, a read-only 1-D view; `len(store)` counts documents. Pickles by path.
@@ -55,10 +54,10 @@ class TokenStore(Documents):
     """
 
     path: Path
-    tokens: NDArray[Any]
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _stem(path)
+        self.where = str(self.path)
         bin_path, idx_path = _pair(self.path)
         for file, other in ((idx_path, bin_path), (bin_path, idx_path)):
             if not file.is_file():
@@ -156,27 +155,12 @@ class TokenStore(Documents):
         return len(self._table) - 1
 
     def __getitem__(self, index: SupportsIndex) -> NDArray[Any]:
-        i = operator.index(index)
-        i = i + len(self) if i < 0 else i
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: document {index} of {len(self)}")
-        return self.tokens[self._start(i) : self._start(i + 1)]
-
-    def __repr__(self) -> str:
-        return f"TokenStore({str(self.path)!r}, documents={len(self)}, tokens={self.num_tokens}, dtype={self.dtype})"
+        i = self.checked(index)
+        start, stop = self.starts(np.array([i, i + 1])).tolist()
+        return self.tokens[start:stop]
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return type(self), (self.path,)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents together."""
-        return len(self.tokens)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of a stored token."""
-        return self.tokens.dtype
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -188,21 +172,6 @@ class TokenStore(Documents):
         sequence = self._table[documents]
         starts = self._starts[np.minimum(sequence, len(self._starts) - 1)] // self.tokens.itemsize
         return np.where(sequence == len(self._starts), len(self.tokens), starts)
-
-    def read(self, starts: Ints, length: int) -> Ints:
-        """Tokens [start, start + length) for each start, int64[len(starts), length]. Raises as `Documents.read`."""
-        return read_windows(self.tokens, starts, length, str(self.path))
-
-    def copy(self, start: int, out: Ints) -> None:
-        """Put the tokens from `start` on into `out`, as many as it takes."""
-        copy_window(self.tokens, start, out, str(self.path))
-
-    def _start(self, document: int) -> int:
-        """First token of `document`; for document D, one past the last token."""
-        sequence = int(self._table[document])
-        if sequence == len(self._starts):
-            return len(self.tokens)
-        return int(self._starts[sequence]) // self.tokens.itemsize
 
 
 def _stem(path: str | os.PathLike[str]) -> Path:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmix.mixture.documents import Documents, Ints, JoinedDocuments, check_vocabulary, read_windows, spread
+from dynmix.mixture.documents import ArrayDocuments, Documents, Ints, JoinedDocuments, check_vocabulary, spread
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.view import DocumentView
 
@@ -38,6 +38,23 @@ class Listed(Documents):
         assert all(0 <= start <= len(every) - length for start in starts.tolist())
         rows = [every[start : start + length] for start in starts.tolist()]
         return np.array(rows, np.int64).reshape(len(starts), length)
+
+
+class Array(ArrayDocuments):
+    """One document, an array."""
+
+    def __init__(self, tokens: np.ndarray, vocab_size: int | None = None) -> None:
+        self.tokens, self.where, self.vocab_size = tokens, "x", vocab_size
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def fingerprint(self) -> str:
+        return ""
+
+    def starts(self, documents: Ints) -> Ints:
+        return documents * self.num_tokens
 
 
 @given(contents=contents, length=st.integers(1, 30), data=st.data())
@@ -82,12 +99,12 @@ def test_joined_documents_are_those_of_one_list(
 def test_windows_of_an_array_are_its_slices(tokens: list[int], dtype: str, data: st.DataObject) -> None:
     length = data.draw(st.integers(0, len(tokens)))
     starts = data.draw(st.lists(st.integers(0, len(tokens) - length), max_size=6))
-    read = read_windows(np.array(tokens, dtype), np.array(starts, np.int64), length, "x")
+    read = Array(np.array(tokens, dtype)).read(np.array(starts, np.int64), length)
     assert (read.dtype, read.shape) == (np.int64, (len(starts), length))
     assert read.tolist() == [tokens[start : start + length] for start in starts]
     for bad in (-1, len(tokens) - length + 1):
         with pytest.raises(IndexError, match=f"of {len(tokens)}"):
-            read_windows(np.array(tokens, dtype), np.array([bad]), length, "x")
+            Array(np.array(tokens, dtype)).read(np.array([bad]), length)
 
 
 @given(st.integers(0, 500), st.integers(1, 60), st.integers(2, 20))
@@ -110,9 +127,9 @@ def test_windows_are_spread_over_everything(size: int, length: int, most: int) -
     ],
 )
 def test_what_is_no_id_is_refused_when_it_is_read(tokens: np.ndarray, message: str) -> None:
-    assert read_windows(tokens, np.array([0]), 1, "x", 7).tolist() == [[5]]
+    assert Array(tokens, 7).read(np.array([0]), 1).tolist() == [[5]]
     with pytest.raises(ValueError, match=message):
-        read_windows(tokens, np.array([0, 1]), 1, "x", 7)
+        Array(tokens, 7).read(np.array([0, 1]), 1)
 
 
 def test_the_vocabulary_is_checked_in_every_token_of_what_is_small() -> None:
