@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, SupportsFloat
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from dynmix.mixture import accounting, late
 from dynmix.mixture.accounting import NewEpoch, Remaining, UsedUp, new_epochs, used_up
@@ -42,6 +42,7 @@ from dynmix.mixture.sequences import (
     is_padded,
 )
 from dynmix.mixture.sources import Source, open_domains
+from dynmix.mixture.steered import Steered
 from dynmix.mixture.text import Tokenizer
 from dynmix.mixture.view import RowView
 from dynmix.mixture.weights import Weights, matched
@@ -57,7 +58,7 @@ _TOO_FAR = (
 _WAITING = f" A measurement or an evaluation may be under way. If nothing is, {_TOO_FAR}"
 
 
-class MixtureDataset(Dataset[Item]):
+class MixtureDataset(Steered, Dataset[Item]):
     """Position g of the stream as {"input_ids": LongTensor[sequence_length], "labels": the same, "domain": int}.
 
     Read it in order: `DataLoader(dataset, shuffle=False)`, `train_sampling_strategy="sequential"`. For token stores
@@ -219,16 +220,6 @@ class MixtureDataset(Dataset[Item]):
         """Sequences of one domain that stand in a row."""
         return self.schedule.homogeneous
 
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """Names, in order; `domain` of an item is an index into it."""
-        return self.schedule.names
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Name -> sequences of the domain."""
-        return self.schedule.sizes
-
     def __getitem__(self, position: int) -> Item:
         """Item at `position`, in any order and without a trace: for looking, not for training."""
         position = operator.index(position)
@@ -319,19 +310,13 @@ class MixtureDataset(Dataset[Item]):
         """Name -> sequences of each of the first domains, whose rows those of `extend` are."""
         return dict(zip(self.domains, self._first, strict=False))
 
-    def begin(self, weights: Weights) -> None:
-        """`schedule.begin`, refused where the loader has read already. Raises ValueError."""
-        self._progress.check_begin()
-        self.schedule.begin(weights)
-
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
         """`schedule.publish`, refused where the loader has read already: those samples were of the stage before.
 
         Raises:
             ValueError: also when `start` is below `read_until`.
         """
-        self._progress.check_publish(start)
-        self.schedule.publish(weights, start, end)
+        super().publish(weights, start, end)
         number, stop = self.schedule.num_stages - 1, min(self.ends_at, self.num_samples if end is None else end)
         if again := new_epochs(self.schedule, start, stop) if start < stop else []:
             logger.warning("stage %d will read again: %s", number, accounting.in_words(again))
@@ -400,11 +385,6 @@ class MixtureDataset(Dataset[Item]):
         """Domain -> tokens of it before `position`, padding included, in closed form; None as in `remaining`."""
         drawn = self.schedule.counts(self.read_until if position is None else position).tolist()
         return {name: n * self.sequence_length for name, n in zip(self.domains, drawn, strict=True)}
-
-    @property
-    def read_until(self) -> int:
-        """One more than the highest position that a loader read here or in a worker; 0 before, and after loading."""
-        return self._progress.read_until
 
     @property
     def read_size(self) -> int:
@@ -476,14 +456,7 @@ class MixtureDataset(Dataset[Item]):
             found += [f"domain {name!r} has as many rows, but their content changed" for name in changed]
         if found:
             raise ValueError("this state belongs to other data: " + "; ".join(found))
-        if get_worker_info() is not None:
-            # A loader that keeps states of its workers. Theirs may be older than what the main process has published
-            # since they read ahead, and what they would write is shared with it.
-            if not self.schedule.continues(saved):
-                raise ValueError(
-                    "this state has stages that the main process has not: load them there before the loader starts,"
-                    " dataset.load_state_dict(state) with the state that dataset.state_dict() gave in the main process"
-                )
+        if self._is_of_worker(saved):
             return
         first = late.first_rows(then, self._listed, self.sequence_length, state["fingerprint"])
         opened = {
@@ -513,10 +486,6 @@ class MixtureDataset(Dataset[Item]):
                 logger.warning("position %d was asked for: %s", runs[0].start, reason)
             raise Exhausted(reason)
         return kept
-
-    def pulse(self) -> None:
-        """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
-        self._progress.pulse()
 
     def _items(self, runs: Sequence[range]) -> Samples:
         found = [self._assigned(run) for run in runs]

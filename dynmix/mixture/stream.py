@@ -22,7 +22,8 @@ from dynmix.mixture.options import whole
 from dynmix.mixture.progress import Progress
 from dynmix.mixture.schedule import Ints, MixtureSchedule, schedule_of
 from dynmix.mixture.sequences import Item
-from dynmix.mixture.weights import Weights, matched
+from dynmix.mixture.steered import Steered
+from dynmix.mixture.weights import matched
 
 _AHEAD = 4096  # positions assigned at once
 _UNKNOWN = 1 << 40  # rows of a domain that nobody has counted: domains and counts of positions do not depend on it
@@ -35,7 +36,7 @@ _WAITING = (
 Policy = Literal["repeat", "stop"]
 
 
-class MixtureStream(IterableDataset[Item]):
+class MixtureStream(Steered, IterableDataset[Item]):
     """A mixture of sources that have no random access, by the same schedule as `MixtureDataset`.
 
         stream = MixtureStream(
@@ -181,16 +182,6 @@ class MixtureStream(IterableDataset[Item]):
         return self._reading
 
     @property
-    def domains(self) -> tuple[str, ...]:
-        """Names, in order; `domain` of an item is an index into it."""
-        return self.schedule.names
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Name -> sequences of one pass over the domain, as far as they were told."""
-        return self.schedule.sizes
-
-    @property
     def gone(self) -> tuple[str, ...]:
         """None: a state is of the domains that are listed, or refused."""
         return ()
@@ -216,33 +207,10 @@ class MixtureStream(IterableDataset[Item]):
         """How many probe sequences a domain has."""
         return len(self._probes[self.domains.index(domain)].rows) if self._probes else 0
 
-    def begin(self, weights: Weights) -> None:
-        """`schedule.begin`, refused where the loader has read already. Raises ValueError."""
-        self._progress.check_begin()
-        self.schedule.begin(weights)
-
-    def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
-        """`schedule.publish`, refused where the loader has read already: those samples were of the stage before.
-
-        Raises:
-            ValueError: also when `start` is below `read_until`.
-        """
-        self._progress.check_publish(start)
-        self.schedule.publish(weights, start, end)
-
-    @property
-    def read_until(self) -> int:
-        """One more than the highest position that was read here or in a worker; 0 before, and after loading."""
-        return self._progress.read_until
-
     @property
     def read_size(self) -> int:
         """Samples a loader takes at once in this process, if it was told; 0 otherwise, and before it reads."""
         return self.batch_size or 0 if self.read_until else 0
-
-    def pulse(self) -> None:
-        """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
-        self._progress.pulse()
 
     def state_dict(self) -> dict[str, Any]:
         """Stages, and under "reading" where this process is in its sources (None before it reads).
@@ -272,15 +240,8 @@ class MixtureStream(IterableDataset[Item]):
             found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
         if found:
             raise ValueError("this state belongs to another mixture: " + "; ".join(found))
-        known = self.schedule.continues(schedule)
-        if get_worker_info() is not None:
-            if not known:
-                raise ValueError(
-                    "this state has stages that the main process has not: load them there before the loader starts,"
-                    " stream.load_state_dict(state) with the state that stream.state_dict() gave in the main process"
-                )
-        else:
-            if not known or self.read_until:
+        if not self._is_of_worker(schedule):
+            if self.read_until or not self.schedule.continues(schedule):
                 self.schedule.load_state_dict(schedule)
             self._progress.forget()
             self._reading = None
