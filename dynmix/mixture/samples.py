@@ -5,7 +5,6 @@ tensors; but `torch.utils.data.default_collate` looks at the type of the first a
 Knows tensors; nothing of what they hold.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
@@ -27,19 +26,11 @@ class _First(Sample):
         super().__init__()
         # Not the list that it is in: what refers to each other is freed late.
         self._batch, self._domain, self._made = batch, domain, False
-        self._then: dict[str, Any] = {}
 
     def _make(self) -> None:
         if not self._made:
             self._made = True
-            self._then = {name: value[0] for name, value in self._batch.items()} | {"domain": self._domain[0].item()}
-            super().update(self._then)
-
-    def is_changed(self) -> bool:
-        """Whether it holds anything else than it did at first."""
-        if not self._made:
-            return False
-        return list(self) != list(self._then) or not all(map(operator.is_, self.values(), self._then.values()))
+            super().update({name: value[0] for name, value in self._batch.items()}, domain=self._domain[0].item())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return dict, (list(self.items()),)
@@ -59,8 +50,8 @@ class Samples(list[Sample]):
         self._first: _First | None = None  # if it was asked for alone
 
     def batch(self) -> dict[str, Tensor] | None:
-        """The batch itself, or None where items may have been given something else than it holds."""
-        if self._made or (self._first is not None and self._first.is_changed()):
+        """The batch itself, or None where an item was looked at, which may hold something else since."""
+        if self._made or (self._first is not None and self._first._made):
             return None
         return {**self._batch, "domain": torch.from_numpy(self._domain.copy())}
 
