@@ -112,6 +112,11 @@ def token_mask(batch: Batch) -> Tensor:
     return torch.ones(len(first), 1, dtype=torch.bool, device=first.device)
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors there."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def checked(batch: Batch) -> Batch:
     """The batch, or a TypeError or ValueError that says what a batch is."""
     if not isinstance(batch, Mapping):

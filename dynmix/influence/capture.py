@@ -25,6 +25,7 @@ from dynmix.influence.batch import (
     next_token_labels,
     next_token_logits,
     next_token_loss,
+    on_device,
     token_mask,
 )
 from dynmix.influence.isolation import isolated, random_state_kept, unwrap
@@ -141,8 +142,7 @@ class Capture:
 
         Returns loss and number of scored tokens of each sequence, float64[B] on the CPU.
         """
-        device = next(self.model.parameters()).device
-        batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in checked(batch).items()}
+        batch = on_device(checked(batch), next(self.model.parameters()).device)
         caught = OnePass(self.layers, self.tied, token_mask(batch), consume, check=not self._settled)
         with torch.enable_grad():
             with caught.forward():

@@ -45,7 +45,7 @@ class Carried:
 
     def fit(self, capture: Capture, batches: Batches) -> FittedFactors:
         """The factors for this time."""
-        return self.fit_and_sum(capture, batches, Sums([]))
+        return self.fit_and_sum(capture, batches, Sums([], capture.stored))
 
     def fit_and_sum(self, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
         """As `fit`; `sums` gets the gradients of those batches that are read."""
@@ -54,7 +54,7 @@ class Carried:
             if self._fresh:
                 self.used += 1
                 return self.fitted
-        fitted = self.curvature.fit_after(self.fitted, capture, batches, sums)
+        fitted = self.curvature.fit_and_sum(capture, batches, sums, self.fitted)
         capture.ranks.exchange("the fitted curvature", None)  # kept on all ranks or on none
         if fitted.finite:
             self.fitted, self.used = fitted, 1

@@ -81,22 +81,18 @@ class FactoredCurvature(ABC):
 
     def fit(self, capture: Capture, batches: Batches) -> FittedFactors:
         """Factors of these batches alone."""
-        return self.fit_after(None, capture, batches, Sums([]))
-
-    def fit_and_sum(self, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
-        """As `fit`; and the gradients of those batches read that `sums` is waiting for are added to it."""
-        return self.fit_after(None, capture, batches, sums)
+        return self.fit_and_sum(capture, batches, Sums([], capture.stored))
 
     @torch.no_grad()
-    def fit_after(
-        self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums
+    def fit_and_sum(
+        self, capture: Capture, batches: Batches, sums: Sums, previous: FittedFactors | None = None
     ) -> FittedFactors:
-        """As `fit_and_sum`, averaged with the factors before."""
+        """As `fit`, averaged with the factors before; adds gradients of batches read that `sums` is waiting for."""
         if self.labels == "sampled" and capture.loss is not next_token_loss:
             raise ValueError('labels="sampled" draws next tokens: it needs the default loss')
         batches = within_budget(batches, self.factor_tokens)
         if self.labels == "sampled":
-            sums = Sums([])  # these gradients are not the data's
+            sums = Sums([], capture.stored)  # these gradients are not the data's
         fitted = self._fit(previous, capture, batches, sums)
         _add_idle_experts(capture, fitted.factors)
         if previous is None or not self.ema:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynmix.influence.batch import Batches, next_token_labels, next_token_logits, next_token_loss
+from dynmix.influence.batch import Batches, next_token_labels, next_token_logits, next_token_loss, on_device
 from dynmix.influence.capture import Capture
 from dynmix.influence.layers import plain_name
 
@@ -145,7 +145,7 @@ class FittedGaussNewton:
         model = self.capture.model
         device = next(model.parameters()).device
         for given in self.batches:
-            batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in given.items()}
+            batch = on_device(given, device)
             leaves = {
                 name: parameter.detach().requires_grad_()
                 for layer in self.capture.layers

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dynmix.influence.batch import Batch, next_token_labels, next_token_logits
+from dynmix.influence.batch import Batch, next_token_labels, next_token_logits, on_device
 from dynmix.influence.capture import Capture
 
 
 @torch.no_grad()
 def sampled_labels(capture: Capture, batch: Batch, generator: torch.Generator) -> Batch:
     """The batch with every scored label replaced by a draw from the model's own prediction."""
-    batch = {key: v.to(generator.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    batch = on_device(batch, generator.device)
     logits, labels = next_token_logits(capture.model, batch)[:, :-1], next_token_labels(batch)
     draws = torch.multinomial(logits.flatten(0, 1).softmax(-1).nan_to_num(1.0), 1, generator=generator)
     drawn = torch.where(labels == -100, labels, draws.view(labels.shape))

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dynmix.influence.capture import Batch, Batches, Loss, isolated, next_token_loss, unwrap
+from dynmix.influence.batch import on_device
+from dynmix.influence.capture import Batch, Batches, isolated, next_token_loss, unwrap
 from dynmix.influence.dealing import Turns
 from dynmix.influence.sets import ratio_of_sums
 from dynmix.observation import Array
@@ -17,7 +18,7 @@ from dynmix.ranks import Ranks
 
 
 def task_losses(
-    model: nn.Module, tasks: Mapping[str, Batches], loss: Loss = next_token_loss, *, over_ranks: bool = False
+    model: nn.Module, tasks: Mapping[str, Batches], *, over_ranks: bool = False
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return each task's mean loss in nats per token, and its standard error over the task's sequences.
 
@@ -29,7 +30,7 @@ def task_losses(
     ranks = Ranks(over_ranks)
 
     def run(batch: Batch) -> tuple[Array, Array]:
-        nats, tokens = loss(model, {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
+        nats, tokens = next_token_loss(model, on_device(batch, device))
         return nats.double().cpu().numpy(), tokens.double().cpu().numpy()
 
     means, errors = {}, {}

@@ -23,14 +23,14 @@ class Sums:
 
     Args:
         sets: the batches of each.
-        stored: makes zeros for a layer [n, out, in]; None: beside the gradients.
+        stored: makes zeros for a layer, [n, out, in].
 
     Attributes:
         gradients: layer -> [n_sets, out, in], of the batches that this rank has run.
         met: for each set, number of the batch -> the losses and tokens that `Capture.run` returned for it, on any rank.
     """
 
-    def __init__(self, sets: Sequence[Batches], stored: Callable[[str, int], Tensor] | None = None) -> None:
+    def __init__(self, sets: Sequence[Batches], stored: Callable[[str, int], Tensor]) -> None:
         self._stored = stored
         self.gradients: dict[str, Tensor] = {}
         self.met: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in sets]
@@ -47,9 +47,7 @@ class Sums:
     def add(self, layer: str, batch: Batch, gradient: Tensor) -> None:
         """Add the gradient of the batch's summed loss, [out, in], to the sets that hold it."""
         if layer not in self.gradients:
-            n = len(self.met)
-            new = self._stored(layer, n) if self._stored else gradient.new_zeros(n, *gradient.shape)
-            self.gradients[layer] = new
+            self.gradients[layer] = self._stored(layer, len(self.met))
         for index, _ in self._where[id(batch)]:
             with on(self.gradients[layer][index], gradient.device) as total:
                 total += gradient

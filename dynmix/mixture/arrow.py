@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def dataset_documents(dataset: "Dataset", column: str = "input_ids") -> Documents:
-    """The rows of a list column of integers as documents, in the dataset's order (`select`, `shuffle` and `filter`).
+def dataset_documents(dataset: "Dataset") -> Documents:
+    """The `input_ids` of a dataset's rows as documents, in the dataset's order (`select`, `shuffle` and `filter`).
 
     Rows in another order than that of the Arrow table take the memory of a `DocumentView`.
 
     Raises:
         ValueError: the column holds something else, or a row without a list or with an id that is null.
     """
-    table = ArrowTokens(dataset, column)
+    table = ArrowTokens(dataset)
     indices = dataset._indices  # what select, shuffle and filter made; nothing public tells of it
     if indices is None or not len(dataset):
         return table
@@ -38,19 +38,17 @@ class ArrowTokens(JoinedDocuments):
 
     Args:
         dataset: the dataset; the order of its rows, if it has another than its table, does not count here.
-        column: of lists of integers.
 
     Attributes:
         dataset: the dataset.
     """
 
-    def __init__(self, dataset: "Dataset", column: str = "input_ids") -> None:
-        self.dataset, self._column = dataset, column
-        where = f"column {column!r} of the dataset"
-        super().__init__([_Chunk(chunk, where) for chunk in dataset.data.column(column).chunks if len(chunk)])
+    def __init__(self, dataset: "Dataset") -> None:
+        self.dataset = dataset
+        super().__init__([_Chunk(chunk) for chunk in dataset.data.column("input_ids").chunks if len(chunk)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.dataset, self._column)
+        return type(self), (self.dataset,)
 
     def __repr__(self) -> str:
         return f"ArrowTokens({len(self)} documents, tokens={self.num_tokens})"
@@ -68,14 +66,16 @@ class ArrowTokens(JoinedDocuments):
 class _Chunk(ArrayDocuments):
     """One Arrow array of lists: its values are the documents end to end."""
 
-    def __init__(self, lists: Any, where: str) -> None:
-        kind, self.where = lists.type, where
+    where = "column 'input_ids' of the dataset"
+
+    def __init__(self, lists: Any) -> None:
+        kind = lists.type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         # Of lists that are all empty, nothing tells the type.
         if not is_list or not (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
-            raise ValueError(f"{where} is {kind}: lists of integers are needed")
+            raise ValueError(f"{self.where} is {kind}: lists of integers are needed")
         if lists.null_count:
-            raise ValueError(f"{where} has {lists.null_count} rows that are null: filter them out")
+            raise ValueError(f"{self.where} has {lists.null_count} rows that are null: filter them out")
         if pa.types.is_fixed_size_list(kind):
             self._starts: Tokens = np.arange(len(lists) + 1) * kind.list_size
         else:
@@ -83,7 +83,7 @@ class _Chunk(ArrayDocuments):
             self._starts = offsets - offsets[0] if offsets[0] else offsets
         values = lists.flatten()
         if values.null_count:
-            raise ValueError(f"{where} has {values.null_count} ids that are null")
+            raise ValueError(f"{self.where} has {values.null_count} ids that are null")
         self.tokens = values.to_numpy() if len(values) else np.empty(0, np.int64)
 
     def __len__(self) -> int:

@@ -32,7 +32,8 @@ def fitted(
     **settings: Any,
 ) -> FittedFactors:
     with isolated(model):
-        return curvature.fit_after(before, Capture(model, **settings), batches, Sums([]))
+        capture = Capture(model, **settings)
+        return curvature.fit_and_sum(capture, batches, Sums([], capture.stored), before)
 
 
 def brute(model: nn.Module, batches: Batches, layers: Any = None) -> tuple[dict[str, Tensor], ...]:
