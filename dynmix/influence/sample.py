@@ -30,7 +30,7 @@ from dynmix.influence.datainf import DataInf
 from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.layers import plain_name
-from dynmix.influence.sets import ProbeSet, complete
+from dynmix.influence.sets import ProbeSet, Products, complete
 from dynmix.observation import Array
 
 _CURVATURE_BATCHES = 32
@@ -150,15 +150,10 @@ class SampleScorer:
 
     def __call__(self, batch: Batch) -> SampleInfluence:
         """Score the sequences of one batch: one forward pass, and a backward pass down to the lowest chosen layer."""
-        products: list[Tensor] = []
-
-        def meet(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
-            products.append(gradients_of(a, g).products(self._towards[layer]))
-
+        products = Products(self._towards)
         with isolated(self._capture.model):
-            losses, tokens = (x.numpy() for x in self._capture.run(batch, meet))
-        # Layers may be on different devices, and some devices have no float64.
-        total = sum((p.cpu().double().numpy() for p in products), np.zeros((len(losses), len(self.tasks))))
+            losses, tokens = (x.numpy() for x in self._capture.run(batch, products.meet))
+        total = products.total(len(losses))
         with np.errstate(invalid="ignore", divide="ignore"):
             return SampleInfluence(total / tokens[:, None], self.tasks, losses / tokens, tokens.astype(np.int64))
 

@@ -74,7 +74,7 @@ class ProbeSet:
             if not turn.mine:
                 continue
             meeting = towards if chosen is None or turn.number in chosen else None
-            product = _Products(meeting)
+            product = Products(meeting)
 
             def consume(
                 layer: str,
@@ -82,7 +82,7 @@ class ProbeSet:
                 g: Tensor,
                 mask: Tensor,
                 meeting: Mapping[str, Held] | None = meeting,
-                product: _Products = product,
+                product: Products = product,
                 first: int = turn.first,
             ) -> None:
                 if layer not in gradients:
@@ -106,14 +106,8 @@ class ProbeSet:
         for turn in turns(picked(self.batches, self.sizes, rows)):
             if not turn.mine:
                 continue
-            product = _Products(towards)
-
-            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor, product: _Products = product) -> None:
-                if layer in towards:
-                    product.add(gradients_of(a, g).products(towards[layer].to(g.device)))
-                    let_go(towards[layer])
-
-            loss, count = capture.run(turn.batch, consume)
+            product = Products(towards)
+            loss, count = capture.run(turn.batch, product.meet)
             self.found[turn.number] = Found(loss.numpy(), count.numpy(), product.total(len(loss)))
 
     def take(self, found: Mapping[int, Found]) -> None:
@@ -190,20 +184,29 @@ def _spread_batches(batches: Batches, but: Mapping[int, object], sequences: int)
     return set(left)
 
 
-class _Products:
-    """The products of one batch's sequences, added up over the layers in float64 on the CPU."""
+class Products:
+    """The products of one batch's sequences with `towards`, added up over the layers in float64 on the CPU."""
 
     def __init__(self, towards: Mapping[str, Held] | None) -> None:
-        self._width = len(next(iter(towards.values()))) if towards else 0
+        self._towards = towards or {}
         self._parts: list[Tensor] = []
 
+    def meet(self, layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+        """Take in a layer's, as a consumer of `Capture.run`."""
+        if layer in self._towards:
+            self.add(gradients_of(a, g).products(self._towards[layer].to(g.device)))
+            let_go(self._towards[layer])
+
     def add(self, products: Tensor | None) -> None:
+        """Take in a layer's, [n, n_towards]."""
         if products is not None:
             self._parts.append(products)
 
     def total(self, n: int) -> Array:
+        """Of `n` sequences, float64[n, n_towards]."""
         # Layers may be on different devices, and some devices have no float64.
-        return sum((part.cpu().double().numpy() for part in self._parts), np.zeros((n, self._width)))
+        width = len(next(iter(self._towards.values()), ()))
+        return sum((part.cpu().double().numpy() for part in self._parts), np.zeros((n, width)))
 
 
 def ratio_of_sums(values: Array, tokens: Array, stratum: int | None = None) -> tuple[Array, Array]:

@@ -24,7 +24,6 @@ from dynmix.mixture.roster import Domain, Roster
 from dynmix.mixture.shared import is_starting_process
 from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
 from dynmix.mixture.weights import Weights, checked_cdf, matched
-from dynmix.mixture.weights import integer_cdf as integer_cdf  # part of this module's names
 
 logger = logging.getLogger("dynmix.mixture")
 

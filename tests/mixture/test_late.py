@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from dynmix.mixture import index
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.roster import MAX_JOINED
-from dynmix.mixture.schedule import integer_cdf
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
+from dynmix.mixture.weights import integer_cdf
 
 LENGTH = 16
 NEW = "forkserver"  # a process that is given what it needs, as a spawned one is, and that has torch imported

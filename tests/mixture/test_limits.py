@@ -16,9 +16,10 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.limits import NEVER, Exhausted, Limits, bracket, redistributed
 from dynmix.mixture.quota import TOTAL, Ints, Quota
 from dynmix.mixture.roster import Domain
-from dynmix.mixture.schedule import MixtureSchedule, Undecided, integer_cdf
+from dynmix.mixture.schedule import MixtureSchedule, Undecided
 from dynmix.mixture.stages import StageRow
 from dynmix.mixture.store import TokenStore
+from dynmix.mixture.weights import integer_cdf
 
 names = ["web", "code", "books", "law"]
 shares = st.lists(st.one_of(st.just(0.0), st.floats(1e-4, 1)), min_size=4, max_size=4).filter(lambda w: sum(w) > 0)

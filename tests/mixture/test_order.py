@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.schedule import MixtureSchedule, integer_cdf
+from dynmix.mixture.schedule import MixtureSchedule
+from dynmix.mixture.weights import integer_cdf
 
 WORD, TOTAL, STEP = 2**64, 2**32, 0x9E3779B97F4A7C15
 names = ["web", "code", "books", "law"]

@@ -16,7 +16,8 @@ from dynmix.mixture import order, packed
 from dynmix.mixture import schedule as module
 from dynmix.mixture.quota import TOTAL
 from dynmix.mixture.roster import MAX_JOINED, Domain
-from dynmix.mixture.schedule import MixtureSchedule, Undecided, integer_cdf
+from dynmix.mixture.schedule import MixtureSchedule, Undecided
+from dynmix.mixture.weights import integer_cdf
 
 FAR = 10**12
 names = ["web", "code", "books", "law", "noise"]
