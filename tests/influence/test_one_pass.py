@@ -79,3 +79,23 @@ def test_a_table_that_is_used_in_an_odd_way_is_left_out_of_every_batch_and_its_h
             capture.run({"input_ids": batch["input_ids"]}, lambda layer, *_: met.append(layer))
     assert met == ["head", "head"]
     assert "1 linear layers are not measured: embedding" in caplog.text
+
+
+def test_of_a_layer_of_whose_uses_one_is_no_part_of_the_loss_the_others_count(token_batches: Batcher) -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.one, self.head = nn.Embedding(97, 8), nn.Linear(8, 8), nn.Linear(8, 97)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embedding(input_ids)
+            self.one(x + 1)
+            return self.head(self.one(x))  # type: ignore[no-any-return]
+
+    model, found = Wasteful(), dict[str, Tensor]()
+    batch = {"input_ids": token_batches(3)[0]["input_ids"]}
+    capture = Capture(model)
+    with isolated(model):
+        capture.run(batch, lambda layer, a, g, mask: found.update({layer: g.flatten(0, 1).mT @ a.flatten(0, 1)}))
+    next_token_loss(model, batch)[0].sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found["one"][:, :-1], model.one.weight.grad)

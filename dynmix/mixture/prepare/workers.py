@@ -16,12 +16,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from queue import LifoQueue, SimpleQueue
 from threading import Lock, Thread
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from dynmix.mixture.prepare.tokenise import Job
 
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Workers:
@@ -55,23 +55,21 @@ class Workers:
             process.popen.wait()
             process.close()
 
-    def submit(
-        self, what: str, function: Callable[Concatenate[Job, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> Future[T]:
+    def submit(self, what: str, function: Callable[[Job, *Ts], T], *args: *Ts) -> Future[T]:
         """Have `function(job, ...)` called; `function` is found by name, so it stands in a module.
 
         `what` is done says the error of a process that was killed, a ChildProcessError.
         """
         if self.count > 1:
-            return self._threads.submit(self._ask, what, function, args, kwargs)
+            return self._threads.submit(self._ask, what, function, args)
         done: Future[T] = Future()
         try:
-            done.set_result(function(self.job, *args, **kwargs))
+            done.set_result(function(self.job, *args))
         except Exception as problem:
             done.set_exception(problem)
         return done
 
-    def _ask(self, what: str, function: Callable[..., T], args: Any, kwargs: Any) -> T:
+    def _ask(self, what: str, function: Callable[..., T], args: Any) -> T:
         slot = self._slots.get()
         try:
             process = self._processes.get(slot)
@@ -81,7 +79,7 @@ class Workers:
             try:
                 if fresh:
                     process.tasks.send(self.job)
-                process.tasks.send((function, args, kwargs))
+                process.tasks.send((function, args))
                 problem, answer = process.answers.recv()
             except (EOFError, OSError):  # of the pipes: those of the task come as an answer
                 code = process.popen.wait()
@@ -137,11 +135,11 @@ def serve() -> None:
     Thread(target=_listen, args=(tasks,), daemon=True).start()
     job = tasks.get()
     while True:
-        function, args, kwargs = tasks.get()
+        function, args = tasks.get()
         problem: Exception | None = None
         answer = None
         try:
-            answer = function(job, *args, **kwargs)
+            answer = function(job, *args)
         except (ValueError, OSError) as known:
             problem = known
         except Exception:
