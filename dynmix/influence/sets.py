@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynmix.influence.capture import Batches, Capture, token_mask
-from dynmix.influence.dealing import Turns
+from dynmix.influence.dealing import Turn, Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.low_rank import Held
 from dynmix.influence.probes import picked
@@ -71,35 +71,35 @@ class ProbeSet:
         self.found = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
         chosen = None if varied is None else _spread_batches(self.batches, met, varied)
         for turn in turns(self.batches, but=met):
-            if not turn.mine:
-                continue
-            meeting = towards if chosen is None or turn.number in chosen else None
-            product = Products(meeting)
+            if turn.mine:
+                meeting = towards if chosen is None or turn.number in chosen else None
+                self.found[turn.number] = self._run(capture, turn, gradients, n_rows, meeting)
 
-            def consume(
-                layer: str,
-                a: Tensor,
-                g: Tensor,
-                mask: Tensor,
-                meeting: Mapping[str, Held] | None = meeting,
-                product: Products = product,
-                first: int = turn.first,
-            ) -> None:
-                if layer not in gradients:
-                    gradients[layer] = capture.stored(layer, n_rows)
-                own, held = gradients_of(a, g), None if meeting is None else meeting.get(layer)
-                other = None if held is None else held.to(g.device)
-                with on(gradients[layer][rows], g.device) as to:
-                    if len(to) == 1 and other is None:
-                        own.add_sum(to[0])
-                    else:
-                        weights = torch.as_tensor(np.stack([np.ones(len(g)), _signs(first, len(g))][: len(to)])).to(g)
-                        product.add(own.add_weighted(weights, to, other))
-                let_go(held)
+    def _run(
+        self,
+        capture: Capture,
+        turn: Turn,
+        gradients: dict[str, Tensor],
+        n_rows: int,
+        towards: Mapping[str, Held] | None,
+    ) -> Found:
+        product = Products(towards)
 
-            loss, count = capture.run(turn.batch, consume)
-            products = None if meeting is None else product.total(len(loss))
-            self.found[turn.number] = Found(loss.numpy(), count.numpy(), products)
+        def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+            if layer not in gradients:
+                gradients[layer] = capture.stored(layer, n_rows)
+            own, held = gradients_of(a, g), None if towards is None else towards.get(layer)
+            other = None if held is None else held.to(g.device)
+            with on(gradients[layer][self._rows], g.device) as to:
+                if len(to) == 1 and other is None:
+                    own.add_sum(to[0])
+                else:
+                    weights = np.stack([np.ones(len(g)), _signs(turn.first, len(g))][: len(to)])
+                    product.add(own.add_weighted(torch.as_tensor(weights).to(g), to, other))
+            let_go(held)
+
+        loss, count = capture.run(turn.batch, consume)
+        return Found(loss.numpy(), count.numpy(), None if towards is None else product.total(len(loss)))
 
     def products_of(self, capture: Capture, turns: Turns, rows: list[int], towards: Mapping[str, Held]) -> None:
         """Read this rank's share of these of the sequences again, for their products with `towards` alone."""
