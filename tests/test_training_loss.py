@@ -86,6 +86,24 @@ def test_a_sequence_of_another_step_is_refused():
         watch.take(1, BATCH)
 
 
+def test_logits_behind_the_loss_of_a_tuple_are_those_alone():
+    """What transformers' models return with return_dict=False, and many models of one's own."""
+
+    class Tuple(Bigram):
+        def forward(self, input_ids, labels):
+            logits = super().forward(input_ids)
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits
+
+    data, seen = dataset(), []
+    batch = torch.stack([data[g]["input_ids"] for g in range(BATCH)])
+    for model, labels in ((Bigram(), {}), (Tuple(), {"labels": batch})):
+        watch = TrainingLoss(data)
+        watch.attach(model)
+        model(input_ids=batch, **labels)
+        seen.append(watch.take(1, BATCH))
+    assert seen[0] == seen[1]
+
+
 def test_a_model_without_logits_says_so():
     class Fused(Bigram):
         def forward(self, input_ids):

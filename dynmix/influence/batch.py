@@ -64,9 +64,10 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits [B, T, V] in what a causal LM returned, if it returned them."""
+    """The logits [B, T, V] in what a causal LM returned, if it returned them: of a tuple first, or after the loss."""
     if isinstance(output, tuple):
-        output = output[0]
+        loss_first = len(output) > 1 and isinstance(output[0], Tensor) and output[0].ndim == 0
+        output = output[1 if loss_first else 0]
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     return found if isinstance(found, Tensor) and found.ndim == 3 else None
 
