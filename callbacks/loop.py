@@ -98,14 +98,13 @@ class MixtureHook:
         assert self.batch_size is not None
         if not self._checked:
             self._check_reading(self.batch_size)
-        # One batch of grace: a rank whose share of a step is its first part has read less than the step's end.
-        # Nothing is known of a dataset that is read through a wrapper.
-        if 0 < self.dataset.read_until < self.position - self.batch_size:
-            raise ValueError(
-                f"{self.steps} steps of {self.batch_size} samples, but the loader has read only up to sample "
-                f"{self.dataset.read_until}: call hook.step() once an optimizer step, let the loader of a resumed run "
-                "start with sampler=range(hook.position, len(dataset)), or correct batch_size"
-            )
+        check_read(
+            self.dataset,
+            self.steps,
+            self.batch_size,
+            "call hook.step() once an optimizer step, let the loader of a resumed run start with "
+            "sampler=range(hook.position, len(dataset)), or correct batch_size",
+        )
         return {**(logs or {}), **(self.controller.step_ended(self.model, self.steps) or {})} or None
 
     def finish(self) -> dict[str, float]:
@@ -172,6 +171,19 @@ def check_micro_batch(dataset: MixtureDataset, sequences: int) -> None:
             f"micro-batches of {sequences} sequences would hold several domains, as homogeneous={dataset.homogeneous} "
             "of one stand in a row: pass MixtureDataset the sequences of a micro-batch (those of all ranks, where they "
             "take samples in turn), or a multiple of them"
+        )
+
+
+def check_read(dataset: Mixture, steps: int, batch_size: int, remedy: str) -> None:
+    """Raise ValueError if a loader has read less than so many steps take, so that they are no positions.
+
+    One batch of grace: a rank whose share of a step is its first part has read less than the step's end. Nothing is
+    known of a dataset that is read through a wrapper.
+    """
+    if 0 < dataset.read_until < (steps - 1) * batch_size:
+        raise ValueError(
+            f"{steps} steps of {batch_size} samples, but the loader has read only up to sample {dataset.read_until}: "
+            f"{remedy}"
         )
 
 

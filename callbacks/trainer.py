@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from dynmix.callbacks.loop import check_micro_batch
+from dynmix.callbacks.loop import check_micro_batch, check_read
 from dynmix.callbacks.weights_table import log_weights_table
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
@@ -96,7 +96,17 @@ class MixtureCallback(TrainerCallback):
         """Tell the controller; log what it decided; put its state where the next checkpoint takes it from.
 
         The last step also closes the journal: when training has ended the trackers have closed their files.
+
+        Raises:
+            ValueError: a loader of a Trainer's own has read less than the steps take.
         """
+        check_read(
+            self.dataset,
+            state.global_step,
+            self.controller.batch_size,
+            "let get_train_dataloader make batches of per_device_train_batch_size, and each process its part of them "
+            "(self.accelerator.prepare)",
+        )
         if logs := self.controller.step_ended(model_of(kwargs), state.global_step):
             self._log(logs, control)
             if not self._can_go_back:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 import dynmix.controller
@@ -187,6 +188,17 @@ def test_a_failed_measurement_keeps_the_weights_and_says_so(training, tmp_path, 
 def test_what_cannot_work_is_refused_before_training(training, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         training.run(tmp_path, **arguments)
+
+
+def test_a_loader_of_its_own_with_other_batches_is_refused(training, tmp_path, monkeypatch):
+    """Steps would be no positions: stages would begin late, and a domain's tokens be counted that nobody read."""
+
+    def own(self):
+        return DataLoader(self.train_dataset, batch_size=4, collate_fn=self.data_collator)
+
+    monkeypatch.setattr(training.Recording, "get_train_dataloader", own)
+    with pytest.raises(ValueError, match="3 steps of 8 samples, but the loader has read only up to sample 12: let get"):
+        training.run(tmp_path)
 
 
 def test_processes_that_share_samples_are_refused(training, tmp_path, monkeypatch):
