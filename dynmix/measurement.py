@@ -19,7 +19,7 @@ from dynmix.drawn import DrawnMixtures
 from dynmix.influence.base import check_curvature
 from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
 from dynmix.influence.carried import Carried
-from dynmix.influence.curvature import Curvature, Identity
+from dynmix.influence.curvature import AdamDiagonal, Curvature, Identity
 from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.group import group_influence, scored_groups
 from dynmix.influence.layers import Layers
@@ -210,6 +210,8 @@ class Measurement:
     @random_state_kept()
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""
+        if isinstance(self.curvature, AdamDiagonal):
+            self.curvature.check()  # it has no moments to be tried with before the first step
         domains = {name: [self._scored(name, rows)] for name, rows in self._some_of_each().items()}
         sets = {name: [scored_sequence(batches, self._called(name))] for name, batches in self._rows({}).items()}
         if self.held_out_sequences:

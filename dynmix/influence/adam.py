@@ -33,8 +33,8 @@ class AdamDiagonal:
         eps: added to the root; None: the optimizer's own, 1e-8 for a mapping.
 
     Raises:
-        ValueError: a `source` that is none of these; when it is fitted or applied: there is no optimizer yet, or a
-            parameter has no second moments, as before the first step.
+        ValueError: a `source` that is none of these; when it is fitted or applied: there is no optimizer yet, or it is
+            no kin of Adam, or a parameter has no second moments, as before the first step.
     """
 
     source: Source | Callable[[], Source | None]
@@ -51,9 +51,19 @@ class AdamDiagonal:
     def __repr__(self) -> str:  # goes into a run's configuration, where the optimizer's is of no use
         return f"AdamDiagonal(eps={self.eps})"
 
+    def check(self) -> Source | None:
+        """Return the source as it is by now, None if there is none yet. Raises ValueError if it is no kin of Adam."""
+        source = self.source if isinstance(self.source, torch.optim.Optimizer | Mapping) else self.source()
+        if isinstance(source, torch.optim.Optimizer) and not any("betas" in group for group in source.param_groups):
+            raise ValueError(
+                "AdamDiagonal: the optimizer has no betas, so that it is none of Adam's kin and keeps no such second "
+                "moments (SGD and Adafactor do not): take another curvature, as EKFAC()"
+            )
+        return source
+
     def fit(self, capture: Capture, batches: Batches) -> FittedAdamDiagonal:
         """Take the second moments as they are now; nothing is read."""
-        source = self.source if isinstance(self.source, torch.optim.Optimizer | Mapping) else self.source()
+        source = self.check()
         if source is None:
             raise ValueError("AdamDiagonal: there is no optimizer yet")
         if isinstance(source, Mapping):
@@ -93,7 +103,7 @@ def _denominators(optimizer: torch.optim.Optimizer, eps: float | None) -> dict[i
         for parameter in group["params"]:
             state: Mapping[str, Any] = optimizer.state.get(parameter, {})
             moments = state.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
-            if moments is None or "step" not in state:
+            if moments is None or "step" not in state or "betas" not in group:
                 continue
             correction = 1 - group["betas"][1] ** float(state["step"])
             found[id(parameter)] = (moments / correction).sqrt() + (group["eps"] if eps is None else eps)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import dynmix.mixture.progress
-from dynmix import Identity, Static, TiKMiXD
+from dynmix import AdamDiagonal, Identity, Static, TiKMiXD
 from dynmix.callbacks import MixtureHook
 from dynmix.journal import Journal
 from dynmix.mixture.schedule import Undecided
@@ -287,3 +287,12 @@ def test_a_cache_that_hides_boundaries_is_warned_of_at_once(training, caplog):
     dataset = training.dataset(boundaries="position_ids")
     MixtureHook(training.model(), dataset, tasks=training.tasks(), mixer=Static(), stage_steps=5, batch_size=8)
     assert caplog.text.count("use_cache is on") == 1
+
+
+def test_the_curvature_of_an_optimizer_that_keeps_none_is_refused_at_the_first_step(training):
+    """At the boundaries it would fail, and the weights stay for the whole run."""
+    optimizers: list[torch.optim.Optimizer] = []
+    loop = Loop(training, curvature=AdamDiagonal(lambda: optimizers[0]))
+    optimizers.append(torch.optim.SGD(loop.model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="AdamDiagonal: the optimizer has no betas"):
+        loop.run(steps=1)

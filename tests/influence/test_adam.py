@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from dynmix.influence.batch import next_token_loss
@@ -77,3 +78,21 @@ def test_what_is_not_there_yet_is_named(tiny_lm: Models, token_batches: Batcher)
         AdamDiagonal(None)  # type: ignore[arg-type]  # of a Trainer that has not begun
     with pytest.raises(ValueError, match="no optimizer yet"):
         group_influence(model, *sets, AdamDiagonal(lambda: None))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        transformers.Adafactor,  # of vectors it does keep second moments, which are no whole curvature
+    ],
+)
+def test_an_optimizer_of_another_kind_is_refused(tiny_lm: Models, token_batches: Batcher, make: Any) -> None:
+    model = tiny_lm("llama")
+    optimizer = make(model.parameters())
+    next_token_loss(model, token_batches(4)[0])[0].mean().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"the optimizer has no betas.*take another curvature"):
+        group_influence(
+            model, {"d": token_batches(4)}, {"t": token_batches(4, seed=1)}, AdamDiagonal(lambda: optimizer)
+        )
