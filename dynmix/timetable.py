@@ -101,7 +101,10 @@ class Timetable:
             self.dataset.plan_steps(batch_size)
         self._planned = len(self.dataset) if max_steps is None else min(len(self.dataset), max_steps * batch_size)
         if schedule.num_stages > 1 and not resumed:
-            raise ValueError(f"the dataset has {schedule.num_stages} stages: pass one with a single, undecided stage")
+            raise ValueError(
+                f"the dataset has {schedule.num_stages} stages: pass one with a single, undecided stage; for another "
+                "run make that of the one before anew, with its callback or hook"
+            )
         steps = -(-self.total // batch_size)
         if not resumed and self.boundary >= self.total:
             dry = schedule.exhausted_at
