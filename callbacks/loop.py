@@ -181,6 +181,8 @@ def check_read(dataset: Mixture, steps: int, batch_size: int, remedy: str) -> No
     known of a dataset that is read through a wrapper.
     """
     if 0 < dataset.read_until < (steps - 1) * batch_size:
+        if dataset.read_until >= len(dataset):
+            remedy = "that is all of it; for a second pass raise num_samples, each domain is reshuffled on its own"
         raise ValueError(
             f"{steps} steps of {batch_size} samples, but the loader has read only up to sample {dataset.read_until}: "
             f"{remedy}"

@@ -211,6 +211,13 @@ def test_a_resumed_loader_that_starts_from_the_beginning_is_caught(training):
         loop.run(batches=iter(DataLoader(loop.dataset, batch_size=8)))
 
 
+def test_a_second_pass_of_the_loader_is_refused_with_what_to_do(training):
+    loop = Loop(training, samples=80, batch_size=8)
+    loop.run(steps=10)
+    with pytest.raises(ValueError, match="12 steps of 8 .* up to sample 80: that is all of it; .* raise num_samples"):
+        loop.run(batches=DataLoader(loop.dataset, batch_size=8))
+
+
 def test_a_loop_that_reads_without_a_loader_must_say_its_batch(training):
     loop = Loop(training)
     one = {key: value[None] for key, value in loop.dataset[0].items() if key != "domain"}
