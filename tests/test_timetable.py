@@ -105,3 +105,10 @@ def test_a_state_that_is_older_than_the_model_is_refused():
     timetable.check_step(5)
     with pytest.raises(ValueError, match="older than step 6: the stage of sample 20 is not in it"):
         timetable.check_step(6)
+
+
+def test_a_second_run_of_one_dataset_is_refused_with_what_to_do():
+    timetable = planned()
+    due(timetable)
+    with pytest.raises(ValueError, match="the dataset has 5 stages.* for another run make that .* anew, with its"):
+        timetable.plan(BATCH, None, resumed=False)
