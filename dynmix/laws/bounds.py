@@ -38,9 +38,13 @@ class Bounds(NamedTuple):
         except ValueError:
             raise ValueError(f"lower and upper are a number or {n_domains} of them, one a domain") from None
         messages = []
+        if max_epochs is None and (tokens is not None or total_tokens is not None):
+            raise ValueError("tokens and total_tokens bound nothing without max_epochs: give it, or leave them out")
         if max_epochs is not None:
             if tokens is None or total_tokens is None:
                 raise ValueError("max_epochs needs tokens (of each domain) and total_tokens (of the run)")
+            if not (max_epochs > 0 and 0 < total_tokens < float("inf")):
+                raise ValueError(f"max_epochs={max_epochs}, total_tokens={total_tokens}: numbers above 0 are needed")
             have = np.asarray(tokens, dtype=np.float64)
             if have.shape != (n_domains,):
                 raise ValueError(f"tokens has shape {have.shape}: {n_domains} numbers are needed, one a domain")

@@ -29,6 +29,7 @@ class Ridge(Law):
         self.coefficients_, self.penalty_ = np.empty((t, k)), np.empty(t)
         self._centre, self._level, self._variance = np.empty((t, k)), np.empty(t), np.empty(t)
         self._open = np.empty((t, k, k))  # covariance of the coefficients over the noise's variance
+        self._runs = np.isfinite(L).sum(axis=0)
         for rows, columns in by_missing(L):
             X, Y = W[rows], L[np.ix_(rows, columns)]
             centre, level = X.mean(axis=0), Y.mean(axis=0)
@@ -61,7 +62,7 @@ class Ridge(Law):
         mean = (self._level[:, None] + (away @ self.coefficients_[:, :, None])[:, :, 0]).T
         if not with_std:
             return mean, None
-        unknown = ((away @ self._open) * away).sum(axis=2)
+        unknown = ((away @ self._open) * away).sum(axis=2) + 1 / self._runs[:, None]  # slopes, level
         return mean, np.sqrt(self._variance[:, None] * (1 + unknown)).T
 
 

@@ -84,6 +84,9 @@ def best_mixture(
         raise ValueError(f"smoothing={smoothing}: a share between 0 and 1 is needed")
     rng = np.random.default_rng(random_state)
 
+    if caution and not np.isfinite(_deviation(law, np.full((1, k), 1 / k), v)[0]).all():
+        raise ValueError(f"caution={caution}: {type(law).__name__} has no standard deviation: use AutoLaw, or caution=0")
+
     def value(W: Array) -> Array:
         mean = _columns(law.predict(W)) @ v
         return np.asarray(mean + caution * _deviation(law, W, v)[0] if caution else mean, dtype=np.float64)

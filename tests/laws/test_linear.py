@@ -39,6 +39,19 @@ def test_error_bar_covers_new_runs():
     assert 0.9 < (np.abs(losses - mean) < 1.96 * std).mean() < 0.99
 
 
+def test_error_bar_of_least_squares_is_the_textbooks_prediction_interval():
+    W, L = runs(9)
+    L[:2, 1] = np.nan
+    new = runs(5, seed=1)[0]
+    _, std = Linear().fit(W, L).predict(new, return_std=True)
+    for i in range(2):
+        known = np.isfinite(L[:, i])
+        X = W[known]  # weights sum to 1, so that they hold the level
+        left = L[known, i] - X @ np.linalg.lstsq(X, L[known, i], rcond=None)[0]
+        unknown = ((new @ np.linalg.inv(X.T @ X)) * new).sum(axis=1)
+        np.testing.assert_allclose(std[:, i], np.sqrt((left @ left) / (known.sum() - 4) * (1 + unknown)))
+
+
 def test_a_linear_law_is_not_shrunk():
     W, L = runs(30, noise=0)
     assert np.abs(Ridge().fit(W, L).predict(np.eye(4)) - Linear().fit(W, L).predict(np.eye(4))).max() < 1e-3

@@ -56,6 +56,12 @@ def test_caution_prefers_what_is_known(bowl):
     assert best_mixture(bowl, [1, 0], caution=1).weights[0] > CENTRE[0] + 0.1
 
 
+def test_caution_is_refused_where_nothing_says_what_is_known():
+    W = np.random.default_rng(0).dirichlet(np.ones(3), size=20)
+    with pytest.raises(ValueError, match="LightGBM has no standard deviation"):
+        best_mixture(LightGBM().fit(W, W @ [3.0, 2.0, 1.0]), caution=1)
+
+
 @pytest.mark.parametrize("law", [Ridge(), PowerLaw(), LightGBM(trees=30)], ids=lambda law: type(law).__name__)
 def test_is_no_worse_than_any_run_by_the_law(law):
     rng = np.random.default_rng(0)
@@ -77,6 +83,9 @@ def test_is_no_worse_than_any_run_by_the_law(law):
         ({"lower": [0.5, 0, 0, 0], "upper": [0.4, 1, 1, 1]}, "lower <= upper"),
         ({"upper": [1, 1]}, "4 of them"),
         ({"max_epochs": 2}, "max_epochs needs tokens"),
+        ({"tokens": [1, 1, 1, 1], "total_tokens": 10}, "bound nothing without max_epochs"),
+        ({"max_epochs": 2, "tokens": [1, 1, 1, 1], "total_tokens": 0}, "total_tokens=0"),
+        ({"max_epochs": float("nan"), "tokens": [1, 1, 1, 1], "total_tokens": 1}, "max_epochs=nan"),
         ({"max_epochs": 1, "tokens": [1, 1, 1, 1], "total_tokens": 10}, "fewer total_tokens"),
         ({"smoothing": 2}, "smoothing=2"),
     ],
