@@ -84,7 +84,8 @@ def fit_runs(
         runs: of the table.
         criterion: as `criterion_weights` reads it.
         law: "auto", or one of `default_laws` (and of `laws_with_experts`) by name.
-        experts: cached experts of the runs' domains on their targets: laws with MDE features are tried, too.
+        experts: cached experts of the runs' domains on their targets, and maybe others: laws with MDE features are
+            tried, too.
         tokens: that each domain has; with `total_tokens` and `max_epochs` they bound the weights.
         total_tokens: of the run that the mixture is for.
         max_epochs: times that a domain may be seen.
@@ -94,6 +95,8 @@ def fit_runs(
         ValueError: names that are not there, bounds that leave no mixture, or runs that no law can be fitted to.
     """
     if experts is not None:
+        if set(runs.targets) < set(experts.targets):  # some were chosen, or have too few losses
+            experts = experts.only(runs.targets)
         runs = runs.ordered(experts.names, experts.targets)
     if (different := len(np.unique(runs.W.round(9), axis=0))) < FEWEST:
         raise ValueError(

@@ -149,6 +149,8 @@ def test_experts_in_another_order_are_matched_by_name():
     assert found.runs.domains == names
     assert any("MDE" in name for name in found.law.laws_)
     assert "ridge + MDE" in printed(found)
+    fewer = fit_runs(Runs(DOMAINS, ("sp_web",), W, found.runs.L[:, 1:2]), law="ridge + MDE", experts=experts)
+    assert fewer.runs.targets == ("sp_web",)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
 from dynmix.callbacks import PeakCallback
-from dynmix.fit import fit_runs, write_fit
+from dynmix.fit import FEWEST, fit_runs, write_fit
 from dynmix.groups import open_groups, write_groups
 from dynmix.laws.auto import default_laws
+from dynmix.laws.bounds import Bounds
 from dynmix.laws.criteria import criterion_weights
 from dynmix.laws.experts import Experts
 from dynmix.laws.mde import WITH_EXPERTS
@@ -59,7 +60,8 @@ def decided(
     mde = isinstance(recipe.proxy, MDEProxy)
     done = folder / "fit.json" if mde else folder / "groups" / "groups.json"
     if not done.exists():
-        _check(recipe.proxy, len(domains), tuple(tasks))
+        stores = {name: _store(name, source) for name, source in domains.items()}
+        _check(recipe, recipe.proxy, stores, tuple(tasks))
         if on_paper:
             logger.warning("proxy: the small runs are yet to be made; what is shown has the recipe's own weights")
             return domains, recipe.data.weights
@@ -68,7 +70,6 @@ def decided(
                 "proxy: the small runs come first, in one process that makes its own: run `dynmix train RECIPE "
                 "--only-proxy`, then launch this again"
             )
-        stores = {name: _store(name, source) for name, source in domains.items()}
         if mde:
             _mix(recipe, recipe.proxy, stores, tasks, tokenizer, folder)
         else:
@@ -78,13 +79,22 @@ def decided(
     return open_groups(folder / "groups")
 
 
-def _check(proxy: MDEProxy | AutoMixerProxy, domains: int, tasks: tuple[str, ...]) -> None:
+def _check(
+    recipe: Recipe, proxy: MDEProxy | AutoMixerProxy, stores: Mapping[str, TokenStore], tasks: tuple[str, ...]
+) -> None:
     """Raises ValueError for what would be asked for, and refused, only when the small runs are there."""
     if isinstance(proxy, MDEProxy):
         criterion_weights(proxy.criterion, tasks)
-        laws = ["auto", *default_laws(proxy.mixtures + domains, len(tasks)), *WITH_EXPERTS]
+        if (runs := proxy.mixtures + len(stores)) < FEWEST:
+            raise RecipeError(f"proxy.mixtures={proxy.mixtures}: with the experts {FEWEST} small runs are the fewest")
+        laws = ["auto", *default_laws(runs, len(tasks)), *WITH_EXPERTS]
         if proxy.law not in laws:
             raise RecipeError(f"proxy.law={proxy.law!r}: there are {', '.join(map(repr, laws))}")
+        try:
+            tokens = [store.num_tokens for store in stores.values()]
+            Bounds.of(len(tokens), tokens=tokens, total_tokens=_total(recipe), max_epochs=proxy.max_epochs)
+        except ValueError as problem:
+            raise RecipeError(f"proxy.max_epochs={proxy.max_epochs}: {problem}") from None
         return
     curvature(proxy.curvature, {}, None, "proxy.curvature")
     if proxy.blend not in get_args(Blend):
@@ -118,7 +128,7 @@ def _mix(
         proxy.law,
         experts=None if made.experts is None else Experts.open(made.experts),
         tokens={name: float(store.num_tokens) for name, store in stores.items()},
-        total_tokens=float(recipe.training["max_steps"] * recipe.batch_size * length),
+        total_tokens=_total(recipe),
         max_epochs=proxy.max_epochs,
     )
     write_fit(fit, folder)
@@ -160,12 +170,16 @@ def _regroup(
     score_corpus(stores, files, sources, scores, sequence_length=length, layers=proxy.layers, curvature=made)
     table = read_scores(scores)
     groups = regroup(table, keep=proxy.keep, blend=proxy.blend)  # type: ignore[arg-type]
-    tokens = recipe.training["max_steps"] * recipe.batch_size * length
-    weights = group_weights(groups, max_epochs=proxy.max_epochs, tokens=tokens)
+    weights = group_weights(groups, max_epochs=proxy.max_epochs, tokens=_total(recipe))
     if weights is None:
         raise ValueError("proxy: no group of sequences helps any task, so that there is nothing to regroup")
     paths = {name: stores[name].path for name in table.domains}
     write_groups(folder / "groups", groups, weights, table, paths, unit="sequence", sequence_length=length)
+
+
+def _total(recipe: Recipe) -> int:
+    """Tokens that the run trains on."""
+    return int(recipe.training["max_steps"] * recipe.batch_size * recipe.data.sequence_length)
 
 
 def _store(name: str, source: Any) -> TokenStore:

@@ -176,6 +176,8 @@ def test_every_other_recipe_of_the_package_trains_a_model(world, monkeypatch, na
     [
         ("mde", "proxy.law=rigde", "proxy.law='rigde': there are 'auto', 'power law'"),
         ("mde", "proxy.criterion=sum=1", "no target is called 'sum'"),
+        ("mde", "proxy.max_epochs=1e-6", "proxy.max_epochs=1e-06: no mixture fits"),
+        ("mde", "proxy.mixtures=0", "proxy.mixtures=0: with the experts 3 small runs are the fewest"),
         ("automixer", "proxy.curvature=datainff", "did you mean 'datainf'?"),
         ("automixer", "proxy.blend=late", "proxy.blend='late': one of step, early, equal"),
         ("automixer", "proxy.keep=2", "proxy.keep=2.0: a share"),
