@@ -146,11 +146,12 @@ def _of_journal(source: Path, stage: int | None) -> tuple[Influence, dict[str, A
     rows = Journal(source).rows()
     if not rows:
         raise ValueError(f"{source}: no journal there")
-    measured = [row for row in rows if row["influence"] is not None and stage in (None, row["stage"])]
+    measured = {row["stage"]: row for row in rows if row["influence"] is not None}
     if not measured:
-        which = "no stage" if stage is None else f"stage {stage} does not exist, or"
-        raise ValueError(f"{source}: {which} has a measured influence")
-    row = measured[-1]
+        raise ValueError(f"{source}: no stage has a measured influence")
+    if stage is not None and stage not in measured:
+        raise ValueError(f"{source}: no influence of stage {stage}; measured are {', '.join(map(str, measured))}")
+    row = measured[max(measured) if stage is None else stage]
     scores, errors = row["influence"], row["standard_error"]
     if row.get("decided_influence") is not None:
         scores, errors = row["decided_influence"], row.get("decided_standard_error")
