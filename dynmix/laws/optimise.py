@@ -85,7 +85,9 @@ def best_mixture(
     rng = np.random.default_rng(random_state)
 
     if caution and not np.isfinite(_deviation(law, np.full((1, k), 1 / k), v)[0]).all():
-        raise ValueError(f"caution={caution}: {type(law).__name__} has no standard deviation: AutoLaw has, or caution=0")
+        raise ValueError(
+            f"caution={caution}: {type(law).__name__} has no standard deviation: AutoLaw has, or caution=0"
+        )
 
     def value(W: Array) -> Array:
         mean = _columns(law.predict(W)) @ v
