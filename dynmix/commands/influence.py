@@ -1,6 +1,7 @@
 """`dynmix influence`: a checkpoint, domains and tasks in; the matrix of influences out."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -49,4 +50,5 @@ def influence(
         print_json(content)
         return
     Console().print(influence_table(found))
-    typer.echo(f"saved in {out}: influence.json, .png, .svg; weights from it: dynmix propose {out / 'influence.json'}")
+    file = quote(str(out / "influence.json"))
+    typer.echo(f"saved in {out}: influence.json, .png, .svg; weights from it: dynmix propose {file}")

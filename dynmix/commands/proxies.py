@@ -1,6 +1,7 @@
 """`dynmix proxies`: experts and sampled mixtures trained at a small size, for `dynmix fit`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -59,10 +60,9 @@ def proxies(
     if json:
         print_json({"done": done.done, "failed": done.failed, "table": done.table, "experts": done.experts})
     elif done.table:
-        cache = f" --experts {done.experts}" if done.experts else ""
-        typer.echo(
-            f"{len(done.done)} of {len(done.done) + len(done.failed)} runs are done: dynmix fit {done.table}{cache}"
-        )
+        table = quote(str(done.table))
+        cache = f" --experts {quote(str(done.experts))}" if done.experts else ""
+        typer.echo(f"{len(done.done)} of {len(done.done) + len(done.failed)} runs are done: dynmix fit {table}{cache}")
     if done.failed:
         missing = "\n".join(f"  {run}: {problem}" for run, problem in done.failed.items())
         fail(ValueError(f"{len(done.failed)} runs failed; the same command tries them again:\n{missing}"))

@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -69,10 +70,11 @@ def train(
                 print_json(plan.to_dict()) if json else print_plan(plan, Console())
         elif not only_proxy:
             steps = runs.train(run, None if json else Console(stderr=True))
+            journal = quote(str(run.folder / "dynmix"))
             facts = {"output": asked.output, "steps": steps, "model": str(run.folder / "model")}
             if is_rank_0():
                 print_json(facts) if json else typer.echo(
-                    f"{steps} steps done; model in {facts['model']}; the report: dynmix report {run.folder / 'dynmix'}"
+                    f"{steps} steps done; model in {facts['model']}; the report: dynmix report {journal}"
                 )
     finally:
         if dist.is_initialized():

@@ -55,6 +55,13 @@ def test_the_matrix_is_group_influence_s_and_is_saved_and_drawn(measured):
     assert all(word in drawing for word in ("noise", "numbers", f"{found.scores[0, 0]:.2g}"))
 
 
+def test_the_command_that_comes_next_can_be_copied_as_it_stands(measured, tmp_path):
+    folder, out = measured[0], tmp_path / "my folder"
+    words = ("influence", folder / "model", "--data", folder / "stores", "--tasks", folder / "valid", "--out", out)
+    said = call(*words, "--sequence-length", 8, "--probe-sequences", 2).output
+    assert f"dynmix propose '{out}/influence.json'" in said
+
+
 def test_a_table_for_people(measured):
     done = call("inspect", measured[0] / "out/influence.json")
     assert done.exit_code == 0
