@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dynmix import MixtureDataset
+from dynmix.batches import as_batches
 from dynmix.callbacks import MixtureHook
 from dynmix.laws import Experts, LightGBM, Ridge, WithExperts, best_mixture
 from dynmix.laws.runs import read_runs
@@ -18,8 +19,9 @@ from dynmix.mixers.doge import DoGE
 from dynmix.mixers.doremi import DoReMi
 from dynmix.proxies import run_proxies, small_llama
 from dynmix.proxies.plan import Training as ProxyTraining
+from dynmix.proxies.train import token_log_probabilities
 
-from .cost import Spent
+from .cost import Counter, Spent
 from .loop import step_flops, train
 from .methods import Bench
 from .training import Training
@@ -113,14 +115,19 @@ def _best(bench: Bench, law: Any, runs: Any) -> dict[str, float]:
 def _proxies(
     bench: Bench, seed: int, folder: Path, spent: Spent, operations: float, mixtures: int, experts: bool
 ) -> Any:
-    """Proxies of sampled mixtures, of equal length. (Seconds of those that an earlier call trained are not known.)"""
+    """Proxies of sampled mixtures, of equal length.
+
+    Where an earlier call was interrupted, its proxies are taken to have cost as many seconds as those of this one.
+    """
     size, runs = bench.budget.proxy, mixtures + experts * len(bench.corpus.stores)
     dataset = MixtureDataset(bench.corpus.stores, "natural", num_samples=size.batch, sequence_length=size.length)
     a_step = step_flops(_proxy(bench, seed), dataset)
-    scored = sum(len(task[i]["input_ids"]) for task in bench.tasks.values() for i in range(len(task)))
-    judging = a_step / 3 * scored / size.step_tokens  # a forward pass is a third of a step
-    steps = max(1, int((operations / runs - judging) / a_step))
-    before = _child_seconds()
+    with Counter() as judging:
+        for name, task in bench.tasks.items():
+            batches = as_batches(task, name=name, sequence_length=size.length, micro_batch=size.batch)
+            token_log_probabilities(_proxy(bench, seed).model, batches)
+    steps = max(1, int((operations / runs - judging.total) / a_step))
+    before, earlier = _child_seconds(), len(list(folder.glob("proxies/runs/*/result.json")))
     done = run_proxies(
         bench.corpus.stores, bench.tasks, folder / "proxies",
         model=small_llama(len(bench.corpus.tokenizer), size.hidden, size.layers, size.heads, size.length),
@@ -129,8 +136,9 @@ def _proxies(
     )  # fmt: skip
     if done.failed:
         raise SystemExit(f"proxies failed: {done.failed}")
-    spent.seconds["before"] += _child_seconds() - before
-    spent.flops["before"] += runs * (steps * a_step + judging)
+    trained = runs - earlier
+    spent.seconds["before"] += (_child_seconds() - before) * runs / trained if trained else float("nan")
+    spent.flops["before"] += runs * (steps * a_step + judging.total)
     return done
 
 

@@ -1,0 +1,44 @@
+"""What proxies cost, against a count of one that is trained."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.pretraining import beforehand
+from benchmarks.pretraining.cost import Counter, Spent
+from benchmarks.pretraining.settings import BUDGETS
+from dynmix import TokenStore
+from dynmix.proxies.plan import Plan
+from dynmix.proxies.train import train_run
+
+
+def test_proxies_are_charged_what_they_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, stores = np.random.default_rng(0), {name: tmp_path / name for name in ("one", "two")}
+    for path in stores.values():
+        TokenStore.write(path, [rng.integers(1, 50, 2000).astype(np.uint16)])
+    examples = [{"input_ids": rng.integers(1, 50, n).tolist()} for n in (90, 5, 40, 6, 8)]  # most of a batch is padding
+    bench = SimpleNamespace(
+        corpus=SimpleNamespace(stores=stores, tokenizer=range(50)), budget=BUDGETS["tiny"], device="cpu",
+        tasks={"t": [{key: np.array(ids) for key, ids in row.items()} for row in examples]},
+    )  # fmt: skip
+    given: dict[str, Any] = {}
+
+    def run_proxies(stores: Any, validation: Any, out: Path, *, model: Any, training: Any, **more: Any) -> Any:
+        given["plan"] = Plan.make(stores, validation, model, training, 0.5, (0.5, 2.0))
+        return SimpleNamespace(failed={})
+
+    monkeypatch.setattr(beforehand, "run_proxies", run_proxies)
+    monkeypatch.setattr(beforehand, "_child_seconds", iter((1.0, 7.0)).__next__)
+    (tmp_path / "before/proxies/runs/mixture-000").mkdir(parents=True)
+    (tmp_path / "before/proxies/runs/mixture-000/result.json").touch()  # of a call that was interrupted
+    spent = Spent()
+    beforehand._proxies(bench, 0, tmp_path / "before", spent, 2e8, 4, experts=False)  # type: ignore[arg-type]
+    given["plan"].keep(tmp_path / "run")
+    with Counter() as counter:
+        train_run(tmp_path / "run", "mixture-000", {"one": 0.5, "two": 0.5})
+    assert spent.flops["before"] == 4 * counter.total
+    assert spent.flops["before"] <= 2e8
+    assert spent.seconds["before"] == 4 * (7 - 1) / 3
