@@ -17,6 +17,7 @@ from .tables import (
     costs,
     efficiency,
     markdown,
+    overspent,
     overview,
     sampled,
     sweeps,
@@ -26,11 +27,12 @@ HEAD = """# Results
 
 Written by `python -m benchmarks.pretraining results` from what was run; only "Reading" is typed by hand. Losses are
 nats a token (lower is better), mean over seeds; in brackets the difference to the natural mixture with the same seed
-and its 95 % interval over the seeds (Student's t). All runs of a table spent the same number of floating-point
-operations, those of proxies, references, probes and measurements included: a method that pays for its mixture trains on
-fewer tokens; only where a name says `free=yes` are measurements not charged, and only one with `share=` has less to
-spend. Mixers saw one half of the examples of the optimised tasks; all figures are of the other half, of tasks that no
-mixer was told of, and of text that nothing was trained on.
+and its 95 % interval over the seeds (Student's t). All runs of a table had the same number of floating-point operations
+to spend, those of proxies, references, probes and measurements included: a method that pays for its mixture trains on
+fewer tokens; what was bought last may have gone over, and where that is more than 1 % it is said below the costs. Only
+where a name says `free=yes` are measurements not charged, and only one with `share=` has less to spend. Mixers saw one
+half of the examples of the optimised tasks; all figures are of the other half, of tasks that no mixer was told of, and
+of text that nothing was trained on.
 """
 
 
@@ -89,6 +91,7 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
         efficiency(cells) + "\n",
         "What is spent (`beforehand`: proxies and references; `in the run`: probes, measurements, decisions):\n",
         costs(cells) + "\n",
+        overspent(cells),
         "What was sampled, in percent" + (f"; the traps are {traps}" if traps else "") + ":\n",
         sampled(cells) + "\n",
         "By set, nats a token:\n",
@@ -109,7 +112,8 @@ def _sweeps(name: str, cells: Cells) -> list[str]:
     if not table:
         return []
     shown = [name for names in SWEEPS.values() for name in names if name in cells.cells]
-    own = Cells(cells.settings, {name: cells.cells[name] for name in dict.fromkeys((PRIOR, BASE, *shown))})
+    compared = [name for name in dict.fromkeys((PRIOR, BASE, *shown)) if name in cells.cells]
+    own = Cells(cells.settings, {name: cells.cells[name] for name in compared})
     return [
         f"### Variants of `{BASE}` in `{name}`\n",
         f"Difference to `{BASE}` with the same seeds, nats a token (less is better), and its 95 % interval:\n",

@@ -217,6 +217,16 @@ def costs(cells: Cells) -> str:
     return markdown(["method", *head], rows)
 
 
+def overspent(cells: Cells) -> str:
+    """Says which methods went over their budget by more than 1 %, in the mean; empty if none did."""
+    over = {
+        name: np.mean([sum(cell["spent"]["flops"].values()) / cell["budget"] for cell in cells.cells[name].values()])
+        for name in order(cells)
+    }
+    found = [f"`{name}` {100 * (share - 1):.0f} %" for name, share in over.items() if share > 1.01]
+    return f"Over the budget, by what was bought last: {', '.join(found)}.\n" if found else ""
+
+
 def sampled(cells: Cells) -> str:
     """Share of what was trained on, by domain."""
     names = [name for name in order(cells) if name != "automixer"]

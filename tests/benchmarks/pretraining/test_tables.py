@@ -12,6 +12,7 @@ from benchmarks.pretraining.tables import (
     difference,
     efficiency,
     interval,
+    overspent,
     share_of_tokens,
     sweeps,
 )
@@ -80,3 +81,13 @@ def test_variants_stand_beside_what_they_vary() -> None:
     assert rows[2].startswith("| stages | `[stages=2]` | 2 | -1.000 ± 0.000 |")
     assert rows[3].startswith("| else | `other` | 1 | +1.000 |")
     assert len(rows) == 4
+
+
+def test_what_went_over_the_budget_is_said() -> None:
+    found = cells(natural=[5.0], cheap=[4.0], dear=[3.0, 3.0])
+    for (name, _), spent in zip(found.cells.items(), (100.0, 100.9, 112.0), strict=True):
+        for own in found.cells[name].values():
+            own |= {"budget": 100.0, "spent": {"flops": {"training": 60.0, "before": spent - 60.0}}}
+    assert overspent(found) == "Over the budget, by what was bought last: `dear` 12 %.\n"
+    del found.cells["dear"]
+    assert overspent(found) == ""
