@@ -21,6 +21,7 @@ that a solver would go on with; its processor time stands beside the others'.
 import os
 import tempfile
 import time
+from math import comb
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ import typer
 from numpy.typing import NDArray
 from pretraining.corpus import Corpus
 from pretraining.kept import kept, write
+from pretraining.training import check_device
 from pretraining.windows import BLOCKS, CURVATURES, Settings, Windows
 from rich.console import Console
 from rich.table import Table
@@ -43,9 +45,9 @@ QUICK = Settings(steps=60, warm_up=6, checkpoints=1, window=6, examples=24, prob
 
 
 def halves(domains: list[str], count: int) -> list[list[str]]:
-    """So many random halves of the domains, no two alike."""
+    """So many random halves of the domains, no two alike, or all that there are."""
     generator, found = np.random.default_rng(0), list[list[str]]()
-    while len(found) < count:
+    while len(found) < min(count, comb(len(domains), len(domains) // 2)):
         chosen = sorted(generator.permutation(domains)[: len(domains) // 2].tolist())
         if chosen not in found:
             found.append(chosen)
@@ -176,6 +178,7 @@ def main(
     kron: Annotated[bool, typer.Option("--kronfluence", help="Add kronfluence's scores, and nothing else.")] = False,
 ) -> None:
     settings, groups = (QUICK, min(groups, 4)) if quick else (Settings(), groups)
+    check_device(device)
     data = Corpus(corpus, output, length=settings.size.length)
     windows = Windows(data, output, settings, device)
     if kron:

@@ -34,6 +34,14 @@ class Size:
         return self.batch * self.length
 
 
+def check_device(device: str) -> None:
+    """Exit where there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as problem:  # the former of a torch without CUDA
+        raise SystemExit(f"--device {device}: {str(problem).splitlines()[0]}") from None
+
+
 class Training:
     """A model with AdamW, and how many steps it has done.
 
