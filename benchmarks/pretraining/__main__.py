@@ -11,8 +11,9 @@ budget of floating-point operations is spent, those of proxies, references and m
 `OUTPUT/BUDGET/METHOD/SEED`; a killed one goes on from its last state, and the same command does what is missing.
 `run` goes by seeds first, so that whatever time there was, methods can be compared.
 
-Mixers see one half of the examples of the tasks; the other half judges. Tasks of `--unseen-tasks` and domains of
-`--unseen-domains` are kept from training and mixers altogether. A method may have options,
+Mixers see one half of the examples of the tasks; the other half judges, of a task called `blimp` also by the accuracy
+of its pairs. Tasks of `--unseen-tasks` and domains of `--unseen-domains` are kept from training and mixers altogether;
+domains called `noise` and `web_dup` are traps, whose own text no mean counts. A method may have options,
 `tikmix-d[curvature=KFAC,stages=8]`: `sweep` runs those that decide the defaults. `claims` replicates what the paper
 says of influences, and `results` writes RESULTS.md of whatever has been run, and beside it each cell as a line.
 """
@@ -51,6 +52,8 @@ def run(
     from .methods import METHODS
 
     names = METHODS if methods is None else _split(methods)
+    if not names:
+        raise SystemExit(f"--methods {methods!r} names none: there are {', '.join(METHODS)}")
     _run(output, names, seeds, budget, corpus, device, unseen_tasks, unseen_domains)
 
 
@@ -101,8 +104,12 @@ def claims(
     from .claims import run_claims
     from .corpus import Corpus
     from .kept import write
-    from .windows import Settings, Windows
+    from .training import check_device
+    from .windows import Settings, Windows, curvature_maker
 
+    for curvature in curvatures.split(","):
+        curvature_maker(curvature)
+    check_device(device)
     folder = folder or output / "claims"
     settings = Settings(steps=steps, warm_up=steps // 5, window=window, probes=probes)
     if size is not None:
@@ -140,17 +147,24 @@ def _run(
 ) -> None:  # fmt: skip
     from .cells import run_cell
     from .corpus import Corpus
-    from .criteria import Split
-    from .methods import Bench, Method
+    from .criteria import Judges, Split
+    from .methods import Bench, Method, make_dataset
+    from .training import check_device
 
-    chosen = _budget(budget)
+    chosen, wanted = _budget(budget), _seeds(seeds)
     for name in methods:
         Method.parse(name)
+    check_device(device)
     data = Corpus(corpus, output, length=chosen.size.length, without=_names(unseen_domains))
     split = Split.of(data, _names(unseen_tasks))
-    check_settings(output / budget, asdict(chosen) | {"corpus": data.facts, "split": asdict(split), "device": device})
     bench = Bench(data, split, chosen, device)
-    for seed in map(int, seeds.split(",")):
+    try:  # all that is read, before the settings stand and hours are spent
+        Judges(data, split, chosen)
+        make_dataset(bench, Method("natural"), "natural", 1, 0)
+    except ValueError as problem:
+        raise SystemExit(str(problem)) from None
+    check_settings(output / budget, asdict(chosen) | {"corpus": data.facts, "split": asdict(split), "device": device})
+    for seed in wanted:
         for name in methods:
             run_cell(bench, name, seed, output / budget / name / str(seed))
 
@@ -161,8 +175,18 @@ def _budget(name: str) -> Budget:
     return BUDGETS[name]
 
 
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if min(seeds) < 0:
+        raise SystemExit(f"--seeds {text!r}: whole numbers of at least 0, by commas")
+    return seeds
+
+
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
+    return tuple(dict.fromkeys(name for name in text.split(",") if name))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dynmix.influence.group import scored_groups
 from .kept import kept
 from .sweep import BASE
 from .tables import Cells
-from .windows import Windows, make_curvature
+from .windows import Windows, curvature_maker
 
 Array = NDArray[np.float64]
 
@@ -92,7 +92,8 @@ def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int,
     def measure() -> dict[str, Any]:
         training, s = windows.checkpoint(), windows.settings
         found = scored_groups(
-            training.model, windows.probes(2 * pool, 5000), windows.task_batches(), make_curvature(curvature, training),
+            training.model, windows.probes(2 * pool, 5000), windows.task_batches(),
+            curvature_maker(curvature)(training),
             curvature_batches=windows.sequences("natural", s.curvature_sequences, 2001),
         )  # fmt: skip
         return {name: [found.scores[name].tolist(), found.tokens[name].tolist()] for name in domains}

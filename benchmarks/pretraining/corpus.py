@@ -1,16 +1,14 @@
 """A corpus folder as the benchmarks use it: domains as token stores, tasks and held-out text as evaluations.
 
     domains/<domain>.jsonl.gz       {"text"} a line: what is trained on
-    tasks/<task>.jsonl              {"context", "gold", "choices"} a line
+    tasks/<task>.jsonl              {"context", "gold", "choices"} a line, two at least
     tasks/<domain>.valid.jsonl.gz   {"text"} a line, of the same kind as the domain
     tokenizers/<name>
 
 Knows files; no model and no mixture.
 """
 
-import gzip
 import hashlib
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dynmix import Task
 from dynmix.mixture.prepare import prepare
-from dynmix.tasks import Record
+from dynmix.task_records import Record, read_records
 
 Half = Literal["measured", "judged"]
 """The even examples of a task, which mixers see, or the odd ones, which only the evaluation does."""
@@ -56,6 +54,8 @@ class Corpus:
             raise SystemExit(f"{root}/tokenizers has {there}: put one tokenizer's folder there, or call it bpe4096")
         self.tokenizer_name = str(root / "tokenizers" / name) if name in there else name
         self.domains = sorted(found - {*without})
+        if not self.domains:
+            raise SystemExit(f"all domains of {root} are held back: leave some out of --unseen-domains")
         self.tasks = sorted(path.stem for path in (root / "tasks").glob("*.jsonl"))
         self.texts = sorted(path.name.removesuffix(".valid.jsonl.gz") for path in root.glob("tasks/*.valid.jsonl.gz"))
 
@@ -69,7 +69,7 @@ class Corpus:
         ]
         tokenizer = Path(self.tokenizer_name)
         files = {name: self.root / name for name in names}
-        files |= {f"tokenizer/{path.name}": path for path in sorted(tokenizer.glob("*.json"))}
+        files |= {f"tokenizer/{path.name}": path for path in sorted(tokenizer.glob("*")) if path.is_file()}
         found = {name: hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for name, path in files.items()}
         return found if tokenizer.is_dir() else found | {"tokenizer": self.tokenizer_name}
 
@@ -99,6 +99,8 @@ class Corpus:
         """
         whole = Task.from_jsonl(self.root / f"tasks/{name}.jsonl", self.tokenizer, max_length=self.length)
         records = whole.records[half == "judged" :: 2]
+        if not records:
+            raise ValueError(f"{self.root}/tasks/{name}.jsonl has one example: two at least, as every other one judges")
         count = min(limit, len(records))
         chosen = [records[i * len(records) // count] for i in range(count)]
         if not choices:
@@ -107,9 +109,23 @@ class Corpus:
 
     def text(self, domain: str, characters: int) -> Task:
         """Held-out text of a domain: the beginnings of all its documents, so many characters together."""
-        path = self.root / f"tasks/{domain}.valid.jsonl.gz"
-        with gzip.open(path, "rt") as lines:
-            texts = [json.loads(line)["text"] for line in lines]
-        share = max(1, characters // len(texts))
-        records = [Record(str(path), "", text[:share]) for text in texts if text[:share].strip()]
+        documents, share = self._held_out(domain, characters)
+        records = [replace(d, gold=d.gold[:share]) for d in documents if d.gold[:share].strip()]
         return Task(domain, records, self.tokenizer, max_length=self.length)
+
+    def rest_of_a_document(self, domains: Collection[str], characters: int) -> Task:
+        """A single held-out document of the first of these domains that has any, without what `text` takes of it."""
+        for domain in domains:
+            if domain in self.texts:
+                documents, share = self._held_out(domain, characters)
+                if rests := [replace(d, gold=d.gold[share:]) for d in documents if d.gold[share:].strip()]:
+                    return Task("one-document", rests[:1], self.tokenizer, max_length=self.length)
+        raise ValueError(f"{self.root}/tasks has no .valid.jsonl.gz of a document that is longer than what judges")
+
+    def _held_out(self, domain: str, characters: int) -> tuple[list[Record], int]:
+        """All held-out documents of a domain, and how much of each makes so many characters together."""
+        path = self.root / f"tasks/{domain}.valid.jsonl.gz"
+        documents = read_records(path)
+        if not documents:
+            raise ValueError(f"{path} has no document: put some there, or remove it")
+        return documents, max(1, characters // len(documents))

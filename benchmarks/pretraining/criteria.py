@@ -32,6 +32,8 @@ class Split:
                 '"" for none'
             )
         optimised = tuple(name for name in corpus.tasks if name not in tasks)
+        if not optimised:
+            raise SystemExit(f"{corpus.root} has no task to optimise: add one, or take it out of --unseen-tasks")
         return cls(
             optimised,
             tasks,

@@ -7,7 +7,7 @@ model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .criteria import Split
 from .hindsight import HINDSIGHT
 from .settings import Budget
 from .training import Training
-from .windows import BLOCKS, make_curvature
+from .windows import BLOCKS, curvature_maker
 
 STATIC = ("natural", "uniform", "temperature", "unimax")
 BY_LOSS = ("odm", "ado", "loss-proportional")
@@ -41,11 +41,11 @@ METHODS = (*STATIC, "odm", *BY_PROXIES, *TIKMIX, "automixer")
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory", "lower")
-WORDS = (
-    "curvature", "layers", "stages", "max_stages", "probes", "examples", "tasks", "guards", "start",
-    "free", "share", "against",
-)  # fmt: skip
-OPTIONS = {*NUMBERS, *WORDS}
+COUNTS = {"stages": 1, "max_stages": 2, "probes": 1, "examples": 1}  # and the least that each may be
+WORDS: dict[str, Collection[str]] = {
+    "layers": LAYERS, "tasks": ("all", "rot13", "one-document"), "guards": ("domains", "none"), "start": STATIC,
+    "free": ("yes",), "against": ("stage", "run"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,47 @@ class Method:
         known = (*STATIC, *BY_LOSS, *BY_PROXIES, *BY_INFLUENCE, "automixer", HINDSIGHT)
         if match is None or match[1] not in known:
             raise SystemExit(f"no method {text!r}: there are {', '.join(known)}, and name[key=value,...]")
-        options = dict(part.split("=", 1) for part in match[2].split(",")) if match[2] else {}
-        if unknown := sorted(set(options) - OPTIONS):
-            raise SystemExit(f"{text}: no option {unknown[0]!r}; there are {', '.join(sorted(OPTIONS))}")
+        parts = [part.partition("=") for part in match[2].split(",")] if match[2] else []
+        options = {key: value for key, _, value in parts}
+        taken = _options_of(match[1])
+        if unknown := sorted(set(options) - set(taken)):
+            raise SystemExit(f"{text}: no option {unknown[0]!r}; {match[1]} takes {', '.join(sorted(taken))}")
+        try:
+            _check_options(options)
+        except ValueError as problem:
+            raise SystemExit(f"{text}: {problem}") from None
         return cls(match[1], options)
+
+
+def _options_of(name: str) -> Collection[str]:
+    """Options that make a difference to a method."""
+    if name in BY_INFLUENCE:
+        return {*NUMBERS, *COUNTS, *WORDS, "curvature", "share"}
+    if name == "automixer":
+        return ("stages", "probes", "examples", "tasks", "start", "free", "share")
+    return ("tasks", "start", "free", "share") if name in BY_LOSS else ("share",)
+
+
+def _check_options(options: Mapping[str, str]) -> None:
+    """Raise ValueError for a value that no run could have: now, and not when its turn comes after hours of others."""
+    for key, value in options.items():
+        if key in COUNTS and not (value.isdecimal() and int(value) >= COUNTS[key]):
+            raise ValueError(f"{key}={value}: a whole number of at least {COUNTS[key]}")
+        if key in WORDS and value not in WORDS[key]:
+            raise ValueError(f"{key}={value}: one of {', '.join(WORDS[key])}")
+        if key in (*NUMBERS, "share") and not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value):
+            raise ValueError(f"{key}={value}: a number")
+    if float(options.get("share", 1)) <= 0:
+        raise ValueError(f"share={options['share']}: above 0")
+    if "curvature" in options:
+        curvature_maker(options["curvature"])
+    make_mixer({"name": "tikmix-d", **_of_the_mixer(options)})
+
+
+def _of_the_mixer(options: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of TiKMiX-D."""
+    asked: dict[str, Any] = {key: float(options[key]) for key in NUMBERS if key in options}
+    return asked | {key: options[key] for key in ("against",) if key in options}
 
 
 @dataclass(frozen=True)
@@ -139,15 +176,13 @@ def hook_options(bench: Bench, method: Method, training: Training, folder: Path,
         return common | {"mixer": name}
     if name not in BY_INFLUENCE:
         return None
-    asked: dict[str, Any] = {"confidence": budget.confidence}
-    asked |= {key: float(options[key]) for key in NUMBERS if key in options}
-    asked |= {key: options[key] for key in ("against",) if key in options}
+    asked = {"confidence": budget.confidence, **_of_the_mixer(options)}
     mixer: dict[str, Any] = {"name": name, **({"direct": asked} if name == "tikmix-m" else asked)}
     most = options.get("max_stages", budget.max_stages)
     return common | {
         "mixer": mixer,
         "max_stages": None if most is None else int(most),
-        "curvature": make_curvature(options.get("curvature", budget.curvature), training),
+        "curvature": curvature_maker(options.get("curvature", budget.curvature))(training),
         "layers": LAYERS[options.get("layers", "all")],
         "guards": None if options.get("guards") == "none" else "domains",
     }
@@ -163,13 +198,10 @@ def tasks_of(bench: Bench, which: str) -> dict[str, Any]:
         turned = [replace(r, gold=codecs.encode(r.gold, "rot13"), context="", choices=()) for r in first.records]
         tasks["rot13"] = Task("rot13", turned, bench.corpus.tokenizer, max_length=bench.corpus.length)
     elif which == "one-document":
-        text = bench.corpus.text(bench.split.domains[0], 10**9)
-        one = Task("one-document", text.records[:1], bench.corpus.tokenizer, max_length=bench.corpus.length)
+        one = bench.corpus.rest_of_a_document(bench.split.domains, bench.budget.characters)
         tasks["one-document"] = as_batches(
             one, name="one-document", sequence_length=bench.corpus.length, micro_batch=16, sequences=8
         )
-    elif which != "all":
-        raise SystemExit(f"tasks={which}: all, rot13 or one-document")
     return tasks
 
 

@@ -186,7 +186,7 @@ class Windows:
                 training.model,
                 sets,
                 self.task_batches(),
-                make_curvature(curvature, training),
+                curvature_maker(curvature)(training),
                 curvature_batches=fit_on,
                 layers=BLOCKS if blocks else None,
             )
@@ -202,18 +202,27 @@ class Windows:
         return np.asarray(scores @ change, dtype=np.float64)
 
 
-def make_curvature(name: str, training: Training) -> Any:
-    """A curvature by its name, with its damping after a colon; `AdamDiagonal` is that of the training's optimizer."""
-    kind, _, damping = name.partition(":")
-    own: dict[str, Any] = {"damping": float(damping)} if damping else {}
-    made: dict[str, Callable[[], Any]] = {
-        "EKFAC": lambda: EKFAC(**own),
-        "KFAC": lambda: KFAC(**own),
-        "AdamDiagonal": lambda: AdamDiagonal(training.optimizer),
-        "DataInf": DataInf,
-        "Identity": Identity,
-        "GaussNewton": lambda: GaussNewton(tolerance=0.05, iterations=8, probes=2),
+def curvature_maker(name: str) -> Callable[[Training], Any]:
+    """Makes a curvature of this name, its damping after a colon; `AdamDiagonal` is that of the training's optimizer.
+
+    Exits where there is none of the name.
+    """
+    kind, colon, damping = name.partition(":")
+    damped: dict[str, Callable[..., Any]] = {"EKFAC": EKFAC, "KFAC": KFAC}
+    others: dict[str, Callable[[Training], Any]] = {
+        "AdamDiagonal": lambda training: AdamDiagonal(training.optimizer),
+        "DataInf": lambda _: DataInf(),
+        "Identity": lambda _: Identity(),
+        "GaussNewton": lambda _: GaussNewton(tolerance=0.05, iterations=8, probes=2),
     }
-    if kind not in made:
-        raise SystemExit(f"no curvature {name!r}: there are {', '.join(made)}, EKFAC and KFAC also with :damping")
-    return made[kind]()
+    if name in others:
+        return others[name]
+    if kind not in damped:
+        known = ", ".join((*damped, *others))
+        raise SystemExit(f"no curvature {name!r}: there are {known}, EKFAC and KFAC also with :damping")
+    try:
+        own = {"damping": float(damping)} if colon else {}
+        damped[kind](**own)
+    except ValueError as problem:
+        raise SystemExit(f"curvature {name!r}: {problem}") from None
+    return lambda _: damped[kind](**own)

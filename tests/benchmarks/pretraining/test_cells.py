@@ -204,6 +204,20 @@ def test_the_tokenizer_of_a_corpus_may_have_any_name_where_it_is_the_only_one(co
         ({"methods": "best"}, "best"),
         ({"methods": "tikmix-d[stage=2]"}, "stage"),
         ({"corpus": "nowhere"}, "nowhere/domains has no .jsonl.gz"),
+        ({"methods": ""}, "--methods '' names none"),
+        ({"methods": "regmix[start=unimax]"}, "no option 'start'; regmix takes share"),
+        ({"methods": "tikmix-d[stages]"}, "stages=: a whole number of at least 1"),
+        ({"methods": "tikmix-d[max_stages=1]"}, "max_stages=1: a whole number of at least 2"),
+        ({"methods": "tikmix-d[guards=non]"}, "guards=non: one of domains, none"),
+        ({"methods": "tikmix-d[start=odm]"}, "start=odm: one of natural"),
+        ({"methods": "tikmix-d[beta=x]"}, "beta=x: a number"),
+        ({"methods": "tikmix-d[beta=-1]"}, "beta=-1.0: a finite number of at least 0"),
+        ({"methods": "tikmix-d[curvature=KFAC:x]"}, "curvature 'KFAC:x': could not convert"),
+        ({"methods": "odm[share=0]"}, "share=0: above 0"),
+        ({"seeds": "1.5"}, "--seeds '1.5': whole numbers of at least 0"),
+        ({"device": "cuda:99"}, "--device cuda:99: "),
+        ({"unseen-tasks": "t,u"}, "no task to optimise"),
+        ({"unseen-domains": "one,two,three"}, "all domains of"),
     ],
 )
 def test_what_cannot_be_run_is_said_at_once(
@@ -212,6 +226,52 @@ def test_what_cannot_be_run_is_said_at_once(
     shown = bench(**{"corpus": corpus, "output": tmp_path, "methods": "natural"} | changed)  # type: ignore[arg-type]
     assert shown.exit_code
     assert message in shown.output + str(shown.exception)
+    assert not (tmp_path / "tiny").exists()  # or the next call would be told of other settings
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tasks/t.jsonl", b'{"context": "ba", "gold": " be"}\n{"context": "ba"\n', "t.jsonl, line 2: not JSON"),
+        ("tasks/t.jsonl", b'{"context": "ba", "gold": " be"}\n', "t.jsonl has one example: two at least"),
+        ("tasks/one.valid.jsonl.gz", gzip.compress(b""), "one.valid.jsonl.gz has no document"),
+        ("tasks/one.valid.jsonl.gz", gzip.compress(b'{"txt": "ba"}\n'), "one.valid.jsonl.gz, line 1: no field"),
+        ("domains/one.jsonl.gz", gzip.compress(b'{"text": "ba be"}\n'), "'one' has not one whole sequence"),
+    ],
+)
+def test_files_that_cannot_be_read_are_said_before_the_settings_stand(
+    corpus: Path, tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
+    shutil.copytree(corpus, broken := tmp_path / "broken")
+    (broken / file).write_bytes(content)
+    shown = bench(broken, tmp_path / "bench", "natural")
+    assert isinstance(shown.exception, SystemExit)
+    assert message in str(shown.exception)
+    assert not (tmp_path / "bench/tiny").exists()
+
+
+def test_the_document_of_a_trap_is_no_text_that_judges(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, other := tmp_path / "other")
+    (other / "tasks/one.valid.jsonl.gz").unlink()
+    found, characters = Corpus(other, tmp_path / "cache"), 120
+    text, one = found.text("three", characters), found.rest_of_a_document(found.domains, characters)
+    whole = json.loads(gzip.decompress((other / "tasks/three.valid.jsonl.gz").read_bytes()).splitlines()[0])["text"]
+    assert text.records[0].gold + one.records[0].gold == whole
+    assert len(text.records[0].gold) == characters // 6
+    with pytest.raises(ValueError, match="no .valid.jsonl.gz of a document"):
+        found.rest_of_a_document(found.domains, 10**6)
+
+
+def test_the_page_of_variants_alone(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "tiny/natural")
+    base = tmp_path / "tiny" / "tikmix-d[start=unimax]" / "0"
+    base.mkdir(parents=True)
+    own = cell(run, VARIANT) | {"method": base.parent.name}
+    (base / "cell.json").write_text(json.dumps(own))
+    page = CliRunner().invoke(app, ["results", f"--output={tmp_path}", f"--file={tmp_path / 'RESULTS.md'}"])
+    assert page.exit_code == 0, page.output
+    assert "`[max_stages=2]` | 1 | +0.000" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_results_of_other_settings_are_not_mixed(corpus: Path, run: Path) -> None:
