@@ -1,6 +1,6 @@
 """A corpus folder as the benchmarks use it: domains as token stores, tasks and held-out text as evaluations.
 
-    domains/<domain>.jsonl.gz       {"text"} a line: what is trained on
+    domains/<domain>.jsonl.gz       {"text"} a line: what is trained on; or a token store, <domain>.bin and .idx
     tasks/<task>.jsonl              {"context", "gold", "choices"} a line, two at least
     tasks/<domain>.valid.jsonl.gz   {"text"} a line, of the same kind as the domain
     tokenizers/<name>
@@ -17,7 +17,7 @@ from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dynmix import Task
+from dynmix import Task, TokenStore
 from dynmix.mixture.prepare import prepare
 from dynmix.task_records import Record, read_records
 
@@ -40,9 +40,13 @@ class Corpus:
         self, root: Path, cache: Path, tokenizer: str | None = None, length: int = 128, without: Collection[str] = ()
     ) -> None:
         self.root, self.cache, self.length = root, cache, length
-        found = {path.name.removesuffix(".jsonl.gz") for path in (root / "domains").glob("*.jsonl.gz")}
+        texts = {path.name.removesuffix(".jsonl.gz") for path in (root / "domains").glob("*.jsonl.gz")}
+        given = {path.stem for path in (root / "domains").glob("*.idx")}
+        if both := sorted(texts & given):
+            raise SystemExit(f"{root}/domains has {both} as text and as token stores: keep one of the two")
+        found = texts | given
         if not found:
-            raise SystemExit(f"{root}/domains has no .jsonl.gz: give a corpus with --corpus")
+            raise SystemExit(f"{root}/domains has no .jsonl.gz and no token store: give a corpus with --corpus")
         if unknown := sorted({*without} - found):
             raise SystemExit(
                 f"{unknown} are no domains of {root}, which has {sorted(found)}: name others with --unseen-domains, "
@@ -54,6 +58,7 @@ class Corpus:
             raise SystemExit(f"{root}/tokenizers has {there}: put one tokenizer's folder there, or call it bpe4096")
         self.tokenizer_name = str(root / "tokenizers" / name) if name in there else name
         self.domains = sorted(found - {*without})
+        self._given = {name: root / "domains" / name for name in self.domains if name in given}
         if not self.domains:
             raise SystemExit(f"all domains of {root} are held back: leave some out of --unseen-domains")
         self.tasks = sorted(path.stem for path in (root / "tasks").glob("*.jsonl"))
@@ -63,14 +68,18 @@ class Corpus:
     def facts(self) -> dict[str, str]:
         """File -> hash of its content, of all that is read: what tells two corpora apart, wherever they are."""
         names = [
-            *(f"domains/{name}.jsonl.gz" for name in self.domains),
+            *(f"domains/{name}.jsonl.gz" for name in self.domains if name not in self._given),
+            *(f"domains/{name}.{part}" for name in self._given for part in ("idx", "bin")),
             *(f"tasks/{name}.jsonl" for name in self.tasks),
             *(f"tasks/{name}.valid.jsonl.gz" for name in self.texts),
         ]
         tokenizer = Path(self.tokenizer_name)
         files = {name: self.root / name for name in names}
         files |= {f"tokenizer/{path.name}": path for path in sorted(tokenizer.glob("*")) if path.is_file()}
-        found = {name: hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for name, path in files.items()}
+        found = {}
+        for name, path in files.items():
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
         return found if tokenizer.is_dir() else found | {"tokenizer": self.tokenizer_name}
 
     @cached_property
@@ -80,17 +89,24 @@ class Corpus:
 
     @cached_property
     def stores(self) -> dict[str, Path]:
-        """Domain -> token store, named by the domain and by what it was made of: another corpus has others there."""
+        """Domain -> token store; of a text, named by the domain and by what it was made of: another corpus has others.
+
+        Raises ValueError for text that cannot be read, and a store that is none of the tokenizer's.
+        """
+        for path in self._given.values():
+            if (largest := int(TokenStore.open(path).tokens.max())) >= (size := len(self.tokenizer)):
+                raise ValueError(f"{path} has token {largest}, the tokenizer {size} tokens: it was made with another")
         folder = self.cache / "stores"
         tokenizer = [item for item in self.facts.items() if item[0].startswith("tokenizer")]
-        made = {name: repr((self.facts[f"domains/{name}.jsonl.gz"], tokenizer)) for name in self.domains}
+        texts = [name for name in self.domains if name not in self._given]
+        made = {name: repr((self.facts[f"domains/{name}.jsonl.gz"], tokenizer)) for name in texts}
         stores = {
             name: f"{name}-{hashlib.blake2b(of.encode(), digest_size=4).hexdigest()}" for name, of in made.items()
         }
-        if missing := [name for name in self.domains if not (folder / f"{stores[name]}.idx").exists()]:
+        if missing := [name for name in texts if not (folder / f"{stores[name]}.idx").exists()]:
             files = {stores[name]: self.root / f"domains/{name}.jsonl.gz" for name in missing}
             prepare(files, folder, self.tokenizer_name, workers=1)
-        return {name: folder / store for name, store in stores.items()}
+        return {name: self._given.get(name) or folder / stores[name] for name in self.domains}
 
     def task(self, name: str, half: Half, limit: int, *, choices: bool = True) -> Task:
         """Up to `limit` examples of a half of a task, evenly spread over it.

@@ -203,7 +203,7 @@ def test_the_tokenizer_of_a_corpus_may_have_any_name_where_it_is_the_only_one(co
         ({"budget": "huge"}, "no budget 'huge': there are tiny"),
         ({"methods": "best"}, "best"),
         ({"methods": "tikmix-d[stage=2]"}, "stage"),
-        ({"corpus": "nowhere"}, "nowhere/domains has no .jsonl.gz"),
+        ({"corpus": "nowhere"}, "nowhere/domains has no .jsonl.gz and no token store"),
         ({"methods": ""}, "--methods '' names none"),
         ({"methods": "regmix[start=unimax]"}, "no option 'start'; regmix takes share"),
         ({"methods": "tikmix-d[stages]"}, "stages=: a whole number of at least 1"),
@@ -248,6 +248,24 @@ def test_files_that_cannot_be_read_are_said_before_the_settings_stand(
     assert isinstance(shown.exception, SystemExit)
     assert message in str(shown.exception)
     assert not (tmp_path / "bench/tiny").exists()
+
+
+def test_domains_may_be_token_stores(corpus: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, other := tmp_path / "other")
+    made = Corpus(corpus, tmp_path / "cache", without=("three",)).stores
+    for part in ("idx", "bin"):
+        shutil.copy(f"{made['one']}.{part}", other / f"domains/one.{part}")
+    both = bench(other, tmp_path, "natural")
+    assert "domains has ['one'] as text and as token stores" in str(both.exception)
+    (other / "domains/one.jsonl.gz").unlink()
+    shown = bench(other, tmp_path, "natural")
+    assert shown.exit_code == 0, shown.output
+    ours, theirs = cell(tmp_path, "natural"), cell(run, "natural")
+    assert {**ours, "spent": 0} == {**theirs, "spent": 0}
+    TokenStore.write(other / "domains/one", [[999] * 300])
+    assert "one has token 999, the tokenizer 27 tokens" in str(bench(other, tmp_path / "new", "natural").exception)
+    TokenStore.write(other / "domains/one", [[1] * 300])
+    assert "results of other settings (corpus was" in str(bench(other, tmp_path, "uniform").exception)
 
 
 def test_the_document_of_a_trap_is_no_text_that_judges(corpus: Path, tmp_path: Path) -> None:
