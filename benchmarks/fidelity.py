@@ -212,7 +212,7 @@ def main(
     table = Table(*head, title=title)
     for row in rows:
         table.add_row(row[0], *("" if value is None else f"{value:.3f}" for value in row[1:]))
-    console = Console()
+    console = Console(width=200)
     console.print(table)
     by_task = Table("task", *predictions, "perfect", title="Pearson over the domains")
     for i, task in enumerate(windows.tasks):
