@@ -16,6 +16,11 @@ def save(figure: Figure, file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
+def _look(number: int) -> tuple[str, str, str]:
+    """Color, line and marker of a method: there are ten colors, and more methods."""
+    return f"C{number % 10}", ("-", "--", ":")[number // 10 % 3], ("o", "x", "^")[number // 10 % 3]
+
+
 def curves(cells: Cells, file: Path) -> None:
     """Mean loss of optimised and of unseen tasks by tokens."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -26,8 +31,8 @@ def curves(cells: Cells, file: Path) -> None:
             for number, cell in enumerate(cells.cells[name].values()):
                 loss = [np.mean([p["loss"][task] for task in cells.groups[group]]) for p in cell["curve"]]
                 tokens = [p["tokens"] / 1e6 for p in cell["curve"]]
-                color = f"C{order(cells).index(name) % 10}"
-                axes.plot(tokens, loss, color=color, linewidth=1, label=name if not number else None)
+                color, line, _ = _look(order(cells).index(name))
+                axes.plot(tokens, loss, color=color, linestyle=line, linewidth=1, label=name if not number else None)
         axes.set_title(f"{group}, nats a token")
         axes.set_xlabel("million tokens")
     figure.axes[0].legend(fontsize=7)
@@ -45,7 +50,9 @@ def trade(cells: Cells, file: Path) -> None:
         both = sorted(set(cells.cells[name]) & set(prior))
         points = [(x(cells.cells[name][s]) - x(prior[s]), y(cells.cells[name][s]) - y(prior[s])) for s in both]
         if points:
-            axes.scatter([p[0] for p in points], [p[1] for p in points], s=14, color=f"C{number % 10}", label=name)
+            color, _, marker = _look(number)
+            x_of, y_of = zip(*points, strict=True)
+            axes.scatter(x_of, y_of, s=14, color=color, marker=marker, label=name)
     axes.axhline(0, color="#8c8c8c", linewidth=0.8)
     axes.axvline(0, color="#8c8c8c", linewidth=0.8)
     axes.set_xlabel("optimised tasks, nats a token against natural")
