@@ -29,9 +29,7 @@ def test_no_two_methods_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     figures.trade(cells, Path("trade"))
     lines, points = drawn[0].axes[0].get_lines(), drawn[1].axes[0].collections
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names)
-    looks = {
-        (np.asarray(dots.get_facecolor()).tobytes(), np.asarray(dots.get_paths()[0].vertices).tobytes())
-        for dots in points
-    }
+    paths = [np.asarray(dots.get_paths()[0].vertices).tobytes() for dots in points]
+    looks = {(np.asarray(dots.get_facecolor()).tobytes(), path) for dots, path in zip(points, paths, strict=True)}
     assert len(looks) == len(names)
     assert [tuple(np.asarray(dots.get_offsets())[0]) for dots in points] == [(k / 2, k / 2) for k in range(len(names))]
