@@ -131,7 +131,8 @@ class Capture:
         self.head = next((name for module, name in owners if module is output), None)
         self._apart = _sharing(self.layers)
         if not self.layers:
-            raise ValueError(f"layers={layers!r} selects no trainable linear layer; the model has {_some(known)}")
+            asked = wanted if wanted.exclude else wanted.include
+            raise ValueError(f"layers={asked!r} selects no trainable linear layer; the model has {_some(known)}")
 
     def run(self, batch: Batch, consume: Consume) -> tuple[Tensor, Tensor]:
         """One forward and one backward pass of the summed loss; `consume` is called once a layer that has a gradient.
