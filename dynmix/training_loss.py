@@ -85,23 +85,33 @@ class TrainingLoss:
     def take(self, step: int, batch_size: int) -> Observation | None:
         """Return what was seen since the last call, as optimizer step `step`, and forget it; None: nothing was.
 
-        Every process calls it: their sums are added.
+        Every process calls it: their sums are added. Where one raises, all of them do.
 
         Raises:
             ValueError: a sequence that is no sample of this step.
+            RuntimeError: another process has such a one.
         """
         seen, self._seen = self._seen, []
         start, stop = (step - 1) * batch_size, min(step * batch_size, len(self.dataset))
         sums = torch.zeros(len(self.dataset.domains), 4, dtype=torch.float64)
-        if seen:
-            samples = StepSamples(self.dataset, start, stop)
-            for ids, values in seen:
-                for (domain, *_), part in zip(samples.domains(ids.cpu()), values.cpu(), strict=True):
-                    sums[domain, : len(part)] += part
+        problem: Exception | None = None
+        try:
+            if seen:
+                samples = StepSamples(self.dataset, start, stop)
+                for ids, values in seen:
+                    for (domain, *_), part in zip(samples.domains(ids.cpu()), values.cpu(), strict=True):
+                        sums[domain, : len(part)] += part
+        except Exception as failure:
+            problem = failure
         if torch.distributed.is_initialized():
-            sums = sums.to(self._device)
-            torch.distributed.all_reduce(sums)
-            sums = sums.cpu()
+            # A problem goes with the sums, as one more row: the others are to hear of it, and not to wait.
+            shared = torch.cat([sums, torch.full((1, 4), float(problem is not None))]).to(self._device)
+            torch.distributed.all_reduce(shared)
+            sums, failed = shared.cpu().split([len(sums), 1])
+            if problem is None and failed.any():
+                problem = RuntimeError("another process was given a sequence that is no sample of this step")
+        if problem is not None:
+            raise problem
         present = {name: row for name, row in zip(self.dataset.domains, sums.tolist(), strict=True) if row[0]}
         if not present:
             return None

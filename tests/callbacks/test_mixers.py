@@ -105,3 +105,12 @@ def test_two_processes_add_up_their_losses_and_a_killed_run_goes_on_bit_for_bit(
     assert killed["stages"] == json.loads(json.dumps(single["stages"]))
     assert killed["parameters"] == single["parameters"]
     assert killed["losses"] == single["losses"][12:]
+
+
+def test_a_last_batch_that_is_filled_up_on_one_process_leaves_none_waiting(launch, training, tmp_path):
+    """The last batch of 157 samples is a short one, which accelerate fills up on the second process with the first."""
+    half, samples = training.BATCH // 2, training.STEPS * training.BATCH - 3
+    launch(tmp_path, ranks=2, mixer="odm", per_device_train_batch_size=half, data_options={"samples": samples})
+    first, second = (json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["parameters"] == second["parameters"]
+    assert len(first["losses"]) == training.STEPS
