@@ -3,8 +3,6 @@
 Knows tables, laws and figures; nothing of how the runs were made.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from dynmix.laws.experts import Experts
 from dynmix.laws.mde import laws_with_experts
 from dynmix.laws.optimise import SMOOTHING, BestMixture, best_mixture
 from dynmix.laws.runs import Runs
+from dynmix.whole_file import write_json, write_whole
 
 FEWEST = 3  # different mixtures
 EXPERT_TOKENS = 10_000  # of each validation set: a search asks for thousands of mixtures
@@ -161,13 +160,9 @@ def print_fit(fit: Fit, console: Console) -> None:
 
 def write_fit(fit: Fit, folder: Path) -> list[Path]:
     """Write `fit.json` (`fit_facts`) and `fit.svg` (predicted against observed) into a folder; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(fit_facts(fit)), indent=1, allow_nan=False)
     paths = [folder / "fit.json", folder / "fit.svg"]
-    for path, data in zip(paths, (text, _figure(fit)), strict=True):
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(data)
-        os.replace(beside, path)
+    write_json(paths[0], _finite(fit_facts(fit)), allow_nan=False)
+    write_whole(paths[1], _figure(fit))
     return paths
 
 

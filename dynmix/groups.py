@@ -8,7 +8,6 @@ Knows files, stores and views; nothing of how the groups were made.
 
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
 from dynmix.scores import SampleScores
 from dynmix.scoring.corpus import Unit
+from dynmix.whole_file import whole_file, write_json
 
 _ROWS = 1 << 20  # samples written at once: seconds of work
 
@@ -38,7 +38,7 @@ def write_groups(
     unit: Unit,
     sequence_length: int,
 ) -> None:
-    """Write groups so that `open_groups` finds them; each file is written beside and renamed, `groups.json` last.
+    """Write groups so that `open_groups` finds them; each file is there whole or not at all, `groups.json` last.
 
     Args:
         folder: where to.
@@ -53,7 +53,6 @@ def write_groups(
     if missing := [name for name in scores.domains if name not in stores]:
         raise ValueError(f"there is no store for domain {missing[0]!r}: there are {sorted(stores)}")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     members = np.concatenate([group.members for group in groups])
     numbers = np.repeat(np.arange(len(groups), dtype=np.int32), [len(group.members) for group in groups])
     domains = scores.domain[members].astype(np.int32)
@@ -77,13 +76,13 @@ def write_groups(
         },
     }
     (folder / "groups.json").unlink(missing_ok=True)  # it would be of other groups
-    beside = folder / f".{secrets.token_hex(4)}.tmp"
-    with pq.ParquetWriter(beside, table.schema, write_page_checksum=True) as file:
+    with (
+        whole_file(folder / "groups.parquet") as beside,
+        pq.ParquetWriter(beside, table.schema, write_page_checksum=True) as file,
+    ):
         for start in tqdm(range(0, len(table), _ROWS), desc="writing groups", unit="part", leave=False, delay=2):
             file.write_table(table.slice(start, _ROWS))
-    os.replace(beside, folder / "groups.parquet")
-    beside.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(beside, folder / "groups.json")
+    write_json(folder / "groups.json", facts)
 
 
 def open_groups(

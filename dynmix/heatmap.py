@@ -4,7 +4,6 @@ Knows an `Influence` and matplotlib; no run and no model.
 """
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dynmix.observation import Influence
+from dynmix.whole_file import whole_file
 
 HELPS, HURTS = "#0072b2", "#d55e00"  # Okabe and Ito's, for every kind of eyesight
 
 
 def draw_influence(influence: Influence, paths: list[Path]) -> None:
-    """Draw the matrix into files, by their suffix (.png, .svg, .pdf); each is written beside and renamed.
+    """Draw the matrix into files, by their suffix (.png, .svg, .pdf), each whole or not at all.
 
     A row is coloured by its own largest score: tasks' scores are not of one size. Every cell has its score and, after
     ±, the standard error; a cell whose score is below twice its error is hatched.
@@ -46,8 +46,7 @@ def draw_influence(influence: Influence, paths: list[Path]) -> None:
         axes.tick_params(length=0)
         axes.set_title("influence ± standard error, nats/token", fontsize=8)
         for path in paths:
-            beside = path.with_name(f".{path.name}.part")
             kind = path.suffix[1:]
             metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(beside, format=kind, dpi=200, metadata=metadata)
-            os.replace(beside, path)
+            with whole_file(path) as beside:
+                figure.savefig(beside, format=kind, dpi=200, metadata=metadata)

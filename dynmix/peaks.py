@@ -24,11 +24,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from dynmix.json_file import write_json
 from dynmix.ranks import from_rank_0, is_rank_0
 from dynmix.scores import Metric
 from dynmix.snapshot import write_snapshot
 from dynmix.tasks import Task
+from dynmix.whole_file import write_json
 
 logger = logging.getLogger("dynmix")
 

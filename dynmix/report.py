@@ -28,6 +28,7 @@ from dynmix.report_figures import (
     weights_figure,
 )
 from dynmix.report_rows import PARTS, Run
+from dynmix.whole_file import write_whole
 
 TITLE = "Dynamic data mixing"
 NBSP = "\N{NO-BREAK SPACE}"
@@ -123,10 +124,7 @@ def _write(run: Run, other: Run | None, output: Path, title: str, reload: float 
                 if (gains := run.gains(task))
             ],
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".tmp")
-    beside.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(beside, output)
+    write_whole(output, page.encode(errors="replace"))
     return output
 
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from dynmix.heatmap import draw_influence
 from dynmix.observation import Influence
 from dynmix.report_rows import Run
+from dynmix.whole_file import whole_file
 
 FORMATS = ("svg", "png", "pdf")
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c8c8c")
@@ -223,13 +224,12 @@ def _position_axis(axes: Axes, in_tokens: bool) -> None:
 
 def _save(figure: Figure, paths: Sequence[Path]) -> None:
     for path in paths:
-        beside, kind = path.with_name(f".{path.name}.part"), path.suffix[1:]
+        kind = path.suffix[1:]
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), whole_file(path) as beside:
             if kind == "svg":
                 warnings.filterwarnings("ignore", "Glyph .* missing")  # its text is set where it is looked at
             figure.savefig(beside, format=kind, dpi=300, facecolor="white", metadata=metadata)
-        os.replace(beside, path)
 
 
 def power_of_1000(largest: float) -> tuple[float, str]:

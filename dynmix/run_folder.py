@@ -15,9 +15,9 @@ from torch import nn
 from dynmix.influence.carried import Carried
 from dynmix.influence.task_gradients import TaskGradients
 from dynmix.journal import Journal, Row
-from dynmix.json_file import write_json
 from dynmix.ranks import is_rank_0
 from dynmix.snapshot import save_snapshot
+from dynmix.whole_file import write_json
 
 logger = logging.getLogger("dynmix")
 

@@ -107,8 +107,8 @@ class TrainingLoss:
             # A problem goes with the sums, as one more row: the others are to hear of it, and not to wait.
             shared = torch.cat([sums, torch.full((1, 4), float(problem is not None))]).to(self._device)
             torch.distributed.all_reduce(shared)
-            sums, failed = shared.cpu().split([len(sums), 1])
-            if problem is None and failed.any():
+            sums, failed = shared[:-1].cpu(), bool(shared[-1].any())
+            if problem is None and failed:
                 problem = RuntimeError("another process was given a sequence that is no sample of this step")
         if problem is not None:
             raise problem

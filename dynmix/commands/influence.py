@@ -33,9 +33,9 @@ def influence(
     from rich.console import Console
 
     from dynmix.heatmap import draw_influence
-    from dynmix.json_file import write_json
     from dynmix.measure_checkpoint import measure_checkpoint
     from dynmix.tables import influence_table
+    from dynmix.whole_file import write_json
 
     found, facts = measure_checkpoint(
         checkpoint, data, tasks, tokenizer=tokenizer, sequence_length=sequence_length, curvature=curvature,

@@ -38,9 +38,9 @@ def propose(
 
     from rich.console import Console
 
-    from dynmix.json_file import write_json
     from dynmix.saved_influence import numbers, parse_options, prior_weights, propose_from, read_influence
     from dynmix.tables import proposal_table
+    from dynmix.whole_file import write_json
 
     influence, facts = read_influence(source, stage, guards=None if guards is None else guards.split(","))
     before = prior_weights(prior, influence.domains, facts)

@@ -4,7 +4,6 @@ Knows files and JSON; nothing of what is in them.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dynmix.whole_file import whole_file
+
 
 def write_tensors(path: Path, what: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a file beside and rename it; `what` says what is in it, and its format, and `facts` are JSON-able."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
+    """Write a file; `what` says what is in it, and its format, and `facts` are JSON-able."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, beside, metadata={"format": what, "facts": json.dumps(facts)})
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        save_file(contiguous, beside, metadata={"format": what, "facts": json.dumps(facts)})
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,8 +5,6 @@ nothing of what the rows are.
 """
 
 import hashlib
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynmix.mixture.shared import SharedArray
+from dynmix.whole_file import whole_file
 
 Ints = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.unsignedinteger]
@@ -86,16 +85,8 @@ def write_numbers(file: Path, numbers: Numbers) -> None:
             return
     except ValueError:
         pass
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "xb") as stream:
-            np.lib.format.write_array(stream, numbers.astype(numbers.dtype.newbyteorder("<"), copy=False))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(file, shared=True) as beside, open(beside, "xb") as stream:
+        np.lib.format.write_array(stream, numbers.astype(numbers.dtype.newbyteorder("<"), copy=False))
 
 
 def read_numbers(file: Path) -> Numbers:

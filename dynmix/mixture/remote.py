@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -21,6 +20,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from dynmix.mixture.store import StoreError
+from dynmix.whole_file import whole_file
 
 logger = logging.getLogger("dynmix.mixture")
 
@@ -205,27 +205,18 @@ def _check_room(folder: Path, url: str, needed: int) -> None:
 def _fetch(system: Any, name: str, copy: Path, info: Mapping[str, Any]) -> None:
     from fsspec.callbacks import TqdmCallback
 
-    beside = copy.with_name(f"{copy.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    copy.parent.mkdir(parents=True, exist_ok=True)
     bar = TqdmCallback(tqdm_kwargs={"desc": name, "unit": "B", "unit_scale": True, "disable": None, "leave": False})
     try:
-        try:
+        with whole_file(copy, shared=True) as beside:
             system.get_file(name, str(beside), callback=bar)
-            with open(beside, "rb") as whole:
-                os.fsync(whole.fileno())
             size, expected = beside.stat().st_size, info.get("size")
             if expected is not None and size != expected:
                 raise EOFError(f"{size} bytes came, of {expected}")
-        except Exception as error:  # every file system has errors of its own
-            raise StoreError(
-                f"the download of {name} broke off: {type(error).__name__}: {error}; start again, and what is whole"
-                " is not copied again"
-            ) from error
-        _note(copy).unlink(missing_ok=True)
-        os.replace(beside, copy)
-        text = json.dumps({"remote": _version(info), "bytes": size})
-        note = _note(beside)
-        note.write_text(text)
-        os.replace(note, _note(copy))
-    finally:
-        beside.unlink(missing_ok=True)
+            _note(copy).unlink(missing_ok=True)  # it is of the copy before
+    except Exception as error:  # every file system has errors of its own
+        raise StoreError(
+            f"the download of {name} broke off: {type(error).__name__}: {error}; start again, and what is whole is not"
+            " copied again"
+        ) from error
+    with whole_file(_note(copy), shared=True) as note:
+        note.write_text(json.dumps({"remote": _version(info), "bytes": size}))

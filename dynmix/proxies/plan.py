@@ -25,6 +25,7 @@ from dynmix.batches import Batch, as_batches, scored_sequence
 from dynmix.influence.capture import next_token_labels
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.store import TokenStore
+from dynmix.whole_file import write_json, write_whole
 
 FORMAT = 1
 LOOKED_AT = 1 << 24  # tokens of a store whose ids are compared with the vocabulary: enough to see a wrong tokenizer
@@ -218,9 +219,9 @@ class Plan:
                     "this one"
                 )
         for name, batches in self.validation.items():
-            write(out / f"validation/{name}.safetensors", _packed(batches))
-        write(out / "model/config.json", self.model.to_json_string().encode())
-        write(file, json.dumps(self.config, indent=1).encode())
+            write_whole(out / f"validation/{name}.safetensors", _packed(batches))
+        write_whole(out / "model/config.json", self.model.to_json_string())
+        write_json(file, self.config)
 
     @property
     def training(self) -> Training:
@@ -254,17 +255,6 @@ def new_model(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTra
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def write(file: Path, content: bytes) -> None:
-    """Write a file beside and rename it: whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.part")
-    with open(beside, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
 
 
 def _architecture(model: PreTrainedConfig | str | os.PathLike[str]) -> PreTrainedConfig:

@@ -26,9 +26,10 @@ from dynmix.laws.base import Array
 from dynmix.laws.experts import Experts
 from dynmix.laws.sampling import sample_mixtures
 from dynmix.mixture.store import TokenStore
-from dynmix.proxies.plan import Plan, Training, write
+from dynmix.proxies.plan import Plan, Training
 from dynmix.proxies.train import read_result
 from dynmix.proxies.workers import Workers
+from dynmix.whole_file import write_whole
 
 logger = logging.getLogger("dynmix.proxies")
 
@@ -180,7 +181,7 @@ def _write_table(plan: Plan, out: Path, runs: Mapping[str, Array]) -> Path | Non
     rows.writerow(["run", *(f"weight/{name}" for name in plan.domains), *(f"loss/{name}" for name in plan.validation)])
     for run, losses in found.items():
         rows.writerow([run, *runs[run].tolist(), *(losses[name] for name in plan.validation)])
-    write(out / "runs.csv", text.getvalue().encode())
+    write_whole(out / "runs.csv", text.getvalue())
     return out / "runs.csv"
 
 

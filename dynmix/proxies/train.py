@@ -24,8 +24,9 @@ from transformers.trainer_utils import set_seed
 
 from dynmix.batches import Batch
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits
-from dynmix.proxies.plan import Plan, new_model, write
+from dynmix.proxies.plan import Plan, new_model
 from dynmix.snapshot import write_snapshot
+from dynmix.whole_file import whole_file, write_json
 
 logger = logging.getLogger("dynmix.proxies")
 
@@ -57,7 +58,7 @@ def train_run(out: Path, run: str, weights: Mapping[str, float]) -> None:
     _write_array(folder / "log_probabilities.npy", np.concatenate([*found.values()]).astype(np.float16))
     facts = {"weights": dict(weights), "training": plan.config["training"]}
     write_snapshot(model, folder / "model", facts)
-    write(folder / "result.json", json.dumps({"weights": dict(weights), "losses": losses}, indent=1).encode())
+    write_json(folder / "result.json", {"weights": dict(weights), "losses": losses})
     shutil.rmtree(folder / "trainer", ignore_errors=True)
 
 
@@ -121,8 +122,7 @@ def _newest(folder: Path) -> str | None:
 
 
 def _write_array(file: Path, values: NDArray[np.float16]) -> None:
-    beside = file.with_name(f".{file.name}.part")
-    table = np.lib.format.open_memmap(beside, "w+", dtype=values.dtype, shape=values.shape)
-    table[:] = values
-    table.flush()
-    beside.replace(file)
+    with whole_file(file) as beside:
+        table = np.lib.format.open_memmap(beside, "w+", dtype=values.dtype, shape=values.shape)
+        table[:] = values
+        table.flush()

@@ -43,10 +43,8 @@ from transformers import (
 from dynmix.alone import alone
 from dynmix.callbacks import MixtureCallback
 from dynmix.journal import Journal
-from dynmix.json_file import write_json
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.prepare.manifest import describe_tokenizer
-from dynmix.proxies.plan import write
 from dynmix.ranks import is_rank_0, on_every_rank
 from dynmix.recipe.build import (
     check_parts,
@@ -63,6 +61,7 @@ from dynmix.recipe.names import RecipeError
 from dynmix.recipe.read import differences, read_recipe, structured, to_plain, to_yaml
 from dynmix.recipe.schema import Recipe, TaskFile
 from dynmix.recipe.sources import domain_sources, task_sources
+from dynmix.whole_file import write_json, write_whole
 
 logger = logging.getLogger("dynmix")
 
@@ -300,5 +299,5 @@ def _write_down(run: Run, checkpoint: Path | None) -> None:
         "domains": run.dataset.fingerprint,
     }
     facts["starts"].append(start)
-    write(run.folder / "recipe.yaml", text.encode())
+    write_whole(run.folder / "recipe.yaml", text)
     write_json(file, facts)

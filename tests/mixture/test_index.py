@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmix.mixture import index as module
 from dynmix.mixture.index import digest, numbered, read_numbers, shared, split, write_numbers
 
 
@@ -71,7 +71,7 @@ def test_a_crash_leaves_the_old_file_or_none(tmp_path: Path, monkeypatch: pytest
         raise OSError("no space")
 
     write_numbers(tmp_path / "old.npy", np.array([1], np.uint8))
-    monkeypatch.setattr(module.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="no space"):
             write_numbers(tmp_path / f"{name}.npy", np.array([2], np.uint8))

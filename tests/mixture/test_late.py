@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import signal
@@ -12,7 +13,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dynmix.mixture import index
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.roster import MAX_JOINED
 from dynmix.mixture.store import TokenStore
@@ -278,7 +278,7 @@ def test_an_index_that_cannot_be_written_changes_nothing(folder: Path, monkeypat
 
     dataset = make(folder)
     before = dataset.state_dict()
-    monkeypatch.setattr(index.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="no space"):
         dataset.extend(x | y, folder / "index")
     assert dataset.state_dict() == before

@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dynmix.json_file import write_json
 from dynmix.mixture.prepare.pieces import PrepareError
 from dynmix.mixture.store import TokenStore
+from dynmix.whole_file import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
 """Shards: what became of one piece, an Arrow file of tokens; and stores made of shards.
 
-A shard is whole or absent: it is written beside, synced and renamed, and an Arrow file without its end does not open.
+A shard is whole or absent, and an Arrow file without its end does not open.
 Its rows are documents: `domain`, `held_out`, `bytes` (of the text in UTF-8; 0 for the empty string, which is no
 document) and `tokens`. Nothing is known here of text and tokenizers.
 """
@@ -22,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dynmix.mixture.store import TokenStore
+from dynmix.whole_file import whole_file
 
 _BUFFER_BYTES = 1 << 26  # of tokens of all stores that are being written, before they go to their files
 _FEW = 16  # stores that are synced one by one; the disk takes milliseconds for each
@@ -61,19 +62,16 @@ def write_shard(
 ) -> Summary:
     """Write batches of documents and their token ids, of `dtype`; a batch is what has to fit into memory."""
     summary = Summary()
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            with pa.ipc.new_file(file, _schema(dtype)) as writer:
-                for documents, ids in batches:
-                    batch = _batch(documents, ids, dtype)
-                    writer.write_batch(batch)
-                    summary.add(_summary(batch))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    # A worker of a parent that was killed may still be at the same one.
+    with (
+        whole_file(path, shared=True) as beside,
+        open(beside, "wb") as file,
+        pa.ipc.new_file(file, _schema(dtype)) as writer,
+    ):
+        for documents, ids in batches:
+            batch = _batch(documents, ids, dtype)
+            writer.write_batch(batch)
+            summary.add(_summary(batch))
     return summary
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dynmix.alone import locked
-from dynmix.json_file import write_json
 from dynmix.mixture.prepare.pieces import PrepareError
+from dynmix.whole_file import write_json
 
 FOLDER = ".prepare"
 _PATIENCE = 10.0  # seconds: processes of a run that was killed take a moment to notice

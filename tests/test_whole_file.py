@@ -3,10 +3,10 @@ import os
 
 import pytest
 
-from dynmix.json_file import write_json
+from dynmix.whole_file import whole_file, write_json, write_whole
 
 
-def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_a_file_is_there_whole_or_as_it_was_and_nothing_is_left(tmp_path, monkeypatch):
     path = tmp_path / "new" / "facts.json"
     write_json(path, {"städte": 1})
     assert json.loads(path.read_text(encoding="utf-8")) == {"städte": 1}
@@ -16,6 +16,22 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"städte": 3})
     assert json.loads(path.read_text(encoding="utf-8")) == {"städte": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_kill_left_is_overwritten(tmp_path):
+    (tmp_path / ".a.tmp").write_text("half of another, and longer than what comes")
+    write_whole(tmp_path / "a", "käse")
+    assert (tmp_path / "a").read_bytes() == "käse".encode()
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_several_may_write_the_same_at_once(tmp_path):
+    with whole_file(tmp_path / "a", shared=True) as one, whole_file(tmp_path / "a", shared=True) as other:
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_options_are_those_of_json(tmp_path):
