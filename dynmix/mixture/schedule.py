@@ -430,6 +430,7 @@ class MixtureSchedule:
     def __getstate__(self) -> dict[str, Any]:
         shared = {**self.__dict__, "_courses": (-1, {})}  # each process works them out where it needs them
         if is_starting_process():
+            # A copy of 4,096 stages of many domains would be 100 MB a worker, and would not see stages that come later.
             return shared
         limits = [self.limits.max_epochs, self.limits.when_exhausted, self.homogeneous]
         return {**self.state_dict(since=0), "own_limits": limits}
