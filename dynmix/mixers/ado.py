@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -117,11 +116,6 @@ class ADO(OnlineMixer):
             if len(self._bins) == MAX_BINS:
                 self._bins = [np.mean(self._bins[i : i + 2], axis=0).tolist() for i in range(0, MAX_BINS, 2)]
                 self._bin_steps *= 2
-
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        names = ("s", "gamma", "floor", "warmup")
-        return {"name": "ADO", **{name: getattr(self, name) for name in names}}
 
 
 def fit_law(log_n: Array, losses: Array) -> list[float]:

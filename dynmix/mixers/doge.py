@@ -1,7 +1,5 @@
 """DoGE: more of the domains whose gradients point where the target's do (arXiv 2310.15393)."""
 
-from typing import Any
-
 import numpy as np
 
 from dynmix.mixers.online import Multiplicative
@@ -51,11 +49,6 @@ class DoGE(Multiplicative):
             raise ValueError(f"step_size={step_size}: must be finite and above 0")
         self.target, self.step_size = target, float(step_size)
 
-    @property
-    def mean(self) -> dict[str, float]:
-        """Domain -> mean of alpha over all updates so far: what the paper trains the main model on."""
-        return dict(self._average)
-
     def observe(self, observation: Observation) -> None:
         """Update alpha from the products of the gradients, measured at a boundary."""
         products = observation.gradient
@@ -76,8 +69,3 @@ class DoGE(Multiplicative):
             self._ascend(by_domain)
         else:
             self._warn_of(by_domain)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        names = ("target", "step_size", "smoothing", "average", "initial")
-        return {"name": "DoGE", **{name: getattr(self, name) for name in names}}

@@ -1,7 +1,5 @@
 """DoReMi: more of the domains on which a reference model shows most room to learn (arXiv 2305.10429)."""
 
-from typing import Any
-
 from dynmix.mixers.base import Run
 from dynmix.mixers.online import Multiplicative
 from dynmix.observation import Observation
@@ -39,11 +37,6 @@ class DoReMi(Multiplicative):
             raise ValueError(f"eta={eta}: must be finite and above 0")
         self.eta = float(eta)
 
-    @property
-    def mean(self) -> dict[str, float]:
-        """Domain -> mean of alpha over all steps so far: what the paper trains the main model on."""
-        return dict(self._average)
-
     def start(self, run: Run) -> None:
         """Set alpha to the initial one. See `Mixer.start`."""
         super().start(run)
@@ -59,8 +52,3 @@ class DoReMi(Multiplicative):
         self._excess.update(excess)
         unseen = sum(self._excess.values()) / len(self._excess)
         self._ascend({name: self.eta * self._excess.get(name, unseen) for name in self._domains})
-
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        names = ("eta", "smoothing", "average", "initial")
-        return {"name": "DoReMi", **{name: getattr(self, name) for name in names}}

@@ -92,7 +92,3 @@ class ODM(OnlineMixer):
         proposal = super().propose(influence, prior, upper)
         self._drawn = dict(proposal.weights)
         return proposal
-
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "ODM", "alpha": self.alpha}

@@ -118,10 +118,6 @@ class LossProportional(OnlineMixer):
         shares = {name: self._loss.get(name, unseen) for name in self._domains}
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "LossProportional", "smoothing": self.smoothing}
-
 
 class Multiplicative(OnlineMixer):
     """Multiplicative weights (exponentiated gradient ascent): what DoReMi and DoGE share.
@@ -140,6 +136,11 @@ class Multiplicative(OnlineMixer):
         if initial not in ("uniform", "prior"):
             raise ValueError(f"initial={initial!r}: 'uniform' or 'prior'")
         self.smoothing, self.average, self.initial = float(smoothing), bool(average), initial
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Domain -> mean of the weights over all updates so far: what both papers train the main model on."""
+        return dict(self._average)
 
     def start(self, run: Run) -> None:
         """Set the weights to the initial ones. See `Mixer.start`."""

@@ -94,10 +94,6 @@ class Temperature(_Planned):
     def _plan(self, run: Run) -> dict[str, float]:
         return _proportional(run.tokens, 1 / self.tau)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "Temperature", "tau": self.tau}
-
 
 class UniMax(_Planned):
     """As uniform as it goes with no domain read more than `max_epochs` times (Chung et al. 2023, arXiv 2304.09151).
@@ -128,10 +124,6 @@ class UniMax(_Planned):
             left -= shares[name]
         total = sum(shares.values())
         return {name: shares[name] / total for name in run.tokens}
-
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "UniMax", "max_epochs": self.max_epochs, "budget": self.budget}
 
 
 class Staged(_Planned):

@@ -127,21 +127,9 @@ class TiKMiXM(Mixer):
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
-        names = (
-            "low",
-            "high",
-            "mixtures",
-            "rounds",
-            "iterations",
-            "samples",
-            "top_k",
-            "anneal",
-            "pareto",
-            "surrogate",
-            "seed",
-        )
-        own = {name: getattr(self, name) for name in names}
-        return {"name": "TiKMiXM", **own, "concentration": [*self.concentration], "direct": self.direct.describe()}
+        own = super().describe() | {"direct": self.direct.describe()}
+        del own["search"]  # made of the others
+        return own
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many proposals were made: the next one's random numbers follow from it."""
