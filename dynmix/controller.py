@@ -419,16 +419,15 @@ class MixtureController:
             groups = self.folder.groups if self.folder is not None and self.folder.groups.is_dir() else None
             self.dataset.load_state_dict(state["dataset"], views=groups)
             self.decider.load_state_dict(state["mixer"])
+            self._factors, self._window, sequences = state["curvature"], state["in_run"], state["shrunk_to"]
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
-        self._factors = state.get("curvature")
-        if (sequences := state.get("shrunk_to")) is not None:
+        if sequences is not None:
             self.measurement.shrink(sequences)
         if self._factors is not None and self.measurement.carried is not None and self.folder is not None:
             self.measurement.carried.load(self.folder.factors / self._factors)
         self.timetable.load_state_dict(state)
         self.resumed = True
-        self._window = state.get("in_run")
         if self.folder is not None:
             stages = self.dataset.schedule.num_stages
             self.folder.rewind(stages, measured=stages + (self._window is not None))

@@ -29,8 +29,7 @@ class Seconds(TypedDict):
 class Row(TypedDict):
     """What is written down at a stage boundary, and once more (`kind="final"`) when the run ends.
 
-    Every key is always present, but for those that earlier versions did not write. A number that was NaN or infinite is
-    `None`: JSON has no other word for it.
+    Every key is always present. A number that was NaN or infinite is `None`: JSON has no other word for it.
     Losses and gains are in nats per token; influence is in nats per token per unit of weight, and positive helps.
     """
 
@@ -50,9 +49,7 @@ class Row(TypedDict):
     task_loss_standard_error: dict[str, float | None] | None
     tokens: dict[str, int]  # trained on before `start`, a domain
     epochs: dict[str, float]
-    new_epochs: NotRequired[
-        dict[str, list[tuple[int, int]]]
-    ]  # domain -> (2 for its second epoch, position) in this stage
+    new_epochs: dict[str, list[tuple[int, int]]]  # domain -> (2 for its second epoch, position) in this stage
     predicted_gain: dict[str, float | None] | None
     predicted_gain_standard_error: dict[str, float | None] | None
     multipliers: dict[str, float | None] | None  # constraint -> Lagrange multiplier, of those that bind
@@ -61,12 +58,12 @@ class Row(TypedDict):
     message: str  # the decision in words
     error: str | None  # why the previous weights were kept
     seconds: Seconds
-    scored_tokens: NotRequired[dict[str, float | None] | None]  # domain -> mean number in a probe sequence
-    decided_influence: NotRequired[list[list[float | None]] | None]  # what decided, where it is not `influence` alone
-    decided_standard_error: NotRequired[list[list[float | None]] | None]
-    left_out: NotRequired[dict[str, float | None] | None]  # task -> share of its gradient that a low rank leaves out
-    left_out_bound: NotRequired[list[list[float | None]] | None]  # [n_tasks][n_domains], what a score can be wrong by
-    warnings: NotRequired[list[str]]  # what was logged as such while it was measured and decided
+    scored_tokens: dict[str, float | None] | None  # domain -> mean number in a probe sequence
+    decided_influence: list[list[float | None]] | None  # what decided, where it is not `influence` alone
+    decided_standard_error: list[list[float | None]] | None
+    left_out: dict[str, float | None] | None  # task -> share of its gradient that a low rank leaves out
+    left_out_bound: list[list[float | None]] | None  # [n_tasks][n_domains], what a score can be wrong by
+    warnings: list[str]  # what was logged as such while it was measured and decided
 
 
 class Journal:
@@ -133,13 +130,13 @@ def _check(row: Any) -> None:
         raise ValueError(f"a row is an object with named values, got {type(row).__name__}")
     if missing := Row.__required_keys__ - row.keys():
         raise ValueError(f"a journal row lacks {', '.join(map(repr, sorted(missing)))}")
-    if unknown := row.keys() - Row.__required_keys__ - Row.__optional_keys__:
+    if unknown := row.keys() - Row.__required_keys__:
         raise ValueError(f"a journal row has no place for {', '.join(map(repr, sorted(unknown)))}")
     if row["kind"] not in ("stage", "final"):
         raise ValueError(f"a journal row's 'kind' is 'stage' or 'final', got {row['kind']!r}")
     shape = (len(row["tasks"]), len(row["domains"]))
     for key in ("influence", "standard_error", "decided_influence", "decided_standard_error"):
-        if (found := row.get(key)) is not None and np.shape(found) != shape:
+        if (found := row[key]) is not None and np.shape(found) != shape:
             raise ValueError(f"a journal row's {key!r} has shape {np.shape(found)}; tasks x domains is {shape}")
 
 

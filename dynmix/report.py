@@ -140,7 +140,7 @@ def _heatmap(row: Row) -> dict[str, Any]:
         [_cell(score, error, top, unit) for score, error in zip(*column, strict=True)]
         for *column, top, (unit, _) in zip(scores, errors, largest, units, strict=True)
     ]
-    missing = row.get("left_out") or {}
+    missing = row["left_out"] or {}
     return {
         "tasks": [(task, power, missing.get(task)) for task, (_, power) in zip(row["tasks"], units, strict=True)],
         "domains": zip(row["domains"], zip(*columns, strict=True), strict=True),

@@ -72,9 +72,9 @@ def write_figures(
 ) -> list[Path]:
     """Draw each figure of the report of `journal` into files of `folder`, for papers: dark on white, no page needed.
 
-    They are `weights`, `loss-<task>`, `gain-<task>`, `influence-stage-<number>` and `influence-final`, as far as the
-    journal has them, in each of `formats` (svg, png, pdf). What a file system cannot hold of a name is an underscore.
-    Returns the paths. Raises ValueError for a journal that is missing, empty or broken and for another format.
+    They are `weights`, `loss-<task>`, `gain-<task>` and `influence-stage-<number>`, as far as the journal has them, in
+    each of `formats` (svg, png, pdf). What a file system cannot hold of a name is an underscore. Returns the paths.
+    Raises ValueError for a journal that is missing, empty or broken and for another format.
     """
     if unknown := [kind for kind in formats if kind not in FORMATS]:
         raise ValueError(f"no format {unknown[0]!r} of a figure: one of {', '.join(FORMATS)}")
@@ -111,8 +111,7 @@ def write_figures(
                 influence = Influence(
                     np.array(row["influence"], float), row["tasks"], row["domains"], errors, guards=row["guards"]
                 )
-                moment = "final" if row["kind"] == "final" else f"stage-{row['stage']:04d}"
-                draw_influence(influence, paths(f"influence-{moment}"))
+                draw_influence(influence, paths(f"influence-stage-{row['stage']:04d}"))
     return written
 
 

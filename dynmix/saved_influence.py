@@ -153,9 +153,9 @@ def _of_journal(source: Path, stage: int | None) -> tuple[Influence, dict[str, A
         raise ValueError(f"{source}: no influence of stage {stage}; measured are {', '.join(map(str, measured))}")
     row = measured[max(measured) if stage is None else stage]
     scores, errors = row["influence"], row["standard_error"]
-    if row.get("decided_influence") is not None:
-        scores, errors = row["decided_influence"], row.get("decided_standard_error")
-    scored: Any = row.get("scored_tokens")
+    if row["decided_influence"] is not None:
+        scores, errors = row["decided_influence"], row["decided_standard_error"]
+    scored: Any = row["scored_tokens"]
     return Influence(
         scores=np.array(scores, dtype=np.float64),
         tasks=row["tasks"],

@@ -150,9 +150,9 @@ class Timetable:
             raise ValueError(
                 f"the checkpoint's stages are {state['stage_steps']} steps, stage_steps={self.stage_steps}"
             )
-        if state.get("max_stages") != self.max_stages:
+        if state["max_stages"] != self.max_stages:
             raise ValueError(
-                f"the checkpoint has max_stages={state.get('max_stages')}, this run {self.max_stages}: pass that of"
+                f"the checkpoint has max_stages={state['max_stages']}, this run {self.max_stages}: pass that of"
                 " the checkpoint, or begin anew"
             )
         batch_size = int(state["batch_size"])

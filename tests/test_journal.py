@@ -38,6 +38,13 @@ def row(stage: int = 0, **changes: Any) -> Row:
         "message": "",
         "error": None,
         "seconds": {"measure": 1.0, "propose": 0.0, "snapshot": 0.1},
+        "new_epochs": {},
+        "scored_tokens": None,
+        "decided_influence": None,
+        "decided_standard_error": None,
+        "left_out": None,
+        "left_out_bound": None,
+        "warnings": [],
     }
     return blank | changes  # type: ignore[return-value]
 

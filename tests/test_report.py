@@ -109,6 +109,13 @@ def write_journal(
             "message": f"the words of stage {stage}",
             "error": None,
             "seconds": {"measure": 1.5, "propose": 0.25, "snapshot": 0.125},
+            "new_epochs": {},
+            "scored_tokens": None,
+            "decided_influence": None,
+            "decided_standard_error": None,
+            "left_out": None,
+            "left_out_bound": None,
+            "warnings": [],
         }
         Journal(path).append(row | changes)
     return path

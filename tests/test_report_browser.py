@@ -70,6 +70,7 @@ def write_journal(path: Path, *, stages: int = 4, final: bool = True, seed: int 
             "message": "reading is held to no worse than before", "error": "out of memory" if stage == 2 else None,
             "seconds": {"measure": 12.5, "propose": 0.01, "snapshot": 1.5} | ({"training": 300.0} if stage else {}),
             "left_out": dict.fromkeys(TASKS, 0.02) if measured else None, "warnings": ["a word of warning"],
+            "scored_tokens": None, "decided_influence": None, "decided_standard_error": None, "left_out_bound": None,
         }  # fmt: skip
         Journal(path).append(row)
     return path

@@ -31,6 +31,13 @@ def row(**changes):
         "message": "objective 1 -> 0",
         "error": None,
         "seconds": {"measure": 0.0, "propose": 0.0, "snapshot": 0.0},
+        "new_epochs": {},
+        "scored_tokens": None,
+        "decided_influence": None,
+        "decided_standard_error": None,
+        "left_out": None,
+        "left_out_bound": None,
+        "warnings": [],
     } | changes
 
 

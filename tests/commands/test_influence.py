@@ -144,6 +144,8 @@ def test_weights_from_a_journal_begin_at_those_it_was_measured_under(measured, t
         "tokens": {"a": 8, "b": 8}, "epochs": {"a": 0.1, "b": 0.1}, "predicted_gain": None,
         "predicted_gain_standard_error": None, "multipliers": None, "mixer": "TiKMiXD", "solver": None, "message": "m",
         "error": None, "seconds": {"measure": 0.0, "propose": 0.0, "snapshot": 0.0},
+        "new_epochs": {}, "scored_tokens": None, "decided_influence": None,
+        "decided_standard_error": None, "left_out": None, "left_out_bound": None, "warnings": [],
     }  # fmt: skip
     Journal(tmp_path / "dynmix/journal.jsonl").append(row)
     found = json.loads(call("propose", tmp_path, "--json").stdout)

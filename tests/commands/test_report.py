@@ -24,6 +24,8 @@ def row(stage: int, kind: str = "stage"):
         "predicted_gain": {"q/a": 0.1} if measured else None, "predicted_gain_standard_error": None,
         "multipliers": None, "mixer": "TiKMiXD", "solver": None, "message": f"words of {stage}", "error": None,
         "seconds": {"measure": 1.0, "propose": 0.0, "snapshot": 0.5},
+        "new_epochs": {}, "scored_tokens": None, "decided_influence": None,
+        "decided_standard_error": None, "left_out": None, "left_out_bound": None, "warnings": [],
     }  # fmt: skip
 
 
