@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -17,6 +16,7 @@ from dynmix.callbacks.loop import check_micro_batch
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.ranks import Ranks
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -200,14 +200,8 @@ class InOrder(DistributedSampler[int]):
         self.position = 0
 
     def __iter__(self) -> Iterator[int]:
-        rank, ranks = _rank_of()
-        return iter(range(self.position + rank, len(self) * ranks, ranks))
+        ranks = Ranks(shared=True)
+        return iter(range(self.position + ranks.rank, len(self) * ranks.size, ranks.size))
 
     def __len__(self) -> int:
-        return len(self.dataset) // _rank_of()[1]  # type: ignore[arg-type]
-
-
-def _rank_of() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return len(self.dataset) // Ranks(shared=True).size  # type: ignore[arg-type]

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture
+from dynmix.ranks import Ranks
 
 
 class MixtureHook:
@@ -141,7 +141,7 @@ class MixtureHook:
                 raise ValueError(
                     "nothing was read through a DataLoader before this step: pass batch_size to MixtureHook"
                 )
-            self.batch_size = self.dataset.read_size * _ranks()
+            self.batch_size = self.dataset.read_size * Ranks(shared=True).size
             self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
         self._check_reading(self.batch_size)
         self._begun = True
@@ -149,7 +149,7 @@ class MixtureHook:
 
     def _check_reading(self, batch_size: int) -> None:
         self._checked = True
-        read, ranks = self.dataset.read_size, _ranks()
+        read, ranks = self.dataset.read_size, Ranks(shared=True).size
         # The last request before the end may be a short one.
         if read and self.dataset.read_until < len(self.dataset) and batch_size % (read * ranks):
             raise ValueError(
@@ -187,7 +187,3 @@ def check_read(dataset: Mixture, steps: int, batch_size: int, remedy: str) -> No
             f"{steps} steps of {batch_size} samples, but the loader has read only up to sample {dataset.read_until}: "
             f"{remedy}"
         )
-
-
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

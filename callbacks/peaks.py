@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dynmix.callbacks.trainer import model_of, trainer_on_the_stack
+from dynmix.callbacks.trainer import log, model_of, trainer_on_the_stack
 from dynmix.peaks import PeakSnapshots, check_tasks, set_aside
 from dynmix.scores import Metric
 from dynmix.tasks import Task
@@ -72,12 +72,7 @@ class PeakCallback(TrainerCallback):
         last = state.global_step >= state.max_steps or control.should_training_stop
         if not last and state.global_step % self.every:
             return
-        logs = self._record(args, state, kwargs)
-        if self._trainer is not None:
-            # Trainer.log clears should_log, and with it the line of the training loss that is due at this step.
-            should_log = control.should_log
-            self._trainer.log(logs)
-            control.should_log = should_log
+        log(self._trainer, self._record(args, state, kwargs), control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Delete the snapshots that neither this run needs nor one that goes on from the new checkpoint."""

@@ -89,7 +89,7 @@ class MixtureCallback(TrainerCallback):
                 )
             self.controller.load_state_dict(_saved(state)[STATE])
         self.controller.plan(batch_size=batch_size, max_steps=state.max_steps)
-        self._log(self.controller.begin(model_of(kwargs), state.global_step), control)
+        log(self._trainer, self.controller.begin(model_of(kwargs), state.global_step), control)
         _saved(state)[STATE] = self.controller.state_dict()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -108,14 +108,14 @@ class MixtureCallback(TrainerCallback):
             "(self.accelerator.prepare)",
         )
         if logs := self.controller.step_ended(model_of(kwargs), state.global_step):
-            self._log(logs, control)
+            log(self._trainer, logs, control)
             if not self._can_go_back:
                 self.controller.saved(state.global_step)
         _saved(state)[STATE] = self.controller.state_dict()
         if self.controller.why_over(state.global_step):
             control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop:
-            self._log(self.controller.finish(model_of(kwargs), state.global_step), control)
+            log(self._trainer, self.controller.finish(model_of(kwargs), state.global_step), control)
             self._finished = True
             if self._trainer is not None and self.controller.folder is not None and state.is_world_process_zero:
                 journal = self.controller.folder.path / "journal.jsonl"
@@ -133,14 +133,6 @@ class MixtureCallback(TrainerCallback):
         if not self._finished:
             self.controller.finish(model_of(kwargs), state.global_step)
         self._trainer = None
-
-    def _log(self, logs: dict[str, float] | None, control: TrainerControl) -> None:
-        if self._trainer is None or logs is None:
-            return
-        # Trainer.log clears should_log, and with it the line of the training loss that is due at this step.
-        should_log = control.should_log
-        self._trainer.log(logs)
-        control.should_log = should_log
 
     def _check(self, args: TrainingArguments, state: TrainerState, batch_size: int) -> None:
         others = [] if self._trainer is None else self._trainer.callback_handler.callbacks
@@ -222,6 +214,16 @@ def model_of(kwargs: Mapping[str, Any]) -> nn.Module:
     model = kwargs["model"]
     assert isinstance(model, nn.Module)
     return model
+
+
+def log(trainer: Trainer | None, logs: dict[str, float] | None, control: TrainerControl) -> None:
+    """Give figures to the Trainer's trackers, if there is a Trainer and there are any."""
+    if trainer is None or logs is None:
+        return
+    # Trainer.log clears should_log, and with it the line of the training loss that is due at this step.
+    should_log = control.should_log
+    trainer.log(logs)
+    control.should_log = should_log
 
 
 def trainer_on_the_stack(callback: TrainerCallback) -> Trainer | None:

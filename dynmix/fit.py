@@ -21,7 +21,7 @@ from dynmix.laws.experts import Experts
 from dynmix.laws.mde import laws_with_experts
 from dynmix.laws.optimise import SMOOTHING, BestMixture, best_mixture
 from dynmix.laws.runs import Runs
-from dynmix.whole_file import write_json, write_whole
+from dynmix.whole_file import finite, write_json, write_whole
 
 FEWEST = 3  # different mixtures
 EXPERT_TOKENS = 10_000  # of each validation set: a search asks for thousands of mixtures
@@ -161,7 +161,7 @@ def print_fit(fit: Fit, console: Console) -> None:
 def write_fit(fit: Fit, folder: Path) -> list[Path]:
     """Write `fit.json` (`fit_facts`) and `fit.svg` (predicted against observed) into a folder; return their paths."""
     paths = [folder / "fit.json", folder / "fit.svg"]
-    write_json(paths[0], _finite(fit_facts(fit)), allow_nan=False)
+    write_json(paths[0], finite(fit_facts(fit)), allow_nan=False)
     write_whole(paths[1], _figure(fit))
     return paths
 
@@ -210,10 +210,3 @@ def _figure(fit: Fit) -> str:
 
 def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if np.isfinite(value) else "-"
-
-
-def _finite(value: Any) -> Any:
-    """Return the same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value

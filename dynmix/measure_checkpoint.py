@@ -16,6 +16,7 @@ from dynmix.influence.group import group_influence
 from dynmix.mixture.prepare import check_tokenizer
 from dynmix.observation import Influence
 from dynmix.recipe.build import curvature as named_curvature
+from dynmix.recipe.names import in_a_line
 from dynmix.scoring.inputs import find_stores, find_tasks
 from dynmix.tasks import Task
 
@@ -63,7 +64,7 @@ def measure_checkpoint(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     except (OSError, ValueError) as problem:
-        raise ValueError(f"{checkpoint}: no causal LM to load ({' '.join(str(problem).split())[:300]})") from problem
+        raise ValueError(f"{checkpoint}: no causal LM to load ({in_a_line(problem)[:300]})") from problem
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_vocabulary(model.config.get_text_config().vocab_size, domains | sets)
     count = (made.passes + 1) * sum(map(len, domains.values())) + 2 * sum(map(len, sets.values()))

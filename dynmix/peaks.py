@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
+from dynmix import run_folder
 from dynmix.ranks import from_rank_0, is_rank_0
 from dynmix.scores import Metric
-from dynmix.snapshot import write_snapshot
+from dynmix.snapshot import load_model, write_snapshot
 from dynmix.tasks import Task
 from dynmix.whole_file import write_json
 
@@ -81,15 +81,8 @@ def check_tasks(tasks: Mapping[str, Task], metric: Metric | Mapping[str, Metric]
 
 def set_aside(folder: str | os.PathLike[str]) -> None:
     """Move what an earlier run left in a `PeakSnapshots` folder to `previous-N` in it; every rank calls this."""
-    left = [path for pattern in ("peaks.json", "step-*") for path in Path(folder).glob(pattern)]
-    if left and is_rank_0():
-        number = 1
-        while (aside := Path(folder) / f"previous-{number}").exists():
-            number += 1
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-        logger.info("an earlier run's files in %s were moved to %s", folder, aside)
+    if is_rank_0():
+        run_folder.set_aside(Path(folder), [*Path(folder).glob("peaks.json"), *Path(folder).glob("step-*")])
     from_rank_0(None)  # nobody goes on before it is done
 
 
@@ -396,12 +389,9 @@ def _evaluated(path: Path, tasks: Mapping[str, Task]) -> Iterator[tuple[str, dic
     if not tasks:
         return
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True)
-        model: nn.Module = loaded[0]
-        if lacking := loaded[1]["missing_keys"]:  # which transformers makes up at random
-            raise ValueError(f"the weights lack {sorted(lacking)[:3]}")
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        logger.warning("%s is passed over: it does not load: %s", path, problem)
+        model = load_model(path)
+    except ValueError as problem:
+        logger.warning("%s is passed over: %s", path, problem)
         return
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     for key, task in tasks.items():

@@ -24,6 +24,19 @@ logger = logging.getLogger("dynmix")
 _FILES = ("journal.jsonl", "config.json", "snapshots", "factors", "peaks", "checkpoints", "scores", "groups", "in_run")
 
 
+def set_aside(folder: Path, left: list[Path]) -> None:
+    """Move what an earlier run left in a folder to `previous-N` in it."""
+    if not left:
+        return
+    number = 1
+    while (aside := folder / f"previous-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    logger.info("an earlier run's files in %s were moved to %s", folder, aside)
+
+
 class RunFolder:
     """The folder of a run.
 
@@ -40,16 +53,8 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Move what an earlier run left to a folder of its own, so that a fresh run does not mix with it."""
-        left = [file for name in _FILES if (file := self.path / name).exists()]
-        if not left or not is_rank_0():
-            return
-        number = 1
-        while (aside := self.path / f"previous-{number}").exists():
-            number += 1
-        aside.mkdir()
-        for file in left:
-            file.rename(aside / file.name)
-        logger.info("an earlier run's files in %s were moved to %s", self.path, aside)
+        if is_rank_0():
+            set_aside(self.path, [file for name in _FILES if (file := self.path / name).exists()])
 
     def write_config(self, facts: Mapping[str, Any]) -> None:
         """Write `config.json`."""

@@ -27,13 +27,12 @@ from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.peaks import Checkpoint, PeakSnapshots, evenly_spaced, metric_of
-from dynmix.ranks import is_rank_0, on_every_rank
+from dynmix.ranks import Ranks, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
 from dynmix.scores import Column, SamplePlan, SampleScores
 from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
 from dynmix.scoring.folder import OtherConfiguration, discard
-from dynmix.scoring.job import load_model
-from dynmix.snapshot import write_snapshot
+from dynmix.snapshot import load_model, write_snapshot
 from dynmix.tasks import Task
 
 logger = logging.getLogger("dynmix")
@@ -173,8 +172,7 @@ class Sampler:
         return replace(read_scores(out), tokens_left=tokens_left)
 
     def _score(self, model: nn.Module, sources: list[Source], out: Path) -> None:
-        distributed = torch.distributed.is_initialized()
-        part = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        ranks = Ranks(shared=True)
         tasks = {name: _examples(batches) for name, batches in self.sets.items()}
         device = next(model.parameters()).device
 
@@ -190,8 +188,8 @@ class Sampler:
                     curvature_sequences=self.curvature_sequences,
                     batch_tokens=self.batch_tokens,
                     load=lambda path: load_like(model, path).to(device),
-                    part=part,
-                    progress=part[0] == 0,
+                    part=(ranks.rank, ranks.size),
+                    progress=ranks.rank == 0,
                     tick=self.dataset.pulse,
                 )
 

@@ -4,18 +4,22 @@ Knows models and files; nothing of mixtures. A snapshot is whole or absent: it i
 """
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dynmix.influence.capture import unwrap
 from dynmix.ranks import is_rank_0
+
+logger = logging.getLogger("dynmix")
 
 
 def save_snapshot(model: torch.nn.Module, folder: Path, stage: int, facts: dict[str, Any], keep: int) -> Path:
@@ -54,3 +58,26 @@ def write_snapshot(model: torch.nn.Module, path: Path, facts: dict[str, Any]) ->
     (beside / "snapshot.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(path, ignore_errors=True)
     os.replace(beside, path)
+
+
+def load_model(path: Path, kind: Any = AutoModelForCausalLM) -> torch.nn.Module:
+    """The causal LM in a folder, from safetensors; weights that pickle holds are not read, as that can run code.
+
+    Args:
+        path: the folder.
+        kind: class of transformers whose `from_pretrained` loads it.
+
+    Raises:
+        ValueError: it does not load, or weights are missing, which transformers makes up at random.
+    """
+    try:
+        loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
+        # A RuntimeError: the weights have other shapes; a KeyError: the configuration has a name that is not known.
+        raise ValueError(f"checkpoint {path} does not load: {problem}") from problem
+    model: torch.nn.Module = loaded[0]
+    if lacking := sorted(loaded[1]["missing_keys"]):
+        raise ValueError(f"checkpoint {path}: its weights lack {lacking[:3]}")
+    if extra := sorted(loaded[1]["unexpected_keys"]):
+        logger.warning("checkpoint %s: a %s has no %s, which are left out", path, type(model).__name__, extra[:3])
+    return model

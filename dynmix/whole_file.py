@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever ends the process. Knows nothing of what is in them."""
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -43,3 +44,12 @@ def write_json(path: Path, value: Any, **options: Any) -> None:
     with whole_file(path) as beside, open(beside, "w", encoding="utf-8") as file:
         json.dump(value, file, **{"indent": 1, "ensure_ascii": False, **options})
         file.write("\n")
+
+
+def finite(value: Any) -> Any:
+    """The same dicts and lists with None in place of NaN and infinity, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

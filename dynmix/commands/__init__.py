@@ -10,6 +10,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from dynmix.commands.interrupt import INTERRUPTED
+from dynmix.whole_file import finite
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,15 +76,7 @@ def print_json(value: Any) -> None:
     """Print one JSON document on stdout; numbers that are none become null."""
     import json
 
-    typer.echo(json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False, default=str))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and value - value != 0 else value
+    typer.echo(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def _first_line(text: str) -> str:

@@ -34,13 +34,14 @@ def fit(
     from dynmix.fit import fit_facts, fit_runs, print_fit, write_fit
     from dynmix.laws.experts import Experts
     from dynmix.laws.runs import read_runs
+    from dynmix.saved_influence import numbers
 
     found = fit_runs(
         read_runs(runs, losses, weights=weights, targets=targets),
         criterion,
         law,
         experts=None if experts is None else Experts.open(experts),
-        tokens=None if tokens is None else _numbers(tokens),
+        tokens=numbers("--tokens", tokens),
         total_tokens=total_tokens,
         max_epochs=max_epochs,
         smooth=smooth,
@@ -52,11 +53,3 @@ def fit(
     print_fit(found, Console())
     for path in paths:
         typer.echo(str(path))
-
-
-def _numbers(text: str) -> dict[str, float]:
-    try:
-        parts = (part.rsplit("=", 1) for part in text.split(","))
-        return {name.strip(): float(number) for name, number in parts}
-    except ValueError:
-        raise ValueError(f"--tokens {text!r}: write domain=number,...") from None

@@ -29,7 +29,7 @@ from dynmix.influence.layers import Layers
 from dynmix.mixers.registry import find_mixer, make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.recipe.names import RecipeError, check_arguments, check_names, named
+from dynmix.recipe.names import RecipeError, check_arguments, check_names, in_a_line, named
 from dynmix.recipe.schema import Measurement, Model, Recipe
 
 CURVATURES: dict[str, Any] = {
@@ -89,7 +89,7 @@ def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
     try:
         arguments = TrainingArguments(output_dir=recipe.output, **{**defaults, **given, **more})
     except (ValueError, TypeError, ImportError) as problem:
-        raise RecipeError(f"training: {' '.join(str(problem).split())}") from problem
+        raise RecipeError(f"training: {in_a_line(problem)}") from problem
     for name, value in (
         ("batch_size", recipe.batch_size),
         ("training.per_device_train_batch_size", arguments.per_device_train_batch_size),
@@ -116,7 +116,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError) as problem:
         if recipe.tokenizer is None:
             return None  # a checkpoint without one, for stores that are there
-        raise RecipeError(f"tokenizer: {name}: no folder or hub name of a tokenizer ({_line(problem)})") from problem
+        raise RecipeError(
+            f"tokenizer: {name}: no folder or hub name of a tokenizer ({in_a_line(problem)})"
+        ) from problem
     return loaded
 
 
@@ -136,7 +138,7 @@ def model_config(
         raise
     except Exception as problem:  # every model's configuration has checks, and errors, of its own
         what = f"{where}.path: {name}" if model.path else f"{where}.config"
-        raise RecipeError(f"{what}: no configuration of a model ({_line(problem)[:300]})") from problem
+        raise RecipeError(f"{what}: no configuration of a model ({in_a_line(problem)[:300]})") from problem
     vocabulary = config.get_text_config().vocab_size
     if tokenizer is not None and (largest := max(tokenizer.get_vocab().values())) >= vocabulary:
         raise RecipeError(
@@ -170,7 +172,7 @@ def make_model(model: Model, config: PreTrainedConfig, seed: int, checkpoint: Pa
         else:
             made = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     except (OSError, ValueError, ImportError) as problem:
-        raise RecipeError(f"model: {_line(problem)[:500]}") from problem
+        raise RecipeError(f"model: {in_a_line(problem)[:500]}") from problem
     assert isinstance(made, PreTrainedModel)
     return made
 
@@ -325,7 +327,3 @@ def _check_type(where: str, value: Any, hint: Any) -> None:
     if type(value) not in kinds:
         expected = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
         raise RecipeError(f"{where}={value!r}: a value of type {expected} is expected")
-
-
-def _line(problem: Exception) -> str:
-    return " ".join(str(problem).split())

@@ -10,6 +10,11 @@ class RecipeError(ValueError):
     """A recipe that cannot be a run; the message names the key and says what to do."""
 
 
+def in_a_line(problem: Exception) -> str:
+    """What a library says of a problem, which may be of several lines, in one."""
+    return " ".join(str(problem).split())
+
+
 def check_names(where: str, given: Collection[str], known: Collection[str]) -> None:
     """Raises RecipeError for a name that is not known, with the nearest one that is."""
     for name in given:

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dynmix.recipe.names import RecipeError, check_names, named
+from dynmix.recipe.names import RecipeError, check_names, in_a_line, named
 from dynmix.recipe.schema import AutoMixerProxy, MDEProxy, Recipe
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{file}: no such recipe; make one: dynmix train --example tikmix-d > {file.name}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as problem:
         tabs = "; YAML is indented by spaces, and never by tabs" if "start any token" in str(problem) else ""
-        raise RecipeError(f"{file}: not to be read as YAML: {_line(problem)}{tabs}") from None
+        raise RecipeError(f"{file}: not to be read as YAML: {in_a_line(problem)}{tabs}") from None
     if not isinstance(tree, DictConfig):
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values")
     tree = _expanded(tree)
@@ -62,7 +62,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
             OmegaConf.update(tree, key, parsed["value"], merge=False, force_add=True)
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, AttributeError) as problem:
-            raise RecipeError(f"{word!r}: {_line(problem)}") from None
+            raise RecipeError(f"{word!r}: {in_a_line(problem)}") from None
         if isinstance(parsed["value"], str | list | dict):
             tree = _expanded(tree)
     recipe = structured(Recipe, tree, str(file))
@@ -158,10 +158,6 @@ def _words(problem: OmegaConfBaseException) -> str:
         except RecipeError as found:
             return f"no key {problem.full_key!r}; {str(found).partition('; ')[2]}"
     return f"{problem.full_key}: {message}" if problem.full_key else message
-
-
-def _line(problem: Exception) -> str:
-    return " ".join(str(problem).split())
 
 
 def _examples() -> Traversable:

@@ -7,7 +7,6 @@ models, tasks and the corpus; no files of scores, no progress and no cluster.
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from dynmix.batches import Batch, collate
 from dynmix.influence.capture import next_token_labels, unwrap
@@ -30,8 +27,7 @@ from dynmix.influence.sample import SampleScorer
 from dynmix.scoring.corpus import Corpus, by_length, windows
 from dynmix.scoring.cost import flops_per_token
 from dynmix.scoring.sources import Source, check_sources
-
-logger = logging.getLogger("dynmix")
+from dynmix.snapshot import load_model
 
 Load = Callable[[Path], nn.Module]
 
@@ -254,29 +250,6 @@ def task_batches(name: str, examples: Examples, batch_tokens: int) -> list[Batch
     if not any((next_token_labels(batch) != -100).any() for batch in batches):
         raise ValueError(f"tasks[{name!r}] has no token to score: every label is -100 or first of its sequence")
     return batches
-
-
-def load_model(path: Path, kind: Any = AutoModelForCausalLM) -> nn.Module:
-    """The causal LM in a folder, from safetensors; weights that pickle holds are not read, as that can run code.
-
-    Args:
-        path: the folder.
-        kind: class of transformers whose `from_pretrained` loads it.
-
-    Raises:
-        ValueError: it does not load, or weights are missing, which transformers makes up at random.
-    """
-    try:
-        loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        # A RuntimeError: the weights have other shapes; a KeyError: the configuration has a name that is not known.
-        raise ValueError(f"checkpoint {path} does not load: {problem}") from problem
-    model: nn.Module = loaded[0]
-    if lacking := sorted(loaded[1]["missing_keys"]):
-        raise ValueError(f"checkpoint {path}: its weights lack {lacking[:3]}")
-    if extra := sorted(loaded[1]["unexpected_keys"]):
-        logger.warning("checkpoint %s: a %s has no %s, which are left out", path, type(model).__name__, extra[:3])
-    return model
 
 
 def make_job(
