@@ -16,7 +16,7 @@ from dynmix.influence.base import LayerByLayer
 from dynmix.influence.batch import Batches
 from dynmix.influence.capture import Capture
 
-Source = torch.optim.Optimizer | Mapping[nn.Parameter, Tensor]
+MomentSource = torch.optim.Optimizer | Mapping[nn.Parameter, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AdamDiagonal:
             no kin of Adam, or a parameter has no second moments, as before the first step.
     """
 
-    source: Source | Callable[[], Source | None]
+    source: MomentSource | Callable[[], MomentSource | None]
     eps: float | None = None
     passes: ClassVar[int] = 0
 
@@ -51,7 +51,7 @@ class AdamDiagonal:
     def __repr__(self) -> str:  # goes into a run's configuration, where the optimizer's is of no use
         return f"AdamDiagonal(eps={self.eps})"
 
-    def check(self) -> Source | None:
+    def check(self) -> MomentSource | None:
         """Return the source as it is by now, None if there is none yet. Raises ValueError if it is no kin of Adam."""
         source = self.source if isinstance(self.source, torch.optim.Optimizer | Mapping) else self.source()
         if isinstance(source, torch.optim.Optimizer) and not any("betas" in group for group in source.param_groups):

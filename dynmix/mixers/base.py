@@ -29,7 +29,7 @@ from dynmix.mixers.simplex import cap, normalized
 from dynmix.observation import Influence, Observation
 from dynmix.scores import SamplePlan
 
-Rows = NDArray[np.integer]
+Ints = NDArray[np.integer]
 
 NEEDS = frozenset({"loss", "reference_loss", "gradient", "influence", "guards", "measure", "samples"})
 
@@ -77,7 +77,7 @@ class Proposal:
     predicted_gain_standard_error: dict[str, float] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)
     decided_on: Influence | None = field(default=None, compare=False)
-    groups: dict[str, tuple[Rows, Rows]] = field(default_factory=dict)
+    groups: dict[str, tuple[Ints, Ints]] = field(default_factory=dict)
 
 
 class Mixer(ABC):

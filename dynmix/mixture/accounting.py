@@ -105,7 +105,7 @@ def new_epochs(
     wanted = [
         (number, epoch)
         for number in np.flatnonzero(last >= first).tolist()
-        for epoch in _told(int(first[number]), int(last[number]))
+        for epoch in _epochs_told(int(first[number]), int(last[number]))
     ]
     return sorted(_located(schedule, start, stop, sizes, wanted, assigned))
 
@@ -134,7 +134,7 @@ def _located(
     yield from _located(schedule, middle, stop, sizes, sorted({*wanted} - {*before}))
 
 
-def _told(first: int, last: int) -> list[int]:
+def _epochs_told(first: int, last: int) -> list[int]:
     each = range(first, min(last, _EACH - 1) + 1)
     doublings = (1 << k for k in range(_EACH.bit_length(), (last + 1).bit_length()))
     return [*each, *(human - 1 for human in doublings if first <= human - 1 <= last)]

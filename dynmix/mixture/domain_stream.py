@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynmix.mixture.documents import check_ids
-from dynmix.mixture.items import Items, PassEnded, Source
+from dynmix.mixture.items import Items, ItemSource, PassEnded
 from dynmix.mixture.sequences import Ints
 from dynmix.mixture.text import load, vocabulary_size
 
 logger = logging.getLogger("dynmix.mixture")
 
-Tokenizer = Any  # a tokenizer of transformers, the path or hub name of one, or a function from text to token ids
+TokenizerOrFunction = Any  # of transformers, the path or hub name of one, or a function from text to token ids
 
 
 class Encoder:
@@ -32,7 +32,7 @@ class Encoder:
         text_field: key of the text in items that are mappings.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text_field: str) -> None:
+    def __init__(self, tokenizer: TokenizerOrFunction, text_field: str) -> None:
         tokenizer = load(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
         if tokenizer is not None and not callable(tokenizer):
             raise ValueError(
@@ -98,7 +98,7 @@ class Probes(NamedTuple):
     held: frozenset[bytes]
 
 
-def kept_aside(name: str, source: Source, encode: Encoder, length: int, count: int) -> Probes:
+def kept_aside(name: str, source: ItemSource, encode: Encoder, length: int, count: int) -> Probes:
     """The first `count` sequences of a domain, or as many as one pass has; then nothing is held, and a warning says so.
 
     Raises:

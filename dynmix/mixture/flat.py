@@ -32,7 +32,7 @@ logger = logging.getLogger("dynmix.mixture")
 
 _MAGIC = b"\x93NUMPY"
 _BLOCK, _BLOCKS = 8192, 64  # bytes that the type of a raw file is told from
-_SMALL, _ENOUGH = 16, 16  # see `_told`
+_SMALL, _ENOUGH = 16, 16  # see `_dtype_of_bytes`
 # Of zip (torch.save), gzip, zstd, pickle, parquet, arrow, gguf and safetensors.
 _OTHER = re.compile(
     rb"PK\x03\x04|\x1f\x8b\x08|\x28\xb5\x2f\xfd|\x80[\x02\x03][\x8a(}\]cX]|\x80[\x04\x05]\x95|PAR1|ARROW1|GGUF"
@@ -185,7 +185,7 @@ def _damaged(file: Path, why: str) -> NoReturn:
 
 def _raw_dtype(file: Path, asked: np.dtype[Any] | None, vocab_size: int | None) -> np.dtype[Any]:
     size = file.stat().st_size
-    told = _told(mapped(file, np.dtype(np.uint8)), vocab_size)
+    told = _dtype_of_bytes(mapped(file, np.dtype(np.uint8)), vocab_size)
     found = told if asked is None else asked
     if found is None:
         raise StoreError(
@@ -213,7 +213,7 @@ def _say_told(folder: Path, name: str) -> None:
     )
 
 
-def _told(raw: Tokens, vocab_size: int | None) -> np.dtype[Any] | None:
+def _dtype_of_bytes(raw: Tokens, vocab_size: int | None) -> np.dtype[Any] | None:
     """Type of a raw file by its bytes, whole or cut; None where several would do.
 
     Vocabularies end far below 16 * 2^16. So as 16-bit words, tokens of 32 bits have such small numbers in every second

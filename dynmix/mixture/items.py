@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger("dynmix.mixture")
 
-Source = Iterable[Any] | Callable[..., Iterable[Any]]
+ItemSource = Iterable[Any] | Callable[..., Iterable[Any]]
 
 
 class PassEnded(Exception):  # noqa: N818 (the end of the data is no error)
@@ -45,7 +45,7 @@ class Items:
     def __init__(
         self,
         name: str,
-        source: Source,
+        source: ItemSource,
         reader: int = 0,
         readers: int = 1,
         *,
@@ -153,7 +153,7 @@ def check_source(name: str, source: Any) -> None:
         raise ValueError(f"domain {name!r}: a function that gives a part takes both `shard` and `num_shards`")
 
 
-def check_shared(domains: Mapping[str, Source]) -> None:
+def check_shared(domains: Mapping[str, ItemSource]) -> None:
     """Raise ValueError if one object, which keeps its place for one reader, is several domains."""
     owners: dict[int, str] = {}
     for name, source in domains.items():

@@ -105,7 +105,7 @@ def download(
         wanted.append(f"{path}.idx")
     if missing := [name for name in wanted if name not in files]:
         raise StoreError(f"{url}: {missing[0]} is missing, a store is both files")
-    files = {name: _told(system, url, name, files[name]) for name in wanted}
+    files = {name: _with_version(system, url, name, files[name]) for name in wanted}
     copies = {name: _copy(folder, url, system, name) for name in wanted}
     with one_at_a_time(folder, url):
         for name in chosen:
@@ -141,7 +141,7 @@ def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
     return {name: info for name, info in found.items() if info["type"] == "file"}
 
 
-def _told(system: Any, url: str, name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_version(system: Any, url: str, name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is told of a file: some file systems, as of http, tell no more than its name in a listing."""
     if info.get("size") is not None:
         return info

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, Tokenizer, kept_aside
-from dynmix.mixture.items import Items, PassEnded, Source, check_shared, check_source
+from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, TokenizerOrFunction, kept_aside
+from dynmix.mixture.items import Items, ItemSource, PassEnded, check_shared, check_source
 from dynmix.mixture.options import whole
 from dynmix.mixture.progress import Progress
 from dynmix.mixture.schedule import Ints, MixtureSchedule, schedule_of
@@ -33,7 +33,7 @@ _WAITING = (
     " once an optimizer step"
 )
 
-Policy = Literal["repeat", "stop"]
+WhenExhausted = Literal["repeat", "stop"]
 
 
 class MixtureStream(Steered, IterableDataset[Item]):
@@ -108,7 +108,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
 
     def __init__(
         self,
-        domains: Mapping[str, Source],
+        domains: Mapping[str, ItemSource],
         weights: Literal["uniform"] | Mapping[str, float] = "uniform",
         *,
         num_samples: int,
@@ -118,11 +118,11 @@ class MixtureStream(Steered, IterableDataset[Item]):
         batch_size: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        tokenizer: Tokenizer = None,
+        tokenizer: TokenizerOrFunction = None,
         text_field: str = "text",
         sizes: Mapping[str, int] | None = None,
         probe_sequences: int = 0,
-        when_exhausted: Policy = "repeat",
+        when_exhausted: WhenExhausted = "repeat",
     ) -> None:
         if not isinstance(domains, Mapping):
             raise ValueError(f"domains is a {type(domains).__name__}: give a mapping from name to source")
@@ -137,8 +137,8 @@ class MixtureStream(Steered, IterableDataset[Item]):
         ):
             if value is not None and whole(argument, value) < least:
                 raise ValueError(f"{argument} must be at least {least}, not {value}")
-        if when_exhausted not in get_args(Policy):
-            raise ValueError(f"when_exhausted={when_exhausted!r}: give one of {get_args(Policy)}")
+        if when_exhausted not in get_args(WhenExhausted):
+            raise ValueError(f"when_exhausted={when_exhausted!r}: give one of {get_args(WhenExhausted)}")
         if isinstance(weights, str):
             if weights != "uniform":
                 raise ValueError(f'weights={weights!r}: give "uniform" or a mapping from name to weight')

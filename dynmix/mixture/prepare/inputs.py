@@ -46,8 +46,8 @@ _LINE_BYTES = 1 << 30  # a longer document is taken for another kind of file, be
 _BLOCK = 1 << 20
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
-Source: TypeAlias = "PathLike | Dataset"
-Inputs: TypeAlias = "Source | Iterable[PathLike] | Mapping[str, Source | Iterable[PathLike]]"
+TextSource: TypeAlias = "PathLike | Dataset"
+Inputs: TypeAlias = "TextSource | Iterable[PathLike] | Mapping[str, TextSource | Iterable[PathLike]]"
 
 
 class Input(ABC):
@@ -104,7 +104,7 @@ class File(Input):
 
 
 @dataclass(frozen=True)
-class Rows(Input):
+class DatasetRows(Input):
     """An HF `datasets.Dataset`, in memory or on disk."""
 
     name: str
@@ -179,12 +179,12 @@ def _all_inputs(name: str, source: Any) -> list[Input]:
             raise PrepareError(f"{name}: a {type(source).__name__} cannot be read from any row on; save it")
         if source.format["type"] == "custom":  # the table is read here, without what the transform makes of it
             raise PrepareError(f"{name}: a data set with a transform, which is not applied here: apply it with map")
-        return [Rows(name, source)]
+        return [DatasetRows(name, source)]
     path = Path(source)
     if not path.exists():
         raise PrepareError(f"{path}: no such file or folder")
     if path.is_dir() and _is_saved(path):
-        return [Rows(str(path), _load_saved(path))]
+        return [DatasetRows(str(path), _load_saved(path))]
     return [File(each) for each in (_visible(path, deep=True) if path.is_dir() else [path]) if _suffix(each)]
 
 
@@ -327,7 +327,7 @@ def _cut_parquet(file: File, fields: Fields, piece: int) -> Iterator[Piece]:
         first, group = first + count, stop
 
 
-def _cut_dataset(rows: Rows, fields: Fields, piece: int) -> Iterator[Piece]:
+def _cut_dataset(rows: DatasetRows, fields: Fields, piece: int) -> Iterator[Piece]:
     check_columns(rows.name, rows.dataset.features.arrow_schema, fields.text)
     table = rows.dataset.select_columns(fields.columns(rows.dataset.column_names)).with_format("arrow")
     parts, first, done = list[pa.Table](), 0, 0
