@@ -118,18 +118,22 @@ class Decider:
     def rehearse(self, found: Evidence, prior: Mapping[str, float], upper: Mapping[str, float]) -> None:
         """Let a copy go through a checkpoint and decide; raises whatever that does."""
         understudy = copy.deepcopy(self.mixer)
-        try:
-            state = json.loads(json.dumps(understudy.state_dict()))
-        except (TypeError, ValueError) as problem:
-            raise ValueError(
-                f"{self.name}.state_dict() has to go through JSON, but {problem}: turn arrays into lists"
-            ) from problem
-        understudy.load_state_dict(state)
+        understudy.load_state_dict(self._as_saved(understudy))
         if found.influence is None or found.influence.finite:
             if "gradient" in self.needs:
                 found = replace(found, gradient=found.influence)
             with _quiet(logging.getLogger("dynmix.mixers")):  # so few sequences are a cause for warnings
                 self._decide(understudy, found, prior, upper, step=0, steps=1)
+            understudy.load_state_dict(self._as_saved(understudy))  # a decision may put something new into the state
+
+    def _as_saved(self, mixer: Mixer) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads(json.dumps(mixer.state_dict()))
+        except (TypeError, ValueError) as problem:
+            raise ValueError(
+                f"{self.name}.state_dict() has to go through JSON, but {problem}: turn arrays into lists"
+            ) from problem
+        return state
 
     def observe(self, step: int, batch_size: int) -> None:
         """Show the losses of the step that ended. What fails the first time is a mistake in the set-up, and raises."""
@@ -144,6 +148,8 @@ class Decider:
                 )
             if seen is not None:
                 self.mixer.observe(seen)
+                if not self._observed:
+                    self._as_saved(self.mixer)  # now, and not at the first checkpoint
         except Exception as failure:
             if not self._observed:
                 raise
@@ -201,6 +207,12 @@ class Decider:
         proposal = mixer.propose(found.influence if "influence" in self.needs else None, prior, upper, **more)
         if not isinstance(proposal, Proposal):
             raise ValueError(f"{self.name}.propose returned {type(proposal).__name__}, not a Proposal")
+        measured, decided = found.influence, proposal.decided_on
+        if decided and (not measured or (decided.tasks, decided.domains) != (measured.tasks, measured.domains)):
+            raise ValueError(
+                f"{self.name} decided on the influence of {list(decided.domains)} on {list(decided.tasks)}, which was"
+                " not measured: give decided_on the rows and columns of the influence that propose was given, or None"
+            )
         return proposal, self.published(proposal, upper)
 
     def published(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:

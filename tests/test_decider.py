@@ -72,6 +72,27 @@ def test_a_rehearsal_leaves_the_mixer_as_it_was():
     assert decider.state_dict() == {"name": "Learner", "state": {"steps": [7]}}
 
 
+def test_a_state_that_is_no_json_is_refused_where_it_becomes_one_and_not_at_the_first_checkpoint():
+    class Forgetful(Learner):
+        """Keeps arrays, from its first decision or its first observation on."""
+
+        def observe(self, observation):
+            self.steps = np.array([observation.step])
+
+        def propose(self, influence, prior, upper=None):
+            self.steps = np.array([1])
+            return Proposal(dict(prior))
+
+    with pytest.raises(ValueError, match=r"Forgetful.state_dict\(\) has to go through JSON.*turn arrays into lists"):
+        Decider(Forgetful(), dataset(), None).rehearse(Evidence(), PRIOR, {})
+    data, model = dataset(), Bigram()
+    decider = Decider(Forgetful(), data, None)
+    decider.watch.attach(model)
+    model(torch.stack([data[g]["input_ids"] for g in range(BATCH)]))
+    with pytest.raises(ValueError, match=r"Forgetful.state_dict\(\) has to go through JSON"):
+        decider.observe(1, BATCH)
+
+
 def test_a_gradient_is_observed_before_the_proposal_and_an_influence_only_shown_where_it_is_needed():
     seen = []
 
@@ -121,6 +142,7 @@ def test_the_state_of_another_mixer_is_not_taken_up(caplog):
         (Proposal({"a": 0.9, "b": 0.6}), "sum to 1.5"),
         (Proposal({"a": 0.9, "b": 0.1}), "Wrong gave 'a' a weight of 0.9, above its bound 0.7"),
         ({"a": 0.5, "b": 0.5}, "not a Proposal"),
+        (Proposal(PRIOR, decided_on=Influence([[1, 2]], ["t"], ["a", "b"])), "on \\['t'\\], which was not measured"),
     ],
 )
 def test_an_answer_that_is_no_mixture_is_refused(answer, message):

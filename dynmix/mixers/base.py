@@ -68,6 +68,8 @@ class Proposal:
         decided_on: the influence that decided, where that is not the one given, but an average with earlier ones.
         groups: new domains that enter with the next stage: name -> (numbers of domains, rows of them), int[n_sequences]
             each, as the dataset had them when the run began. `weights` then need not name the domains that get none.
+
+    Raises ValueError for words that are none, and gains and multipliers that are no numbers by name.
     """
 
     weights: dict[str, float]
@@ -78,6 +80,17 @@ class Proposal:
     multipliers: dict[str, float] = field(default_factory=dict)
     decided_on: Influence | None = field(default=None, compare=False)
     groups: dict[str, tuple[Ints, Ints]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("solver", "message"):
+            if not isinstance(words := getattr(self, name), str):
+                raise ValueError(f"{name}={words!r}: a str, which the journal takes")
+        for name in ("predicted_gain", "predicted_gain_standard_error", "multipliers"):
+            given = getattr(self, name)
+            try:
+                object.__setattr__(self, name, {str(key): float(value) for key, value in given.items()})
+            except (AttributeError, TypeError, ValueError) as problem:
+                raise ValueError(f"{name}={given!r}: a dict of numbers by name, which the journal takes") from problem
 
 
 class Mixer(ABC):
