@@ -65,8 +65,10 @@ def as_batches(
     examples: list[Mapping[str, Any]] = []
     for number, item in enumerate(source):
         if not isinstance(item, Mapping) or "input_ids" not in item:
-            raise ValueError(f"{name}: item {number} is no dict with 'input_ids' but {type(item).__name__}")
+            has = f" of {sorted(item)}" if isinstance(item, Mapping) else ""
+            raise ValueError(f"{name}: item {number} is no dict with 'input_ids' but a {type(item).__name__}{has}")
         ids = torch.as_tensor(item["input_ids"])
+        _check_item(item, ids, f"{name}: item {number}")
         if ids.ndim == 2 and ids.numel():
             batches.append({key: torch.as_tensor(item[key]) for key in _INPUTS if key in item})
         elif ids.ndim == 1 and ids.numel():
@@ -80,6 +82,18 @@ def as_batches(
     if not batches:
         raise ValueError(f"{name}: it is empty; give at least one sequence")
     return batches
+
+
+def _check_item(item: Mapping[str, Any], ids: Tensor, where: str) -> None:
+    """Raise ValueError for ids that are no tokens, and for labels of other tokens, which padding would hide."""
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or int(ids.min()) < 0):
+        raise ValueError(f"{where} has input_ids of {ids.dtype} from {ids.min():g} on: give numbers of tokens, from 0")
+    if item.get("labels") is not None and (shape := torch.as_tensor(item["labels"]).shape) != ids.shape:
+        raise ValueError(f"{where} has labels of shape {list(shape)} for input_ids of {list(ids.shape)}: one a token")
+    if (mask := item.get("attention_mask")) is not None and (shape := torch.as_tensor(mask).shape)[-1:] != ids.shape[
+        -1:
+    ]:
+        raise ValueError(f"{where} has an attention_mask of shape {list(shape)} for input_ids of {list(ids.shape)}")
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> Batch:

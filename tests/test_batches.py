@@ -53,7 +53,14 @@ def test_padding_is_masked_and_has_no_label():
     [
         ([], "it is empty"),
         ([[1, 2, 3]], "item 0 is no dict"),
-        ([{"text": "a"}], "item 0 is no dict with 'input_ids'"),
+        ([{"text": "a"}], r"item 0 is no dict with 'input_ids' but a dict of \['text'\]"),
+        ([{"input_ids": [0.5, 1.5]}], "item 0 has input_ids of torch.float32 from 0.5 on: give numbers of tokens"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1, -5]}], "item 1 has input_ids of torch.int64 from -5 on"),
+        (
+            [{"input_ids": [1, 2, 3], "labels": [1, 2]}, {"input_ids": [1, 2], "labels": [1, 2, 3]}],
+            r"item 0 has labels of shape \[2\] for input_ids of \[3\]: one a token",
+        ),
+        ([{"input_ids": [1, 2], "attention_mask": [1]}], r"item 0 has an attention_mask of shape \[1\]"),
         ([{"input_ids": []}], "not empty"),
         ([{"input_ids": torch.zeros(1, 1, 1, dtype=torch.long)}], "1-D or 2-D"),
         (3, "got int"),
