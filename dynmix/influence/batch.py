@@ -128,3 +128,15 @@ def checked(batch: Batch) -> Batch:
     if not any(isinstance(value, Tensor) for value in batch.values()):
         raise TypeError(f"a batch must hold tensors, got keys {sorted(batch)} without any")
     return batch
+
+
+def checked_loss(found: Any, sequences: int) -> tuple[Tensor, Tensor]:
+    """What a loss returned, or a TypeError that says what it is to be: a number and a count for each sequence."""
+    pair = found if isinstance(found, tuple | list) else (found,)
+    if len(pair) == 2 and all(isinstance(x, Tensor) and x.shape == (sequences,) for x in pair):
+        return pair[0], pair[1]
+    got = ", ".join(f"{type(x).__name__} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in pair)
+    raise TypeError(
+        f"loss= returned ({got}) for {sequences} sequences: let it return two tensors of shape [{sequences}], the loss"
+        " of each sequence summed over its tokens, and how many tokens of it are scored"
+    )

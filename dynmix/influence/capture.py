@@ -22,6 +22,7 @@ from dynmix.influence.batch import (
     Batches,
     Loss,
     checked,
+    checked_loss,
     next_token_labels,
     next_token_logits,
     next_token_loss,
@@ -144,10 +145,11 @@ class Capture:
         Returns loss and number of scored tokens of each sequence, float64[B] on the CPU.
         """
         batch = on_device(checked(batch), next(self.model.parameters()).device)
-        caught = OnePass(self.layers, self.tied, token_mask(batch), consume, check=not self._settled)
+        mask = token_mask(batch)
+        caught = OnePass(self.layers, self.tied, mask, consume, check=not self._settled)
         with torch.enable_grad():
             with caught.forward():
-                losses, tokens = self.loss(self.model, batch)
+                losses, tokens = checked_loss(self.loss(self.model, batch), len(mask))
             self._settle(caught)
             caught.keep(self.layers)
             self.sharing = caught.sharing

@@ -315,6 +315,27 @@ def test_custom_loss_of_a_classifier() -> None:
     torch.testing.assert_close(gradients["2"].sum(0), torch.cat([weight, bias[:, None]], 1))
 
 
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda losses, tokens: losses.sum(), r"Tensor \[\]"),
+        (lambda losses, tokens: None, "NoneType"),
+        (lambda losses, tokens: (losses, 3), r"Tensor \[2\], int"),
+        (lambda losses, tokens: (losses[:1], tokens[:1]), r"Tensor \[1\], Tensor \[1\]"),
+    ],
+)
+def test_a_loss_of_ones_own_that_is_none_is_told_what_to_return(
+    tiny_lm: Models, token_batches: Batcher, returned: Callable[..., Any], got: str
+) -> None:
+    [batch] = token_batches(2)
+
+    def loss(model: nn.Module, batch: Batch) -> Any:
+        return returned(*next_token_loss(model, batch))
+
+    with pytest.raises(TypeError, match=rf"loss= returned \({got}\) for 2 sequences: let it return two tensors"):
+        captured(tiny_lm("llama"), batch, loss=loss)
+
+
 class Scaled(nn.Linear):
     """A subclass that does something else with its weight."""
 
