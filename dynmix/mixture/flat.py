@@ -1,4 +1,5 @@
-"""Flat files of token ids: nanoGPT's `.bin` (raw uint16), OLMo's `.npy` (raw too, in spite of its name), true npy.
+"""Flat files of token ids: nanoGPT's `.bin` (raw uint16), OLMo's `.npy` (raw too, in spite of its name), true npy,
+and llm.c's `.bin` (a header of 256 int32: magic, version, number of tokens, zeros).
 
 Knows the bytes of one file; nothing of tokenizers, domains or mixtures. Megatron's pair `.bin`/`.idx` is `TokenStore`.
 """
@@ -31,6 +32,8 @@ from dynmix.mixture.store import StoreError, mapped, with_room
 logger = logging.getLogger("dynmix.mixture")
 
 _MAGIC = b"\x93NUMPY"
+_COUNTED = (20240520, 20240801)  # magic numbers of llm.c: ids of 16 and of 32 bits; who copied it has some of their own
+_HEADER_BYTES = 1024  # of llm.c
 _BLOCK, _BLOCKS = 8192, 64  # bytes that the type of a raw file is told from
 _SMALL, _ENOUGH = 16, 16  # see `_dtype_of_bytes`
 # Of zip (torch.save), gzip, zstd, pickle, parquet, arrow, gguf and safetensors.
@@ -45,12 +48,12 @@ _SCAN = 1 << 22
 class FlatTokens(ArrayDocuments):
     """Token ids in one file, end to end, read through a memory map; pickles by path.
 
-    A file with an npy header must be a vector of integers, of the size that the header says. Any other is taken as raw
-    little-endian integers. The type of raw ones is told from their bytes where it can be: the upper halves of wider
-    integers are zero, or nearly. A file that is too short or too uniform for that is refused, and one that looks like
-    text, bytes, big-endian or negative wide integers, or a file of another format. The log (`dynmix.mixture`) says what
-    was told where there is no `vocab_size` to check it. A `dtype` that is given is taken, with a warning where the
-    bytes look like another.
+    A file with an npy header must be a vector of integers, of the size that the header says. One with a header of llm.c
+    has as many ids of 16 or 32 bits as it says. Any other is taken as raw little-endian integers. The type of raw ones
+    is told from their bytes where it can be: the upper halves of wider integers are zero, or nearly. A file that is too
+    short or too uniform for that is refused, and one that looks like text, bytes, big-endian or negative wide integers,
+    or a file of another format. The log (`dynmix.mixture`) says what was told where there is no `vocab_size` to check
+    it. A `dtype` that is given is taken, with a warning where the bytes look like another.
 
     Args:
         path: the file.
@@ -65,8 +68,8 @@ class FlatTokens(ArrayDocuments):
         vocab_size: as given.
 
     Raises:
-        StoreError: no such file, an empty one, a size that is no multiple of the type's, a damaged npy header, a header
-            of another type or shape, a token that is no id.
+        StoreError: no such file, an empty one, a size that is no multiple of the type's, a damaged header, a header of
+            another type or shape, a token that is no id.
     """
 
     _bounds: SharedArray | None
@@ -87,11 +90,11 @@ class FlatTokens(ArrayDocuments):
         if file.stat().st_size == 0:
             raise StoreError(f"{file} is empty; copy or write it anew")
         asked = None if dtype is None else _integer(dtype)
-        found, offset = with_room(file, lambda: _npy_layout(file))
+        found, offset = with_room(file, lambda: _layout(file))
         if found is None:
             found = _raw_dtype(file, asked, vocab_size)
         elif asked is not None and asked != found:
-            raise StoreError(f"{file} holds {found.name} by its npy header, not dtype={asked.name}; leave dtype out")
+            raise StoreError(f"{file} holds {found.name} by its header, not dtype={asked.name}; leave dtype out")
         self._map(file, found, offset, vocab_size, None)
         try:
             check_vocabulary(self, str(file), vocab_size)
@@ -151,15 +154,16 @@ def _integer(dtype: DTypeLike) -> np.dtype[Any]:
     return found.newbyteorder("<") if found.byteorder == "=" else found
 
 
-def _npy_layout(file: Path) -> tuple[np.dtype[Any] | None, int]:
-    """Type and first byte of the tokens by an npy header; None and 0 for a file without one."""
+def _layout(file: Path) -> tuple[np.dtype[Any] | None, int]:
+    """Type and first byte of the tokens by the file's header; None and 0 for a file without one."""
     with open(file, "rb") as stream:
-        head = stream.read(128)
+        header = stream.read(_HEADER_BYTES)
+    head = header[:128]
     if not head.startswith(_MAGIC) and not _MAGIC.startswith(head):
         # A header with a flipped byte must not become tokens.
         if b"NUMPY" in head[:8] or b"'descr'" in head:
             _damaged(file, "its first bytes are not those of one")
-        return None, 0
+        return _counted_layout(file, header)
     try:
         found: Any = np.lib.format.open_memmap(file, mode="r")
     except OSError:  # too many open files are no damage
@@ -177,6 +181,22 @@ def _npy_layout(file: Path) -> tuple[np.dtype[Any] | None, int]:
     if (size := file.stat().st_size) != found.offset + found.nbytes:
         _damaged(file, f"{size} bytes, where its header says {found.offset + found.nbytes}")
     return found.dtype, int(found.offset)
+
+
+def _counted_layout(file: Path, header: bytes) -> tuple[np.dtype[Any] | None, int]:
+    """`_layout` by a header of llm.c."""
+    if len(header) < _HEADER_BYTES or any(header[12:]):
+        return None, 0
+    magic, _, count = np.frombuffer(header[:12], "<i4").tolist()
+    size = file.stat().st_size - _HEADER_BYTES
+    if count > 0 and size in (2 * count, 4 * count):
+        return np.dtype(f"<u{size // count}"), _HEADER_BYTES
+    if magic in _COUNTED:
+        raise StoreError(
+            f"{file} was cut or damaged: its header says {count} tokens, and {size} bytes follow it; copy or write it"
+            " anew"
+        )
+    return None, 0
 
 
 def _damaged(file: Path, why: str) -> NoReturn:

@@ -55,6 +55,23 @@ def test_tokens_of_a_file_are_those_that_were_written(data: st.DataObject, dtype
         assert len(pickle.dumps(FlatTokens(path, flat.dtype))) < 500
 
 
+def counted(magic: int, count: int, tokens: list[int], dtype: str) -> bytes:
+    """A shard of llm.c: 256 int32 in front, the magic number, a version, how many tokens there are, zeros."""
+    return struct.pack("<3i", magic, 1, count).ljust(1024, b"\0") + raw(tokens, dtype)
+
+
+@pytest.mark.parametrize(("magic", "dtype"), [(20240520, "uint16"), (20240801, "uint32"), (20250211, "uint16")])
+def test_the_header_of_a_shard_of_llm_c_is_no_tokens(tmp_path: Path, magic: int, dtype: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, 50257, 1000).tolist()
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(counted(magic, 1000, tokens, dtype))
+    flat = FlatTokens(path, vocab_size=50257, eos_token_id=tokens[5])
+    assert (flat.dtype, flat.tokens.tolist(), flat[0].tolist()) == (np.dtype(dtype), tokens, tokens[:6])
+    assert pickle.loads(pickle.dumps(flat)).tokens.tolist() == tokens
+    with pytest.raises(StoreError, match=r"holds uint.. by its header, not dtype=int64"):
+        FlatTokens(path, "int64")
+
+
 @given(st.sampled_from(["uint16", "uint32", "int64"]), st.integers(1, 300), st.integers(0, 2**32), st.data())
 @settings(max_examples=25)
 def test_the_type_of_a_raw_file_is_told_or_the_file_is_refused(
@@ -170,13 +187,14 @@ def test_a_whole_npy_file_is_told_from_one_cut_at_any_byte_or_flipped(tmp_path: 
         (raw([1, 7], "uint16"), {"dtype": "uint16", "vocab_size": 7}, r"x.bin has token 7, and the vocabulary 7 ids"),
         (raw([1, -7], "int16"), {"dtype": "int16"}, r"x.bin has token -7: ids are not negative.*read as int16"),
         (raw([0] * 99, "uint16"), {}, r"its 198 bytes may be uint16 as well as another type, or no tokens; give FlatT"),
-        (npy([1, 2], "uint32"), {"dtype": "uint16"}, "holds uint32 by its npy header, not dtype=uint16"),
+        (npy([1, 2], "uint32"), {"dtype": "uint16"}, "holds uint32 by its header, not dtype=uint16"),
         (npy([1, 2], "float32"), {}, "an npy file of <f4"),
         (npy([1, 2], ">i4"), {}, "an npy file of >i4"),
         (npy([[1, 2]], "uint32"), {}, r"shape \[1, 2\]: a vector of little-endian integers is needed"),
         (npy([], "uint32"), {}, "no tokens"),
         (npy([1, 2], "uint32") + b"x", {}, "damaged or truncated npy file: 137 bytes, where its header says 136"),
         (npy([{}], "object"), {}, "x.bin is a damaged or truncated npy file"),
+        (counted(20240520, 1000, [*range(999)], "uint16"), {}, "header says 1000 tokens, and 1998 bytes follow"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, content: bytes, options: dict[str, Any], message: str) -> None:
