@@ -127,6 +127,11 @@ class Items:
 
     def _end_pass(self) -> None:
         part = f" in part {self._reader} of {self._readers}" if self._splits_itself else ""
+        if not self._seen and self.epoch:
+            raise ValueError(
+                f"domain {self.name!r} gave no item{part} in pass {self.epoch + 1}, and did before: it can be read only"
+                " once; give the function that makes it, or an iterable"
+            )
         if not self._seen:
             raise ValueError(f"domain {self.name!r} is empty: its source gave no item{part}")
         if self._once:
@@ -191,14 +196,23 @@ def _own_part(part: Any) -> Any:
 
 
 def _has_state(opened: Any) -> bool:
-    """Whether its state is enough to find the next item: that of an HF dataset does not hold its shuffle buffer."""
+    """Whether it says by itself where its next item is.
+
+    The state of an HF dataset does not hold its shuffle buffer; datasets of litdata and Mosaic have to be told how far
+    they were read.
+    """
     parts: list[Any] = [getattr(opened, "_ex_iterable", None)]
     while parts:
         part = parts.pop()
         if type(part).__name__ == "BufferShuffledExamplesIterable":
             return False
         parts += [part.ex_iterable] if hasattr(part, "ex_iterable") else list(getattr(part, "ex_iterables", ()))
-    return hasattr(opened, "state_dict") and hasattr(opened, "load_state_dict")
+    if not (hasattr(opened, "state_dict") and hasattr(opened, "load_state_dict")):
+        return False
+    parameters = inspect.signature(opened.state_dict).parameters.values()
+    return all(
+        each.default is not each.empty or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters
+    )
 
 
 @contextmanager

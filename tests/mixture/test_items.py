@@ -168,6 +168,21 @@ def test_what_has_no_state_is_read_again_and_that_is_said(caplog: pytest.LogCapt
         next(Items("a", [{"row": 0}], state=items.state_dict()))
 
 
+class ToldHowFar(Stateful):
+    """As a dataset of litdata or Mosaic: how far it was read is for the caller to know."""
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:  # type: ignore[override]
+        raise AssertionError
+
+    load_state_dict = state_dict  # type: ignore[assignment]
+
+
+def test_a_state_that_has_to_be_told_how_far_it_is_is_none() -> None:
+    items = Items("a", ToldHowFar())
+    taken(items, 9)
+    assert taken(Items("a", ToldHowFar(), state=items.state_dict()), 1) == [9]
+
+
 def test_sources_that_split_themselves_among_workers_are_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     info = torch_worker.WorkerInfo(id=1, num_workers=2, seed=0, dataset=None)
     monkeypatch.setattr(torch_worker, "_worker_info", info)
@@ -208,5 +223,10 @@ def test_one_object_with_a_place_is_no_two_domains() -> None:
 def test_an_empty_source_is_an_error() -> None:
     with pytest.raises(ValueError, match="domain 'a' is empty"):
         next(Items("a", []))
+    passes = iter([[{"row": 0}], []])
+    spent = Items("a", lambda: next(passes))
+    taken(spent, 1)
+    with pytest.raises(ValueError, match="'a' gave no item in pass 2, and did before: it can be read only once"):
+        next(spent)
     with pytest.raises(ValueError, match="empty: its source gave no item in part 3 of 4"):
         next(Items("a", lambda shard, num_shards: list(range(3))[shard::num_shards], 3, 4))
