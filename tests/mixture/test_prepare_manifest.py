@@ -133,3 +133,28 @@ def test_slow_tokenizers_and_ones_with_parts_in_python(made, tmp_path):
     odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(type("Odd", (), {})())
     with pytest.raises(PrepareError, match=r"it cannot be written as tokenizer\.json"):
         prepare(made.parent / "in", tmp_path / "odd", odd, progress=False)
+
+
+def test_rules_of_slow_tokenizers_are_told_apart(made, tmp_path):
+    class Lowered(ByT5Tokenizer):
+        def _tokenize(self, text):
+            return super()._tokenize(text.lower())
+
+    kept, lowered = ByT5Tokenizer(), Lowered()
+    Lowered.__name__ = "ByT5Tokenizer"  # as one class with an option
+    prepare(made.parent / "in", tmp_path / "slow", kept, progress=False)
+    with pytest.raises(PrepareError, match="their vocabularies or rules differ"):
+        check_tokenizer(tmp_path / "slow" / "web", lowered)
+
+
+def test_special_tokens_in_a_text_are_text_where_the_tokenizer_splits_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a<eos>b"}')
+    known = tokenizer((*"ab<eos>",), ())
+    split = tokenizer((*"ab<eos>",), ())
+    split.split_special_tokens = True
+    for each in (known, split):
+        store = prepare(tmp_path / "a.jsonl", tmp_path, each, overwrite=True, append_eos=False, progress=False)["a"]
+        assert store[0].tolist() == each("a<eos>b", add_special_tokens=False)["input_ids"]
+    assert len(store[0]) == 7
+    with pytest.raises(PrepareError, match="another tokenizer"):
+        check_tokenizer(store, known)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 FILE = "manifest.json"
 
+# Of a slow tokenizer, whose rules are Python: what they make of capitals, accents, spaces, digits, signs and scripts.
+_PROBE = "It's THE lowest,  newest naïve Straße; Été ﬁnds ½ of 1234.5!\n\n\tif x == y_2: 東京タワー で、Привет, مرحبا 😀 "
+
 Json = dict[str, Any]
 AnyTokenizer: TypeAlias = "str | os.PathLike[str] | PreTrainedTokenizerBase"
 AnyStore: TypeAlias = "TokenStore | str | os.PathLike[str]"
@@ -60,15 +63,19 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Json:
     """What tells a tokenizer from others, JSON-able.
 
     `fingerprint` is a hash of what makes ids of plain text in its tokenizer.json: normalizer, pre-tokenizer and model
-    (of a slow tokenizer: its class and vocabulary). Tokens that were added to it are listed and not hashed, since
-    adding one more, say for padding, leaves the ids of other text as they are.
+    (of a slow tokenizer: its class, vocabulary and ids of a text), and of `split_special_tokens`. Tokens that were
+    added to it are listed and not hashed, since adding one more, say for padding, leaves the ids of other text as they
+    are.
     """
     text = tokenizer_json(tokenizer)
     if text is None:
-        parts: Json = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        parts: Json = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "ids": ids}
     else:
         facts = json.loads(text)
         parts = {name: _canonical(facts[name]) for name in ("normalizer", "pre_tokenizer", "model")}
+    if tokenizer.split_special_tokens:
+        parts["split_special_tokens"] = True
     digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16)
     return {
         "name": tokenizer.name_or_path,

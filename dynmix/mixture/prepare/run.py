@@ -165,7 +165,8 @@ def _job(
         _log.warning("the tokenizer has no EOS token: documents are stored without one")
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) + 1 < UINT16_LIMIT else np.int32)
     end = () if eos is None else (eos,)
-    return Job(tokenizer_json(tokenizer) or tokenizer, end, dtype.name, fields, default, held_out or 0.0)
+    made = tokenizer_json(tokenizer) or tokenizer
+    return Job(made, end, dtype.name, fields, default, held_out or 0.0, tokenizer.split_special_tokens)
 
 
 def _groups(domains: Mapping[str, list[Input]], together: bool) -> list[Group]:

@@ -40,6 +40,7 @@ class Job:
         fields: that are read.
         default: domain of the documents that lack the domain field; None: they are an error.
         held_out: share of the documents that is held out, by hash.
+        split_special: take special tokens that stand in a text for text; a tokenizer.json does not say.
     """
 
     tokenizer: str | PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ class Job:
     fields: Fields
     default: str | None = None
     held_out: float = 0.0
+    split_special: bool = False
 
     @cached_property
     def encode(self) -> Encode:
@@ -61,6 +63,7 @@ class Job:
         fast = Tokenizer.from_str(self.tokenizer)
         fast.no_truncation()  # a tokenizer.json often carries a length
         fast.no_padding()
+        fast.encode_special_tokens = self.split_special
         return in_parts(
             lambda texts: [
                 np.array(each.ids, dtype) for each in fast.encode_batch_fast(texts, add_special_tokens=False)
