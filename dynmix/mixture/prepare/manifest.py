@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FILE = "manifest.json"
 
 # Of a slow tokenizer, whose rules are Python: what they make of capitals, accents, spaces, digits, signs and scripts.
-_PROBE = "It's THE lowest,  newest naïve Straße; Été ﬁnds ½ of 1234.5!\n\n\tif x == y_2: 東京タワー で、Привет, مرحبا 😀 "
+_PROBE = "It's THE lowest,  newest naïve Straße; Été ﬁnds ½ of 1234.5!\n\n\tif x == y_2: 東京タワー、Привет, مرحبا 😀 "
 
 Json = dict[str, Any]
 AnyTokenizer: TypeAlias = "str | os.PathLike[str] | PreTrainedTokenizerBase"
