@@ -196,6 +196,30 @@ def test_an_input_that_changed_is_refused(tmp_path):
     assert len(TokenStore.open(output / "a")) + len(TokenStore.open(output / "a.valid")) == 9
 
 
+@pytest.mark.parametrize("how", ["replaced", "appended"])
+def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch, caplog, how):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines(1, 60))
+    monkeypatch.setattr(inputs_module, "SMALLEST", 500)
+    cut = inputs_module._cut_plain
+
+    def changed_meanwhile(*args):
+        first, *others = cut(*args)
+        yield first
+        file.write_bytes(lines(1, 60).replace(b"s1", b"s2") if how == "replaced" else lines(1, 61))
+        os.utime(file, (1, 1))  # time stamps are coarse
+        yield from others
+
+    monkeypatch.setattr(inputs_module, "_cut_plain", changed_meanwhile)
+    if how == "replaced":
+        with pytest.raises(PrepareError, match=r"a\.jsonl: it was changed while it was read"):
+            prepare(file, tmp_path / "out", TOKENIZER, workers=1, progress=False)
+        assert not (tmp_path / "out" / "a.idx").exists()
+        monkeypatch.setattr(inputs_module, "_cut_plain", cut)
+    prepare(file, tmp_path / "out", TOKENIZER, workers=1, progress=False)
+    assert (how == "appended") == ("it grew while it was read" in caplog.text)
+
+
 def test_a_bad_line_costs_its_own_file_only(corpus, tmp_path, monkeypatch):
     folder, wanted = corpus
     texts = tmp_path / "texts"

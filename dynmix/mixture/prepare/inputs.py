@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -37,6 +38,8 @@ from dynmix.mixture.prepare.pieces import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_log = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 SMALLEST, LARGEST = 1 << 19, 1 << 23  # bytes of a piece: about a second of work, or some, which a kill costs a worker
@@ -71,6 +74,10 @@ class Input(ABC):
             PrepareError: it is damaged, truncated or without the text field.
         """
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raises PrepareError if it may have changed while its pieces were read."""
+
 
 @dataclass(frozen=True)
 class File(Input):
@@ -93,6 +100,14 @@ class File(Input):
     def size(self) -> int:  # type: ignore[override]
         """Bytes, compressed as it is."""
         return self.stamp[0]
+
+    def check(self) -> None:
+        """What was appended may be missing; after any other change the store might hold both the old and the new."""
+        before, now = self.stamp, File(self.path).stamp
+        if now[0] < before[0] or (now[0] == before[0] and now != before):
+            raise PrepareError(f"{self.name}: it was changed while it was read; give the same command again")
+        if now != before:
+            _log.warning("%s: it grew while it was read: what was appended may be missing from the store", self.name)
 
     def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
         """Cut it."""
@@ -119,6 +134,9 @@ class DatasetRows(Input):
     def size(self) -> int:  # type: ignore[override]
         """Bytes of the table."""
         return int(self.dataset.data.nbytes)
+
+    def check(self) -> None:
+        """A table is not written to."""
 
     def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
         """Cut it."""

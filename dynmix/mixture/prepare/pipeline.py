@@ -150,6 +150,12 @@ class Pipeline:
         group.waiting -= 1
         if group.waiting:
             return
+        for number, each in group.inputs.items():
+            try:
+                each.check()
+            except (PrepareError, OSError) as problem:
+                self._failures[group.order] = problem, {number: each.name}
+                return
         documents, empty = group.summary.documents, group.summary.empty
         which = list(dict.fromkeys(group.domains.values())) or sorted({*documents, *empty}) or [""]
         for domain in which:
