@@ -185,6 +185,14 @@ def test_parquet_is_held_against_its_checksums(tmp_path: Path) -> None:
     assert len(prepare(path, tmp_path / "out", TOKENIZER)["a"]) == 500
 
 
+def test_a_zstd_window_that_is_too_large_is_named_with_the_remedy(tmp_path: Path) -> None:
+    line = b'{"text": "one"}\n'
+    frame = b"\x28\xb5\x2f\xfd\x00" + bytes([18 << 3])  # a window of 2**28 bytes
+    (tmp_path / "long.jsonl.zst").write_bytes(frame + (len(line) << 3 | 1).to_bytes(3, "little") + line)
+    with pytest.raises(PrepareError, match="larger window than the 128 MiB .*unpack it with `zstd -d --long=31`"):
+        prepare(tmp_path / "long.jsonl.zst", tmp_path / "out", TOKENIZER)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -34,6 +34,7 @@ from dynmix.mixture.prepare.pieces import (
     TableRows,
     TextLines,
     check_columns,
+    damage,
 )
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def _cut_stream(file: File, piece: int) -> Iterator[Piece]:
             if text := b"".join(parts):
                 yield TextLines(file.name, file.size - taken, number, text)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise PrepareError(f"{file.name}, after line {number - 1}: damaged or truncated: {error}") from error
+        raise PrepareError(f"{file.name}, after line {number - 1}: {damage(error)}") from error
 
 
 def _decompress(file: IO[bytes], path: Path) -> IO[bytes]:

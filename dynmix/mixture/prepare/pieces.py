@@ -28,6 +28,13 @@ class PrepareError(ValueError):
     """Raw input that cannot become token stores; the message names the file and, where there is one, the line."""
 
 
+def damage(error: Exception) -> str:
+    """What ended the reading of a file, in words."""
+    if "too much memory" in str(error):  # zstd's own words
+        return "packed over a larger window than the 128 MiB that are read: unpack it with `zstd -d --long=31`"
+    return f"damaged or truncated: {error}"
+
+
 @dataclass(frozen=True)
 class Fields:
     """Names of the fields that are read; `domain` may be a path of names joined by dots."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from dynmix.mixture.prepare.parts import Encode, in_parts
-from dynmix.mixture.prepare.pieces import Fields, Piece, PrepareError
+from dynmix.mixture.prepare.pieces import Fields, Piece, PrepareError, damage
 from dynmix.mixture.prepare.shards import Document, Summary, write_shard
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _documents(job: Job, piece: Piece, domain: str) -> Iterator[tuple[Document, 
         raise _bad(piece, number, f"not UTF-8: {error}") from error
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         where = piece.where(number)
-        raise PrepareError(f"{piece.path}, after {where}: damaged or truncated: {error}") from error
+        raise PrepareError(f"{piece.path}, after {where}: {damage(error)}") from error
 
 
 def _domain(job: Job, piece: Piece, number: int, value: Any) -> str:
