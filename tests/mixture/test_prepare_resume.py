@@ -5,8 +5,7 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,21 +127,23 @@ def test_processes_give_the_same_bytes_and_one_that_is_killed_is_told(corpus, tm
 
     def recorded(*args):
         processes.append(real(*args))
+        monkeypatch.setattr(processes[-1].tasks, "send", partial(send, processes[-1], processes[-1].tasks.send))
         return processes[-1]
 
-    monkeypatch.setattr(workers_module, "_Process", recorded)
+    def send(process, to, message):
+        if killed or not isinstance(message, tuple) or not list(output.glob(".prepare/shards/*.arrow")):
+            to(message)
+            return
+        killed.append(process)
+        process.popen.send_signal(signal.SIGSTOP)  # it has a task then, and does not end it before it ends itself
+        to(message)
+        process.popen.kill()
+
+    killed = []
     output = tmp_path / "out"
-
-    def kill_one():
-        while not list(output.glob(".prepare/shards/*.arrow")):
-            time.sleep(0.001)
-        os.kill(processes[-1].popen.pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
+    monkeypatch.setattr(workers_module, "_Process", recorded)
     with pytest.raises(ChildProcessError, match="a worker ended by SIGKILL while it .*same call goes on"):
         run(output, folder, "source", workers=2)
-    killer.join()
     assert all(process.popen.poll() is not None for process in processes)
     assert list(output.glob(".prepare/shards/*.arrow"))
     run(output, folder, "source", workers=2)
