@@ -177,10 +177,12 @@ def check_micro_batch(dataset: MixtureDataset, sequences: int) -> None:
 def check_read(dataset: Mixture, steps: int, batch_size: int, remedy: str) -> None:
     """Raise ValueError if a loader has read less than so many steps take, so that they are no positions.
 
-    One batch of grace: a rank whose share of a step is its first part has read less than the step's end. Nothing is
-    known of a dataset that is read through a wrapper.
+    One batch of grace: a rank whose share of a step is its first part has read less than the step's end. Of a last step
+    that is short it may have no share, or samples of the beginning again. Nothing is known of a dataset that is read
+    through a wrapper.
     """
-    if 0 < dataset.read_until < (steps - 1) * batch_size:
+    short = (steps - 1) * batch_size < len(dataset) < steps * batch_size
+    if 0 < dataset.read_until < (steps - 1 - short) * batch_size:
         if dataset.read_until >= len(dataset):
             remedy = "that is all of it; for a second pass raise num_samples, each domain is reshuffled on its own"
         raise ValueError(

@@ -4,12 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import dynmix.mixture.progress
 from dynmix import AdamDiagonal, Identity, Static, TiKMiXD
 from dynmix.callbacks import MixtureHook
+from dynmix.callbacks.loop import check_read
 from dynmix.journal import Journal
 from dynmix.mixture.schedule import Undecided
 
@@ -216,6 +218,18 @@ def test_a_second_pass_of_the_loader_is_refused_with_what_to_do(training):
     loop.run(steps=10)
     with pytest.raises(ValueError, match="12 steps of 8 .* up to sample 80: that is all of it; .* raise num_samples"):
         loop.run(batches=DataLoader(loop.dataset, batch_size=8))
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_without_a_share_of_the_short_last_step_is_no_loader_of_other_batches(training, rank):
+    """It gets samples of the beginning again, so that it has read one step less than those that have a share."""
+    data = training.dataset(samples=33)
+    batches = BatchSamplerShard(BatchSampler(SequentialSampler(data), 2, drop_last=False), 4, rank)
+    for step, _ in enumerate(DataLoader(data, batch_sampler=batches), 1):
+        check_read(data, step, 8, "")
+    assert step == 5
+    with pytest.raises(ValueError, match="7 steps of 8 samples"):
+        check_read(data, 7, 8, "")
 
 
 def test_a_loop_that_reads_without_a_loader_must_say_its_batch(training):
