@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +78,20 @@ def isolated(model: nn.Module) -> Iterator[None]:
                 parameter.grad = grad
 
 
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` inside, and afterwards what it was: the owner's own, or none of its own."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
 def _reshard(modules: list[nn.Module]) -> None:
     """A forward pass without a backward leaves FSDP2's root gathered, with the flags that its parameters had in it."""
     if not dist.is_initialized():
@@ -106,10 +120,10 @@ def _checkpointing_off() -> Iterator[None]:
     generator = "_checkpoint_without_reentrant_generator"
     composable = sys.modules.get("torch.distributed._composable.checkpoint_activation")
     with ExitStack() as patches:
-        patches.enter_context(patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", apply))
+        patches.enter_context(replaced(torch.utils.checkpoint.CheckpointFunction, "apply", apply))
         for module in (torch.utils.checkpoint, composable):
             if module is not None:
-                patches.enter_context(patch.object(module, generator, around))
+                patches.enter_context(replaced(module, generator, around))
         yield
 
 

@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from dynmix.influence.experts import by_sequence, experts_forward
+from dynmix.influence.isolation import replaced
 from dynmix.influence.kinds import norm_gradients, odd_linear, odd_router, one_hot
 from dynmix.influence.layers import Layer
 
@@ -82,7 +82,7 @@ class OnePass:
                 hooks.enter_context(layer.module.register_forward_hook(partial(self._called, name), with_kwargs=True))
             for name, module in experts.items():
                 watched = experts_forward(module, partial(self._expert_called, name))
-                hooks.enter_context(patch.object(module, "forward", watched))
+                hooks.enter_context(replaced(module, "forward", watched))
             yield
 
     @property
