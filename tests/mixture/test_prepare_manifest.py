@@ -147,6 +147,16 @@ def test_rules_of_slow_tokenizers_are_told_apart(made, tmp_path):
         check_tokenizer(tmp_path / "slow" / "web", lowered)
 
 
+def test_a_slow_tokenizer_without_ids_for_other_characters_works(tmp_path):
+    class Bases(ByT5Tokenizer):
+        def _convert_token_to_id(self, token):
+            return {"A": 3, "C": 4, "G": 5, "T": 6}[token]
+
+    (tmp_path / "dna.txt").write_text("GATTACA\n")
+    prepare(tmp_path / "dna.txt", tmp_path / "out", Bases(), progress=False)
+    check_tokenizer(next((tmp_path / "out").glob("*.bin")), Bases())
+
+
 def test_special_tokens_in_a_text_are_text_where_the_tokenizer_splits_them(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a<eos>b"}')
     known = tokenizer((*"ab<eos>",), ())

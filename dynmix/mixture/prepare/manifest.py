@@ -69,7 +69,10 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Json:
     """
     text = tokenizer_json(tokenizer)
     if text is None:
-        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        try:
+            ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        except Exception:  # one of few characters, as of DNA, may have no id for others, and none for unknown ones
+            ids = None
         parts: Json = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "ids": ids}
     else:
         facts = json.loads(text)
