@@ -86,7 +86,7 @@ def as_batches(
 
 def _check_item(item: Mapping[str, Any], ids: Tensor, where: str) -> None:
     """Raise ValueError for ids that are no tokens, and for labels of other tokens, which padding would hide."""
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or int(ids.min()) < 0):
+    if ids.numel() and (ids.is_floating_point() or int(ids.min()) < 0):
         raise ValueError(f"{where} has input_ids of {ids.dtype} from {ids.min():g} on: give numbers of tokens, from 0")
     if item.get("labels") is not None and (shape := torch.as_tensor(item["labels"]).shape) != ids.shape:
         raise ValueError(f"{where} has labels of shape {list(shape)} for input_ids of {list(ids.shape)}: one a token")

@@ -15,7 +15,7 @@ def whole_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path beside `path`, whose folders are made; what is written there takes its place once it is on the disk.
 
     Where the block raises `path` stays as it was, and nothing is left. What a kill leaves is a hidden file in the same
-    folder, which the next who writes `path` overwrites.
+    folder, which the next who writes `path` overwrites if it is not `shared`.
 
     Args:
         path: of the file.
