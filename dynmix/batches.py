@@ -64,15 +64,16 @@ def as_batches(
     batches: list[Batch] = []
     examples: list[Mapping[str, Any]] = []
     for number, item in enumerate(source):
-        if not isinstance(item, Mapping) or "input_ids" not in item:
+        if not isinstance(item, Mapping) or item.get("input_ids") is None:
             has = f" of {sorted(item)}" if isinstance(item, Mapping) else ""
             raise ValueError(f"{name}: item {number} is no dict with 'input_ids' but a {type(item).__name__}{has}")
-        ids = torch.as_tensor(item["input_ids"])
-        _check_item(item, ids, f"{name}: item {number}")
+        found = {key: torch.as_tensor(item[key]) for key in _INPUTS if item.get(key) is not None}
+        _check_item(found, f"{name}: item {number}")
+        ids = found["input_ids"]
         if ids.ndim == 2 and ids.numel():
-            batches.append({key: torch.as_tensor(item[key]) for key in _INPUTS if key in item})
+            batches.append(found)
         elif ids.ndim == 1 and ids.numel():
-            examples.append(item)
+            examples.append(found)
         else:
             raise ValueError(f"{name}: item {number} has input_ids of shape {tuple(ids.shape)}: 1-D or 2-D, not empty")
     if sequences is not None and len(examples) > sequences:
@@ -84,16 +85,16 @@ def as_batches(
     return batches
 
 
-def _check_item(item: Mapping[str, Any], ids: Tensor, where: str) -> None:
+def _check_item(item: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError for ids that are no tokens, and for labels of other tokens, which padding would hide."""
+    ids = item["input_ids"]
     if ids.numel() and (ids.is_floating_point() or int(ids.min()) < 0):
         raise ValueError(f"{where} has input_ids of {ids.dtype} from {ids.min():g} on: give numbers of tokens, from 0")
-    if item.get("labels") is not None and (shape := torch.as_tensor(item["labels"]).shape) != ids.shape:
-        raise ValueError(f"{where} has labels of shape {list(shape)} for input_ids of {list(ids.shape)}: one a token")
-    if (mask := item.get("attention_mask")) is not None and (shape := torch.as_tensor(mask).shape)[-1:] != ids.shape[
-        -1:
-    ]:
-        raise ValueError(f"{where} has an attention_mask of shape {list(shape)} for input_ids of {list(ids.shape)}")
+    labels, mask = (item.get(key, ids).shape for key in ("labels", "attention_mask"))
+    if labels != ids.shape:
+        raise ValueError(f"{where} has labels of shape {list(labels)} for input_ids of {list(ids.shape)}: one a token")
+    if mask[-1:] != ids.shape[-1:]:
+        raise ValueError(f"{where} has an attention_mask of shape {list(mask)} for input_ids of {list(ids.shape)}")
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> Batch:

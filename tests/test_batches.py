@@ -48,6 +48,14 @@ def test_padding_is_masked_and_has_no_label():
     assert "attention_mask" not in collate([{"input_ids": [1, 2]}])
 
 
+@pytest.mark.parametrize("ids", [[1, 2], [[1, 2]]])
+def test_what_a_table_has_no_value_for_is_as_if_it_were_not_there(ids):
+    (batch,) = batches([{"input_ids": ids, "labels": None, "attention_mask": None}])
+    (plain,) = batches([{"input_ids": ids}])
+    assert batch.keys() == plain.keys()
+    assert all(batch[key].equal(plain[key]) for key in plain)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
