@@ -21,7 +21,8 @@ logger = logging.getLogger("dynmix")
 
 Batch = dict[str, Tensor]
 
-_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids")
+_IDS = ("input_ids", "labels")
+_INPUTS = (*_IDS, "attention_mask", "position_ids")
 
 
 def as_batches(
@@ -68,6 +69,8 @@ def as_batches(
             has = f" of {sorted(item)}" if isinstance(item, Mapping) else ""
             raise ValueError(f"{name}: item {number} is no dict with 'input_ids' but a {type(item).__name__}{has}")
         found = {key: torch.as_tensor(item[key]) for key in _INPUTS if item.get(key) is not None}
+        # Of a store or a memory map they are unsigned, which torch hardly computes with. Masks are as the model wants.
+        found |= {key: ids.long() for key, ids in found.items() if key in _IDS and not ids.is_floating_point()}
         _check_item(found, f"{name}: item {number}")
         ids = found["input_ids"]
         if ids.ndim == 2 and ids.numel():

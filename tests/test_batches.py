@@ -1,4 +1,5 @@
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -54,6 +55,14 @@ def test_what_a_table_has_no_value_for_is_as_if_it_were_not_there(ids):
     (plain,) = batches([{"input_ids": ids}])
     assert batch.keys() == plain.keys()
     assert all(batch[key].equal(plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.uint64, np.int32])
+def test_ids_of_any_integer_type_are_tokens(kind):
+    examples = [{"input_ids": np.arange(1, n, dtype=kind), "labels": np.arange(1, n, dtype=kind)} for n in (5, 4)]
+    (found,) = batches(examples)
+    assert found["input_ids"].dtype == found["labels"].dtype == torch.int64
+    assert found["labels"].tolist() == [[1, 2, 3, 4], [1, 2, 3, -100]]
 
 
 @pytest.mark.parametrize(
