@@ -15,7 +15,8 @@ Mixers see one half of the examples of the tasks; the other half judges, of a ta
 of its pairs. Tasks of `--unseen-tasks` and domains of `--unseen-domains` are kept from training and mixers altogether;
 domains called `noise` and `web_dup` are traps, whose own text no mean counts. A method may have options,
 `tikmix-d[curvature=KFAC,stages=8]`: `sweep` runs those that decide the defaults. `claims` replicates what the paper
-says of influences, and `results` writes RESULTS.md of whatever has been run, and beside it each cell as a line.
+says of influences, and `results` writes RESULTS.md of whatever has been run. It keeps that beside the page, each cell
+as a line, so that without `--output` it writes the page of what is kept.
 """
 
 import os
@@ -29,6 +30,7 @@ from .kept import check_settings
 from .settings import BUDGETS, Budget
 
 CORPUS = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[3] / "shared")) / "corpus"
+PAGE = Path(__file__).parents[1] / "RESULTS.md"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode=None)
 
 Output = Annotated[Path, typer.Option(help="Folder of all cells.")]
@@ -125,11 +127,11 @@ def claims(
 
 @app.command()
 def results(
-    output: Output,
-    file: Annotated[Path, typer.Option(help="The page; figures go beside it.")] = Path("benchmarks/RESULTS.md"),
+    output: Annotated[Path | None, typer.Option(help="Folder of all cells; default: what is kept alone.")] = None,
+    file: Annotated[Path, typer.Option(help="The page; figures and what is kept go beside it.")] = PAGE,
     fidelity: Annotated[Path | None, typer.Option(help="Folder of benchmarks/fidelity.py.")] = None,
 ) -> None:
-    """Write RESULTS.md and its figures from the cells and claims that there are."""
+    """Write RESULTS.md and its figures from the cells and claims that there are, and keep them beside it."""
     from .results import write_results
 
     write_results(output, file, fidelity)

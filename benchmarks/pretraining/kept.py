@@ -30,7 +30,11 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     file, own = folder / "settings.json", json.loads(json.dumps(settings))
     if file.exists() and json.loads(file.read_text()) != own and not any(path != file for path in folder.iterdir()):
         file.unlink(missing_ok=True)  # of a call that failed before it began with a result
-    known = kept(file, lambda: own)
-    if changed := [key for key in own if known.get(key) != own[key]]:
-        words = "; ".join(f"{key} was {known.get(key)!r} and is {own[key]!r}" for key in changed)
-        raise SystemExit(f"{folder} has results of other settings ({words}): choose another --output, or delete it")
+    if changed := differences(kept(file, lambda: own), own):
+        raise SystemExit(f"{folder} has results of other settings ({changed}): choose another --output, or delete it")
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, which settings changed; empty if none did."""
+    changed = [key for key in now if then.get(key) != now[key]]
+    return "; ".join(f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in changed)

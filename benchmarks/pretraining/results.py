@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from . import figures, hindsight
+from .kept import differences, write
 from .methods import METHODS
+from .settings import BUDGETS
 from .sweep import BASE, SWEEPS
 from .tables import (
     CONTROLS,
@@ -36,36 +38,55 @@ of text that nothing was trained on.
 """
 
 
-def write_results(output: Path, file: Path, fidelity: Path | None = None) -> None:
-    """Draw everything that there is below `output` into `file` and the folder `results` beside it."""
+def write_results(output: Path | None, file: Path, fidelity: Path | None = None) -> None:
+    """Draw what is kept in the folder `results` beside `file`, and what there is below `output`, which is kept then."""
     parts, drawn, reading = [HEAD], file.parent / "results", file.parent / "READING.md"
     if reading.exists():  # what somebody makes of it
         parts.append(reading.read_text())
     drawn.mkdir(parents=True, exist_ok=True)
     budgets: dict[str, Cells] = {}
-    for folder in sorted(path.parent for path in output.glob("*/settings.json")):
-        cells = Cells.read(folder)
-        if not cells.cells:
-            continue
-        every = [json.dumps(cell) + "\n" for own in cells.cells.values() for _, cell in sorted(own.items())]
-        (drawn / f"cells-{folder.name}.jsonl").write_text("".join(every))  # for who doubts a table, or makes another
+    for name, cells in _cells(output, drawn).items():
         plain = Cells(cells.settings, {name: own for name, own in cells.cells.items() if name in METHODS})
         if plain.cells:
-            budgets[folder.name] = plain
-            parts += _budget(folder.name, plain, drawn)
-        parts += _sweeps(folder.name, cells) + hindsight.section(folder.name, cells)
+            budgets[name] = plain
+            parts += _budget(name, plain, drawn)
+        parts += _sweeps(name, cells) + hindsight.section(name, cells)
     if not budgets:
         parts.append("## Pretraining runs\n\nNot run.\n")
     if len(budgets) > 1:
         parts.append("## By budget\n")
         common = [group for group in TASKS if all(group in cells.groups for cells in budgets.values())]
         parts += [f"{group}:\n\n{by_budget(budgets, group)}\n" for group in common]
-    claims, foreseen = output / "claims.json", fidelity / "fidelity.json" if fidelity else None
+    claims = _latest(output / "claims.json" if output else None, drawn / "claims.json")
+    foreseen = _latest(fidelity / "fidelity.json" if fidelity else None, drawn / "fidelity.json")
     parts.append("## What influence foresees\n")
-    parts.append(_fidelity(json.loads(foreseen.read_text())) if foreseen and foreseen.exists() else "Not run.\n")
+    parts.append(_fidelity(foreseen) if foreseen else "Not run.\n")
     parts.append("## The paper's claims\n")
-    parts.append(_claims(json.loads(claims.read_text())["claims"], drawn) if claims.exists() else "Not run.\n")
+    parts.append(_claims(claims["claims"], drawn) if claims else "Not run.\n")
     file.write_text("\n".join(parts))
+
+
+def _cells(output: Path | None, drawn: Path) -> dict[str, Cells]:
+    """Budget -> its cells, those that are kept and those below `output`, and keep them."""
+    found: dict[str, Cells] = {}
+    for name in sorted(BUDGETS):
+        lines, folder = drawn / f"cells-{name}.jsonl", output / name if output else None
+        if lines.exists():
+            found[name] = Cells.read_lines(lines)
+        if folder is None or not (folder / "settings.json").exists() or not (own := Cells.read(folder)).cells:
+            continue
+        if name in found and (changed := differences(found[name].settings, own.settings)):
+            raise SystemExit(f"{lines} is of other settings than {folder} ({changed}): give a --file elsewhere")
+        found[name] = found[name].joined(own) if name in found else own
+        found[name].write_lines(lines)
+    return found
+
+
+def _latest(made: Path | None, keep: Path) -> dict[str, Any] | None:
+    """What was made, which is kept, or else what is kept."""
+    if made is not None and made.exists():
+        write(keep, json.loads(made.read_text()))
+    return dict(json.loads(keep.read_text())) if keep.exists() else None
 
 
 def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:

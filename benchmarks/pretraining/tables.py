@@ -41,6 +41,25 @@ class Cells:
             found.setdefault(cell["method"], {})[int(cell["seed"])] = cell
         return cls(json.loads((folder / "settings.json").read_text()), dict(sorted(found.items())))
 
+    @classmethod
+    def read_lines(cls, file: Path) -> "Cells":
+        """Read what `write_lines` wrote."""
+        settings, *lines = map(json.loads, file.read_text().splitlines())
+        found: dict[str, dict[int, Cell]] = {}
+        for cell in lines:
+            found.setdefault(cell["method"], {})[cell["seed"]] = cell
+        return cls(settings, found)
+
+    def write_lines(self, file: Path) -> None:
+        """Write the settings and each cell as a line, for who doubts a table, or makes another."""
+        cells = [cell for own in self.cells.values() for _, cell in sorted(own.items())]
+        file.write_text("".join(json.dumps(line) + "\n" for line in (self.settings, *cells)))
+
+    def joined(self, later: "Cells") -> "Cells":
+        """These and later ones of the same settings, which take the place of those of their method and seed."""
+        every = {n: self.cells.get(n, {}) | later.cells.get(n, {}) for n in sorted({*self.cells, *later.cells})}
+        return Cells(later.settings, every)
+
     @cached_property
     def groups(self) -> dict[str, list[str]]:
         """Column -> the sets whose mean it is, of those that were judged; a column that has none is left out."""

@@ -145,6 +145,27 @@ def test_the_page_says_what_the_cells_say(run: Path) -> None:
     assert measured in kept
 
 
+def test_a_page_can_be_written_of_what_is_kept_beside_it(corpus: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "results", tmp_path / "results")
+    page = CliRunner().invoke(app, ["results", f"--file={tmp_path / 'RESULTS.md'}"])
+    assert page.exit_code == 0, page.output
+    assert (tmp_path / "RESULTS.md").read_text() == (run / "RESULTS.md").read_text()
+    # A cell that was run since takes the place of its own line alone; those of another bench are not mixed in.
+    later = cell(run, "natural") | {"steps": 1}
+    (tmp_path / "tiny/natural/0").mkdir(parents=True)
+    (tmp_path / "tiny/natural/0/cell.json").write_text(json.dumps(later))
+    settings = json.loads((run / "tiny/settings.json").read_text())
+    call = ["results", f"--output={tmp_path}", f"--file={tmp_path / 'RESULTS.md'}"]
+    for steps, fits in ((settings["steps"], True), (7, False)):
+        (tmp_path / "tiny/settings.json").write_text(json.dumps(settings | {"steps": steps}))
+        page = CliRunner().invoke(app, call)
+        assert (page.exit_code == 0) is fits
+        kept = [json.loads(line) for line in (tmp_path / "results/cells-tiny.jsonl").read_text().splitlines()]
+        assert kept == [settings, later, cell(run, VARIANT)]
+    assert "is of other settings" in str(page.exception)
+    assert f"(steps was {settings['steps']} and is 7): give a --file elsewhere" in str(page.exception)
+
+
 def test_the_page_of_a_corpus_where_little_is_held_out(corpus: Path, tmp_path: Path) -> None:
     """Seeds of one's own, a domain without held-out text, and nothing unseen."""
     shutil.copytree(corpus, bare := tmp_path / "bare")
@@ -283,6 +304,7 @@ def test_the_document_of_a_trap_is_no_text_that_judges(corpus: Path, tmp_path: P
 def test_the_page_of_variants_alone(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "tiny/natural")
+    shutil.rmtree(tmp_path / "results")
     base = tmp_path / "tiny" / "tikmix-d[start=unimax]" / "0"
     base.mkdir(parents=True)
     own = cell(run, VARIANT) | {"method": base.parent.name}
