@@ -51,7 +51,8 @@ class TiKMiXM(Mixer):
         direct: the TiKMiX-D whose bounds, normalisation and Pareto constraint hold, and whose answer is the search's
             start; or its arguments, as a mapping; default `TiKMiXD()`. Each boundary decides alone here, by its own
             measurements: `memory` and `against` are not used.
-        low, high: the box: a domain's weight is at least `low` and at most `high` times the prior's.
+        low, high: the box: a domain's weight is at least `low` and at most `high` times the prior's; at most `high`
+            times the mean of all where it is 0 there, as of a domain that joined.
         mixtures: how many mixtures are measured, at least 16.
         rounds: how often the surrogate is fitted again to what was measured where the search looked.
         iterations: of the search (Algorithm 1's T) at most; it ends after three that move nothing.
@@ -182,9 +183,10 @@ class TiKMiXM(Mixer):
             return self.direct.decide(influence, prior, upper)
         given = normalized(prior, influence.domains)
         inside = into(given, posed.lower, posed.upper)
+        reach = np.where(inside > 0, inside, inside.mean())  # a multiple of 0 would never draw a domain that joined
         least, most = (
             dict(zip(influence.domains, bound.tolist(), strict=True))
-            for bound in (np.maximum(posed.lower, self.low * inside), np.minimum(posed.upper, self.high * inside))
+            for bound in (np.maximum(posed.lower, self.low * inside), np.minimum(posed.upper, self.high * reach))
         )
         problem = self.direct.problem(influence, prior, most, least)
         if problem is None:
