@@ -57,6 +57,8 @@ def write_results(output: Path | None, file: Path, fidelity: Path | None = None)
         parts.append("## By budget\n")
         common = [group for group in TASKS if all(group in cells.groups for cells in budgets.values())]
         parts += [f"{group}:\n\n{by_budget(budgets, group)}\n" for group in common]
+    for lines in sorted(drawn.glob("cells-*-*.jsonl")):
+        parts += _aside(lines.stem.removeprefix("cells-").replace("-", ", ", 1), Cells.read_lines(lines))
     claims = _latest(output / "claims.json" if output else None, drawn / "claims.json")
     foreseen = _latest(fidelity / "fidelity.json" if fidelity else None, drawn / "fidelity.json")
     parts.append("## What influence foresees\n")
@@ -121,6 +123,11 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
         by_set(cells, "bits") + "\n",
         ("Not run: " + ", ".join(missing) + ".\n") if missing else "",
     ]
+
+
+def _aside(name: str, cells: Cells) -> list[str]:
+    """Runs that are kept by hand, with a `note` among their settings: the same budget under other conditions."""
+    return [f"## Budget `{name}`\n", cells.settings["note"] + "\n", overview(cells) + "\n", efficiency(cells) + "\n"]
 
 
 def _stages(settings: dict[str, Any]) -> str:
