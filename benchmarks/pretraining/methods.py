@@ -41,7 +41,7 @@ METHODS = (*STATIC, "odm", *BY_PROXIES, *TIKMIX, "automixer")
 
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory", "lower")
-COUNTS = {"stages": 1, "max_stages": 2, "probes": 1, "examples": 1}  # and the least that each may be
+COUNTS = {"stages": 2, "max_stages": 2, "probes": 1, "examples": 1}  # and the least that each may be
 WORDS: dict[str, Collection[str]] = {
     "layers": LAYERS, "tasks": ("all", "rot13", "one-document"), "guards": ("domains", "none"), "start": STATIC,
     "free": ("yes",), "against": ("stage", "run"),

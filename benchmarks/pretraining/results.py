@@ -1,11 +1,10 @@
 """RESULTS.md: put together from what was run, and saying what was not. Knows files; runs nothing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from . import figures, hindsight
-from .kept import differences, write
+from .kept import differences, read_json, write
 from .methods import METHODS
 from .settings import BUDGETS
 from .sweep import BASE, SWEEPS
@@ -39,7 +38,13 @@ of text that nothing was trained on.
 
 
 def write_results(output: Path | None, file: Path, fidelity: Path | None = None) -> None:
-    """Draw what is kept in the folder `results` beside `file`, and what there is below `output`, which is kept then."""
+    """Draw what is kept in the folder `results` beside `file`, and what there is below `output`, which is kept then.
+
+    Exits where `output` has nothing, and leaves the page that there was.
+    """
+    made = [*output.glob("*/*/*/cell.json"), *output.glob("claims.json")] if output else []
+    if output and not made and not (fidelity and (fidelity / "fidelity.json").exists()):
+        raise SystemExit(f"{output} has no cells and no claims: nothing was written")
     parts, drawn, reading = [HEAD], file.parent / "results", file.parent / "READING.md"
     if reading.exists():  # what somebody makes of it
         parts.append(reading.read_text())
@@ -87,8 +92,8 @@ def _cells(output: Path | None, drawn: Path) -> dict[str, Cells]:
 def _latest(made: Path | None, keep: Path) -> dict[str, Any] | None:
     """What was made, which is kept, or else what is kept."""
     if made is not None and made.exists():
-        write(keep, json.loads(made.read_text()))
-    return dict(json.loads(keep.read_text())) if keep.exists() else None
+        write(keep, read_json(made))
+    return dict(read_json(keep)) if keep.exists() else None
 
 
 def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:

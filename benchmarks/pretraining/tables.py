@@ -1,6 +1,5 @@
 """Cells as numbers and the tables that are made of them, in Markdown. Knows results; runs nothing."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ import numpy as np
 from scipy.stats import t
 
 from .criteria import PAIRS
+from .kept import read_json
 
 CONTROLS = ("noise", "web_dup")  # domains that nobody wants learnt
 PRIOR = "natural"
@@ -37,9 +37,9 @@ class Cells:
         """Read a budget's folder."""
         found: dict[str, dict[int, Cell]] = {}
         for file in sorted(folder.glob("*/*/cell.json")):
-            cell = json.loads(file.read_text())
+            cell = read_json(file)
             found.setdefault(cell["method"], {})[int(cell["seed"])] = cell
-        return cls(json.loads((folder / "settings.json").read_text()), dict(sorted(found.items())))
+        return cls(read_json(folder / "settings.json"), dict(sorted(found.items())))
 
     @classmethod
     def read_lines(cls, file: Path) -> "Cells":

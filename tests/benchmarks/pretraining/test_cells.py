@@ -166,6 +166,17 @@ def test_a_page_can_be_written_of_what_is_kept_beside_it(corpus: Path, run: Path
     assert f"(steps was {settings['steps']} and is 7): give a --file elsewhere" in str(page.exception)
 
 
+def test_the_page_stays_where_there_is_nothing_to_write(run: Path, tmp_path: Path) -> None:
+    (page := tmp_path / "RESULTS.md").write_text("as it was")
+    nothing = CliRunner().invoke(app, ["results", f"--output={tmp_path / 'mistyped'}", f"--file={page}"])
+    assert "mistyped has no cells and no claims" in str(nothing.exception)
+    shutil.copytree(run / "tiny", tmp_path / "bench/tiny")
+    (tmp_path / "bench/tiny/natural/0/cell.json").write_text("")
+    damaged = CliRunner().invoke(app, ["results", f"--output={tmp_path / 'bench'}", f"--file={page}"])
+    assert "natural/0/cell.json is damaged" in str(damaged.exception)
+    assert page.read_text() == "as it was"
+
+
 def test_the_page_of_a_corpus_where_little_is_held_out(corpus: Path, tmp_path: Path) -> None:
     """Seeds of one's own, a domain without held-out text, and nothing unseen."""
     shutil.copytree(corpus, bare := tmp_path / "bare")
@@ -227,7 +238,8 @@ def test_the_tokenizer_of_a_corpus_may_have_any_name_where_it_is_the_only_one(co
         ({"corpus": "nowhere"}, "nowhere/domains has no .jsonl.gz and no token store"),
         ({"methods": ""}, "--methods '' names none"),
         ({"methods": "regmix[start=unimax]"}, "no option 'start'; regmix takes share"),
-        ({"methods": "tikmix-d[stages]"}, "stages=: a whole number of at least 1"),
+        ({"methods": "tikmix-d[stages]"}, "stages=: a whole number of at least 2"),
+        ({"methods": "tikmix-d[stages=1]"}, "stages=1: a whole number of at least 2"),
         ({"methods": "tikmix-d[max_stages=1]"}, "max_stages=1: a whole number of at least 2"),
         ({"methods": "tikmix-d[guards=non]"}, "guards=non: one of domains, none"),
         ({"methods": "tikmix-d[start=odm]"}, "start=odm: one of natural"),
