@@ -23,7 +23,7 @@ from dynmix.proxies.train import token_log_probabilities
 
 from .cost import Counter, Spent
 from .loop import step_flops, train
-from .methods import Bench
+from .methods import NO_TASKS, Bench
 from .training import Training
 
 MAX_EPOCHS = 4.0  # of a domain in the target run
@@ -69,7 +69,7 @@ def _doremi(bench: Bench, seed: int, folder: Path, spent: Spent, operations: flo
     dataset = _stream(bench, "uniform", operations / 2, seed)
     hook = MixtureHook(
         training.model, dataset, bench.tasks, mixer, 2, batch_size=training.size.batch, reference=reference.model,
-        keep=0, loss_every=10**9,
+        keep=0, loss_every=10**9, **NO_TASKS,
     )  # fmt: skip
     _run(training, dataset, hook, spent, operations / 2, folder / "proxy.pt")
     return mixer.mean

@@ -42,7 +42,7 @@ def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any
         weights = weights_of(bench, method.name, seed, folder, spent, budget.proxy_share * operations)
         return {"weights": weights, "flops": spent.flops["before"], "seconds": spent.seconds["before"]}
 
-    spent, steps = Spent(), round(share * budget.steps)
+    spent, steps = Spent(), max(1, round(share * budget.steps))
     weights: Any = "natural"
     if method.name in STATIC or "start" in method.options:
         weights = static_weights(bench, method.options.get("start", method.name), steps)

@@ -39,6 +39,8 @@ TIKMIX = (
 )  # fmt: skip
 METHODS = (*STATIC, "odm", *BY_PROXIES, *TIKMIX, "automixer")
 
+# Of methods that read no task: the journal has the tasks' losses once, and that is no cost of theirs.
+NO_TASKS = {"task_sequences": 1}
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory", "lower")
 COUNTS = {"stages": 2, "max_stages": 2, "probes": 1, "examples": 1}  # and the least that each may be
@@ -80,7 +82,7 @@ def _options_of(name: str) -> Collection[str]:
         return {*NUMBERS, *COUNTS, *WORDS, "curvature", "share"}
     if name == "automixer":
         return ("stages", "probes", "examples", "tasks", "start", "free", "share")
-    return ("tasks", "start", "free", "share") if name in BY_LOSS else ("share",)
+    return ("start", "free", "share") if name in BY_LOSS else ("share",)
 
 
 def _check_options(options: Mapping[str, str]) -> None:
@@ -165,7 +167,7 @@ def hook_options(bench: Bench, method: Method, training: Training, folder: Path,
         "loss_every": 10**9,
     }
     if name in BY_LOSS:
-        return common | {"mixer": name, "stage_steps": budget.loss_steps}
+        return common | {"mixer": name, "stage_steps": budget.loss_steps, **NO_TASKS}
     common |= {
         "stage_steps": max(2, steps // int(options.get("stages", budget.stages))),
         "probe_sequences": int(options.get("probes", budget.probe_sequences)),

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from benchmarks.pretraining import beforehand
 from benchmarks.pretraining.__main__ import app
 from benchmarks.pretraining.corpus import Corpus
 from benchmarks.pretraining.hindsight import Law
+from benchmarks.pretraining.loop import train
 from benchmarks.pretraining.tables import Cells
 from benchmarks.pretraining.training import Training
 from dynmix import TokenStore
@@ -87,6 +89,23 @@ def test_cells_spend_the_same_budget_whatever_on(run: Path) -> None:
     assert [json.loads(row)["step"] for row in journal][:-1] == [1, 11]  # a quarter of the run, and no more
     assert set(natural["sampled"]) == {"one", "two"}
     assert set(natural["final"]) == {"t", "u", "text/one", "text/two", "text/three"}
+
+
+def test_methods_that_read_no_task_are_not_charged_for_any(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxies: list[Any] = []
+
+    def watched(*given: Any, **more: Any) -> Any:
+        proxies.append(given[3])
+        return train(*given, **more)
+
+    monkeypatch.setattr(beforehand, "train", watched)
+    assert bench(corpus, tmp_path, "odm,doremi").exit_code == 0
+    odm = cell(tmp_path, "odm")["spent"]["flops"]
+    assert 0 < odm["mixing"] < 0.02 * odm["training"] / 48
+    reference, minimax = (own.flops for own in proxies)
+    assert reference["mixing"] == 0 < minimax["mixing"] < 0.002 * minimax["training"]
 
 
 def test_what_is_there_is_not_run_again(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
