@@ -40,6 +40,16 @@ class Corpus:
         self, root: Path, cache: Path, tokenizer: str | None = None, length: int = 128, without: Collection[str] = ()
     ) -> None:
         self.root, self.cache, self.length = root, cache, length
+        others = [
+            *root.glob("domains/*.jsonl"),
+            *root.glob("tasks/*.valid.jsonl"),
+            *(path for path in root.glob("tasks/*.jsonl.gz") if not path.name.endswith(".valid.jsonl.gz")),
+        ]
+        if others:  # left out, or a task whose examples are held-out text, they would change what is compared
+            raise SystemExit(
+                f"{root} has {sorted(path.name for path in others)}: texts are read from <domain>.jsonl.gz and "
+                "<domain>.valid.jsonl.gz, tasks from <task>.jsonl"
+            )
         texts = {path.name.removesuffix(".jsonl.gz") for path in (root / "domains").glob("*.jsonl.gz")}
         given = {path.stem for path in (root / "domains").glob("*.idx")}
         if both := sorted(texts & given):

@@ -67,6 +67,8 @@ class Method:
         parts = [part.partition("=") for part in match[2].split(",")] if match[2] else []
         options = {key: value for key, _, value in parts}
         taken = _options_of(match[1])
+        if len(options) < len(parts):
+            raise SystemExit(f"{text}: an option is given twice")
         if unknown := sorted(set(options) - set(taken)):
             raise SystemExit(f"{text}: no option {unknown[0]!r}; {match[1]} takes {', '.join(sorted(taken))}")
         try:

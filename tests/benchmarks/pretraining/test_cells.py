@@ -259,6 +259,7 @@ def test_the_tokenizer_of_a_corpus_may_have_any_name_where_it_is_the_only_one(co
         ({"methods": "regmix[start=unimax]"}, "no option 'start'; regmix takes share"),
         ({"methods": "tikmix-d[stages]"}, "stages=: a whole number of at least 2"),
         ({"methods": "tikmix-d[stages=1]"}, "stages=1: a whole number of at least 2"),
+        ({"methods": "tikmix-d[beta=1,stages=2,beta=2]"}, "an option is given twice"),
         ({"methods": "tikmix-d[max_stages=1]"}, "max_stages=1: a whole number of at least 2"),
         ({"methods": "tikmix-d[guards=non]"}, "guards=non: one of domains, none"),
         ({"methods": "tikmix-d[start=odm]"}, "start=odm: one of natural"),
@@ -300,6 +301,14 @@ def test_files_that_cannot_be_read_are_said_before_the_settings_stand(
     assert isinstance(shown.exception, SystemExit)
     assert message in str(shown.exception)
     assert not (tmp_path / "bench/tiny").exists()
+
+
+@pytest.mark.parametrize("file", ["domains/four.jsonl", "tasks/one.valid.jsonl", "tasks/v.jsonl.gz"])
+def test_files_that_would_be_left_out_or_be_tasks_are_said(corpus: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(corpus, other := tmp_path / "other")
+    (other / file).touch()
+    with pytest.raises(SystemExit, match=rf"{Path(file).name}'\]: texts are read from <domain>.jsonl.gz"):
+        Corpus(other, tmp_path)
 
 
 def test_domains_may_be_token_stores(corpus: Path, run: Path, tmp_path: Path) -> None:
