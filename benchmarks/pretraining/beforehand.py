@@ -76,13 +76,17 @@ def _doremi(bench: Bench, seed: int, folder: Path, spent: Spent, operations: flo
 
 
 def _doge(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
-    """A proxy whose domains are weighted by their gradients' alignment, and the mean of the weights (2310.15393)."""
+    """A proxy whose domains are weighted by their gradients' alignment, and the mean of the weights (2310.15393).
+
+    A measurement costs about as much as the steps of its stage, as in the paper, where a step measures on a batch: one
+    as large as TiKMiX's, between so few steps, would leave next to nothing for the proxy.
+    """
     budget, training, mixer = bench.budget, _proxy(bench, seed), DoGE()
     dataset = _stream(bench, "uniform", operations, seed)
     hook = MixtureHook(
         training.model, dataset, bench.tasks, mixer, budget.loss_steps, batch_size=training.size.batch,
-        probe_sequences=budget.probe_sequences, task_sequences=budget.task_sequences, micro_batch=16, keep=0,
-        loss_every=10**9,
+        probe_sequences=max(1, training.size.batch // 2), task_sequences=training.size.batch, guards=None,
+        micro_batch=16, keep=0, loss_every=10**9,
     )  # fmt: skip
     _run(training, dataset, hook, spent, operations, folder / "proxy.pt")
     return mixer.mean

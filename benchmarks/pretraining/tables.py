@@ -1,5 +1,6 @@
 """Cells as numbers and the tables that are made of them, in Markdown. Knows results; runs nothing."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

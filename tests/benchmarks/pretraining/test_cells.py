@@ -91,21 +91,35 @@ def test_cells_spend_the_same_budget_whatever_on(run: Path) -> None:
     assert set(natural["final"]) == {"t", "u", "text/one", "text/two", "text/three"}
 
 
-def test_methods_that_read_no_task_are_not_charged_for_any(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proxies: list[Any] = []
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What each proxy and reference that the bench itself trains spends, filled as they are trained."""
+    found: list[dict[str, float]] = []
 
     def watched(*given: Any, **more: Any) -> Any:
-        proxies.append(given[3])
-        return train(*given, **more)
+        curve = train(*given, **more)
+        found.append(given[3].flops)
+        return curve
 
     monkeypatch.setattr(beforehand, "train", watched)
+    return found
+
+
+def test_methods_that_read_no_task_are_not_charged_for_any(
+    corpus: Path, tmp_path: Path, proxies: list[dict[str, float]]
+) -> None:
     assert bench(corpus, tmp_path, "odm,doremi").exit_code == 0
     odm = cell(tmp_path, "odm")["spent"]["flops"]
     assert 0 < odm["mixing"] < 0.02 * odm["training"] / 48
-    reference, minimax = (own.flops for own in proxies)
+    reference, minimax = proxies
     assert reference["mixing"] == 0 < minimax["mixing"] < 0.002 * minimax["training"]
+
+
+def test_doge_measures_for_as_long_as_its_proxy_trains(
+    corpus: Path, tmp_path: Path, proxies: list[dict[str, float]]
+) -> None:
+    assert bench(corpus, tmp_path, "doge").exit_code == 0
+    assert 0.2 < proxies[0]["mixing"] / proxies[0]["training"] < 1.2
 
 
 def test_what_is_there_is_not_run_again(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
