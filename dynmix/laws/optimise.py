@@ -15,7 +15,8 @@ from dynmix.laws.bounds import Bounds
 from dynmix.laws.criteria import normalised
 
 SMOOTHING = 0.01  # MDE's: 0.99 w + 0.01 uniform
-SHRINKING = 0.7  # of the search's steps, a round
+SWEEPS = 3  # over the domains, in turn, at most
+SHARES = np.linspace(0, 1, 25) ** 2  # between a domain's bounds: where they are small a little more matters most
 SLOPE = 1e-4  # a weight's change for a difference quotient
 
 
@@ -98,7 +99,7 @@ def best_mixture(
     candidates = np.array([bounds.nearest(w) for w in (np.full(k, 1 / k), *seen, *scattered)])
     order = np.argsort(value(candidates), kind="stable")[:starts]
     bar = tqdm(candidates[order], desc="searching the best mixture", unit="start", leave=False, delay=2)
-    found = [_descend(value, w, bounds, rng) for w in bar]
+    found = [_descend(value, w, bounds) for w in bar]
     w = found[int(np.argmin(value(np.array(found))))]
     if smoothing:
         w = bounds.nearest((1 - smoothing) * w + smoothing / k)
@@ -115,8 +116,8 @@ def best_mixture(
     )
 
 
-def _descend(value: Callable[[Array], Array], w: Array, bounds: Bounds, rng: np.random.Generator) -> Array:
-    """Return a local minimum: SLSQP by difference quotients, then a random search, which step functions need too."""
+def _descend(value: Callable[[Array], Array], w: Array, bounds: Bounds) -> Array:
+    """Return a local minimum: SLSQP by difference quotients, then domain by domain, as step functions have no slope."""
     from scipy.optimize import minimize
 
     k = len(w)
@@ -144,12 +145,16 @@ def _descend(value: Callable[[Array], Array], w: Array, bounds: Bounds, rng: np.
     if np.isfinite(found.x).all():
         moved = bounds.nearest(np.maximum(found.x, 0))
         w = moved if value(moved[None])[0] < value(w[None])[0] else w
-    size = 0.1
-    for _ in range(12):
-        near = np.array([bounds.nearest((1 - size) * w + size * d) for d in rng.dirichlet(np.full(k, 0.2), size=24)])
-        values = value(np.vstack([w, near]))
-        w = np.vstack([w, near])[int(np.argmin(values))]
-        size *= SHRINKING
+    for _ in range(SWEEPS):
+        before = w
+        for j in range(k):
+            share = (bounds.low[j] + (min(bounds.high[j], 1) - bounds.low[j]) * SHARES)[:, None]
+            others = np.where(np.arange(k) == j, 0, w if w[j] < 1 else 1 / k)
+            line = share * np.eye(k)[j] + (1 - share) * others / max(others.sum(), 1e-300)
+            tried = np.array([w, *map(bounds.nearest, line)])
+            w = tried[int(np.argmin(value(tried)))]
+        if np.array_equal(w, before):
+            break
     return w
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dynmix.laws import LightGBM, PowerLaw, Ridge, best_mixture
+from dynmix.laws import LightGBM, PowerLaw, Ridge, best_mixture, sample_mixtures
 from dynmix.laws.base import Law
 
 CENTRE = np.array([0.5, 0.3, 0.15, 0.05])
@@ -71,6 +71,15 @@ def test_is_no_worse_than_any_run_by_the_law(law):
     assert found.predicted <= found.best_run + 1e-12
     assert found.weights.sum() == pytest.approx(1)
     assert np.isnan(found.std) == isinstance(law, LightGBM)
+
+
+def test_finds_the_least_of_a_step_function_of_many_domains():
+    rng = np.random.default_rng(1)
+    W = sample_mixtures(np.ones(12), 64)
+    law = LightGBM().fit(W, 3 - W @ rng.uniform(0, 1, size=(12, 2)))
+    drawn = np.vstack([rng.dirichlet(np.full(12, at), size=2000) for at in (0.1, 0.3, 1.0)])
+    least = law.predict(drawn).mean(axis=1).min()
+    assert best_mixture(law).predicted <= least
 
 
 @pytest.mark.parametrize(
