@@ -360,6 +360,8 @@ class MixtureController:
 
     def saved(self, step: int) -> None:
         """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
+        if self.folder is not None:
+            self.folder.needed = _files_of(self._factors, None if self.in_run is None else self.in_run.state_dict())
         if self.sampler is not None:
             self.sampler.saved(step, self._samples_wanted())
 
@@ -420,6 +422,7 @@ class MixtureController:
             self.dataset.load_state_dict(state["dataset"], views=groups)
             self.decider.load_state_dict(state["mixer"])
             self._factors, self._window, sequences = state["curvature"], state["in_run"], state["shrunk_to"]
+            needed = _files_of(self._factors, self._window)
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
         if sequences is not None:
@@ -429,8 +432,8 @@ class MixtureController:
         self.timetable.load_state_dict(state)
         self.resumed = True
         if self.folder is not None:
-            stages = self.dataset.schedule.num_stages
-            self.folder.rewind(stages, measured=stages + (self._window is not None))
+            self.folder.needed = needed
+            self.folder.rewind(self.dataset.schedule.num_stages)
 
     # -- a boundary --------------------------------------------------------------------------------------------------
 
@@ -581,6 +584,11 @@ class MixtureController:
 def _stages_of(dataset: Mixture) -> dict[str, Any]:
     # Where a stream is in its sources is its loader's to keep, which knows what it has read ahead.
     return {key: value for key, value in dataset.state_dict().items() if key != "reading"}
+
+
+def _files_of(factors: str | None, window: Mapping[str, Any] | None) -> set[str]:
+    """Names of the files that a state goes on with."""
+    return {name for name in (factors, window and window["file"]) if name}
 
 
 @contextmanager

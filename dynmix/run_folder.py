@@ -45,10 +45,12 @@ class RunFolder:
         groups: where the index files of domains that enter the run are kept.
         factors: where the curvature's factors are kept, if they are carried from stage to stage.
         in_run: where the tasks' gradients are kept that an in-run influence meets.
+        needed: names of files in these two that the newest checkpoint goes on with, however many stages ago it was.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.groups, self.factors, self.in_run = path, path / "groups", path / "factors", path / "in_run"
+        self.needed: set[str] = set()
         self._journal = Journal(path / "journal.jsonl")
 
     def set_aside(self) -> None:
@@ -70,8 +72,8 @@ class RunFolder:
             except OSError as failure:
                 logger.error("a row of %s was not written, training goes on: %s", self._journal.path, failure)
 
-    def rewind(self, stages: int, measured: int) -> None:
-        """Drop the journal's rows and the snapshots from stage number `stages` on, and measurements from `measured` on.
+    def rewind(self, stages: int) -> None:
+        """Drop the journal's rows, the snapshots and what is not `needed` of measurements, from stage `stages` on.
 
         What is left of stages that are to come again would count as newer than what is saved of them.
         """
@@ -82,7 +84,7 @@ class RunFolder:
                     shutil.rmtree(snapshot)
             for folder in (self.factors, self.in_run):
                 for file in _by_stage(folder):
-                    if int(file.stem[6:]) >= measured:
+                    if int(file.stem[6:]) >= stages and file.name not in self.needed:
                         file.unlink()
 
     def save_factors(self, carried: Carried, stage: int, keep: int) -> str | None:
@@ -101,7 +103,8 @@ class RunFolder:
             except OSError as failure:
                 logger.error("%s of stage %d was not saved, training goes on: %s", folder.name, stage, failure)
             for old in _by_stage(folder)[: -max(2, keep)]:
-                old.unlink()
+                if old.name not in self.needed:
+                    old.unlink()
         return name
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:

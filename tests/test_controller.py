@@ -780,10 +780,37 @@ def test_factors_that_are_carried_from_stage_to_stage_survive_a_kill(tmp_path):
 
     for file in (tmp_path / "killed" / "factors").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="factors of a curvature cannot be read"):
+    with pytest.raises(ValueError, match=r"stage-0002.safetensors is gone.* go on from a newer checkpoint, or with"):
         start(tmp_path / "killed", before[-1], first=12)
     with pytest.raises(ValueError, match="carried from stage to stage are kept in files: pass output="):
         run(controller(dataset(), curvature=EKFAC(ema=0.5)))
+
+
+def test_factors_of_the_last_checkpoint_are_kept_however_many_stages_it_is_old(tmp_path):
+    def start(steps, saved, state=None):
+        torch.manual_seed(0)
+        model, first = Bigram(), 1 if state is None else saved[-1] + 1
+        loop = controller(dataset(), curvature=EKFAC(ema=0.5), output=tmp_path)
+        if state is not None:
+            loop.load_state_dict(state)
+        loop.plan(batch_size=BATCH)
+        loop.begin(model, first - 1)
+        for step in range(first, steps + 1):
+            loop.step_ended(model, step)
+            if step in saved:
+                state = json.loads(json.dumps(loop.state_dict()))
+                loop.saved(step)
+        return loop.dataset.schedule.stages, state
+
+    def kept():
+        return [int(file.stem[6:]) for file in sorted((tmp_path / "factors").iterdir())]
+
+    stages, state = start(20, saved=[2, 6])
+    assert kept() == [1, 3, 4]
+    assert start(20, [6], state)[0] == stages
+    assert kept() == [1, 3, 4]  # the next kill may come before the next checkpoint
+    start(20, saved=[2, 6, 11])
+    assert kept() == [2, 3, 4]
 
 
 def test_what_a_measurement_takes_is_said_before_and_what_a_low_rank_leaves_out_is_journaled(tmp_path, capsys):

@@ -67,6 +67,11 @@ class Carried:
 
     def load(self, path: Path) -> None:
         """Go on from a file. Raises ValueError if it is missing or no such file."""
+        if not path.exists():
+            raise ValueError(
+                f"{path} is gone: of factors that are carried on those of the last checkpoint are kept, and of the "
+                "newest stages; go on from a newer checkpoint, or with a curvature without ema and refresh_every"
+            )
         self.fitted, self.used = load_factors(path)
         self.fitted = replace(self.fitted, damping=self.curvature.damping)
 

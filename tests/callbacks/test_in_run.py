@@ -61,6 +61,18 @@ def test_it_goes_on_in_the_middle_of_a_window_bit_for_bit(training: Any, whole: 
     assert [file.name for file in (folder / "dynmix" / "in_run").iterdir()] == ["stage-0001.safetensors"]
 
 
+def test_it_goes_on_in_a_window_that_is_several_stages_old(training: Any, tmp_path: Path) -> None:
+    given = {"options": {"in_run": InRun(window=1), "stage_steps": 3}, **MICRO}
+    whole = training.run(tmp_path, steps=19, save_strategy="steps", save_steps=10, **given)
+    before = rows(tmp_path)
+    files = sorted(file.name[6:10] for file in (tmp_path / "dynmix" / "in_run").iterdir())
+    assert files == ["0004", "0005", "0006"]  # the first has a window that is open at the checkpoint
+    shutil.rmtree(tmp_path / "checkpoint-19")
+    again = training.run(tmp_path, steps=19, resume=True, **given)
+    assert training.facts(whole)["parameters"] == training.facts(again)["parameters"]
+    assert rows(tmp_path) == before
+
+
 class Loop:
     """A plain loop with a hook, whose micro-batches are those positions of each step."""
 
