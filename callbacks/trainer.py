@@ -115,11 +115,14 @@ class MixtureCallback(TrainerCallback):
         if self.controller.why_over(state.global_step):
             control.should_training_stop = True
         if state.global_step >= state.max_steps or control.should_training_stop:
-            log(self._trainer, self.controller.finish(model_of(kwargs), state.global_step), control)
-            self._finished = True
-            if self._trainer is not None and self.controller.folder is not None and state.is_world_process_zero:
-                journal = self.controller.folder.path / "journal.jsonl"
-                log_weights_table(journal, self._trainer.callback_handler.callbacks)
+            self._finish(model_of(kwargs), state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the journal of a run that an evaluation stopped, before `load_best_model_at_end` puts another model."""
+        if control.should_training_stop and not self._finished:
+            self._finish(model_of(kwargs), state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell the controller that a checkpoint was saved."""
@@ -129,10 +132,17 @@ class MixtureCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the journal with the final task losses, if the run was stopped before its last step."""
+        """Close the journal with the final task losses, if nobody has by now."""
         if not self._finished:
             self.controller.finish(model_of(kwargs), state.global_step)
         self._trainer = None
+
+    def _finish(self, model: nn.Module, state: TrainerState, control: TrainerControl) -> None:
+        log(self._trainer, self.controller.finish(model, state.global_step), control)
+        self._finished = True
+        if self._trainer is not None and self.controller.folder is not None and state.is_world_process_zero:
+            journal = self.controller.folder.path / "journal.jsonl"
+            log_weights_table(journal, self._trainer.callback_handler.callbacks)
 
     def _check(self, args: TrainingArguments, state: TrainerState, batch_size: int) -> None:
         others = [] if self._trainer is None else self._trainer.callback_handler.callbacks

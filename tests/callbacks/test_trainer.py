@@ -341,6 +341,29 @@ def test_an_early_stop_closes_the_journal_too(training, tmp_path):
     assert rows[-1]["start"] == 7 * training.BATCH
 
 
+def test_the_losses_of_an_early_stop_are_those_of_its_step_and_not_of_the_best_model(training, tmp_path):
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = state.global_step
+            control.should_training_stop = state.global_step == 6
+
+    often = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = training.run(
+        tmp_path,
+        extra=(Worse(),),
+        evaluated=lambda data: [each | {"labels": each["input_ids"]} for each in training.sequences(0, 8, salt=3)],
+        load_best_model_at_end=True,
+        **often,
+    )
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    final = Journal(tmp_path / "dynmix/journal.jsonl").rows()[-1]
+    assert (final["kind"], final["step"]) == ("final", 6)
+    model = type(trainer.model).from_pretrained(tmp_path / "checkpoint-6")
+    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, MixtureCallback))
+    assert final["task_loss"] == callback.controller.measurement.losses(model)[0]
+    assert [entry["step"] for entry in trainer.state.log_history if "dynmix/task_loss/web" in entry][-1] == 6
+
+
 def test_final_losses_are_logged_before_the_trackers_close(training, tmp_path):
     class Tracker(TrainerCallback):
         closed, late = False, []
