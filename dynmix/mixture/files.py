@@ -21,6 +21,7 @@ logger = logging.getLogger("dynmix.mixture")
 
 _SUFFIXES = (".bin", ".idx", ".npy")
 _HELD_OUT = ".valid"  # ends the names of stores that `dynmix prepare` holds out
+_ASKED_FOR = re.compile(rf"{re.escape(_HELD_OUT)}(?!\w)[^/]*/*$")  # by the name at a path's end, and no folder above it
 _SPLIT = re.compile(r"(?:^|[._-])(train|val|valid|validation|test)(?=[._-])")  # in names of flat files
 _TEXT = (".jsonl", ".json", ".gz", ".zst", ".parquet", ".txt", ".csv")
 
@@ -39,7 +40,7 @@ def open_path(
         path: a token store with or without `.bin`/`.idx`, a flat file, a folder (all token files in it, at any depth),
             or a glob of files and folders (`**` is any depth). Links in both are followed, and each real folder is
             read once. Both are without names that begin with `.` or `_`, without the held-out stores `*.valid` of
-            `dynmix prepare`, if the path has not that in it itself, and without flat files named `val`, `valid`,
+            `dynmix prepare`, if the path does not end with such a name, and without flat files named `val`, `valid`,
             `validation` or `test` beside one named `train`. With a protocol (`s3://`, `gs://`, `hf://`...) all of these
             in what fsspec reaches: copied to `cache_dir` first.
         vocab_size: of flat files, see `FlatTokens`.
@@ -78,7 +79,8 @@ def choose(names: Iterable[str], where: str) -> list[str]:
         root = "".join(re.split(r"[*?[]", root[:-1], maxsplit=1)[0].rpartition("/")[:2])
     seen = [name for name in names if not any(part[:1] in "._" for part in name.removeprefix(root).split("/"))]
     indices = {name[:-4] for name in seen if name.endswith(".idx")}
-    if _HELD_OUT not in where and (held_out := {stem for stem in indices if stem.endswith(_HELD_OUT)}):
+    held_out = {stem for stem in indices if stem.endswith(_HELD_OUT)}
+    if held_out and not _ASKED_FOR.search(where):
         logger.warning("%s: left out %d held-out stores, such as %s", where, len(held_out), min(held_out))
         seen = [name for name in seen if name[:-4] not in held_out]
         indices -= held_out

@@ -1,4 +1,5 @@
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -141,6 +142,10 @@ def test_what_is_held_out_is_not_among_what_is_trained_on(folder: Path, caplog: 
     assert "left out 1 held-out stores, such as" in caplog.text
     for name in ("a.valid", "a.valid.idx", "*.valid.idx"):
         assert tokens(open_path(folder / name)) == [7]
+    for above in ("text.validated", "2.valid"):  # a folder's name asks for nothing that is in folders of it
+        shutil.copytree(folder, folder.parent / above / "stores")
+        for path in ("stores", "stores/*", "../text.validated"):
+            assert tokens(open_path(folder.parent / above / path)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
