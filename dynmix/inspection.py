@@ -40,7 +40,7 @@ def inspect_path(path: Path) -> Found:
         (lambda p: (p / "dynmix" / "journal.jsonl").is_file() or (p / "run.json").is_file(), _run),
         (lambda p: p.suffix == ".json" or (p / "influence.json").is_file(), _influence),
         (lambda p: p.is_dir() and any(p.glob("*.idx")), _stores),
-        (lambda p: p.with_name(f"{_stem(p).name}.idx").is_file(), _store),
+        (lambda p: (p.parent / f"{_stem(p).name}.idx").is_file(), _store),
     ]
     for fits, read in kinds:
         if fits(path):
@@ -85,9 +85,9 @@ def _stores(path: Path) -> Found:
         )
     manifest = read_manifest(path)
     total: dict[str, Any] = {"stores": len(rows), "tokens": sum(row["tokens"] for row in rows)}
+    total["unfinished"] = (path / ".prepare").exists()  # also of a first preparation, which has no manifest yet
     if manifest is not None:
         total["tokenizers"] = sorted({each["tokenizer"]["name"] for each in manifest["preparations"]})
-        total["unfinished"] = (path / ".prepare").exists()
     return Found("folder of token stores", str(path), total, {"stores": rows})
 
 

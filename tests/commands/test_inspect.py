@@ -25,6 +25,9 @@ def test_a_store_and_a_folder_of_stores(tmp_path):
         {"store": "web", "documents": 2, "tokens": 4, "dtype": "uint16"},
     ]
     assert "folder of token stores" in call(tmp_path).output
+    assert not folder["facts"]["unfinished"]
+    (tmp_path / ".prepare").mkdir()
+    assert json.loads(call(tmp_path, "--json").stdout)["facts"]["unfinished"]
 
 
 @pytest.mark.parametrize(
@@ -33,12 +36,14 @@ def test_a_store_and_a_folder_of_stores(tmp_path):
         ("nothing", "no such file or folder"),
         ("empty", "there is nothing of dynmix's in it"),
         ("checkpoint-3", "half-w"),
+        (".", "there is nothing of dynmix's in it"),
     ],
 )
-def test_what_is_none_is_one_sentence(tmp_path, name, message):
+def test_what_is_none_is_one_sentence(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
     for folder in ("empty", "checkpoint-3"):
         (tmp_path / folder).mkdir()
-    done = call(tmp_path / name)
+    done = call(name)
     assert done.exit_code == 1
     assert message in done.output
     assert "Traceback" not in done.output
