@@ -122,6 +122,28 @@ def test_stores_that_no_manifest_speaks_of_are_not_checked(made, tmp_path):
         check_tokenizer(made / "code", other)
 
 
+@pytest.mark.parametrize("value", [None, "gone"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *(("stores", "web", key) for key in ("preparation", "tokens", "bytes", "dtype", "held_out")),
+        *(("preparations", 0, "tokenizer", key) for key in ("name", "fingerprint", "vocabulary", "added")),
+        ("preparations", 0, "options"),
+    ],
+)
+def test_a_manifest_that_was_edited_by_hand_is_damaged_in_words(made, keys, value):
+    manifest = json.loads((made / "manifest.json").read_text())
+    part = manifest
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    if value == "gone":
+        del part[keys[-1]]
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PrepareError, match=r"manifest\.json: damaged"):
+        read_manifest(made)
+
+
 def test_slow_tokenizers_and_ones_with_parts_in_python(made, tmp_path):
     prepare(made.parent / "in", tmp_path / "slow", ByT5Tokenizer(), progress=False)
     check_tokenizer(tmp_path / "slow" / "web", ByT5Tokenizer())

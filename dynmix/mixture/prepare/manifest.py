@@ -107,13 +107,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> Json | None:
     file = Path(folder) / FILE
     try:
         found: Json = json.loads(file.read_text(encoding="utf-8"))
+        for made in found["preparations"]:
+            _check(made, {"tokenizer": dict, "options": dict})
+            _check(made["tokenizer"], {"name": str, "fingerprint": str, "vocabulary": int, "added": dict})
         for facts in found["stores"].values():
-            found["preparations"][facts["preparation"]]["tokenizer"]["fingerprint"]
+            _check(facts, {"preparation": int, "tokens": int, "bytes": int, "dtype": str, "held_out": bool})
+            found["preparations"][facts["preparation"]]
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise PrepareError(f"{file}: damaged ({error!r}); remove it or prepare the stores anew") from error
     return found
+
+
+def _check(facts: Json, kinds: Mapping[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(facts[key], kind):
+            raise TypeError(f"{key!r} is {facts[key]!r}")
 
 
 def add_to_manifest(folder: Path, preparation: Json, stores: Mapping[str, Json]) -> None:
