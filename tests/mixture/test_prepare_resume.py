@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dynmix.mixture.prepare import PrepareError, prepare
 from dynmix.mixture.prepare import inputs as inputs_module
+from dynmix.mixture.prepare import pipeline as pipeline_module
 from dynmix.mixture.prepare import workers as workers_module
 from dynmix.mixture.store import TokenStore
 
@@ -183,6 +184,22 @@ def test_other_arguments_are_refused_or_start_over(corpus, tmp_path):
     assert content(output) != wanted[None]
     run(output, folder, None, overwrite=True)
     assert content(output) == wanted[None]
+
+
+def test_inputs_of_other_domains_are_other_arguments(corpus, tmp_path, monkeypatch):
+    web, code = (corpus[0] / "texts" / name for name in ("web/a.jsonl", "code.jsonl"))
+
+    def prepared(inputs):
+        return prepare(inputs, tmp_path / "out", TOKENIZER, workers=1, progress=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_module, "make_stores", None)
+        with pytest.raises(TypeError):
+            prepared({"web": web, "code": code})
+    for other in ({"all": [web, code]}, {"x": web, "code": code}, {"web": web, "code": code, "twice": code}):
+        with pytest.raises(PrepareError, match="its inputs were in another order, or of other domains"):
+            prepared(other)
+    assert list(prepared({"web": web, "code": code})) == ["web", "code"]
 
 
 def test_an_input_that_changed_is_refused(tmp_path):

@@ -108,6 +108,7 @@ def prepare(
     plan: Plan = {
         "options": {"tokenizer": {key: described[key] for key in ("fingerprint", "added", "eos")}, **options},
         "inputs": {each.name: each.stamp for group in groups for each in group.inputs.values()},
+        "order": [(group.domains.get(n), each.name) for group in groups for n, each in group.inputs.items()],
     }
     names = [store_name(name, side) for name in known for side in ((False, True) if held_out else (False,))]
     work = Work(folder)

@@ -23,7 +23,8 @@ from dynmix.whole_file import write_json
 FOLDER = ".prepare"
 _PATIENCE = 10.0  # seconds: processes of a run that was killed take a moment to notice
 
-Plan = dict[str, dict[str, Any]]  # "options" by name; "inputs": stamps by name, None for one that has to change
+# "options" by name; "inputs": stamps by name, None for one that has to change; "order": [domain, input] of each
+Plan = dict[str, Any]
 
 
 class Work:
@@ -165,6 +166,6 @@ def _differences(known: Plan, now: Plan) -> list[str]:
             found.append(f"{name} was not there")
         elif known["inputs"][name] not in (None, now["inputs"][name]):
             found.append(f"{name} has changed since")
-    if not found and list(known["inputs"]) != list(now["inputs"]):
-        found.append("its inputs were in another order")
+    if not found and known.get("order") != now["order"]:
+        found.append("its inputs were in another order, or of other domains")
     return found if len(found) < 5 else [*found[:3], f"and {len(found) - 3} more"]
