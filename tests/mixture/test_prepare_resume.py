@@ -202,6 +202,21 @@ def test_inputs_of_other_domains_are_other_arguments(corpus, tmp_path, monkeypat
     assert list(prepared({"web": web, "code": code})) == ["web", "code"]
 
 
+def test_a_bad_file_that_is_replaced_by_a_smaller_one_costs_no_domain(tmp_path, monkeypatch):
+    """Small domains are finished together: which they are depends on their sizes."""
+    monkeypatch.setattr("dynmix.mixture.prepare.run._GROUP_BYTES", 1000)
+    (tmp_path / "texts").mkdir()
+    for number, name in enumerate("abc"):
+        (tmp_path / "texts" / f"{name}.jsonl").write_bytes(lines(number, 15))
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(0, 15) + b"{")
+    with pytest.raises(PrepareError, match=r"a\.jsonl, line 16: not JSON"):
+        run(tmp_path / "out", tmp_path, None)
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(0, 3))
+    run(tmp_path / "out", tmp_path, None)
+    run(tmp_path / "fresh", tmp_path, None)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
 def test_an_input_that_changed_is_refused(tmp_path):
     source, output = tmp_path / "texts" / "a.jsonl", tmp_path / "out"
     source.parent.mkdir()

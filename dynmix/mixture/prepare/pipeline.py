@@ -78,7 +78,9 @@ class Pipeline:
         Of several things that are wrong, the first in the order of the inputs is raised, whoever met it first.
         """
         for group in self.groups:
-            if (facts := self.work.finished(group.number)) is not None:
+            facts = self.work.finished(group.number)
+            # A file that had to be corrected has another size, and small domains may be in other groups since.
+            if facts is not None and (not group.domains or _domains(facts) == {*group.domains.values()}):
                 self.facts[group.number] = facts
                 self.bar.found(group.size, sum(each["tokens"] for each in facts.values()))
             elif not self._failures:
@@ -181,6 +183,10 @@ class Pipeline:
     def _finish(self, group: Group, facts: Json) -> None:
         self.work.finish(group.number, group.shards, facts)
         self.facts[group.number] = facts
+
+
+def _domains(facts: Json) -> set[str]:
+    return {each["domain"] for each in facts.values()}
 
 
 def _warn_of_sides(facts: Json) -> None:
