@@ -71,7 +71,9 @@ def used_up(schedule: MixtureSchedule, start: int, stop: int) -> list[UsedUp]:
     if schedule.limits.when_exhausted != "redistribute" or start >= stop:
         return []
     limits, first = schedule.limits.draws(schedule.sizes), max(start - 1, schedule.starts[0])
-    emptied = np.flatnonzero((schedule.counts(first) < limits) & (schedule.counts(stop - 1) >= limits))
+    # Domains may join from another process meanwhile, of which nothing is drawn here.
+    before, after = (schedule.counts(position)[: len(limits)] for position in (first, stop - 1))
+    emptied = np.flatnonzero((before < limits) & (after >= limits))
     return sorted(_emptied(schedule, first, stop - 1, limits, emptied))
 
 
@@ -80,9 +82,9 @@ def _emptied(schedule: MixtureSchedule, first: int, last: int, limits: Ints, num
     if not numbers.size:
         return
     if last - first <= _WALKED:
-        domain, left = schedule.assign(first, last)[0], limits - schedule.counts(first)
-        for number in numbers.tolist():
-            position = first + int(np.flatnonzero(domain == number)[left[number] - 1]) + 1
+        domain, left = schedule.assign(first, last)[0], limits[numbers] - schedule.counts(first)[numbers]
+        for number, n in zip(numbers.tolist(), left.tolist(), strict=True):
+            position = first + int(np.flatnonzero(domain == number)[n - 1]) + 1
             yield UsedUp(position, schedule.names[number])
         return
     middle = (first + last) // 2
@@ -100,7 +102,7 @@ def new_epochs(
     `assigned`, the domain and the epoch of each of these positions, nothing is searched for.
     """
     sizes = np.maximum(1, np.array(list(schedule.sizes.values()), np.int64))
-    before, after = schedule.counts(start), schedule.counts(stop)
+    before, after = (schedule.counts(position)[: len(sizes)] for position in (start, stop))  # as in `used_up`
     first, last = np.maximum(1, -(-before // sizes)), (after - 1) // sizes
     wanted = [
         (number, epoch)

@@ -1,9 +1,11 @@
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynmix.mixture.accounting import NewEpoch, Remaining, new_epochs, remaining, used_up
+from dynmix.mixture.roster import Domain
 from dynmix.mixture.schedule import MixtureSchedule
 
 
@@ -82,6 +84,25 @@ def test_the_position_at_which_a_domain_is_used_up_is_told() -> None:
     for cut in range(91):  # told once, wherever one stretch ends and the next begins
         assert used_up(schedule, 0, cut) + used_up(schedule, cut, 90) == [first, second]
     assert not used_up(schedule, 0, first.position)  # with the batch that begins there
+
+
+@pytest.mark.parametrize("stop", [300, 20_000])  # walked, and halved first
+def test_domains_that_join_from_another_process_meanwhile_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    schedule = MixtureSchedule(
+        {"a": 0.5, "b": 0.3, "c": 0.2}, {"a": 20, "b": 10, "c": 9_000}, max_epochs={"a": 4, "b": 2}
+    )
+    before = new_epochs(schedule, 1, stop), used_up(schedule, 1, stop)
+    assert all(before)
+    counts = schedule.counts
+
+    def joining(position: int) -> npt.NDArray[np.int64]:
+        schedule.extend([Domain(f"late{len(schedule.names)}", 3, {"hash": "of its content"})])
+        return counts(position)
+
+    monkeypatch.setattr(schedule, "counts", joining)
+    assert (new_epochs(schedule, 1, stop), used_up(schedule, 1, stop)) == before
 
 
 def test_many_domains_that_are_used_up_together_are_found_in_few_counts(monkeypatch: pytest.MonkeyPatch) -> None:
