@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
+import numpy as np
 import numpy.typing as npt
 
 from dynmix.mixture.documents import Documents
@@ -70,6 +71,7 @@ def numbered_domains(
             numbers = numbered(sizes, part, row, "domain number", "row")
         except ValueError as error:
             raise ValueError(f"domain {name!r}: {error}") from error
+        _check_there(name, np.asarray(part), parts)
         source = {"file": str(folder.absolute() / f"{stem}.npy"), "hash": digest(numbers)}
         found.append((Domain(name, len(numbers), source), numbers))
     return found
@@ -94,6 +96,16 @@ def view(domain: Domain, parts: Sequence[Sequences]) -> RowView:
             f"the index of domain {domain.name!r}, which joined the run, cannot be used: {error}; put the file back,"
             " or give load_state_dict the folder where it is as `views`"
         ) from error
+
+
+def _check_there(name: str, part: Ints, parts: Sequence[Sequences]) -> None:
+    """Raise ValueError if the domain `name`, a view, has rows of a part that is gone."""
+    gone = {number: each.name for number, each in enumerate(parts) if isinstance(each, Gone)}
+    if lost := [gone[number] for number in np.unique(part).tolist() if number in gone] if gone else []:
+        raise ValueError(
+            f"domain {name!r} has rows of {lost}, which are in the state that was loaded, and not among the domains of"
+            " this MixtureDataset: list them again"
+        )
 
 
 def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> Domain:
@@ -132,14 +144,16 @@ def rows_of(
 ) -> Sequences:
     """The rows of a domain that joined: a view on `parts`, or what this run lists, or finds at the path.
 
-    A domain that has none of these may be `Gone`, if it has no share in `drawn`.
+    A domain that has none of these, or is a view on what is gone, may be `Gone`, if it has no share in `drawn`.
 
     Raises:
         ValueError: they are not there any more, or others; the message says what to do.
     """
-    if "file" in domain.source:
-        return view(domain, parts)
+    found = view(domain, parts) if "file" in domain.source else None
     try:
+        if found is not None:
+            _check_there(domain.name, found.where(np.arange(len(found)))[0], parts)
+            return found
         if domain.name in listed:
             rows = listed[domain.name]
         elif "path" in domain.source:

@@ -159,12 +159,15 @@ def token_ids(sequences: Sequences, row: int, where: str) -> Ints:
 
 
 def common_length(parts: Mapping[str, Sequences], given: int | None = None) -> int:
-    """Tokens of the first item of every part, name -> sequences.
+    """Tokens of a sequence of every part, name -> sequences; of those that are no `Rows` the first item is read.
 
     Raises:
         ValueError: they are not all of this length, or not of the `given` one.
     """
-    lengths = {where: len(token_ids(sequences, 0, where)) for where, sequences in parts.items()}
+    lengths = {
+        where: rows.sequence_length if isinstance(rows, Rows) else len(token_ids(rows, 0, where))
+        for where, rows in parts.items()
+    }
     length = next(iter(lengths.values())) if given is None else given
     if wrong := [where for where in lengths if lengths[where] != length]:
         raise ValueError(f"sequences must have one length, here {length}: in {wrong[0]} it is {lengths[wrong[0]]}")

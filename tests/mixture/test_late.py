@@ -509,6 +509,24 @@ def test_data_that_joined_may_go_too(make_new: Any, folder: Path) -> None:
     assert twin.state_dict() == state
 
 
+def test_data_may_go_though_views_joined_and_those_on_it_go_with_it(folder: Path) -> None:
+    dataset = make(folder)
+    dataset.extend({"of_a": ([0, 0], [1, 2]), "of_b": ([1, 0], [3, 1])}, folder / "index")
+    dataset.publish({"a": 0.0, "b": 0.0, "of_a": 1.0, "of_b": 0.0}, start=100)
+    twin = MixtureDataset({"a": folder / "a"}, num_samples=400, sequence_length=LENGTH, block=16)
+    twin.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+    assert twin.gone == ("b", "of_b")
+    assert [twin[g]["input_ids"].tolist() for g in range(100, 400)] == [
+        dataset[g]["input_ids"].tolist() for g in range(100, 400)
+    ]
+    with pytest.raises(ValueError, match=r"domain 'new' has rows of \['b'\], which are in the state"):
+        twin.extend({"new": ([0, 1], [1, 2])}, folder / "index")
+    twin.extend({"new": ([0, 0], [1, 3])}, folder / "index")
+    dataset.publish({"a": 0.0, "b": 0.0, "of_a": 0.0, "of_b": 1.0}, start=200)
+    with pytest.raises(ValueError, match=r"domain 'of_b' has rows of \['b'\], which are in the state"):
+        twin.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+
+
 def test_data_that_is_still_drawn_may_not_go(folder: Path) -> None:
     state = listed_from_the_start(folder, new_store(folder)).state_dict()
     twin = make(folder)
