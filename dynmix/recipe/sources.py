@@ -148,7 +148,7 @@ def _paths(name: str, domain: Domain) -> list[str]:
 
 def _tokenised(name: str, texts: list[str], domain: Domain, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Path:
     described = describe_tokenizer(tokenizer)
-    stamps = [[each.name, each.stamp] for each in find_domains({name: texts})[name]]
+    stamps = [[each.name, each.stamp] for each in find_domains({name: texts}, cache)[name]]
     of_tokenizer = [described[key] for key in ("fingerprint", "added", "eos")]
     parts = json.dumps([stamps, of_tokenizer, domain.text_field, domain.held_out], sort_keys=True)
     folder = cache / f"{name}-{hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()}"

@@ -97,6 +97,20 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None
     assert {name: text_of(store) for name, store in stores.items()} == {"web": ["one", "two"], "code": ["two"]}
 
 
+def test_an_output_in_an_input_folder_is_refused_while_nothing_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jsonl").write_bytes(jsonl(["one"]))
+    monkeypatch.chdir(tmp_path)
+    for inputs in (".", ["web/a.jsonl", tmp_path], {"web": "."}):
+        for output in ("stores", ".", "web/deep/stores"):
+            with pytest.raises(PrepareError, match=rf"^{output}: it is in the input folder (\.|{tmp_path}), and what"):
+                prepare(inputs, output, TOKENIZER)
+    assert [path.name for path in tmp_path.rglob("*")] == ["web", "a.jsonl"]
+    assert list(prepare("web/a.jsonl", "web", TOKENIZER)) == ["a"]  # beside a file it may be
+
+
 def test_every_form_gives_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
     write_all_forms(tmp_path / "in")

@@ -149,11 +149,12 @@ def piece_size(total: int) -> int:
     return min(LARGEST, max(SMALLEST, total // 4096))
 
 
-def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input]]:
+def find_domains(inputs: Inputs, output: Path, by_field: bool = False) -> dict[str, list[Input]]:
     """Inputs by domain, as `prepare` says, or `by_field` by where they are; nothing is read yet.
 
     Raises:
-        PrepareError: no input, an unknown suffix, an empty folder, two inputs with one domain name, one not in UTF-8.
+        PrepareError: no input, an unknown suffix, an empty folder, two inputs with one domain name, one not in UTF-8, a
+            folder that `output` is in.
     """
     domains: dict[str, list[Input]] = {}
     sources: dict[str, Any] = {}
@@ -169,6 +170,8 @@ def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input
                 kind = type(source).__name__
                 raise PrepareError(f"inputs[{name!r}]: a {kind} of {list(source)[:8]}: give one of these, or a list")
             entries = [source] if _is_single(source) else list(source)
+            for entry in entries:
+                _check_outside(output, entry)
             found = [each for i, entry in enumerate(entries) for each in _all_inputs(f"{name}[{i}]", entry)]
             add(name, f"inputs[{name!r}]", found)
     elif _is_dataset(inputs):
@@ -179,6 +182,7 @@ def find_domains(inputs: Inputs, by_field: bool = False) -> dict[str, list[Input
         for entry in map(Path, [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)):
             if not entry.exists():
                 raise PrepareError(f"{entry}: no such file or folder")
+            _check_outside(output, entry)
             for path in _visible(entry) if entry.is_dir() and not _is_saved(entry) else [entry]:
                 name = path.name if path.is_dir() else path.name.removesuffix(_suffix(path))
                 add(str(path) if by_field else name, path, _all_inputs(name, path))
@@ -205,6 +209,15 @@ def _all_inputs(name: str, source: Any) -> list[Input]:
     if path.is_dir() and _is_saved(path):
         return [DatasetRows(str(path), _load_saved(path))]
     return [File(each) for each in (_visible(path, deep=True) if path.is_dir() else [path]) if _suffix(each)]
+
+
+def _check_outside(output: Path, source: Any) -> None:
+    """Stores in an input folder would be read with it the next time, as where the work goes on after a kill."""
+    if not _is_dataset(source) and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
+        raise PrepareError(
+            f"{output}: it is in the input folder {source}, and what is written to it would be read as input the next"
+            " time; give a folder outside of it (--output)"
+        )
 
 
 def _is_single(source: Any) -> bool:

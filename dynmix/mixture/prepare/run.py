@@ -84,14 +84,14 @@ def prepare(
         progress: show a bar.
 
     Raises:
-        PrepareError: no input, an unknown suffix, two inputs or values with one domain name, an existing store or
-            unfinished work of other arguments without `overwrite`, a record that is not an object with a string in
-            `text_field`, a damaged or truncated file, or a domain without documents.
+        PrepareError: no input, an unknown suffix, two inputs or values with one domain name, an output in an input
+            folder, an existing store or unfinished work of other arguments without `overwrite`, a record that is not an
+            object with a string in `text_field`, a damaged or truncated file, or a domain without documents.
         ChildProcessError: a worker was killed.
     """
     _check(held_out, workers, domain_from, domain_default)
     folder = Path(output)
-    domains = find_domains(inputs, domain_from is not None)
+    domains = find_domains(inputs, folder, domain_from is not None)
     tok = load_tokenizer(tokenizer)
     job = _job(tok, append_eos, Fields(text_field, domain_from), domain_default, held_out)
     known = [] if domain_from is not None else list(domains)
