@@ -217,6 +217,17 @@ def test_a_bad_file_that_is_replaced_by_a_smaller_one_costs_no_domain(tmp_path, 
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
+def test_finished_stores_that_were_removed_are_made_again(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("dynmix.mixture.prepare.run._GROUP_BYTES", 1)
+    event = 60
+    while not (tmp_path / "out" / "code.idx").exists():
+        assert killed_at(event := event + 20, tmp_path / "out", corpus[0], None)
+    for file in (tmp_path / "out").glob("[!.]*"):  # as `rm out/*` does, which leaves what is hidden
+        file.unlink()
+    run(tmp_path / "out", corpus[0], None)
+    assert content(tmp_path / "out") == corpus[1][None]
+
+
 def test_an_input_that_changed_is_refused(tmp_path):
     source, output = tmp_path / "texts" / "a.jsonl", tmp_path / "out"
     source.parent.mkdir()

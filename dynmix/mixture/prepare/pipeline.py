@@ -78,9 +78,7 @@ class Pipeline:
         Of several things that are wrong, the first in the order of the inputs is raised, whoever met it first.
         """
         for group in self.groups:
-            facts = self.work.finished(group.number)
-            # A file that had to be corrected has another size, and small domains may be in other groups since.
-            if facts is not None and (not group.domains or _domains(facts) == {*group.domains.values()}):
+            if (facts := self.work.finished(group.number)) is not None and self._holds(group, facts):
                 self.facts[group.number] = facts
                 self.bar.found(group.size, sum(each["tokens"] for each in facts.values()))
             elif not self._failures:
@@ -96,6 +94,12 @@ class Pipeline:
         if self.job.held_out:
             _warn_of_sides(found)
         return found
+
+    def _holds(self, group: Group, facts: Json) -> bool:
+        """Whether what was finished is of these domains, and has not been removed since."""
+        # A file that had to be corrected has another size, and small domains may be in other groups then.
+        same = not group.domains or {each["domain"] for each in facts.values()} == {*group.domains.values()}
+        return same and all((self.work.output / f"{name}{end}").exists() for name in facts for end in (".bin", ".idx"))
 
     def _read(self, group: Group) -> None:
         for number, each in group.inputs.items():
@@ -183,10 +187,6 @@ class Pipeline:
     def _finish(self, group: Group, facts: Json) -> None:
         self.work.finish(group.number, group.shards, facts)
         self.facts[group.number] = facts
-
-
-def _domains(facts: Json) -> set[str]:
-    return {each["domain"] for each in facts.values()}
 
 
 def _warn_of_sides(facts: Json) -> None:
