@@ -14,7 +14,7 @@ import yaml
 
 from dynmix.journal import Journal
 from dynmix.mixture.packed import unpack
-from dynmix.mixture.prepare.manifest import read_manifest
+from dynmix.mixture.prepare.manifest import read_manifest, speaks_of
 from dynmix.mixture.quota import TOTAL
 from dynmix.mixture.store import TokenStore
 
@@ -69,7 +69,7 @@ def _store(path: Path) -> Found:
         "fingerprint": store.fingerprint,
     }
     manifest = read_manifest(path.parent)
-    if manifest is not None and path.name in manifest["stores"]:
+    if manifest is not None and speaks_of(manifest, path.with_name(f"{path.name}.bin"), path.name):
         own = manifest["stores"][path.name]
         made = manifest["preparations"][own["preparation"]]
         facts |= {"tokenizer": made["tokenizer"]["name"], "bytes_of_text": own["bytes"], "options": made["options"]}

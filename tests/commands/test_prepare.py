@@ -124,3 +124,11 @@ def test_the_trainer_refuses_such_a_tokenizer_too(tmp_path, arguments, tokenizer
                 trainer.train()
         else:
             assert trainer.train().global_step == 4
+
+
+def test_inspect_says_how_a_store_was_made_and_nothing_of_one_in_its_place(tmp_path, tokenizer, arguments):
+    run(app, arguments)
+    facts = json.loads(run(app, ["inspect", str(tmp_path / "stores/web"), "--json"]).stdout)["facts"]
+    assert (facts["tokenizer"], facts["bytes_of_text"]) == (str(tokenizer), 10)
+    TokenStore.write(tmp_path / "stores/web", [[1, 2]])
+    assert "tokenizer" not in run(app, ["inspect", str(tmp_path / "stores/web")]).stdout

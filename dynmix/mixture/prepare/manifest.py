@@ -175,7 +175,7 @@ def check_tokenizer(stores: AnyStore | Iterable[AnyStore], tokenizer: AnyTokeniz
         if path.parent not in manifests:
             manifests[path.parent] = read_manifest(path.parent)
         manifest = manifests[path.parent]
-        if manifest is None or not _speaks_of(manifest, path.with_name(f"{name}.bin"), name):
+        if manifest is None or not speaks_of(manifest, path.with_name(f"{name}.bin"), name):
             continue
         own = own or describe_tokenizer(load_tokenizer(tokenizer))
         made = manifest["preparations"][manifest["stores"][name]["preparation"]]["tokenizer"]
@@ -186,7 +186,8 @@ def check_tokenizer(stores: AnyStore | Iterable[AnyStore], tokenizer: AnyTokeniz
             )
 
 
-def _speaks_of(manifest: Json, tokens: Path, name: str) -> bool:
+def speaks_of(manifest: Json, tokens: Path, name: str) -> bool:
+    """Whether the store `name`, with this file of `tokens`, is the one that a manifest has facts of."""
     facts = manifest["stores"].get(name)
     if facts is None or not tokens.is_file():
         return False
