@@ -44,7 +44,10 @@ def inspect_path(path: Path) -> Found:
     ]
     for fits, read in kinds:
         if fits(path):
-            return read(path)
+            try:
+                return read(path)
+            except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as problem:
+                raise ValueError(f"{path} is damaged: {type(problem).__name__}: {problem}") from problem
     what = "there is nothing of dynmix's in it" if path.exists() else "no such file or folder"
     raise ValueError(
         f"{path}: {what}; a token store, a folder of stores, a run folder or journal.jsonl, a Trainer's checkpoint, a "
@@ -127,6 +130,7 @@ def _run(path: Path) -> Found:
 
 
 def _checkpoint(path: Path) -> Found:
+    from dynmix.mixture.stream import UNKNOWN
     from dynmix.recipe.checkpoints import broken
 
     if (why := broken(path)) is not None:
@@ -137,8 +141,8 @@ def _checkpoint(path: Path) -> Found:
     if own is None:
         return Found("checkpoint without a mixture", str(path), facts)
     schedule = own["dataset"]["schedule"]
-    names = [*schedule["names"], *(each["name"] for each in schedule.get("joined", []))]
-    saved = unpack(schedule["stages"], len(schedule["names"]))
+    names, fingerprints = schedule["names"], own["dataset"].get("fingerprint", {})  # a stream has none
+    saved = unpack(schedule["stages"], len(names))
     facts |= {
         "samples": state["global_step"] * own["batch_size"],
         "batch_size": own["batch_size"],
@@ -157,8 +161,8 @@ def _checkpoint(path: Path) -> Found:
         for k, (start, cdf) in enumerate(zip(saved.starts, saved.cdfs, strict=True))
     ]
     sizes = [
-        {"domain": name, "sequences": size, "fingerprint": own["dataset"]["fingerprint"].get(name, "")}
-        for name, size in zip(schedule["names"], schedule["sizes"], strict=False)
+        {"domain": name, "sequences": None if size == UNKNOWN else size, "fingerprint": fingerprints.get(name, "")}
+        for name, size in zip(names, schedule["sizes"], strict=True)
     ]
     return Found("checkpoint", str(path), facts, {"stages": stages, "domains": sizes})
 

@@ -26,7 +26,7 @@ from dynmix.mixture.steered import Steered
 from dynmix.mixture.weights import matched
 
 _AHEAD = 4096  # positions assigned at once
-_UNKNOWN = 1 << 40  # rows of a domain that nobody has counted: domains and counts of positions do not depend on it
+UNKNOWN = 1 << 40  # rows of a domain that nobody has counted: domains and counts of positions do not depend on it
 _WAITING = (
     " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
     " steps say: pass the loader's batch_size to MixtureStream, what a step takes to MixtureHook, and call its step()"
@@ -147,7 +147,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
             check_source(name, source)
         check_shared(domains)
         names = tuple(domains)
-        counted = [_UNKNOWN] * len(names) if sizes is None else matched(sizes, names, "sizes")
+        counted = [UNKNOWN] * len(names) if sizes is None else matched(sizes, names, "sizes")
         self._sources = tuple(domains.values())
         self.schedule = MixtureSchedule(
             dict(zip(names, matched(weights, names, "weights"), strict=True)),

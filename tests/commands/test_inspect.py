@@ -3,7 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from dynmix import TokenStore
+from dynmix import MixtureDataset, MixtureStream, TokenStore
 from dynmix.cli import app
 
 
@@ -59,3 +59,33 @@ def test_a_recipe_with_all_its_values(tmp_path):
     done = call(file)
     assert done.exit_code == 2
     assert "did you mean 'output'?" in done.output
+
+
+def checkpoint(folder, state):
+    state = {"dataset": state, "batch_size": 4, "stage_steps": 10, "mixer": {}}
+    (folder / "checkpoint-11").mkdir(exist_ok=True)
+    about = {"global_step": 11, "max_steps": 25, "stateful_callbacks": {"dynmix": state}}
+    (folder / "checkpoint-11" / "trainer_state.json").write_text(json.dumps(about))
+    return folder / "checkpoint-11"
+
+
+def test_a_checkpoint_of_a_run_that_a_domain_joined(tmp_path):
+    stores = {name: TokenStore.write(tmp_path / name, [range(100)]) for name in ("web", "code")}
+    dataset = MixtureDataset({"web": stores["web"]}, num_samples=100, sequence_length=10, block=4)
+    dataset.extend({"code": stores["code"]})
+    dataset.publish({"web": 0.5, "code": 0.5}, start=40)
+    found = json.loads(call(checkpoint(tmp_path, dataset.state_dict()), "--json").stdout)
+    assert [row["weights"] for row in found["tables"]["stages"]] == [
+        {"web": 1.0, "code": 0.0}, {"web": 0.5, "code": 0.5},
+    ]  # fmt: skip
+    assert [(row["domain"], row["sequences"]) for row in found["tables"]["domains"]] == [("web", 10), ("code", 10)]
+
+
+def test_a_checkpoint_of_a_stream_and_a_damaged_one(tmp_path):
+    sources = {name: [{"input_ids": [1] * 10}] * 9 for name in ("web", "code")}
+    stream = MixtureStream(sources, num_samples=100, sequence_length=10, block=4)
+    found = json.loads(call(checkpoint(tmp_path, stream.state_dict()), "--json").stdout)
+    assert [(row["domain"], row["sequences"]) for row in found["tables"]["domains"]] == [("web", None), ("code", None)]
+    done = call(checkpoint(tmp_path, {}))
+    assert done.exit_code == 1
+    assert "checkpoint-11 is damaged: KeyError: 'schedule'" in done.output.replace("\n", " ")
