@@ -28,6 +28,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from dynmix.mixture.documents import ArrayDocuments, Ints
 
+with contextlib.suppress(ImportError):  # on Windows, which has no such limit
+    import resource  # not where it is needed: with no file left that may be opened nothing can be imported
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
@@ -196,8 +199,6 @@ def with_room(file: Path, open_it: Callable[[], T]) -> T:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-    import resource  # not on Windows, which has no such limit
-
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if now == most:
         raise StoreError(

@@ -2,6 +2,8 @@ import os
 import pickle
 import resource
 import struct
+import subprocess
+import sys
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -354,6 +356,21 @@ def test_more_stores_than_open_files_are_allowed_at_first(tmp_path: Path) -> Non
         assert all(store[0].tolist() == [1, 2] for store in stores)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_room_is_made_where_not_one_more_file_can_be_opened() -> None:
+    code = """
+import os
+from dynmix.mixture.shared import SharedArray
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    print(SharedArray((3,)).array.tolist())
+"""
+    command = ["sh", "-c", 'ulimit -Sn 64; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "[0, 0, 0]\n", done.stderr
 
 
 @given(chunk=st.integers(1, 4), at=st.integers(0, 8))
