@@ -131,6 +131,7 @@ def open_groups(
         if facts["unit"] == "document":
             found[name] = DocumentView(opened, domain[own], row[own])
         else:
-            packed = [PackedSequences(store, facts["sequence_length"]) for store in opened]
+            # A store knows where its documents end, for a dataset that is to keep them apart.
+            packed = [PackedSequences(store, facts["sequence_length"], each_document=True) for store in opened]
             found[name] = RowView(packed, domain[own], row[own])
     return found, {name: facts["weights"][name] for name in found}

@@ -58,6 +58,20 @@ def test_groups_come_back_as_views_on_the_stores(corpus, tmp_path, unit):
     assert len(dataset[0]["input_ids"]) == 4
 
 
+@pytest.mark.parametrize("unit", ["document", "sequence"])
+def test_a_dataset_of_groups_keeps_documents_apart_where_one_of_the_stores_does(corpus, tmp_path, unit):
+    opened = [TokenStore.open(path) for path in corpus.values()]
+    n = [len(store) if unit == "document" else len(store.tokens) // 4 for store in opened]
+    scores = scored(np.repeat([0, 1], n), np.concatenate([np.arange(k) for k in n]), np.full(sum(n), 4))
+    groups = regroup(scores)
+    write_groups(tmp_path / "g", groups, group_weights(groups), scores, corpus, unit=unit, sequence_length=4)
+    views, weights = open_groups(tmp_path / "g")
+    dataset = MixtureDataset(views, weights, num_samples=50, sequence_length=4, boundaries="position_ids")
+    for item in (dataset[g] for g in range(50)):
+        of = item["input_ids"] // 10  # the document that a token is of
+        assert item["position_ids"][1:].eq(0).tolist() == (of.diff() != 0).tolist()
+
+
 def test_stores_that_moved_or_changed(corpus, tmp_path):
     scores = scored(np.zeros(20, int), np.arange(20), np.full(20, 3))
     groups = regroup(scores)
