@@ -23,6 +23,7 @@ from dynmix.laws.experts import Experts
 from dynmix.laws.mde import WITH_EXPERTS
 from dynmix.laws.runs import read_runs
 from dynmix.mixers.regroup import Blend, group_weights, regroup
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.store import TokenStore
 from dynmix.peaks import PeakSnapshots
 from dynmix.proxies.plan import Training
@@ -96,6 +97,10 @@ def _check(
         except ValueError as problem:
             raise RecipeError(f"proxy.max_epochs={proxy.max_epochs}: {problem}") from None
         return
+    if recipe.data.packing != "concat":
+        raise RecipeError(f"data.packing={recipe.data.packing!r}: the sequences that are regrouped are cut end to end")
+    if isinstance(recipe.data.max_epochs, Mapping):
+        raise RecipeError("data.max_epochs: give one number, or proxy.max_epochs; groups take the named domains' place")
     curvature(proxy.curvature, {}, None, "proxy.curvature")
     if proxy.blend not in get_args(Blend):
         raise RecipeError(f"proxy.blend={proxy.blend!r}: one of {', '.join(get_args(Blend))}")
@@ -167,7 +172,10 @@ def _regroup(
     sources = peak_sources(found)
     scores = folder / "scores"
     made = curvature(proxy.curvature, {}, None, "proxy.curvature")
-    score_corpus(stores, files, sources, scores, sequence_length=length, layers=proxy.layers, curvature=made)
+    corpus: Any = stores
+    if recipe.data.boundaries is not None:  # as the run will read them
+        corpus = MixtureDataset(stores, num_samples=1, sequence_length=length, boundaries=recipe.data.boundaries)  # type: ignore[arg-type]
+    score_corpus(corpus, files, sources, scores, sequence_length=length, layers=proxy.layers, curvature=made)
     table = read_scores(scores)
     groups = regroup(table, keep=proxy.keep, blend=proxy.blend)  # type: ignore[arg-type]
     weights = group_weights(groups, max_epochs=proxy.max_epochs, tokens=_total(recipe))

@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from dynmix.journal import Journal
 from dynmix.proxies.run import Proxies
 from dynmix.recipe.names import RecipeError
 from dynmix.recipe.read import example, read_recipe, to_plain, to_yaml
+from dynmix.scoring import Corpus
 
 SIZE = ("hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2")
 TINY = [f"model.config.{each}" for each in SIZE]
@@ -181,12 +183,26 @@ def test_every_other_recipe_of_the_package_trains_a_model(world, monkeypatch, na
         ("automixer", "proxy.curvature=datainff", "did you mean 'datainf'?"),
         ("automixer", "proxy.blend=late", "proxy.blend='late': one of step, early, equal"),
         ("automixer", "proxy.keep=2", "proxy.keep=2.0: a share"),
+        ("automixer", "data.packing=best_fit", "data.packing='best_fit': the sequences that are regrouped are cut"),
+        ("automixer", "data.max_epochs={web: 2}", "data.max_epochs: give one number, or proxy.max_epochs"),
     ],
 )
 def test_what_a_proxy_takes_at_its_end_is_checked_before_its_small_runs(world, name, word, message):
     planned = train(name, *(HELD_OUT if name == "mde" else []), *TINY, *SMALL, word, "output=run", "--dry-run")
     assert planned.exit_code
     assert message in " ".join(planned.output.split())
+
+
+def test_a_proxy_scores_sequences_as_the_run_will_read_them(world, monkeypatch):
+    def score(corpus, tasks, sources, out, **options):
+        items.extend(Corpus(corpus, sequence_length=32).items(np.arange(1), np.zeros(1, int)))
+        raise ValueError("this is enough")
+
+    items: list = []
+    monkeypatch.setattr(proxy, "score_corpus", score)
+    more = ["proxy.training={max_steps: 1, learning_rate: 1e-3}", "proxy.batch_size=4", "proxy.every=2", *TINY, *SMALL]
+    assert "this is enough" in train("automixer", *more, "data.boundaries=position_ids", "output=run").output
+    assert "position_ids" in items[0]
 
 
 def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer(world):
