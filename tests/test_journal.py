@@ -10,43 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmix.journal import Journal, Row
-
-
-def row(stage: int = 0, **changes: Any) -> Row:
-    blank: Row = {
-        "kind": "stage",
-        "stage": stage,
-        "step": 10 * stage,
-        "start": 100 * stage,
-        "end": 100 * stage + 100,
-        "weights_before": None,
-        "weights": {"web": 0.75, "code": 0.25},
-        "tasks": ["qa"],
-        "guards": [],
-        "domains": ["web", "code"],
-        "influence": None,
-        "standard_error": None,
-        "task_loss": {"qa": 3.5},
-        "task_loss_standard_error": None,
-        "tokens": {"web": 75, "code": 25},
-        "epochs": {"web": 0.5, "code": 0.1},
-        "predicted_gain": None,
-        "predicted_gain_standard_error": None,
-        "multipliers": None,
-        "mixer": "static",
-        "solver": None,
-        "message": "",
-        "error": None,
-        "seconds": {"measure": 1.0, "propose": 0.0, "snapshot": 0.1},
-        "new_epochs": {},
-        "scored_tokens": None,
-        "decided_influence": None,
-        "decided_standard_error": None,
-        "left_out": None,
-        "left_out_bound": None,
-        "warnings": [],
-    }
-    return blank | changes  # type: ignore[return-value]
+from tests.journal_rows import journal_row as row
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dynmix.journal import Journal
 from dynmix.report import _scaled, write_report
 from dynmix.report_figures import _apart, power_of_1000
 from dynmix.report_rows import Run
+from tests.journal_rows import journal_row
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -84,40 +85,27 @@ def write_journal(
         weights = dict(zip(domains, rng.dirichlet(np.ones(len(domains))), strict=True))
         numbers = [dict(zip(tasks, rng.uniform(0.01, 4, len(tasks)), strict=True)) for _ in range(4)]
         measured = stage > 0 and not last
-        row: Any = {
-            "kind": "final" if last else "stage",
-            "stage": stage,
-            "step": 100 * stage,
-            "start": 1024 * stage,
-            "end": None if last else 1024 * stage + 1024,
-            "weights_before": weights if measured else None,
-            "weights": None if last else weights,
-            "tasks": tasks,
-            "guards": [],
-            "domains": domains,
-            "influence": scale * rng.normal(size=shape) if measured else None,
-            "standard_error": scale * rng.uniform(0.1, 1, size=shape) if measured else None,
-            "task_loss": numbers[0],
-            "task_loss_standard_error": numbers[1],
-            "tokens": dict.fromkeys(domains, 1000 * stage),
-            "epochs": dict.fromkeys(domains, stage / 8),
-            "predicted_gain": numbers[2] if measured else None,
-            "predicted_gain_standard_error": numbers[3] if measured else None,
-            "multipliers": None,
-            "mixer": "TiKMiXD()",
-            "solver": "dual" if measured else None,
-            "message": f"the words of stage {stage}",
-            "error": None,
-            "seconds": {"measure": 1.5, "propose": 0.25, "snapshot": 0.125},
-            "new_epochs": {},
-            "scored_tokens": None,
-            "decided_influence": None,
-            "decided_standard_error": None,
-            "left_out": None,
-            "left_out_bound": None,
-            "warnings": [],
-        }
-        Journal(path).append(row | changes)
+        row = journal_row(
+            stage,
+            domains=domains,
+            tasks=tasks,
+            kind="final" if last else "stage",
+            step=100 * stage,
+            start=1024 * stage,
+            end=None if last else 1024 * stage + 1024,
+            weights_before=weights if measured else None,
+            weights=None if last else weights,
+            influence=scale * rng.normal(size=shape) if measured else None,
+            standard_error=scale * rng.uniform(0.1, 1, size=shape) if measured else None,
+            task_loss=numbers[0],
+            task_loss_standard_error=numbers[1],
+            predicted_gain=numbers[2] if measured else None,
+            predicted_gain_standard_error=numbers[3] if measured else None,
+            solver="dual" if measured else None,
+            message=f"the words of stage {stage}",
+            seconds={"measure": 1.5, "propose": 0.25, "snapshot": 0.125},
+        )
+        Journal(path).append(row | changes)  # type: ignore[operator]
     return path
 
 

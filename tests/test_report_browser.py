@@ -11,6 +11,7 @@ import pytest
 
 from dynmix.journal import Journal
 from dynmix.report import watch_report, write_report
+from tests.journal_rows import journal_row
 
 DOMAINS = ["web", "code", "books-and-papers", "a_domain/with_a_long/name_of_its_own", *(f"d{i}" for i in range(8))]
 TASKS = ["reasoning", "code_completion_in_many_languages", "reading"]
@@ -51,27 +52,23 @@ def write_journal(path: Path, *, stages: int = 4, final: bool = True, seed: int 
     for stage in range(stages + final):
         last = stage == stages
         measured = stage > 0 and not last
-        row: Any = {
-            "kind": "final" if last else "stage", "stage": min(stage, stages - 1), "step": 500 * stage,
-            "start": 128_000 * stage, "end": None if last else 128_000 * (stage + 1),
-            "weights_before": None,
-            "weights": None if last else dict(zip(DOMAINS, rng.dirichlet(np.ones(12)), strict=True)),
-            "tasks": TASKS, "guards": TASKS[2:], "domains": DOMAINS,
-            "influence": 1e-4 * rng.normal(size=shape) if measured else None,
-            "standard_error": 1e-4 * rng.uniform(0.1, 1, shape) if measured else None,
-            "task_loss": {task: 3.0 - 0.3 * stage + 0.1 * i for i, task in enumerate(TASKS)},
-            "task_loss_standard_error": dict.fromkeys(TASKS, 0.05),
-            "tokens": {name: 10_000_000 * stage * (i + 1) for i, name in enumerate(DOMAINS)},
-            "new_epochs": {"code": [(2, 130_000)]} if stage == 1 else {},
-            "epochs": dict.fromkeys(DOMAINS, stage / 2),
-            "predicted_gain": dict.fromkeys(TASKS, 1e-5 * stage) if measured else None,
-            "predicted_gain_standard_error": dict.fromkeys(TASKS, 4e-6) if measured else None,
-            "multipliers": {"reading": 0.25} if measured else None, "mixer": "TiKMiXD", "solver": "dual",
-            "message": "reading is held to no worse than before", "error": "out of memory" if stage == 2 else None,
-            "seconds": {"measure": 12.5, "propose": 0.01, "snapshot": 1.5} | ({"training": 300.0} if stage else {}),
-            "left_out": dict.fromkeys(TASKS, 0.02) if measured else None, "warnings": ["a word of warning"],
-            "scored_tokens": None, "decided_influence": None, "decided_standard_error": None, "left_out_bound": None,
-        }  # fmt: skip
+        row = journal_row(
+            min(stage, stages - 1), domains=DOMAINS, tasks=TASKS, kind="final" if last else "stage", step=500 * stage,
+            start=128_000 * stage, end=None if last else 128_000 * (stage + 1), guards=TASKS[2:],
+            weights=None if last else dict(zip(DOMAINS, rng.dirichlet(np.ones(12)), strict=True)),
+            influence=1e-4 * rng.normal(size=shape) if measured else None,
+            standard_error=1e-4 * rng.uniform(0.1, 1, shape) if measured else None,
+            task_loss={task: 3.0 - 0.3 * stage + 0.1 * i for i, task in enumerate(TASKS)},
+            task_loss_standard_error=dict.fromkeys(TASKS, 0.05),
+            tokens={name: 10_000_000 * stage * (i + 1) for i, name in enumerate(DOMAINS)},
+            epochs=dict.fromkeys(DOMAINS, stage / 2), new_epochs={"code": [(2, 130_000)]} if stage == 1 else {},
+            predicted_gain=dict.fromkeys(TASKS, 1e-5 * stage) if measured else None,
+            predicted_gain_standard_error=dict.fromkeys(TASKS, 4e-6) if measured else None,
+            multipliers={"reading": 0.25} if measured else None, solver="dual",
+            message="reading is held to no worse than before", error="out of memory" if stage == 2 else None,
+            seconds={"measure": 12.5, "propose": 0.01, "snapshot": 1.5} | ({"training": 300.0} if stage else {}),
+            left_out=dict.fromkeys(TASKS, 0.02) if measured else None, warnings=["a word of warning"],
+        )  # fmt: skip
         Journal(path).append(row)
     return path
 

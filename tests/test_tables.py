@@ -3,42 +3,21 @@ import io
 from rich.console import Console
 
 from dynmix.tables import comparison_table, stage_table
+from tests.journal_rows import journal_row
 
 
 def row(**changes):
-    return {
-        "kind": "stage",
-        "stage": 1,
-        "step": 4,
+    measured = {
         "start": 40,
-        "end": 80,
         "weights_before": {"web": 0.5, "noise": 0.5},
         "weights": {"web": 0.75, "noise": 0.25},
-        "tasks": ["t"],
-        "guards": [],
-        "domains": ["web", "noise"],
         "influence": [[1.234, None]],
         "standard_error": [[0.1, None]],
         "task_loss": {"t": 2.5},
         "task_loss_standard_error": {"t": 0.1},
-        "tokens": {"web": 1000, "noise": 1000},
-        "epochs": {"web": 0.5, "noise": 1.5},
-        "predicted_gain": None,
-        "predicted_gain_standard_error": None,
-        "multipliers": None,
-        "mixer": "TiKMiXD",
-        "solver": "dual",
         "message": "objective 1 -> 0",
-        "error": None,
-        "seconds": {"measure": 0.0, "propose": 0.0, "snapshot": 0.0},
-        "new_epochs": {},
-        "scored_tokens": None,
-        "decided_influence": None,
-        "decided_standard_error": None,
-        "left_out": None,
-        "left_out_bound": None,
-        "warnings": [],
-    } | changes
+    }
+    return journal_row(1, **({"domains": ["web", "noise"], "tasks": ["t"]} | measured | changes))
 
 
 def text(table) -> str:

@@ -10,6 +10,7 @@ from dynmix import Influence, TiKMiXD, TokenStore, group_influence
 from dynmix.batches import as_batches
 from dynmix.cli import app
 from dynmix.journal import Journal
+from tests.journal_rows import journal_row
 
 
 def call(*words):
@@ -137,16 +138,10 @@ def test_what_cannot_be_measured_is_one_sentence(measured, tmp_path, change, mes
 
 
 def test_weights_from_a_journal_begin_at_those_it_was_measured_under(measured, tmp_path):
-    row = {
-        "kind": "stage", "stage": 1, "step": 3, "start": 16, "end": None, "weights_before": {"a": 0.7, "b": 0.3},
-        "weights": {"a": 0.5, "b": 0.5}, "tasks": ["t"], "guards": [], "domains": ["a", "b"], "influence": [[1.0, 2.0]],
-        "standard_error": [[0.1, None]], "task_loss": {"t": 1.0}, "task_loss_standard_error": {"t": 0.1},
-        "tokens": {"a": 8, "b": 8}, "epochs": {"a": 0.1, "b": 0.1}, "predicted_gain": None,
-        "predicted_gain_standard_error": None, "multipliers": None, "mixer": "TiKMiXD", "solver": None, "message": "m",
-        "error": None, "seconds": {"measure": 0.0, "propose": 0.0, "snapshot": 0.0},
-        "new_epochs": {}, "scored_tokens": None, "decided_influence": None,
-        "decided_standard_error": None, "left_out": None, "left_out_bound": None, "warnings": [],
-    }  # fmt: skip
+    row = journal_row(
+        1, start=16, domains=["a", "b"], weights_before={"a": 0.7, "b": 0.3}, weights={"a": 0.5, "b": 0.5},
+        influence=[[1.0, 2.0]], standard_error=[[0.1, None]],
+    )  # fmt: skip
     Journal(tmp_path / "dynmix/journal.jsonl").append(row)
     found = json.loads(call("propose", tmp_path, "--json").stdout)
     assert found["prior"] == {"a": 0.7, "b": 0.3}

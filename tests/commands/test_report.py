@@ -9,24 +9,19 @@ from typer.testing import CliRunner
 
 from dynmix.cli import app
 from dynmix.journal import Journal
+from tests.journal_rows import journal_row
 
 
 def row(stage: int, kind: str = "stage"):
     measured, last = stage > 0 and kind == "stage", kind == "final"
-    return {
-        "kind": kind, "stage": stage, "step": 5 * stage, "start": 40 * stage, "end": None if last else 40 * stage + 40,
-        "weights_before": None, "weights": None if last else {"web": 0.5 + 0.1 * stage, "code": 0.5 - 0.1 * stage},
-        "tasks": ["q/a", "Q?A"], "guards": [], "domains": ["web", "code"],
-        "influence": [[0.5, -0.25], [None, 1.0]] if measured else None,
-        "standard_error": [[0.1, 0.5], [None, 0.5]] if measured else None,
-        "task_loss": {"q/a": 3.0 - stage, "Q?A": 2.0}, "task_loss_standard_error": {"q/a": 0.1, "Q?A": 0.1},
-        "tokens": {"web": 1000 * stage, "code": 900 * stage}, "epochs": {"web": 0.1, "code": 0.2},
-        "predicted_gain": {"q/a": 0.1} if measured else None, "predicted_gain_standard_error": None,
-        "multipliers": None, "mixer": "TiKMiXD", "solver": None, "message": f"words of {stage}", "error": None,
-        "seconds": {"measure": 1.0, "propose": 0.0, "snapshot": 0.5},
-        "new_epochs": {}, "scored_tokens": None, "decided_influence": None,
-        "decided_standard_error": None, "left_out": None, "left_out_bound": None, "warnings": [],
-    }  # fmt: skip
+    return journal_row(
+        stage, tasks=["q/a", "Q?A"], kind=kind, end=None if last else 100 * stage + 100,
+        weights=None if last else {"web": 0.5 + 0.1 * stage, "code": 0.5 - 0.1 * stage},
+        influence=[[0.5, -0.25], [None, 1.0]] if measured else None,
+        standard_error=[[0.1, 0.5], [None, 0.5]] if measured else None,
+        task_loss={"q/a": 3.0 - stage, "Q?A": 2.0}, task_loss_standard_error={"q/a": 0.1, "Q?A": 0.1},
+        predicted_gain={"q/a": 0.1} if measured else None, message=f"words of {stage}",
+    )  # fmt: skip
 
 
 @pytest.fixture
