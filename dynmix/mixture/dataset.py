@@ -470,6 +470,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         else:
             schedule.load_state_dict(saved, self._listed)
             self.schedule, self._first, self._tables = schedule, first, None
+            self._ahead = self._ahead._replace(generation=-1)  # of the schedule before, which counts on its own
         self._late = opened
         self._progress.forget()
         if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:

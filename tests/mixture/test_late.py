@@ -480,6 +480,7 @@ def test_data_may_go_once_nothing_is_drawn_of_it(folder: Path) -> None:
     dataset.publish({"a": 0.5, "new": 0.0, "b": 0.5}, start=96)
     state, expected = json.loads(json.dumps(dataset.state_dict())), read(dataset)
     twin = make(folder)
+    twin[96]  # whose domains have other numbers than the state's
     twin.load_state_dict(state)
     assert twin.gone == ("new",)
     assert twin.domains == dataset.domains
