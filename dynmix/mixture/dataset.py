@@ -9,11 +9,10 @@ import logging
 import operator
 import os
 import sys
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dynmix.mixture import accounting, late
-from dynmix.mixture.accounting import NewEpoch, Remaining, UsedUp, new_epochs, used_up
+from dynmix.mixture.accounting import Remaining, new_epochs
 from dynmix.mixture.boundaries import IGNORED, Boundaries, check_collate
 from dynmix.mixture.index import Numbers
 from dynmix.mixture.limits import Exhausted, MaxEpochs, Policy
@@ -29,6 +28,7 @@ from dynmix.mixture.options import BosTokenId, SequenceOptions, whole
 from dynmix.mixture.packed import last_shares
 from dynmix.mixture.packing import PackedSequences, Packing
 from dynmix.mixture.progress import Progress
+from dynmix.mixture.read_ahead import ReadAhead
 from dynmix.mixture.reading import InOrder
 from dynmix.mixture.roster import Domain
 from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
@@ -49,8 +49,6 @@ from dynmix.mixture.weights import Weights, matched
 
 logger = logging.getLogger("dynmix.mixture")
 
-_READ_AHEAD = 4096  # positions assigned at once; a call has a fixed cost, and the next request wants the next ones
-_FURTHEST = 65_536  # where requests go on and on
 _TOO_FAR = (
     "the loader has read further than the optimizer steps say: do not shuffle, with gradient accumulation pass"
     " batch_size to MixtureHook, and call its step() once an optimizer step"
@@ -193,7 +191,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self.controlled = False
         self._collated: Any = None  # by what function, as was checked last
         self._progress, self._reading = Progress(), InOrder(self.num_samples)
-        self._ahead = _Ahead(-1, 0, 0, *self.schedule.assign(0, 0)[:2], [])
+        self._ahead = ReadAhead(self.schedule)
         if max_epochs == 0 or (max_epochs is not None and not self.ends_at):
             raise ValueError(f"max_epochs={max_epochs!r}: no sequence may be read at all; 1 is once, None no limit")
 
@@ -245,24 +243,15 @@ class MixtureDataset(Steered, Dataset[Item]):
         runs = self._reading.runs(positions, self.__len__)
         (start, stop), end = _bounds(runs), self.schedule.end
         # What was assigned ahead was decided then; an end may have been declared since.
-        if (end is not None and end < stop) or not self._ahead.holds(start, stop, self.schedule):
-            self._progress.wait(self.schedule, max(run.stop for run in runs), _WAITING)
-            runs = self._within(runs)
+        if (end is not None and end < stop) or not self._ahead.holds(start, stop):
+            runs = self._decided(runs)
             start, stop = _bounds(runs)
-            try:
-                self.schedule.check_decided(start, stop)
-            except Undecided:
-                if not self.controlled:
-                    raise
-                # Whoever reads does not publish here.
-                waits = f"the stage of position {self.schedule.end} is not decided yet"
-                raise Undecided(f"{waits}: {_TOO_FAR}") from None
         # Noted before the stages are looked at: who publishes sees either the note, or is seen.
         self._progress.note(len(positions), stop, runs[0].step)
         items = self._items(runs)
-        for each in self._ahead.told_of(start, stop):
-            if any(each.position in run for run in runs):
-                logger.warning("%s", each)
+        for event in self._ahead.events(start, stop):
+            if any(event.position in run for run in runs):
+                logger.warning("%s", event)
         if self._masked:
             collate = _collate_of_loader(sys._getframe(1))
             if collate is not None and collate is not self._collated and items.any_label(IGNORED):
@@ -470,12 +459,26 @@ class MixtureDataset(Steered, Dataset[Item]):
         else:
             schedule.load_state_dict(saved, self._listed)
             self.schedule, self._first, self._tables = schedule, first, None
-            self._ahead = self._ahead._replace(generation=-1)  # of the schedule before, which counts on its own
+            self._ahead = ReadAhead(schedule)
         self._late = opened
         self._progress.forget()
         if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:
             self._join({name: self._given[name] for name in new}, tuple(new.values()))
             logger.warning("%s joined: nothing is drawn of it until a stage is published that gives it some", list(new))
+
+    def _decided(self, runs: Sequence[range]) -> list[range]:
+        """What of a request is in the stream, once its stages are decided; raises as `__getitems__` does."""
+        self._progress.wait(self.schedule, max(run.stop for run in runs), _WAITING)
+        runs = self._within(runs)
+        try:
+            self.schedule.check_decided(*_bounds(runs))
+        except Undecided:
+            if not self.controlled:
+                raise
+            # Whoever reads does not publish here.
+            waits = f"the stage of position {self.schedule.end} is not decided yet"
+            raise Undecided(f"{waits}: {_TOO_FAR}") from None
+        return runs
 
     def _within(self, runs: Sequence[range]) -> list[range]:
         """What of a request lies before the position at which the stream is exhausted."""
@@ -489,26 +492,9 @@ class MixtureDataset(Steered, Dataset[Item]):
         return kept
 
     def _items(self, runs: Sequence[range]) -> Samples:
-        found = [self._assigned(run) for run in runs]
+        found = [self._ahead.assigned(run, lambda: self.ends_at, events=not self.controlled) for run in runs]
         domain, row = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
         return self._rows(domain, row)
-
-    def _assigned(self, run: range) -> tuple[Ints, Ints]:
-        start, stop = run[0], run[-1] + 1
-        ahead = self._ahead
-        if not ahead.holds(start, stop, self.schedule):
-            generation, end = self.schedule.generation, self.schedule.end
-            # Twice as far each time, because a request here or there is for looking and one behind the other is a run.
-            far = min(2 * len(ahead.domain), _FURTHEST) if start == ahead.stop else 0
-            last = min(start + max(far, _READ_AHEAD), self.ends_at, self.num_samples if end is None else end)
-            domain, row, epoch = self.schedule.assign(start, max(stop, last))
-            told: list[NewEpoch | UsedUp] = []
-            if not self.controlled:
-                told += new_epochs(self.schedule, start, start + len(domain), (domain, epoch)) if epoch.any() else []
-                told += used_up(self.schedule, start, max(stop, last))
-            self._ahead = ahead = _Ahead(generation, start, start + len(domain), domain, row, sorted(told))
-        part = slice(start - ahead.start, stop - ahead.start, run.step)
-        return ahead.domain[part], ahead.row[part]
 
     def _rows(self, domain: Ints, row: Ints) -> Samples:
         if self._tables is None:
@@ -548,22 +534,3 @@ def _collate_of_loader(frame: FrameType | None) -> Callable[[Any], Any] | None:
             return found
         frame = frame.f_back
     return None
-
-
-class _Ahead(NamedTuple):
-    """Assignments of the positions from `start` on, before `stop`, computed under one generation of the schedule."""
-
-    generation: int
-    start: int
-    stop: int
-    domain: Ints
-    row: Ints
-    told: Sequence[NewEpoch | UsedUp]  # where domains begin to be read again, or are used up, in order
-
-    def holds(self, start: int, stop: int, schedule: MixtureSchedule) -> bool:
-        """Whether the schedule still assigns [start, stop) as is said here."""
-        return self.start <= start <= stop <= self.stop and self.generation == schedule.generation
-
-    def told_of(self, start: int, stop: int) -> Sequence[NewEpoch | UsedUp]:
-        """What is told of the positions [start, stop)."""
-        return self.told[bisect_left(self.told, (start,)) : bisect_left(self.told, (stop,))]

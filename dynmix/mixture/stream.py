@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
@@ -20,12 +19,12 @@ from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, Tokenize
 from dynmix.mixture.items import Items, ItemSource, PassEnded, check_shared, check_source
 from dynmix.mixture.options import whole
 from dynmix.mixture.progress import Progress
+from dynmix.mixture.read_ahead import ReadAhead
 from dynmix.mixture.schedule import Ints, MixtureSchedule, schedule_of
 from dynmix.mixture.sequences import Item
 from dynmix.mixture.steered import Steered
 from dynmix.mixture.weights import matched
 
-_AHEAD = 4096  # positions assigned at once
 UNKNOWN = 1 << 40  # rows of a domain that nobody has counted: domains and counts of positions do not depend on it
 _WAITING = (
     " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
@@ -310,7 +309,8 @@ class _Reading(Iterator[Item]):
         self._taken: int = 0 if state is None else state["taken"]
         self._left: dict[str, Any] = {} if state is None else dict(state["domains"])  # and not opened yet
         self._opened: dict[int, DomainReader] = {}
-        self._generation, self._first, self._assigned = -1, 0, np.zeros(0, np.int64)
+        self._ahead = ReadAhead(stream.schedule)
+        self._begun = False
 
     def __iter__(self) -> Self:
         return self
@@ -319,16 +319,17 @@ class _Reading(Iterator[Item]):
         stream, position = self._stream, self._place.position(self._taken)
         if position >= stream.num_samples:
             raise StopIteration
-        if self._generation < 0 and self._place.readers > 1:
+        if not self._begun and self._place.readers > 1:
             _check_batch(sys._getframe(1), self._place.batch_size)
-        if self._generation < 0 or self._taken % self._place.batch_size == 0:
+        if not self._begun or self._taken % self._place.batch_size == 0:
             # A batch at once: one that cannot be finished is not begun.
             stop = min(self._place.batch_end(self._taken), stream.num_samples)
             stream._progress.wait(stream.schedule, stop, _WAITING)
             stream.schedule.check_decided(0, stop)
             # Noted before the stages are looked at: who publishes sees either the note, or is seen.
             stream._progress.note(self._place.batch_size, stop)
-        number = self._domain(position)
+            self._begun = True
+        number = int(self._ahead.assigned(range(position, position + 1), stream.__len__)[0][0])
         try:
             sequence = self._reader(number).sequence()
         except PassEnded:
@@ -341,14 +342,6 @@ class _Reading(Iterator[Item]):
         names = self._stream.domains
         domains = {names[number]: reader.state_dict() for number, reader in self._opened.items()}
         return {"place": list(self._place), "taken": self._taken, "domains": self._left | domains}
-
-    def _domain(self, position: int) -> int:
-        schedule = self._stream.schedule
-        if self._generation != schedule.generation or not 0 <= position - self._first < len(self._assigned):
-            self._generation, end = schedule.generation, schedule.end
-            stop = min(position + _AHEAD, self._stream.num_samples, self._stream.num_samples if end is None else end)
-            self._first, self._assigned = position, schedule.assign(position, max(stop, position + 1))[0]
-        return int(self._assigned[position - self._first])
 
     def _reader(self, number: int) -> DomainReader:
         if number not in self._opened:
