@@ -47,6 +47,11 @@ class Ahead:
         self._untold += sorted([*again, *used_up(schedule, position, stop)])
         return again
 
+    def behind(self, position: int) -> list[NewEpoch]:
+        """What began to be read again in the last stage, before `position`."""
+        start = self.dataset.schedule.starts[-1]
+        return new_epochs(self.dataset.schedule, start, position) if start < position else []
+
     def tell(self, position: int, step: int) -> None:
         """Say what happened before `position`, which is the end of optimizer step `step`, and which stage begins."""
         while self._untold and self._untold[0].position < position:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from dynmix.ahead import Ahead
 from dynmix.budget import EpochBudget
 from dynmix.decider import Decider, Evidence
-from dynmix.heard import warnings_heard
 from dynmix.in_run import InRun, InRunInfluence
 from dynmix.influence.capture import LayerFilter, unwrap
 from dynmix.influence.curvature import EKFAC, Curvature
@@ -32,20 +31,17 @@ from dynmix.influence.memory import PeakMemory
 from dynmix.influence.storage import Offload
 from dynmix.measurement import Measurement, Probes
 from dynmix.mixers.base import Mixer, Proposal, within
-from dynmix.mixture.accounting import new_epochs
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.options import whole
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
-from dynmix.ranks import from_rank_0, gathered, is_rank_0, on_every_rank
-from dynmix.record import Losses, log_keys, losses_of, make_row
+from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
+from dynmix.record import Losses, Recorder, losses_of
 from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
 from dynmix.timetable import Timetable
 
 logger = logging.getLogger("dynmix")
-
-MEASURED = frozenset({"influence", "gradient", "measure"})  # what takes probes at a boundary
 
 
 @dataclass
@@ -186,8 +182,7 @@ class MixtureController:
         if output is not None:
             self.write_to(output)
         self.memory: PeakMemory | None = None  # what a measurement takes, known when the run begins
-        self._warnings: list[str] = []  # what was warned of since the journal's last row
-        self._clock: float | None = None  # when this process wrote its last row
+        self._recorder = Recorder(dataset, self.measurement, self.decider.name)
         self._ahead = Ahead(dataset)
         self.resumed = self._watched = False
         self._window: Mapping[str, Any] | None = None  # of an in-run influence, in the state that was loaded
@@ -237,17 +232,15 @@ class MixtureController:
         Raises:
             ValueError: a run that cannot be carried out as described, or that differs from the one being resumed.
         """
-        if self.sampler is not None and self.folder is None:
-            raise ValueError(
-                f"{self.decider.name} keeps checkpoints, scores and groups in files: pass output=, a folder"
-            )
-        if self.measurement.carried is not None and self.folder is None:
-            raise ValueError(
-                f"{self.measurement.curvature}: factors that are carried from stage to stage are kept in files: pass "
-                "output=, a folder"
-            )
-        if self.in_run is not None and self.folder is None:
-            raise ValueError("in_run= keeps the tasks' gradients in files: pass output=, a folder")
+        carried = self.measurement.carried
+        in_files = (
+            (self.sampler, f"{self.decider.name} keeps checkpoints, scores and groups in files"),
+            (carried, f"{self.measurement.curvature}: factors that are carried from stage to stage are kept in files"),
+            (self.in_run, "in_run= keeps the tasks' gradients in files"),
+        )
+        for user, kept in in_files:
+            if user is not None and self.folder is None:
+                raise ValueError(f"{kept}: pass output=, a folder")
         self.timetable.plan(batch_size, max_steps, resumed=self.resumed)
         if not self.resumed:
             self.budget.check(self.total, min(self.timetable.boundary, self.total))
@@ -265,14 +258,14 @@ class MixtureController:
             model: the model that trains, unwrapped or wrapped.
             step: optimizer steps already done.
         """
-        with warnings_heard(self._warnings):
+        with self._recorder.listening():
             return self._begin(model, step)
 
     def _begin(self, model: nn.Module, step: int) -> dict[str, float] | None:
         self.watch(model)
         self.measurement.check(model)
         found = Evidence()
-        if self.decider.needs & MEASURED:
+        if self.decider.measures:
             found.influence, found.drawn = self.measurement.rehearse(model)
         self._say_memory(model)
         schedule = self.dataset.schedule
@@ -307,12 +300,15 @@ class MixtureController:
         seconds: dict[str, float] = {}
         with _timed(seconds, "measure"):
             loss = self.measurement.losses(model)
-        logs = self._write_down("stage", step, 0, loss, seconds=seconds)
+        again = self._ahead.look(0, self.total)
+        logs = self._recorder.write(
+            self.folder, "stage", step=step, position=0, loss=loss, again=again, seconds=seconds
+        )
         self._ahead.warn()
         return logs
 
     def _say_memory(self, model: nn.Module) -> None:
-        if not self.decider.needs & MEASURED or self.in_run is not None:
+        if not self.decider.measures or self.in_run is not None:
             return
         try:
             self.memory = self.measurement.peak_memory(model)
@@ -333,7 +329,7 @@ class MixtureController:
         self._ahead.tell(step * self.batch_size, step)
         self.decider.observe(step, self.batch_size)
         logs: dict[str, float] = {}
-        with warnings_heard(self._warnings):
+        with self._recorder.listening():
             if self.sampler is not None and step % self.sampler.every == 0:
                 logs |= self.sampler.evaluate(model, step, self._samples_wanted())
             if self.in_run is not None:
@@ -382,7 +378,7 @@ class MixtureController:
         loss, error = None, None
         seconds: dict[str, float] = {}
         try:
-            with _timed(seconds, "measure"), warnings_heard(self._warnings):
+            with _timed(seconds, "measure"), self._recorder.listening():
                 loss = self.measurement.losses(model)
         except Exception as failure:  # the trained model is about to be saved: nothing here is worth losing it
             error = _words(failure)
@@ -392,7 +388,17 @@ class MixtureController:
         message = self.why_over(step)
         if message:
             logger.warning("the run ends after step %d: %s", step, message)
-        return self._write_down("final", step, end, loss, error=error, message=message, seconds=seconds)
+        return self._recorder.write(
+            self.folder,
+            "final",
+            step=step,
+            position=end,
+            loss=loss,
+            again=self._ahead.behind(end),
+            error=error,
+            message=message,
+            seconds=seconds,
+        )
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -487,11 +493,13 @@ class MixtureController:
             facts = {"stage": stage, "step": step, "samples": step * self.batch_size}
             with _timed(seconds, "snapshot"):
                 self.folder.save_snapshot(model, stage, facts, self.keep)
-        return self._write_down(
+        return self._recorder.write(
+            self.folder,
             "stage",
-            step,
-            start,
-            found.loss,
+            step=step,
+            position=start,
+            loss=found.loss,
+            again=self._ahead.look(start, self.total),
             influence=found.influence,
             proposal=proposal,
             prior=prior,
@@ -509,7 +517,7 @@ class MixtureController:
         in_run = None if self.in_run is None else self.in_run.influence(model)
         if in_run is not None:
             found.influence, found.before = in_run
-        elif needs & MEASURED:
+        elif self.decider.measures:
             found.probes = self.measurement.probes(stage.start, len(stage), prior)
             if needs & {"influence", "measure"}:
                 found.influence, found.drawn = self.measurement.influence(model, found.probes, prior)
@@ -539,8 +547,6 @@ class MixtureController:
             raise ValueError("domains that enter a run are rows of others, and a MixtureStream has no rows")
         self.dataset.extend(proposal.groups, self.folder.groups)
 
-    # -- writing down -------------------------------------------------------------------------------------------
-
     def _describe(self, model: nn.Module) -> dict[str, Any]:
         return {
             "mixer": self.mixer.describe(),
@@ -555,30 +561,6 @@ class MixtureController:
             "model": type(model).__name__,
             "dataset": _stages_of(self.dataset),
         }
-
-    def _write_down(
-        self, kind: Literal["stage", "final"], step: int, position: int, loss: Losses | None, **found: Any
-    ) -> dict[str, float]:
-        mixer, measured = self.decider.name, found.get("influence")
-        rows = list(self.measurement.sets) if measured is None else list(measured.tasks)
-        guards = [name for name in rows if name in self.measurement.guards]
-        if kind == "stage":
-            again = self._ahead.look(position, self.total)
-        else:
-            start = self.dataset.schedule.starts[-1]
-            again = new_epochs(self.dataset.schedule, start, position) if start < position else []
-        found["again"] = again
-        heard = dict.fromkeys(words for own in gathered(self._warnings) for words in own)
-        self._warnings.clear()
-        error = found.get("error")
-        found["warnings"] = [words for words in heard if not (error and words.endswith(error))]  # told once in a row
-        row = make_row(kind, self.dataset, rows, guards, mixer, step=step, position=position, loss=loss, **found)
-        if self._clock is not None:
-            row["seconds"]["training"] = time.perf_counter() - self._clock - sum(found["seconds"].values())
-        if self.folder is not None:
-            self.folder.append(row)
-        self._clock = None if kind == "final" else time.perf_counter()
-        return log_keys(row)
 
 
 def _stages_of(dataset: Mixture) -> dict[str, Any]:

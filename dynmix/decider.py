@@ -94,6 +94,11 @@ class Decider:
         first = schedule.weights_at(schedule.starts[0])
         return self.mixer.start(Run(tokens, len(dataset) * length, first, dataset.gone))
 
+    @property
+    def measures(self) -> bool:
+        """Whether the mixer needs what probes are taken for at a boundary."""
+        return bool(self.needs & {"influence", "gradient", "measure"})
+
     def random_access(self, dataset: Mixture) -> MixtureDataset:
         """Return the dataset, if rows of it can be looked up. Raises ValueError."""
         if isinstance(dataset, MixtureStream):
@@ -109,7 +114,7 @@ class Decider:
                 "this MixtureStream does not know how long its domains are: pass sizes=, the sequences of one pass "
                 "over each (an estimate will do), which epochs and upper bounds go by"
             )
-        if self.needs & {"influence", "gradient", "measure"} and not all(map(stream.probes, stream.domains)):
+        if self.measures and not all(map(stream.probes, stream.domains)):
             raise ValueError(
                 f"{self.name} measures the domains, and this MixtureStream has kept no sequences aside for that: pass "
                 "probe_sequences=, twice those of the controller"

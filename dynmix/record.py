@@ -3,17 +3,70 @@
 Knows the shape of what was measured and decided; nothing of how.
 """
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
+from dynmix.heard import warnings_heard
 from dynmix.journal import Row
+from dynmix.measurement import Measurement
 from dynmix.mixers.base import Proposal
 from dynmix.mixture.accounting import NewEpoch, as_rows
 from dynmix.mixture.stream import Mixture
 from dynmix.observation import Influence
+from dynmix.ranks import gathered
+from dynmix.run_folder import RunFolder
 
 Losses = tuple[dict[str, float], dict[str, float]]
 """Task -> loss in nats per token, and task -> its standard error."""
+
+
+class Recorder:
+    """Writes the rows of one run, with what was warned of since the row before and what the training took.
+
+    Args:
+        dataset: the mixture that is trained on.
+        measurement: whose tasks and guards the rows are of.
+        mixer: its name.
+    """
+
+    def __init__(self, dataset: Mixture, measurement: Measurement, mixer: str):
+        self.dataset, self.measurement, self.mixer = dataset, measurement, mixer
+        self._warnings: list[str] = []
+        self._clock: float | None = None  # when this process wrote the row before
+
+    def listening(self) -> AbstractContextManager[None]:
+        """While this is entered, what dynmix warns of is kept for the next row."""
+        return warnings_heard(self._warnings)
+
+    def write(
+        self,
+        folder: RunFolder | None,
+        kind: Literal["stage", "final"],
+        *,
+        influence: Influence | None = None,
+        error: str | None = None,
+        seconds: Mapping[str, float],
+        **found: Any,
+    ) -> dict[str, float]:
+        """Write a row into the folder, if there is one; return what a tracker should log. Every rank calls it.
+
+        Args as in `make_row`.
+        """
+        rows = list(self.measurement.sets if influence is None else influence.tasks)
+        guards = [name for name in rows if name in self.measurement.guards]
+        heard = dict.fromkeys(words for own in gathered(self._warnings) for words in own)
+        self._warnings.clear()
+        found["warnings"] = [words for words in heard if not (error and words.endswith(error))]  # told once in a row
+        found |= {"influence": influence, "error": error, "seconds": seconds}
+        row = make_row(kind, self.dataset, rows, guards, self.mixer, **found)
+        if self._clock is not None:
+            row["seconds"]["training"] = time.perf_counter() - self._clock - sum(seconds.values())
+        if folder is not None:
+            folder.append(row)
+        self._clock = None if kind == "final" else time.perf_counter()
+        return log_keys(row)
 
 
 def losses_of(influence: Influence) -> Losses | None:

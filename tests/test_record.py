@@ -1,10 +1,14 @@
+import logging
+from types import SimpleNamespace
+
 import numpy as np
 
 from dynmix.journal import Journal
 from dynmix.mixers import Proposal
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.observation import Influence
-from dynmix.record import log_keys, losses_of, make_row
+from dynmix.record import Recorder, log_keys, losses_of, make_row
+from dynmix.run_folder import RunFolder
 
 
 def dataset():
@@ -55,3 +59,21 @@ def test_a_row_is_what_the_journal_takes_and_log_keys_are_its_numbers(tmp_path):
 
 def test_an_influence_without_losses_has_none():
     assert losses_of(Influence([[1.0]], ["t"], ["a"])) is None
+
+
+def test_a_recorder_gives_each_row_what_was_warned_of_since_the_one_before(tmp_path):
+    sets = SimpleNamespace(sets={"t": [], "own": []}, guards=("own",))
+    recorder, folder = Recorder(dataset(), sets, "TiKMiXD"), RunFolder(tmp_path)
+    told = {"step": 9, "position": 100, "loss": None, "seconds": {"measure": 0.0}}
+    with recorder.listening():
+        for words in ("it is cold", "it is cold", "it failed: no memory"):
+            logging.getLogger("dynmix").warning(words)
+    logging.getLogger("dynmix").warning("nobody listens")
+    recorder.write(folder, "stage", error="no memory", **told)
+    assert "dynmix/stage" in recorder.write(folder, "final", **told)
+    first, last = Journal(tmp_path / "journal.jsonl").rows()
+    assert (first["tasks"], first["guards"]) == (["t", "own"], ["own"])
+    assert (first["warnings"], first["error"], last["warnings"]) == (["it is cold"], "no memory", [])
+    assert "training" not in first["seconds"]
+    assert last["seconds"]["training"] >= 0
+    assert recorder.write(None, "stage", **told)["dynmix/seconds/measure"] == 0.0
