@@ -68,7 +68,7 @@ class MixtureCallback(Callback):
             )
         self.dataset, self.model, self.output = dataset, model, output
         self.controller = MixtureController(dataset, tasks, mixer, stage_steps=stage_steps, output=output, **options)
-        self.sampler = InOrder(dataset)
+        self.sampler = InOrderSampler(dataset)
         self.steps = 0
         self._over = False
         self._saving: int | None = None  # step of a checkpoint that is on the disk by the next batch
@@ -192,7 +192,7 @@ class MixtureCallback(Callback):
         return batch_size, steps
 
 
-class InOrder(DistributedSampler[int]):
+class InOrderSampler(DistributedSampler[int]):
     """Positions of a dataset in order, from `position` on, every rank's own; Lightning leaves such a sampler alone."""
 
     def __init__(self, dataset: MixtureDataset):

@@ -22,7 +22,7 @@ CALLBACK = "dynmix"  # key of the mixture's state in the Trainer's
 
 
 @dataclass(frozen=True)
-class Found:
+class Inspected:
     """What was found: `kind` of thing, facts by name, and tables (title -> rows of equal keys)."""
 
     kind: str
@@ -31,9 +31,9 @@ class Found:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def inspect_path(path: Path) -> Found:
+def inspect_path(path: Path) -> Inspected:
     """Say what is at a path. Raises ValueError where there is nothing, or nothing of ours, or it is damaged."""
-    kinds: list[tuple[Callable[[Path], bool], Callable[[Path], Found]]] = [
+    kinds: list[tuple[Callable[[Path], bool], Callable[[Path], Inspected]]] = [
         (lambda p: p.suffix in (".yaml", ".yml"), _recipe),
         (lambda p: p.suffix == ".jsonl" or (p / "journal.jsonl").is_file(), _run),
         (lambda p: (p / "trainer_state.json").exists() or p.name.startswith("checkpoint-"), _checkpoint),
@@ -59,7 +59,7 @@ def _stem(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
 
 
-def _store(path: Path) -> Found:
+def _store(path: Path) -> Inspected:
     path = _stem(path)
     store = TokenStore.open(path)
     sizes = np.diff(store.starts(np.arange(len(store) + 1))) if len(store) else np.zeros(1, np.int64)
@@ -76,10 +76,10 @@ def _store(path: Path) -> Found:
         own = manifest["stores"][path.name]
         made = manifest["preparations"][own["preparation"]]
         facts |= {"tokenizer": made["tokenizer"]["name"], "bytes_of_text": own["bytes"], "options": made["options"]}
-    return Found("token store", str(path), facts)
+    return Inspected("token store", str(path), facts)
 
 
-def _stores(path: Path) -> Found:
+def _stores(path: Path) -> Inspected:
     rows: list[dict[str, Any]] = []
     for file in sorted(path.glob("*.idx")):
         store = TokenStore.open(file.with_suffix(""))
@@ -91,10 +91,10 @@ def _stores(path: Path) -> Found:
     total["unfinished"] = (path / ".prepare").exists()  # also of a first preparation, which has no manifest yet
     if manifest is not None:
         total["tokenizers"] = sorted({each["tokenizer"]["name"] for each in manifest["preparations"]})
-    return Found("folder of token stores", str(path), total, {"stores": rows})
+    return Inspected("folder of token stores", str(path), total, {"stores": rows})
 
 
-def _run(path: Path) -> Found:
+def _run(path: Path) -> Inspected:
     inside = [path / "journal.jsonl", path / "dynmix" / "journal.jsonl"]
     rows = Journal(next((file for file in inside if file.is_file()), path if path.is_file() else inside[1])).rows()
     facts: dict[str, Any] = {"stages": sum(row["kind"] == "stage" for row in rows)}
@@ -126,10 +126,10 @@ def _run(path: Path) -> Found:
         {"domain": name, "tokens": rows[-1]["tokens"][name], "epochs": rows[-1]["epochs"][name]}
         for name in rows[-1]["domains"]
     ]  # fmt: skip
-    return Found("run", str(path), facts, {"stages": stages, "domains": taken})
+    return Inspected("run", str(path), facts, {"stages": stages, "domains": taken})
 
 
-def _checkpoint(path: Path) -> Found:
+def _checkpoint(path: Path) -> Inspected:
     from dynmix.mixture.stream import UNKNOWN
     from dynmix.recipe.checkpoints import broken
 
@@ -139,7 +139,7 @@ def _checkpoint(path: Path) -> Found:
     facts: dict[str, Any] = {"step": state["global_step"], "max_steps": state.get("max_steps")}
     own = state.get("stateful_callbacks", {}).get(CALLBACK)
     if own is None:
-        return Found("checkpoint without a mixture", str(path), facts)
+        return Inspected("checkpoint without a mixture", str(path), facts)
     schedule = own["dataset"]["schedule"]
     names, fingerprints = schedule["names"], own["dataset"].get("fingerprint", {})  # a stream has none
     saved = unpack(schedule["stages"], len(names))
@@ -164,16 +164,16 @@ def _checkpoint(path: Path) -> Found:
         {"domain": name, "sequences": None if size == UNKNOWN else size, "fingerprint": fingerprints.get(name, "")}
         for name, size in zip(names, schedule["sizes"], strict=True)
     ]
-    return Found("checkpoint", str(path), facts, {"stages": stages, "domains": sizes})
+    return Inspected("checkpoint", str(path), facts, {"stages": stages, "domains": sizes})
 
 
-def _recipe(path: Path) -> Found:
+def _recipe(path: Path) -> Inspected:
     from dynmix.recipe.read import read_recipe, to_plain
 
-    return Found("recipe", str(path), to_plain(read_recipe(path)))
+    return Inspected("recipe", str(path), to_plain(read_recipe(path)))
 
 
-def _influence(path: Path) -> Found:
+def _influence(path: Path) -> Inspected:
     from dynmix.saved_influence import read_influence
 
     influence, facts = read_influence(path)
@@ -182,7 +182,7 @@ def _influence(path: Path) -> Found:
         {"domain": domain, **{task: float(influence.scores[i, j]) for i, task in enumerate(influence.tasks)}}
         for j, domain in enumerate(influence.domains)
     ]
-    return Found("influence", str(path), {**about, "guards": list(influence.guards)}, {"scores": rows})
+    return Inspected("influence", str(path), {**about, "guards": list(influence.guards)}, {"scores": rows})
 
 
 def in_yaml(facts: dict[str, Any]) -> str:

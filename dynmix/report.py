@@ -27,7 +27,7 @@ from dynmix.report_figures import (
     power_of_1000,
     weights_figure,
 )
-from dynmix.report_rows import PARTS, Run
+from dynmix.report_rows import PARTS, RunRows
 from dynmix.whole_file import write_whole
 
 TITLE = "Dynamic data mixing"
@@ -47,8 +47,8 @@ def write_report(
     `baseline` is the journal of a run to compare with (the static prior on the same budget). Returns the path of the
     page, which appears whole or not at all. Raises ValueError for a journal that is missing, empty or broken.
     """
-    run = Run.read(Path(journal))
-    return _write(run, None if baseline is None else Run.read(Path(baseline)), Path(output), title)
+    run = RunRows.read(Path(journal))
+    return _write(run, None if baseline is None else RunRows.read(Path(baseline)), Path(output), title)
 
 
 def watch_report(
@@ -71,7 +71,7 @@ def watch_report(
         while True:
             if (now := [_stamp(file) for file in files]) != seen:
                 seen = now
-                run, other = [*(Run(rows) if (rows := Journal(file).rows()) else None for file in files), None][:2]
+                run, other = [*(RunRows(rows) if (rows := Journal(file).rows()) else None for file in files), None][:2]
                 if run is not None:
                     _write(run, other, page, title, reload=None if run.finished else every)
             yield None if run is None else run.rows[-1]
@@ -91,7 +91,7 @@ def _stamp(file: Path) -> tuple[int, ...] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _write(run: Run, other: Run | None, output: Path, title: str, reload: float | None = None) -> Path:
+def _write(run: RunRows, other: RunRows | None, output: Path, title: str, reload: float | None = None) -> Path:
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     env.filters.update(percent=percent, number=_number, name=_name, scaled=_scaled)
     weights_words = "Weight of each domain over the run, stacked; the table below has the numbers"
@@ -161,7 +161,7 @@ def _cell(score: float, error: float, largest: float, unit: float) -> dict[str, 
     }
 
 
-def _compare(task: str, run: Run, other: Run | None) -> dict[str, Any]:
+def _compare(task: str, run: RunRows, other: RunRows | None) -> dict[str, Any]:
     """First and last loss of a task, and the last one's distance from the baseline's last one."""
     first, last = run.losses(task)[0], run.losses(task)[-1]
     entry: dict[str, Any] = {"task": task, "first": first[1:], "last": last[1:], "baseline": None}

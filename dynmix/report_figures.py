@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from dynmix.heatmap import draw_influence
 from dynmix.observation import Influence
-from dynmix.report_rows import Run
+from dynmix.report_rows import RunRows
 from dynmix.whole_file import whole_file
 
 FORMATS = ("svg", "png", "pdf")
@@ -78,8 +78,8 @@ def write_figures(
     """
     if unknown := [kind for kind in formats if kind not in FORMATS]:
         raise ValueError(f"no format {unknown[0]!r} of a figure: one of {', '.join(FORMATS)}")
-    run, folder = Run.read(Path(journal)), Path(folder)
-    other = None if baseline is None else Run.read(Path(baseline))
+    run, folder = RunRows.read(Path(journal)), Path(folder)
+    other = None if baseline is None else RunRows.read(Path(baseline))
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
@@ -128,7 +128,7 @@ def inline_svg(figure: Figure, description: str) -> Markup:
     return Markup(text.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(description), 1))
 
 
-def weights_figure(run: Run) -> Figure | None:
+def weights_figure(run: RunRows) -> Figure | None:
     """Weights over the tokens trained on, stacked, a step a stage; beyond eight domains the smallest are one band."""
     stages, scale = run.stages, run.tokens_per_sample or 1
     if not stages:
@@ -171,7 +171,7 @@ def weights_figure(run: Run) -> Figure | None:
     return figure
 
 
-def loss_figure(task: str, run: Run, other: Run | None) -> Figure:
+def loss_figure(task: str, run: RunRows, other: RunRows | None) -> Figure:
     """Loss over the tokens trained on, with the baseline's beside it."""
     runs = {"this run": run} if other is None else {"this run": run, "baseline": other}
     in_tokens = all(each.tokens_per_sample for each in runs.values())
@@ -191,7 +191,7 @@ def loss_figure(task: str, run: Run, other: Run | None) -> Figure:
 
 
 def gain_figure(gains: Sequence[dict[str, Any]]) -> Figure:
-    """Predicted against realised gains of one task, as `Run.gains` has them."""
+    """Predicted against realised gains of one task, as `RunRows.gains` has them."""
     figure, axes = _axes(3.2, 2.3)
     axes.axhline(0, color=RULE, lw=0.8)
     axes.axvline(0, color=RULE, lw=0.8)

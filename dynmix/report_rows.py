@@ -15,13 +15,13 @@ PARTS: Final = ("measure", "propose", "snapshot")  # of what a boundary takes
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRows:
     """The rows of one journal, and what several figures ask of them."""
 
     rows: list[Row]
 
     @classmethod
-    def read(cls, path: Path) -> "Run":
+    def read(cls, path: Path) -> "RunRows":
         """Raises ValueError where there is no whole row to draw."""
         rows = Journal(path).rows()
         if not rows:

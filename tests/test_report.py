@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dynmix.journal import Journal
 from dynmix.report import _scaled, write_report
 from dynmix.report_figures import _apart, power_of_1000
-from dynmix.report_rows import Run
+from dynmix.report_rows import RunRows
 from tests.journal_rows import journal_row
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -174,7 +174,7 @@ def test_realised_gain_is_what_the_loss_fell_by_over_the_stage(tmp_path: Path) -
     journal = write_journal(tmp_path / "run.jsonl", ["a", "b"], ["qa"])
     rows = Journal(journal).rows()
     losses = [(row["task_loss"] or {})["qa"] or math.nan for row in rows]
-    gains = Run.read(journal).gains("qa")
+    gains = RunRows.read(journal).gains("qa")
     assert [gain["stage"] for gain in gains] == [1, 2, 3]
     assert [gain["realised"][0] for gain in gains] == [losses[k] - losses[k + 1] for k in (1, 2, 3)]
     page, _ = draw(journal)
@@ -299,13 +299,13 @@ def test_what_was_warned_of_is_told_beside_the_decision(tmp_path: Path) -> None:
 
 def test_cost_is_a_share_of_the_time_that_is_known(tmp_path: Path) -> None:
     journal = write_journal(tmp_path / "run.jsonl", ["a", "b"], ["qa"], stages=2)
-    assert Run.read(journal).overhead is None
+    assert RunRows.read(journal).overhead is None
     page, _ = draw(journal)
     assert "Training" not in page.cells
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     rows[1]["seconds"]["training"], rows[2]["seconds"]["training"] = 30.0, 14.25  # the first row has none before it
     journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert Run.read(journal).overhead == pytest.approx(2 * 1.875 / (2 * 1.875 + 44.25))
+    assert RunRows.read(journal).overhead == pytest.approx(2 * 1.875 / (2 * 1.875 + 44.25))
     page, _ = draw(journal)
     assert "7.8\u202f%" in page.text
     assert {"30.000", "14.250", "44.250"} <= set(page.cells)
@@ -313,7 +313,7 @@ def test_cost_is_a_share_of_the_time_that_is_known(tmp_path: Path) -> None:
 
 def test_what_a_low_rank_leaves_out_and_new_epochs_are_told(tmp_path: Path) -> None:
     journal = write_journal(tmp_path / "run.jsonl", ["a", "b"], ["qa"], stages=2, left_out={"qa": 0.031})
-    assert "qa" in Run.read(journal).tasks
+    assert "qa" in RunRows.read(journal).tasks
     page, _ = draw(journal)
     assert any("3.1\u202f% left out" in cell for cell in page.cells)
     journal = write_journal(tmp_path / "next.jsonl", ["a", "b"], ["qa"], new_epochs={"a": [(2, 1500), (3, 9000)]})

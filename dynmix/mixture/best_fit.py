@@ -66,7 +66,7 @@ def best_fit(lengths: Ints, size: int) -> tuple[Ints, int]:
     return bin_of, count
 
 
-class Plan(NamedTuple):
+class Layout(NamedTuple):
     """Sequence r holds pieces rows[r] to rows[r + 1]; piece p is tokens starts[p] to starts[p] + lengths[p].
 
     Tokens are counted through all documents end to end. Unsigned integers as wide as they need to be: 10 to 14 bytes a
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
     rows: SharedArray
 
 
-def plan(documents: Documents, size: int, lead: int = 0) -> Plan:
+def lay_out(documents: Documents, size: int, lead: int = 0) -> Layout:
     """The best-fit packing of documents into sequences of `size` tokens; always the same for the same lengths.
 
     A document that is longer than a sequence is cut into whole sequences first, and what remains is packed as a
@@ -103,7 +103,7 @@ def plan(documents: Documents, size: int, lead: int = 0) -> Plan:
     order = np.argsort(bin_of, kind="stable")
     ends = np.cumsum(np.bincount(bin_of, minlength=count))
     n = len(first)
-    return Plan(
+    return Layout(
         _narrow(np.concatenate([first, starts[order]]), documents.num_tokens),
         _narrow(np.concatenate([np.full(n, room), rest[order]]), size),
         _narrow(np.concatenate([np.arange(n + 1), n + ends]), n + len(rest)),

@@ -30,7 +30,7 @@ from dynmix.mixture.packing import PackedSequences, Packing
 from dynmix.mixture.progress import Progress
 from dynmix.mixture.read_ahead import ReadAhead
 from dynmix.mixture.reading import InOrder
-from dynmix.mixture.roster import Domain
+from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
 from dynmix.mixture.samples import Samples
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, domains_of, schedule_of
@@ -349,7 +349,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         return open_domains(domains, sequence_length, **given)
 
     def _join(
-        self, given: Mapping[str, Any], opened: Sequence[Sequences], views: Sequence[tuple[Domain, Numbers]] = ()
+        self, given: Mapping[str, Any], opened: Sequence[Sequences], views: Sequence[tuple[JoinedDomain, Numbers]] = ()
     ) -> None:
         common_length({f"domain {n!r}": rows for n, rows in zip(given, opened, strict=True)}, self.sequence_length)
         new = [
@@ -507,7 +507,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         first = number < len(self._first)
         return self._first[number] if first else self._joined(self.schedule.joined[number - len(self._first)])
 
-    def _joined(self, domain: Domain) -> Sequences:
+    def _joined(self, domain: JoinedDomain) -> Sequences:
         content = domain.source["hash"]
         if content not in self._late:
             self._late[content] = late.rows_of(domain, self._first, self._listed, self._open, self.sequence_length)

@@ -91,14 +91,14 @@ def _checked(found: Any, name: str, vocab_size: int | None = None) -> Ints:
     return ids
 
 
-class Probes(NamedTuple):
+class KeptAside(NamedTuple):
     """Sequences that were kept aside, int64[n, sequence_length], and the hashes of the items they are made of."""
 
     rows: Ints
     held: frozenset[bytes]
 
 
-def kept_aside(name: str, source: ItemSource, encode: Encoder, length: int, count: int) -> Probes:
+def kept_aside(name: str, source: ItemSource, encode: Encoder, length: int, count: int) -> KeptAside:
     """The first `count` sequences of a domain, or as many as one pass has; then nothing is held, and a warning says so.
 
     Raises:
@@ -123,7 +123,7 @@ def kept_aside(name: str, source: ItemSource, encode: Encoder, length: int, coun
             f"domain {name!r} has not one whole sequence ({tokens} tokens, of {length}): give it more text, or leave it"
             " out"
         )
-    return Probes(np.concatenate(parts)[: whole * length].reshape(whole, length), frozenset(held))
+    return KeptAside(np.concatenate(parts)[: whole * length].reshape(whole, length), frozenset(held))
 
 
 class DomainReader:

@@ -1,6 +1,6 @@
 """Domains that join a dataset while it is read, and those of a state that the run which loads it does not list.
 
-What joins is told by the `source` of its `Domain`: the `hash` of its content, and the `file` of an index
+What joins is told by the `source` of its `JoinedDomain`: the `hash` of its content, and the `file` of an index
 (`dynmix.mixture.index`) on the rows of the first domains, of which it is a view, or the `path` of its data, which has
 none if it is in memory.
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dynmix.mixture.documents import Documents
 from dynmix.mixture.index import Numbers, digest, numbered, write_numbers
-from dynmix.mixture.roster import Domain
+from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.sequences import Ints, Rows, Sequences, content_hash
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
@@ -60,7 +60,7 @@ def is_view(data: Any) -> bool:
 
 def numbered_domains(
     domains: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], parts: Sequence[Sequences], folder: Path
-) -> list[tuple[Domain, Numbers]]:
+) -> list[tuple[JoinedDomain, Numbers]]:
     """The domains of an `extend` that are views, and their numbers, checked; nothing is written."""
     sizes, found = [len(rows) for rows in parts], []
     for name, (part, row) in domains.items():
@@ -73,17 +73,17 @@ def numbered_domains(
             raise ValueError(f"domain {name!r}: {error}") from error
         _check_there(name, np.asarray(part), parts)
         source = {"file": str(folder.absolute() / f"{stem}.npy"), "hash": digest(numbers)}
-        found.append((Domain(name, len(numbers), source), numbers))
+        found.append((JoinedDomain(name, len(numbers), source), numbers))
     return found
 
 
-def written(domain: Domain, numbers: Numbers, parts: Sequence[Sequences]) -> RowView:
+def written(domain: JoinedDomain, numbers: Numbers, parts: Sequence[Sequences]) -> RowView:
     """The domain's view, with its index in its file."""
     write_numbers(Path(domain.source["file"]), numbers)
     return view(domain, parts)
 
 
-def view(domain: Domain, parts: Sequence[Sequences]) -> RowView:
+def view(domain: JoinedDomain, parts: Sequence[Sequences]) -> RowView:
     """The domain's view, its index checked against its hash.
 
     Raises:
@@ -108,7 +108,7 @@ def _check_there(name: str, part: Ints, parts: Sequence[Sequences]) -> None:
         )
 
 
-def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> Domain:
+def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> JoinedDomain:
     """A domain of rows of its own.
 
     Args:
@@ -131,11 +131,11 @@ def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool
             f"domain {name!r} is in memory, where the loader's worker processes, which run already, do not see it: give"
             " a token store or a path, list it when the dataset is made, or read without workers"
         )
-    return Domain(name, len(rows), source)
+    return JoinedDomain(name, len(rows), source)
 
 
 def rows_of(
-    domain: Domain,
+    domain: JoinedDomain,
     parts: Sequence[Sequences],
     listed: Mapping[str, Sequences],
     open_domains: Opener,
@@ -186,7 +186,7 @@ def relocated(state: Mapping[str, Any], folder: str | os.PathLike[str] | None) -
 
 
 def unlike(
-    then: Mapping[str, int], joined: Sequence[Domain], listed: Mapping[str, Sequences], drawn: Mapping[str, float]
+    then: Mapping[str, int], joined: Sequence[JoinedDomain], listed: Mapping[str, Sequences], drawn: Mapping[str, float]
 ) -> list[str]:
     """In words, why the domains that a run lists cannot go on from those of a state; none if they can.
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from dynmix.mixture.best_fit import Plan, plan
+from dynmix.mixture.best_fit import Layout, lay_out
 from dynmix.mixture.documents import Documents, Ints
 from dynmix.mixture.sequences import PADDING, Rows
 from dynmix.mixture.store import TokenStore
@@ -26,7 +26,7 @@ class PackedSequences(Rows):
 
     "concat": end to end, cut every `sequence_length` tokens, the rest dropped. "best_fit": whole documents together
     where they fit best (`dynmix.mixture.best_fit`); only those longer than a sequence are cut, and what a sequence has
-    left at its end is padded. Its plan is made when it is first needed.
+    left at its end is padded. Its layout is made when it is first needed.
 
     Args:
         store: the documents; they are not separated by what they do not contain themselves.
@@ -75,7 +75,7 @@ class PackedSequences(Rows):
 
     def __len__(self) -> int:
         if self.packing == "best_fit":
-            return len(self._plan.rows.array) - 1 if self.store.num_tokens else 0
+            return len(self._layout.rows.array) - 1 if self.store.num_tokens else 0
         if self.each_document:
             return (self.store.num_tokens + self._lead * len(self.store)) // self.sequence_length
         return self.store.num_tokens // (self.sequence_length - self._lead)
@@ -129,18 +129,18 @@ class PackedSequences(Rows):
         return numbers.reshape(len(rows), self.sequence_length)
 
     @cached_property
-    def _plan(self) -> Plan:
-        return plan(self.store, self.sequence_length, self._lead)
+    def _layout(self) -> Layout:
+        return lay_out(self.store, self.sequence_length, self._lead)
 
     def _pieces(self, rows: Ints) -> "_Pieces":
-        row, starts, lengths, led = self._planned(rows) if self.packing == "best_fit" else self._cut(rows)
+        row, starts, lengths, led = self._laid_out(rows) if self.packing == "best_fit" else self._cut(rows)
         size = lengths + led
         before, head = np.cumsum(size) - size, np.searchsorted(row, row)  # the first piece of each one's sequence
         at = row * self.sequence_length + before - before[head]
         return _Pieces(starts, lengths, at, np.arange(len(row)) - head, led)
 
-    def _planned(self, rows: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        starts, lengths, bounds = (each.array for each in self._plan)
+    def _laid_out(self, rows: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        starts, lengths, bounds = (each.array for each in self._layout)
         first = bounds[rows].astype(np.int64)
         row, number = _enumerated(bounds[rows + 1].astype(np.int64) - first)
         piece = first[row] + number

@@ -18,7 +18,7 @@ MAX_JOINED = 1024
 _ROOM = 16 << 20  # bytes of the log, taken page by page as they are written
 
 
-class Domain(NamedTuple):
+class JoinedDomain(NamedTuple):
     """A domain that joins: `source` is whatever reads its rows needs to know of it, of no concern here."""
 
     name: str
@@ -32,7 +32,7 @@ class Domains(NamedTuple):
     names: tuple[str, ...]
     sizes: dict[str, int]
     rows: npt.NDArray[np.uint64]
-    joined: tuple[Domain, ...]
+    joined: tuple[JoinedDomain, ...]
 
 
 class Roster:
@@ -64,7 +64,7 @@ class Roster:
             joined = self._now.joined
             for line in self._text[self._seen : used].tobytes().splitlines():
                 entry = json.loads(line)
-                joined = (*joined[: entry["keep"]], *(Domain(*domain) for domain in entry["add"]))
+                joined = (*joined[: entry["keep"]], *(JoinedDomain(*domain) for domain in entry["add"]))
             self._now, self._seen = self._with(joined), used
         return self._now
 
@@ -73,7 +73,7 @@ class Roster:
         """Domains that there is room for, the first ones included."""
         return len(self.first) + MAX_JOINED
 
-    def check(self, domains: Sequence[Domain], keep: int) -> None:
+    def check(self, domains: Sequence[JoinedDomain], keep: int) -> None:
         """Nothing, if `domains` can take their place behind the first `keep` that joined.
 
         Raises:
@@ -99,7 +99,7 @@ class Roster:
                 " names and a shorter folder, or go on from a state in a new process"
             )
 
-    def put(self, domains: Sequence[Domain], keep: int) -> None:
+    def put(self, domains: Sequence[JoinedDomain], keep: int) -> None:
         """Put `domains` behind the first `keep` that joined, in place of what is there; raises as `check` does."""
         self.check(domains, keep)
         if self.now.joined == (*self.now.joined[:keep], *domains):
@@ -112,11 +112,11 @@ class Roster:
     def _text(self) -> npt.NDArray[np.uint8]:
         return self._log.array[1:].view(np.uint8)
 
-    def _with(self, joined: tuple[Domain, ...]) -> Domains:
+    def _with(self, joined: tuple[JoinedDomain, ...]) -> Domains:
         sizes = {**self.first, **{domain.name: domain.size for domain in joined}}
         return Domains(tuple(sizes), sizes, np.array(list(sizes.values()), np.uint64), joined)
 
 
-def _line(keep: int, domains: Sequence[Domain]) -> bytes:
+def _line(keep: int, domains: Sequence[JoinedDomain]) -> bytes:
     add = [(name, operator.index(size), dict(source)) for name, size, source in domains]
     return json.dumps({"keep": keep, "add": add}).encode() + b"\n"

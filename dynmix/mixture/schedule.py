@@ -20,7 +20,7 @@ from dynmix.mixture.order import Order
 from dynmix.mixture.packed import pack, unpack
 from dynmix.mixture.permutation import mix, permute, permute_runs
 from dynmix.mixture.quota import TOTAL
-from dynmix.mixture.roster import Domain, Roster
+from dynmix.mixture.roster import JoinedDomain, Roster
 from dynmix.mixture.shared import is_starting_process
 from dynmix.mixture.stages import MAX_STAGES, StageRow, StageTable
 from dynmix.mixture.weights import Weights, checked_cdf, matched
@@ -121,15 +121,15 @@ class MixtureSchedule:
         return self._roster.now.sizes
 
     @property
-    def joined(self) -> tuple[Domain, ...]:
+    def joined(self) -> tuple[JoinedDomain, ...]:
         """The last of the domains: those that `extend` added."""
         return self._roster.now.joined
 
-    def check_new(self, domains: Sequence[Domain]) -> None:
+    def check_new(self, domains: Sequence[JoinedDomain]) -> None:
         """Nothing, if `extend` would take these domains. Raises ValueError as it does."""
         self._roster.check(domains, keep=len(self.joined))
 
-    def extend(self, domains: Sequence[Domain]) -> None:
+    def extend(self, domains: Sequence[JoinedDomain]) -> None:
         """Add domains behind those there are, with weight 0 until a stage is published that gives them some.
 
         No position changes its sample. (The schedule of a dataset is extended by `MixtureDataset.extend`.)
@@ -522,10 +522,10 @@ def schedule_of(state: Any) -> Mapping[str, Any]:
     return found
 
 
-def domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[Domain]]:
+def domains_of(state: Mapping[str, Any]) -> tuple[dict[str, int], list[JoinedDomain]]:
     """A state's first domains, name -> size, and those that joined."""
     sizes, sources = list(zip(state["names"], state["sizes"], strict=True)), state.get("joined", [])
     if (first := len(sizes) - len(sources)) < 0:
         raise ValueError(f"damaged state: {len(sources)} of its {len(sizes)} domains joined")
-    joined = [Domain(name, size, source) for (name, size), source in zip(sizes[first:], sources, strict=True)]
+    joined = [JoinedDomain(name, size, source) for (name, size), source in zip(sizes[first:], sources, strict=True)]
     return dict(sizes[:first]), joined

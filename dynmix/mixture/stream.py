@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.domain_stream import DomainReader, Encoder, Probes, TokenizerOrFunction, kept_aside
+from dynmix.mixture.domain_stream import DomainReader, Encoder, KeptAside, TokenizerOrFunction, kept_aside
 from dynmix.mixture.items import Items, ItemSource, PassEnded, check_shared, check_source
 from dynmix.mixture.options import whole
 from dynmix.mixture.progress import Progress
@@ -162,7 +162,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
         self._reading: _Reading | None = None
         self._resume: dict[str, Any] | None = None
         self._stages: tuple[tuple[int, int | None], dict[str, Any]] | None = None
-        self._probes: tuple[Probes, ...] = ()
+        self._probes: tuple[KeptAside, ...] = ()
         if probe_sequences:
             self._probes = tuple(
                 kept_aside(name, source, self._encode, sequence_length, probe_sequences)

@@ -23,7 +23,7 @@ from dynmix.mixers.static import Fixed, Natural, Static, Temperature, Uniform, U
 from dynmix.mixers.tikmix_d import TiKMiXD
 from dynmix.mixers.tikmix_m import TiKMiXM
 from dynmix.observation import Influence
-from dynmix.recipe.run import Run
+from dynmix.recipe.run import RecipeRun
 from dynmix.scoring.cost import flops_per_token
 
 SHOWN = 12  # stages
@@ -65,7 +65,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run on paper.
 
     Attributes:
@@ -104,7 +104,7 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(run: Run) -> Plan:
+def make_plan(run: RecipeRun) -> RunPlan:
     """Work out what a run will do. Raises ValueError for a run that cannot be carried out."""
     recipe, controller, dataset = run.recipe, run.callback.controller, run.dataset
     steps, batch = recipe.training["max_steps"], recipe.batch_size
@@ -117,7 +117,7 @@ def make_plan(run: Run) -> Plan:
     starts = range(0, total, stage)[: controller.max_stages]
     measured, beside = 0, 0.0
     measurement = controller.measurement
-    measures = bool(controller.decider.needs & {"influence", "gradient", "measure"})
+    measures = controller.decider.measures
     matrices = sum(layer.shape[0] * layer.shape[1] for layer in measurable_layers(model).values())
     if measures:
         sets = measurement.sets.values()
@@ -133,7 +133,7 @@ def make_plan(run: Run) -> Plan:
     # A measurement takes the gradients of layers' outputs, and products with their inputs: no more than training does.
     share = (6.0 * parameters * measured + beside) * boundaries / flops
     size = torch.empty(0, dtype=getattr(torch, recipe.model.dtype)).element_size()
-    return Plan(
+    return RunPlan(
         model=type(model).__name__,
         parameters=parameters,
         tokens=total * length,
@@ -161,7 +161,7 @@ def make_plan(run: Run) -> Plan:
     )  # fmt: skip
 
 
-def _check_mixer(run: Run) -> None:
+def _check_mixer(run: RecipeRun) -> None:
     """Let TiKMiX decide from an influence that says nothing: the bounds that it refuses then, it would refuse later."""
     controller, dataset = run.callback.controller, run.dataset
     decider, measurement = controller.decider, controller.measurement
@@ -173,7 +173,7 @@ def _check_mixer(run: Run) -> None:
     decider.rehearse(Evidence(measurement.whole(influence)), dataset.schedule.weights_at(0), upper)
 
 
-def _domains(run: Run, total: int, first: int) -> dict[str, DomainPlan]:
+def _domains(run: RecipeRun, total: int, first: int) -> dict[str, DomainPlan]:
     dataset, length = run.dataset, run.dataset.sequence_length
     weights = dataset.schedule.weights_at(0)
     moves = not isinstance(run.callback.controller.mixer, Static | Natural | Uniform | Temperature | UniMax | Fixed)
@@ -189,7 +189,7 @@ def _domains(run: Run, total: int, first: int) -> dict[str, DomainPlan]:
     return found
 
 
-def _in_run_flops(run: Run, matrices: int) -> float:
+def _in_run_flops(run: RecipeRun, matrices: int) -> float:
     """FLOPs of a window: products of the training's gradients with those of the tasks, by micro-batch or sequence."""
     controller, arguments = run.callback.controller, run.arguments
     assert controller.in_run is not None
@@ -201,7 +201,7 @@ def _in_run_flops(run: Run, matrices: int) -> float:
     return steps * batch * (products + 2.0 * matrices * run.dataset.sequence_length)
 
 
-def _memory(run: Run, model: Any) -> dict[str, float]:
+def _memory(run: RecipeRun, model: Any) -> dict[str, float]:
     """Bytes at a boundary; before the window of an in-run influence."""
     controller = run.callback.controller
     measurement, in_run = controller.measurement, controller.in_run
@@ -219,13 +219,13 @@ def _memory(run: Run, model: Any) -> dict[str, float]:
     return {name: float(size) for name, size in found.items() if size or name in ("gradients", "factors")}
 
 
-def _rows(run: Run) -> int:
+def _rows(run: RecipeRun) -> int:
     """Rows of the influence: tasks, and guards if the mixer needs them."""
     measurement = run.callback.controller.measurement
     return len(measurement.sets) + bool(measurement.held_out_sequences)
 
 
-def _scoring(run: Run, model: Any, flops: float) -> float:
+def _scoring(run: RecipeRun, model: Any, flops: float) -> float:
     wanted, length = last_layers(model), run.dataset.sequence_length
     layers = [name for name in measurable_layers(model) if wanted(name)]
     tokens = sum(run.dataset.sizes.values()) * length
@@ -233,7 +233,7 @@ def _scoring(run: Run, model: Any, flops: float) -> float:
     return flops_per_token(model, layers, 1, length) * tokens * n_tasks / flops
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: RunPlan, console: Console) -> None:
     """Print it as tables."""
 
     def say(text: str) -> None:

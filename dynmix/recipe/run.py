@@ -89,7 +89,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass
-class Run:
+class RecipeRun:
     """The objects of a run, but for its model.
 
     Attributes:
@@ -110,7 +110,7 @@ class Run:
         return Path(self.recipe.output)
 
 
-def build_run(recipe: Recipe, on_paper: bool = False) -> Run:
+def build_run(recipe: Recipe, on_paper: bool = False) -> RecipeRun:
     """Build everything but the model, and check that the folder has no other run; text is tokenised if need be.
 
     Small runs of a proxy are made, unless `on_paper`.
@@ -153,10 +153,10 @@ def build_run(recipe: Recipe, on_paper: bool = False) -> Run:
     dataset = make_dataset(recipe, domains, weights, tokenizer, cache)
     trainers: list[Trainer] = []
     callback = make_callback(recipe, dataset, tasks, guards, lambda: trainers[-1].optimizer if trainers else None)
-    return Run(recipe, arguments, tokenizer, config, dataset, callback, trainers)
+    return RecipeRun(recipe, arguments, tokenizer, config, dataset, callback, trainers)
 
 
-def train(run: Run, console: Console | None = None) -> int:
+def train(run: RecipeRun, console: Console | None = None) -> int:
     """Train to the end, from the newest whole checkpoint on, and save the model; return the steps that were done.
 
     Args:
@@ -178,7 +178,7 @@ def _hold(folder: Path, held: ExitStack) -> None:
         held.enter_context(alone(folder, "trains in it"))
 
 
-def _train(run: Run, console: Console | None) -> int:
+def _train(run: RecipeRun, console: Console | None) -> int:
     folder, steps = run.folder, run.recipe.training["max_steps"]
     if (folder / "model").is_dir():
         logger.warning("%s: this run is done; its model is in %s", folder, folder / "model")
@@ -276,7 +276,7 @@ def _check_folder(recipe: Recipe) -> None:
         )
 
 
-def _write_down(run: Run, checkpoint: Path | None) -> None:
+def _write_down(run: RecipeRun, checkpoint: Path | None) -> None:
     if not is_rank_0():
         return
     file, text = run.folder / "run.json", to_yaml(run.recipe)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmix.mixture import best_fit as module
-from dynmix.mixture.best_fit import best_fit, plan
+from dynmix.mixture.best_fit import best_fit, lay_out
 from dynmix.mixture.store import TokenStore
 
 
@@ -36,12 +36,12 @@ def store(tmp_path: Path) -> TokenStore:
     return TokenStore.write(tmp_path / "a", [np.arange(n) for n in lengths])
 
 
-def arrays(made: module.Plan) -> list[list[int]]:
+def arrays(made: module.Layout) -> list[list[int]]:
     return [each.array.tolist() for each in made]
 
 
 def test_real_lengths_leave_next_to_nothing(store: TokenStore) -> None:
-    made = plan(store, 256)
+    made = lay_out(store, 256)
     filled = made.lengths.array.sum() / (256 * (len(made.rows.array) - 1))
     assert made.lengths.array.sum() == store.num_tokens
     assert filled > 0.98

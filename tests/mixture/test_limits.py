@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.limits import NEVER, Exhausted, Limits, bracket, redistributed
 from dynmix.mixture.quota import TOTAL, Ints, Quota
-from dynmix.mixture.roster import Domain
+from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.schedule import MixtureSchedule, Undecided
 from dynmix.mixture.stages import StageRow
 from dynmix.mixture.store import TokenStore
@@ -248,7 +248,7 @@ def test_stages_may_be_published_before_what_was_derived() -> None:
 
 def test_domains_that_join_have_the_limit_of_all() -> None:
     made = one_epoch()
-    made.extend([Domain("d", 5, {})])
+    made.extend([JoinedDomain("d", 5, {})])
     made.publish({"a": 0.0, "b": 0.0, "c": 0.5, "d": 0.5}, start=10)
     domain, _, epoch = made.assign(10, made.exhausted_at or 0)
     assert (domain == 3).sum() == 5

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmix.mixture.roster import Domain, Roster
+from dynmix.mixture.roster import JoinedDomain, Roster
 
 names = st.text(min_size=1, max_size=8)
 
@@ -19,13 +19,13 @@ def test_a_second_reader_follows_every_change(steps: list[tuple[bool, dict[str, 
     for replace, sizes in steps:
         kept = {} if replace else expected
         fresh = {name: size for name, size in sizes.items() if name not in {"first", *kept}}
-        roster.put([Domain(name, size, {"file": name}) for name, size in fresh.items()], keep=len(kept))
+        roster.put([JoinedDomain(name, size, {"file": name}) for name, size in fresh.items()], keep=len(kept))
         expected = {**kept, **fresh}
         for each in (roster, reader):
             assert each.now.sizes == {"first": 3, **expected}
             assert list(each.now.sizes) == list(each.now.names)
             assert each.now.rows.tolist() == list(each.now.sizes.values())
-            assert each.now.joined == tuple(Domain(name, size, {"file": name}) for name, size in expected.items())
+            assert each.now.joined == tuple(JoinedDomain(name, size, {"file": name}) for name, size in expected.items())
 
 
 def names_in(roster: Roster, out: Any) -> None:
@@ -35,7 +35,7 @@ def names_in(roster: Roster, out: Any) -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_process_sees_what_joined_before_it_looks(method: str) -> None:
     roster = Roster({"a": 1})
-    roster.put([Domain("b\n", 2, {"file": "/tmp/\udcff\u2028"})], keep=0)
+    roster.put([JoinedDomain("b\n", 2, {"file": "/tmp/\udcff\u2028"})], keep=0)
     processes: Any = multiprocessing.get_context(method)
     out = processes.Queue()
     process = processes.Process(target=names_in, args=(roster, out))
@@ -48,8 +48,8 @@ def test_a_process_sees_what_joined_before_it_looks(method: str) -> None:
 
 def test_what_is_there_already_takes_no_room() -> None:
     roster = Roster({"a": 1})
-    roster.put([Domain("b", 2, {})], keep=0)
+    roster.put([JoinedDomain("b", 2, {})], keep=0)
     used = int(roster._log.array[0])
     for _ in range(3):
-        roster.put([Domain("b", 2, {})], keep=0)
+        roster.put([JoinedDomain("b", 2, {})], keep=0)
     assert roster._log.array[0] == used

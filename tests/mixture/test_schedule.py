@@ -15,7 +15,7 @@ from scipy.stats import binom
 from dynmix.mixture import order, packed
 from dynmix.mixture import schedule as module
 from dynmix.mixture.quota import TOTAL
-from dynmix.mixture.roster import MAX_JOINED, Domain
+from dynmix.mixture.roster import MAX_JOINED, JoinedDomain
 from dynmix.mixture.schedule import MixtureSchedule, Undecided
 from dynmix.mixture.weights import integer_cdf
 
@@ -411,8 +411,8 @@ def test_a_state_that_makes_no_sense_is_refused_though_its_check_is_right(change
     assert made.state_dict() == two_stages().state_dict()
 
 
-def late(**sizes: int) -> list[Domain]:
-    return [Domain(name, size, {"of": name}) for name, size in sizes.items()]
+def late(**sizes: int) -> list[JoinedDomain]:
+    return [JoinedDomain(name, size, {"of": name}) for name, size in sizes.items()]
 
 
 def grown() -> MixtureSchedule:
@@ -441,11 +441,11 @@ def test_domains_that_join_are_as_if_they_had_always_been_there_with_weight_0(
     reference = MixtureSchedule(full[0][1], sizes, seed=seed, block=block)
     made = MixtureSchedule(stages[0][2], {name: sizes[name] for name in stages[0][2]}, seed=seed, block=block)
     for (at, joining, weights), (_, all_weights) in zip(stages[1:], full[1:], strict=True):
-        made.extend([Domain(name, sizes[name], {}) for name in joining])
+        made.extend([JoinedDomain(name, sizes[name], {}) for name in joining])
         cdf = integer_cdf(list(all_weights.values()))
         made.publish(weights if data.draw(st.booleans()) else cdf[: len(weights)], start=at)
         reference.publish(cdf, start=at)
-    made.extend([Domain(name, sizes[name], {}) for name in names[present:]])
+    made.extend([JoinedDomain(name, sizes[name], {}) for name in names[present:]])
     assert made.names == reference.names
     assert made.sizes == reference.sizes
     assert made.stages == reference.stages
@@ -488,12 +488,12 @@ def test_the_first_stage_may_begin_with_a_domain_that_joined() -> None:
         (late(c=3), "there is a domain 'c' already"),
         ([*late(e=5), *late(e=6)], "there is a domain 'e' already"),
         (late(e=5, f=0), "domain 'f' would join with 0 rows"),
-        ([Domain(3, 5, {})], "must be strings, not 3"),  # type: ignore[arg-type]
+        ([JoinedDomain(3, 5, {})], "must be strings, not 3"),  # type: ignore[arg-type]
         (late(**{f"x{i}": 1 for i in range(MAX_JOINED - 1)}), "cannot join the 2 that did: there is room for 1024"),
-        ([Domain("e" * 2**24, 5, {})], "16 MiB .* are used up"),
+        ([JoinedDomain("e" * 2**24, 5, {})], "16 MiB .* are used up"),
     ],
 )
-def test_domains_that_cannot_join_change_nothing(domains: list[Domain], message: str) -> None:
+def test_domains_that_cannot_join_change_nothing(domains: list[JoinedDomain], message: str) -> None:
     made = grown()
     before, generation = made.state_dict(), made.generation
     for attempt in (made.extend, made.check_new):
