@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,17 @@ class Influence:
             (arXiv 2508.17677). NaN where it could not be measured.
         tasks: names of the rows.
         domains: names of the columns.
-        standard_error: float64[n_tasks, n_domains], of the scores over the probe sequences, or None if it is not known.
-            Infinity where one side had a single sequence, NaN where the score is NaN.
+        standard_error: float64[n_tasks, n_domains], of the scores over the probe sequences, or None if unknown.
+            Infinite where one side had a single sequence, NaN where the score is NaN.
         task_loss: float64[n_tasks], nats per token, or None.
         task_loss_standard_error: float64[n_tasks], over the task's sequences, or None.
-        guards: those of `tasks` that a mixture must not do worse on but is not optimised for.
-        left_out: float64[n_tasks], where the tasks' gradients were held low-rank the share of each one's norm that is
-            missing, or None.
-        left_out_bound: float64[n_tasks, n_domains], the most that a score can be wrong for it, or None.
-        scored_tokens: float64[n_domains], mean number of them in a sequence of each domain; None: taken as the same.
+        guards: those of `tasks` that a mixture is not optimised for but must not make worse.
+        left_out: float64[n_tasks], if the tasks' gradients were held in low rank: the share of each one's norm that is
+            missing. None otherwise.
+        left_out_bound: float64[n_tasks, n_domains], the largest error of a score because of that, or None.
+        scored_tokens: float64[n_domains], mean number of scored tokens in a sequence of each domain; None: all equal.
 
-    Raises ValueError for shapes that do not fit the names, names that are empty or occur twice, negative errors, a
+    Raises ValueError for shapes that do not match the names, names that are empty or occur twice, negative errors, a
     number of scored tokens that is not above 0.
     """
 
@@ -64,49 +64,40 @@ class Influence:
         left_out_bound: ArrayLike | None = None,
         scored_tokens: ArrayLike | None = None,
     ) -> None:
-        tasks, domains = _names("tasks", tasks), _names("domains", domains)
-        matrix, row = (len(tasks), len(domains)), (len(tasks),)
-        error = None if standard_error is None else _array("standard_error", standard_error, matrix)
-        loss = None if task_loss is None else _array("task_loss", task_loss, row)
-        loss_error = (
-            None
-            if task_loss_standard_error is None
-            else _array("task_loss_standard_error", task_loss_standard_error, row)
-        )
-        for name, values in (("standard_error", error), ("task_loss_standard_error", loss_error)):
-            if values is not None and (values < 0).any():
-                raise ValueError(f"{name} has a negative entry: {values.min()}")
-        guards = _names("guards", guards)
-        if unknown := [name for name in guards if name not in tasks]:
-            raise ValueError(f"guards: {unknown} are no rows of the influence, which are {list(tasks)}")
-        set_field = object.__setattr__  # the dataclass is frozen
-        set_field(self, "scores", _array("scores", scores, matrix))
-        set_field(self, "tasks", tasks)
-        set_field(self, "domains", domains)
-        set_field(self, "standard_error", error)
-        set_field(self, "task_loss", loss)
-        set_field(self, "task_loss_standard_error", loss_error)
-        set_field(self, "guards", guards)
-        set_field(self, "left_out", None if left_out is None else _array("left_out", left_out, row))
-        bound = None if left_out_bound is None else _array("left_out_bound", left_out_bound, matrix)
-        set_field(self, "left_out_bound", bound)
-        scored = None if scored_tokens is None else _array("scored_tokens", scored_tokens, (len(domains),))
-        if scored is not None and (scored <= 0).any():
+        names = {"tasks": _names("tasks", tasks), "domains": _names("domains", domains)}
+        names["guards"] = _names("guards", guards)
+        if unknown := [name for name in names["guards"] if name not in names["tasks"]]:
+            raise ValueError(f"guards: {unknown} are no rows of the influence, which are {list(names['tasks'])}")
+        row, column = (len(names["tasks"]),), (len(names["domains"]),)
+        given = {
+            "standard_error": (standard_error, row + column),
+            "task_loss": (task_loss, row),
+            "task_loss_standard_error": (task_loss_standard_error, row),
+            "left_out": (left_out, row),
+            "left_out_bound": (left_out_bound, row + column),
+            "scored_tokens": (scored_tokens, column),
+        }
+        arrays = {key: None if values is None else _array(key, values, shape) for key, (values, shape) in given.items()}
+        for key in ("standard_error", "task_loss_standard_error"):
+            if (errors := arrays[key]) is not None and (errors < 0).any():
+                raise ValueError(f"{key} has a negative entry: {errors.min()}")
+        if (scored := arrays["scored_tokens"]) is not None and (scored <= 0).any():
             raise ValueError(f"scored_tokens has an entry that is not above 0: {scored.min()}")
-        set_field(self, "scored_tokens", scored)
+        for key, value in {"scores": _array("scores", scores, row + column), **names, **arrays}.items():
+            object.__setattr__(self, key, value)  # the dataclass is frozen
 
     def of_sequences(self, weights: Array) -> Influence:
-        """Return the influence of extra sequences in place of extra tokens, around a mixture of sequences.
+        """Return the influence per extra weight in sequences instead of tokens, around a mixture of sequences.
 
-        A mixture w of sequences with T_j scored tokens each trains on tokens in proportion to w_j T_j, so that its
-        influence is m_i(w) = sum_j w_j T_j S_ij / sum_j w_j T_j. To first order around `weights`, where the sum is n,
-        that is the influence w has by the scores m_i + (S_ij - m_i) T_j / n: a domain whose sequences have few scored
-        tokens moves little by a change of its weight. Errors are scaled alike; that of m_i is left out.
+        A mixture w of sequences with T_j scored tokens each trains on tokens in proportion to w_j T_j, so its influence
+        is m_i(w) = sum_j w_j T_j S_ij / sum_j w_j T_j. To first order around `weights`, where that sum is n, this is
+        the influence of w by the scores m_i + (S_ij - m_i) T_j / n: a domain whose sequences have few scored tokens
+        changes little with its weight. Errors are scaled alike; that of m_i is neglected.
 
         Args:
             weights: float64[n_domains], shares of sequences.
 
-        Returns the influence itself where all domains have as many scored tokens.
+        Returns the influence itself if all domains have the same number of scored tokens.
         """
         T, S, E = self.scored_tokens, self.scores, self.standard_error
         if T is None or np.ptp(T) == 0:
@@ -114,17 +105,17 @@ class Influence:
         share = T / (weights @ T)
         mean = (S @ (weights * share))[:, None]
         error = None if E is None else E * share
-        # The result is of sequences already; asked again it has nothing to change.
+        # Without scored_tokens, as the result is of sequences already: asked again it does not change.
         return replace(self, scores=mean + (S - mean) * share, standard_error=error, scored_tokens=None)
 
     @property
     def optimised(self) -> NDArray[np.bool_]:
-        """Which rows are tasks to optimise for, bool[n_tasks]: all that are no guards."""
+        """Which rows are tasks to optimise for, bool[n_tasks]: all but the guards."""
         return np.array([name not in self.guards for name in self.tasks], dtype=np.bool_)
 
     @property
     def not_finite(self) -> list[str]:
-        """Tasks with a score that is no finite number. A mixture must not be changed by those."""
+        """Tasks with a score that is not finite: they must not change a mixture."""
         return [task for task, row in zip(self.tasks, self.scores, strict=True) if not np.isfinite(row).all()]
 
     @property
@@ -134,16 +125,8 @@ class Influence:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and floats for strict JSON, which has no NaN or infinity: those become "nan", "inf", "-inf"."""
-        arrays = {
-            "scores": self.scores,
-            "standard_error": self.standard_error,
-            "task_loss": self.task_loss,
-            "task_loss_standard_error": self.task_loss_standard_error,
-            "left_out": self.left_out,
-            "left_out_bound": self.left_out_bound,
-            "scored_tokens": self.scored_tokens,
-        }
-        lists = {name: _plain(values.tolist()) for name, values in arrays.items() if values is not None}
+        arrays = {key: values for key, values in vars(self).items() if isinstance(values, np.ndarray)}
+        lists = {key: _plain(values.tolist()) for key, values in arrays.items()}
         return {"tasks": list(self.tasks), "domains": list(self.domains), "guards": list(self.guards), **lists}
 
     @classmethod
@@ -152,33 +135,22 @@ class Influence:
         missing = [key for key in ("scores", "tasks", "domains") if key not in plain]
         if missing:
             raise ValueError(f"not a saved Influence: no {missing} among the keys {sorted(plain)}")
-        return cls(
-            scores=plain["scores"],
-            tasks=plain["tasks"],
-            domains=plain["domains"],
-            standard_error=plain.get("standard_error"),
-            task_loss=plain.get("task_loss"),
-            task_loss_standard_error=plain.get("task_loss_standard_error"),
-            guards=plain.get("guards", ()),
-            left_out=plain.get("left_out"),
-            left_out_bound=plain.get("left_out_bound"),
-            scored_tokens=plain.get("scored_tokens"),
-        )
+        return cls(**{each.name: plain[each.name] for each in fields(cls) if each.name in plain})
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a mixer sees in passing: the training loss of one step, or at a stage boundary the gradients' products.
+    """What a mixer sees during training: the losses of one step, or at a stage boundary the products of gradients.
 
     Attributes:
         step: optimizer steps done.
-        tokens: domain -> scored tokens of this step's batch, over all processes; domains it does not hold are absent.
+        tokens: domain -> scored tokens of this step's batch, over all processes; domains not in it are absent.
         loss: domain -> mean training loss of those tokens, nats per token.
-        reference_loss: domain -> mean loss of the reference model on the same tokens; empty if it is not asked for.
-        excess_loss: domain -> mean over those tokens of max(0, loss - reference loss); empty likewise.
+        reference_loss: domain -> mean loss of the reference model on the same tokens; empty unless asked for.
+        excess_loss: domain -> mean over those tokens of max(0, loss - reference loss); empty unless asked for.
         gradient: at a boundary, the products of the domains' gradients with the tasks' (an influence with the identity
             as curvature); None after a step.
-        steps: optimizer steps since the last observation of this kind: how many of them it stands for.
+        steps: optimizer steps since the last observation of this kind, all of which it stands for.
     """
 
     step: int
