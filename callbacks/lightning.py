@@ -33,14 +33,14 @@ class MixtureCallback(Callback):
         trainer = Trainer(max_steps=10_000, callbacks=[callback])
         trainer.fit(module, loader, ckpt_path="last")  # goes on exactly, in the middle of a stage too
 
-    Its sampler reads in order, from the position of the checkpoint on, and deals the samples out over the ranks.
-    Lightning itself begins to read anew when it goes on from a checkpoint.
+    Its sampler reads in order, starts at the checkpoint's position, and deals the samples out to the ranks. (Lightning
+    itself starts reading from the beginning when it resumes.)
 
     Args:
         dataset: what the loader reads, in one pass.
         tasks: name -> batches, examples or a token store: what the mixture is optimised for.
         mixer: decides the weights: a mixer, the name of one, or a mapping with its `name` and arguments.
-        stage_steps: optimizer steps a stage.
+        stage_steps: optimizer steps per stage.
         model: the attribute of the LightningModule that is the causal LM ("model", "net.lm"); "" for the module itself.
         output: folder for journal, config and snapshots; default `<trainer.default_root_dir>/dynmix`.
         options: further arguments of `dynmix.controller.MixtureController`.
@@ -110,7 +110,7 @@ class MixtureCallback(Callback):
         self._finish(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note that a checkpoint is being saved: Lightning writes it after this, and says no word when it has."""
+        """Note that a checkpoint is being saved: Lightning writes it after this, and gives no sign when it is done."""
         self._saving = trainer.global_step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -27,27 +27,27 @@ class MixtureHook:
             hook.step()
         hook.finish()
 
-    Each of several ranks reads `range(hook.position + rank, len(dataset), ranks)`. A run may go on with other ranks,
-    workers, batches and accumulation, as long as a step takes as many samples. Where the dataset's `max_epochs` ends
-    the stream before the run, the loader ends with the last whole step.
+    Each of several ranks reads `range(hook.position + rank, len(dataset), ranks)`. A run may resume with other ranks,
+    workers, batches and accumulation, as long as a step takes the same number of samples. If the dataset's `max_epochs`
+    ends the stream before the run, the loader ends with the last whole step.
 
     A `MixtureStream` is read by torchdata's `StatefulDataLoader`, whose state goes beside the hook's.
 
     Args:
         model: the model that trains, wrapped or not.
-        dataset: what the loop's loader reads, in order (no shuffling: it is shuffled already).
+        dataset: what the loop's loader reads, in order (without shuffling: the dataset is shuffled already).
         tasks: name -> batches, examples or a token store: what the mixture is optimised for.
         mixer: decides the weights: a mixer, the name of one, or a mapping with its `name` and arguments.
-        stage_steps: optimizer steps a stage.
-        batch_size: samples an optimizer step takes over all ranks and accumulation steps. None: what the loader asks
-            the dataset for at once, times the number of ranks, which is right without gradient accumulation.
+        stage_steps: optimizer steps per stage.
+        batch_size: samples an optimizer step takes over all ranks and accumulation steps. None: the loader's batch
+            times the number of ranks, which is right without gradient accumulation.
         max_steps: optimizer steps of the run; None: as many as the dataset has samples for.
-        output: folder for journal, config and snapshots; None writes nothing (and does not go with AutoMixer, `in_run`
-            and curvatures that are carried on, which keep files).
+        output: folder for journal, config and snapshots; None writes nothing (and is refused with AutoMixer, `in_run`
+            and curvatures that are carried from stage to stage, which keep files).
         options: further arguments of `dynmix.controller.MixtureController`.
 
     Raises:
-        ValueError: impossible arguments, at once; a batch size that does not fit what the loader reads, when it shows.
+        ValueError: impossible arguments, at once; a batch size that does not match the loader, as soon as it shows.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class MixtureHook:
         """Call after each optimizer step.
 
         Returns:
-            What a tracker should log, key -> number: after the first step, and where a stage was decided or AutoMixer
-            has the tasks evaluated; else None.
+            What a tracker should log, key -> number, after the first step and whenever a stage was decided or AutoMixer
+            had the tasks evaluated; else None.
 
         Raises:
-            ValueError: nothing tells what a step is, or the loader has read something else than it says; what the first
-                rehearsal of a measurement refuses.
+            ValueError: it is not known what a step takes, or the loader has read something else; whatever the rehearsal
+                of the measurement refuses at the first step.
         """
         if self._saving is not None:
             self.controller.saved(self._saving)
@@ -114,16 +114,16 @@ class MixtureHook:
     def state_dict(self) -> dict[str, Any]:
         """Return the state, JSON-able; keep it in your own checkpoint.
 
-        It is taken as saved by the next step: of the snapshots that a mixer has kept for an earlier state, those go
-        then that this one and the run so far have no use for.
+        By the next step it counts as saved: snapshots that a mixer kept for an earlier state, and that neither this one
+        nor the run so far needs, are then deleted.
         """
         self._saving = self.steps if self._begun else None
         return {"steps": self.steps, "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; call when the model has its own, before the loader reads; let that start at `position`.
+        """Resume from `state`: call it after loading the model, before the loader reads, which starts at `position`.
 
-        A run that ended with a stage decides the next one here, by the model as it is.
+        If the run had ended with a stage, the next one is decided here, with the model as it is.
         """
         if not state["steps"]:
             return
@@ -162,9 +162,9 @@ class MixtureHook:
 
 
 def check_micro_batch(dataset: MixtureDataset, sequences: int) -> None:
-    """Raise ValueError if micro-batches out of so many sequences in a row would hold several domains, and should not.
+    """Raise ValueError if micro-batches drawn from so many consecutive sequences would mix domains, and must not.
 
-    Of those a rank may take some alone, where several take them in turn.
+    Where several ranks take samples in turn, the consecutive sequences are those of all of them.
     """
     if dataset.homogeneous > 1 and dataset.homogeneous % sequences:
         raise ValueError(
@@ -175,11 +175,10 @@ def check_micro_batch(dataset: MixtureDataset, sequences: int) -> None:
 
 
 def check_read(dataset: Mixture, steps: int, batch_size: int, remedy: str) -> None:
-    """Raise ValueError if a loader has read less than so many steps take, so that they are no positions.
+    """Raise ValueError if a loader has read less than so many steps take, so that steps are not positions.
 
-    One batch of grace: a rank whose share of a step is its first part has read less than the step's end. Of a last step
-    that is short it may have no share, or samples of the beginning again. Nothing is known of a dataset that is read
-    through a wrapper.
+    One step of grace: a rank whose share comes first in a step has not read up to the step's end. Of a short last step
+    it may have no share, or samples from the stream's start again. A dataset read through a wrapper shows nothing.
     """
     short = (steps - 1) * batch_size < len(dataset) < steps * batch_size
     if 0 < dataset.read_until < (steps - 1 - short) * batch_size:

@@ -41,14 +41,14 @@ class MixtureCallback(TrainerCallback):
         dataset: the Trainer's `train_dataset`.
         tasks: name -> batches, examples or a token store: what the mixture is optimised for.
         mixer: decides the weights: a mixer, the name of one, or a mapping with its `name` and arguments.
-        stage_steps: optimizer steps a stage.
+        stage_steps: optimizer steps per stage.
         output: folder for journal, config and snapshots; default `<args.output_dir>/dynmix`.
         options: further arguments of `dynmix.controller.MixtureController`.
 
     Raises (when training begins):
         ValueError: Trainer arguments under which steps would not be positions of the dataset, each with its remedy; a
-            tokenizer (`processing_class`) that the dataset's stores were not made with; a data collator that does away
-            with the dataset's `boundaries`.
+            tokenizer (`processing_class`) that the dataset's stores were not made with; a data collator that loses the
+            dataset's `boundaries`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MixtureCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the arguments, take up the state of a checkpoint, and let the controller begin."""
+        """Check the arguments, load the state of a checkpoint, and let the controller begin."""
         self._trainer, self._finished = trainer_on_the_stack(self), False
         self._can_go_back = bool(state.global_step) or args.save_strategy != "no"  # to a checkpoint
         batch_size = _samples_per_step(args)
@@ -93,12 +93,12 @@ class MixtureCallback(TrainerCallback):
         _saved(state)[STATE] = self.controller.state_dict()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the controller; log what it decided; put its state where the next checkpoint takes it from.
+        """Tell the controller, log what it decided, and put its state where the next checkpoint will save it.
 
-        The last step also closes the journal: when training has ended the trackers have closed their files.
+        The last step also closes the journal: once training has ended, the trackers have closed their files.
 
         Raises:
-            ValueError: a loader of a Trainer's own has read less than the steps take.
+            ValueError: the loader of a Trainer subclass has read less than the steps take.
         """
         check_read(
             self.dataset,
@@ -147,7 +147,7 @@ class MixtureCallback(TrainerCallback):
     def _check(self, args: TrainingArguments, state: TrainerState, batch_size: int) -> None:
         others = [] if self._trainer is None else self._trainer.callback_handler.callbacks
         if sum(isinstance(each, MixtureCallback) for each in others) > 1:
-            # The one that comes first would decide every stage, and the state of the last one be saved.
+            # The first would decide every stage, and the state of the last would be saved.
             raise ValueError(
                 "the Trainer has several MixtureCallbacks, and the mixture of a run is decided by one: keep one of "
                 "them; trainer.remove_callback(...) takes out the others"

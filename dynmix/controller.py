@@ -1,9 +1,9 @@
-"""The loop of a semi-dynamic run: at each stage boundary measure, propose, publish, snapshot, write it down.
+"""The loop of a run: at each stage boundary measure, propose, publish, save a snapshot, write a row.
 
-It owns the order of these steps and what happens when one of them fails (the previous weights stay, and the journal
-says why). It must not know the framework that trains: an adapter tells it when a step ended. The boundary's work is
-done one optimizer step before the boundary, because loaders fetch a batch ahead in the main process; which samples a
-stage gets does not depend on when the work is done, since a stage starts at a declared position.
+It owns the order of these steps and what happens when one of them fails: the previous weights stay, and the journal
+says why. It must not know the framework that trains; an adapter tells it when a step ended. The work is done one
+optimizer step before the boundary, because loaders fetch a batch ahead in the main process. Which samples a stage gets
+does not depend on that, since a stage starts at a declared position.
 """
 
 import logging
@@ -63,44 +63,45 @@ class MixtureController:
     """Measures, proposes, publishes and journals at each stage boundary of one run.
 
     Args:
-        dataset: the mixture that is trained on, with a single stage: its weights are the prior of the first decision.
+        dataset: the mixture that is trained on, with a single stage; its weights are the prior of the first decision.
         tasks: name -> batches, examples or a token store (see `dynmix.batches.as_batches`).
         mixer: decides the weights: a `dynmix.mixers.Mixer`, the name of one (`dynmix mixers` lists them), or a mapping
             with its `name` and arguments.
-        stage_steps: optimizer steps a stage, at least 2.
-        max_stages: stages of the run at most, at least 2: the last one goes on to the end, and nothing is measured
-            for another. None: no limit.
-        guards: sets, in the form of `tasks`, that a mixture must not do worse on but is not optimised for. "domains":
+        stage_steps: optimizer steps per stage, at least 2.
+        max_stages: most stages the run may have, at least 2: the last one lasts to the end of the run, and nothing is
+            measured after it began. None: no limit.
+        guards: sets, in the form of `tasks`, that a mixture is not optimised for but must not make worse. "domains":
             one such row, called "held-out", the mean over the domains of their own text (rows that the coming stage
-            does not train on); None: none. Measured for the mixers that use them; the losses of named ones are
-            journaled for all.
-        reference: the reference model of mixers that need `reference_loss`: a causal LM, or the path of one.
-        curvature: the curvature of the influence, fitted anew at each boundary, or as seldom as it says; None:
-            `EKFAC()`, and `DataInf()` where the whole corpus is scored.
-        probe_sequences: sequences of each domain that the influence is measured on, at each boundary.
+            does not train on); None: none. Measured for mixers that use them; the losses of guards given by name are
+            always journaled.
+        reference: the reference model for mixers that need `reference_loss`: a causal LM, or the path of one.
+        curvature: the curvature of the influence, fitted anew at each boundary or as rarely as it says; None:
+            `EKFAC()`, or `DataInf()` where the whole corpus is scored.
+        probe_sequences: sequences of each domain that the influence is measured on at each boundary.
         curvature_sequences: sequences that the curvature is fitted on, split over the domains as the weights are; a
-            curvature's own `factor_tokens` take their place.
-        task_sequences: sequences of each task that are used at most, evenly spread over it; None: all. (Tasks given as
-            batches are used whole.) As many are used of "domains", over all of them.
-        sample_sequences: sequences of a sample that is drawn for mixers that need `measure`.
-        micro_batch: sequences a forward pass of a measurement.
+            curvature's own `factor_tokens` replaces it.
+        task_sequences: most sequences of a task that are used, evenly spread over it; None: all. (Tasks given as
+            batches are used whole.) Of "domains" as many are used, over all domains together.
+        sample_sequences: size in sequences of the samples drawn for mixers that need `measure`.
+        micro_batch: sequences per forward pass of a measurement.
         max_epochs: how often a domain's sequences may be seen over the whole run, for all domains or by name; gives
-            the mixer its upper bounds. None: the dataset's `max_epochs`, which is the place to say it: there it holds
-            to the sample.
-        output: folder for `config.json`, `journal.jsonl` and `snapshots/`; None writes nothing, and is refused with
-            what keeps files: mixers that regroup the corpus, `in_run`, a curvature's `ema` and `refresh_every`.
-        keep: newest snapshots that are kept; 0 saves none.
-        loss_every: the tasks' losses are measured for the journal at every so many boundaries, where they do not come
-            with an influence; raise it for short stages, as mixers that learn from the training loss like them.
-        layers: which linear layers are measured, as `group_influence` takes it; None: all. Where the whole corpus is
-            scored, a regular expression; None: `dynmix.influence.sample.last_layers`.
-        in_run: have the training's own backward passes measure the domains, in the last steps of each stage; None:
-            passes of their own do, at the boundary. The journal's task losses are then those at the boundary, and the
-            influence is measured against the tasks as they were when the window began.
-        offload, layer_groups, rank: ways to take less memory for an influence at a boundary, see `group_influence`.
+            the mixer its upper bounds. None: the dataset's `max_epochs`, which is the better place for it: there it
+            holds to the sample.
+        output: folder for `config.json`, `journal.jsonl` and `snapshots/`. None writes nothing, and is refused with
+            anything that keeps files: mixers that regroup the corpus, `in_run`, a curvature's `ema` and
+            `refresh_every`.
+        keep: how many of the newest snapshots are kept; 0 saves none.
+        loss_every: measure the tasks' losses for the journal at every so many boundaries, if they do not come with an
+            influence; raise it for the short stages that mixers which learn from the training loss prefer.
+        layers: which linear layers are measured, as in `group_influence`; None: all. Where the whole corpus is scored,
+            a regular expression; None: `dynmix.influence.sample.last_layers`.
+        in_run: let the training's own backward passes measure the domains, in the last steps of each stage; None: they
+            are measured at the boundary, in passes of their own. With `in_run` the journal's task losses are those at
+            the boundary, and the influence is measured against the tasks as they were when the window began.
+        offload, layer_groups, rank: ways to use less memory for an influence at a boundary, see `group_influence`.
 
     Raises:
-        ValueError: what the arguments say is impossible, with the argument's name, before anything is trained.
+        ValueError: impossible arguments, by name, before anything is trained.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class MixtureController:
         return self.timetable.total
 
     def why_over(self, step: int) -> str:
-        """Why the run ends with `step` before it is as long as planned, because the data is exhausted; "" if not."""
+        """Why exhausted data ends the run with `step`, before it is as long as planned; "" if it does not."""
         return self.timetable.why_over(step)
 
     @property
@@ -223,7 +224,7 @@ class MixtureController:
     # -- the calls of an adapter, in order ---------------------------------------------------------------------------
 
     def plan(self, *, batch_size: int, max_steps: int | None = None) -> None:
-        """Say what a step is; call before the loader reads, so that it cannot read past the first boundary.
+        """Say what a step takes; call it before the loader reads, so that it cannot read past the first boundary.
 
         Args:
             batch_size: samples an optimizer step takes, over all ranks and accumulation steps.
@@ -248,11 +249,11 @@ class MixtureController:
     def begin(self, model: nn.Module, step: int = 0) -> dict[str, float] | None:
         """Rehearse the measurement and, in a fresh run, open the journal; return what a tracker should log.
 
-        A run that goes on from the very end of a stage, because an earlier one ended there, decides the next one here.
+        A run that resumes from the very end of a stage, where an earlier run ended, decides the next stage here.
 
         The rehearsal takes one sequence of each domain and task through the model and lets a copy of the mixer decide
-        from them, so that a task that does not fit the model, or a mixer that does not fit the domains, raises now,
-        whatever it raises, and not at the first boundary.
+        from them. So a task that does not fit the model, or a mixer that does not fit the domains, raises its error now
+        and not at the first boundary.
 
         Args:
             model: the model that trains, unwrapped or wrapped.
@@ -312,7 +313,7 @@ class MixtureController:
             return
         try:
             self.memory = self.measurement.peak_memory(model)
-        except Exception as failure:  # it is but an estimate
+        except Exception as failure:  # it is only an estimate
             logger.warning("what a measurement will take of memory is not known: %s", _words(failure))
             return
         if is_rank_0():
@@ -321,9 +322,9 @@ class MixtureController:
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) of `model` ended; return what a tracker should log.
 
-        That is at a boundary, and where a mixer that regroups the corpus has the tasks evaluated; else None. Where a
-        measurement or a decision fails nothing is raised, and the weights stay. What `Mixer.observe` raises at the
-        first step is raised.
+        There is something to log at a boundary, and where a mixer that regroups the corpus has the tasks evaluated;
+        else it returns None. If a measurement or a decision fails, nothing is raised and the weights stay. What
+        `Mixer.observe` raises at the first step is raised here.
         """
         self.dataset.pulse()
         self._ahead.tell(step * self.batch_size, step)
@@ -355,21 +356,21 @@ class MixtureController:
         return range(step * self.batch_size, self.timetable.next_end)
 
     def saved(self, step: int) -> None:
-        """Tell that a checkpoint of the training at `step` is on the disk, from which the run can go on."""
+        """Tell that a training checkpoint of `step`, from which the run can resume, is on disk."""
         if self.folder is not None:
             self.folder.needed = _files_of(self._factors, None if self.in_run is None else self.in_run.state_dict())
         if self.sampler is not None:
             self.sampler.saved(step, self._samples_wanted())
 
     def _samples_wanted(self) -> bool:
-        """Whether the mixer asks for scores at any boundary that is still ahead, or would if the run went on."""
+        """Whether the mixer will ask for scores at a boundary still ahead, or would if the run went on."""
         weights = self.dataset.schedule.stages[-1].weights
         return any(self.mixer.wants_samples(number, weights) for number in self.timetable.boundaries_ahead())
 
     def finish(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measure the task losses of `model` once more and close the journal; return what a tracker should log.
 
-        `step`: optimizer steps done. What fails is logged, and raises nothing.
+        `step`: optimizer steps done. Failures are logged, not raised.
         """
         if self.decider.watch is not None:
             self.decider.watch.detach()
@@ -417,7 +418,7 @@ class MixtureController:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; rows of the journal that were written after it are dropped, and will be written again.
+        """Resume from `state`; rows of the journal that were written after it are dropped, to be written again.
 
         Raises:
             ValueError: the state is of other data or of other stages, with what changed, or it is damaged.
@@ -508,9 +509,9 @@ class MixtureController:
         )
 
     def _measure(self, model: nn.Module, step: int, stage: range, prior: Mapping[str, float], found: _Measured) -> None:
-        """Measure what the mixer needs for the stage at these positions; where it raises, `found` has what was found.
+        """Measure what the mixer needs to decide the stage at these positions, into `found`, which survives an error.
 
-        Whatever measures the tasks has their losses too; where nothing does they are measured for the journal alone.
+        What measures the tasks also yields their losses; if nothing does, they are measured for the journal alone.
         """
         needs, number = self.decider.needs, self.dataset.schedule.num_stages
         found.probes = None if self.in_run is None else self.in_run.probes

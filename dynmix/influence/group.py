@@ -64,45 +64,44 @@ def group_influence(
     layer_groups: int = 1,
     rank: int | None = None,
 ) -> Influence:
-    """Influence of every domain on every task, with standard errors; leaves no trace in the model.
+    """Influence of every domain on every task, with standard errors. Leaves no trace in the model.
 
     With g the gradient of the mean loss per token over a set of probe sequences, and H the curvature of the mean loss
     per token, `scores[i, j] = g_task^T H^-1 g_domain`, summed over the model's linear layers: the predicted decrease of
     the task's loss in nats per token, per unit of extra weight on the domain. Positive helps.
 
-    (From scores of summed losses, mean over pairs of sequences of G^T F^-1 G with F the second moment of G: multiply by
-    n / (n_task * n_domain), the mean numbers of scored tokens in the sequences of curvature, task and domain.)
+    (To convert scores of summed losses, means over pairs of sequences of G^T F^-1 G with F the second moment of G,
+    multiply by n / (n_task * n_domain): the mean numbers of scored tokens per sequence of curvature, task and domain.)
 
     The standard error covers the choice of both the domain's and the task's sequences, each a ratio of sums by the
-    delta method, and counts the product of their noises once; the two are taken as independent and H as given. It is
-    infinite where one of them has a single scored sequence.
+    delta method, and counts the product of their noises once. The two are taken as independent, and H as given. It is
+    infinite if one of them has a single scored sequence.
 
     Args:
         model: a causal LM of transformers, or any module whose forward returns logits [B, T, V]; also inside DDP, FSDP2
             or torch.compile.
-        domains: batches of probe sequences by name. All sets are read more than once, so that they must be lists or
-            DataLoaders, no generators. Batches of lists that the curvature is fitted on are not read again here.
+        domains: batches of probe sequences by name. All sets are read more than once, so they must be lists or
+            DataLoaders, not generators. Batches in lists that the curvature was fitted on are not read again.
         tasks: batches by name.
         curvature: `EKFAC()` if not given, or any other of `dynmix.influence.curvature`.
         layers: regular expression or predicate on names of linear layers, or `Layers`; None measures all linear ones.
         curvature_batches: what the curvature is fitted on; by default all domains' sequences, each counted once.
-        strata: task -> sequences in a row that are of one kind, for a task that is an average over kinds with as many
-            sequences of each: its standard error then leaves out what the kinds differ by.
-        error_sequences: so many sequences of each set, evenly spread over it (of a domain, in whole batches), say how
-            much its sequences vary, for the standard errors. A task's are read once more for that, a domain's only
-            where not so many were left to be read after the curvature. None: all. (An error from n sequences is itself
-            known to 1 / sqrt(2 n).)
+        strata: task -> number of consecutive sequences that are of one kind, for a task that averages over kinds with
+            equally many sequences of each: its standard error then leaves out how much the kinds differ.
+        error_sequences: how many sequences of each set, evenly spread over it (of a domain, in whole batches), the
+            standard errors are estimated from. A task's are read once more for that, a domain's only if fewer were left
+            to read after the curvature. None: all. (An error from n sequences is itself known to 1 / sqrt(2 n).)
         loss: what is differentiated, if not the next-token cross entropy.
         tick: called after each batch, for a progress bar.
-        over_ranks: share the work over the processes of torch.distributed, if there are several: every one of them must
-            call this, with the same arguments and the same batches in the same order, and gets the same influence,
-            equal to a single process's but for rounding. Every process must hold the whole model or an FSDP2 shard of
-            it. Without it a process measures alone, which for a sharded model all of them must do at once.
-        offload: where gradients, and factors once they are fitted, live while they are not used, which is a layer at a
-            time: None, on the layer's device; "cpu"; "disk", in files mapped into memory that go with the process.
-        layer_groups: measure so many parts of the layers one after the other, each with all passes, and add up.
-        rank: hold each task's preconditioned gradient, layer by layer, by so many singular vectors. The influence says
-            what that leaves out. The tasks are preconditioned one by one (which DataInf reads its batches for).
+        over_ranks: share the work over the processes of torch.distributed, if there are several. All of them must call
+            this with the same arguments and the same batches in the same order, and all get the same influence, which
+            differs from a single process's by rounding only. Each must hold the whole model or an FSDP2 shard of it.
+            Without it a process measures alone; for a sharded model all of them must then do so at once.
+        offload: where gradients, and factors once fitted, are kept while their layer is not being worked on: None, on
+            the layer's device; "cpu"; "disk", in memory-mapped files that vanish with the process.
+        layer_groups: measure the layers in so many parts, one after the other, each with all passes, and add up.
+        rank: keep only so many singular vectors of each task's preconditioned gradient, layer by layer. The influence
+            says what that leaves out. The tasks are preconditioned one by one (for which DataInf reads its batches).
 
     Memory: (2 * n_tasks + n_domains) gradients of the measured layers in float32, beside the curvature's factors; see
     `dynmix.influence.memory.peak_memory`. With `rank`, 2 + n_domains and the singular vectors.
@@ -111,10 +110,11 @@ def group_influence(
         ValueError: no domain or no task, one without batches or scored tokens, no layer to measure; a curvature that
             `offload` or `layer_groups` do not go with.
         TypeError: batches that can be read only once.
-        RuntimeError: another rank failed, with its words. (One that fails in a sharded model's own forward or backward
-            pass leaves the others waiting in it, until the process group's timeout.)
+        RuntimeError: another rank failed, with its message. (If a rank fails inside a sharded model's forward or
+            backward pass, the others wait in it until the process group's timeout.)
 
-    Loss or gradients that are not finite raise nothing: the scores they reach are NaN, and a warning names the set.
+    Losses or gradients that are not finite raise nothing: scores that depend on them are NaN, and a warning names the
+    set.
     """
     how = _How(layers, curvature_batches, strata, error_sequences, loss, tick, offload, layer_groups, rank)
     ranks = Ranks(over_ranks)

@@ -1,7 +1,7 @@
-"""What a mixer is: what was measured and a prior in, weights out.
+"""What a mixer is: measurements and a prior in, weights out.
 
-Knows arrays and names only: no torch, no model, no dataset. A mixer of your own subclasses `Mixer`, names in `needs`
-what has to be measured for it, and writes `propose`; all else has a default. The shortest useful one:
+Knows arrays and names only: no torch, no model, no dataset. To write your own, subclass `Mixer`, name in `needs` what
+has to be measured for it, and implement `propose`; everything else has a default. The shortest useful one:
 
     class Greedy(Mixer):
         '''Half of what is sampled stays as it was; the other half goes to the domain that helps the tasks most.'''
@@ -39,10 +39,10 @@ class Run:
     """What a mixer may know of the run before it starts.
 
     Attributes:
-        tokens: domain -> tokens that it has, in the dataset's order.
-        total_tokens: tokens that the run trains on at most, over all domains.
-        weights: domain -> weight in the first stage, as the dataset was given it.
-        gone: those domains of a state that is resumed which the run does not list any more: they cannot be drawn.
+        tokens: domain -> number of its tokens, in the dataset's order.
+        total_tokens: most tokens that the run trains on, over all domains.
+        weights: domain -> weight in the first stage, as given to the dataset.
+        gone: domains of a resumed state that the run does not list any more, so that they cannot be drawn.
     """
 
     tokens: Mapping[str, int]
@@ -57,19 +57,18 @@ class Proposal:
 
     Attributes:
         weights: domain -> share of the sequences, sums to 1.
-        solver: what produced the weights, if there is a choice; `"prior"` when they are the prior's, kept.
+        solver: what produced the weights, if there is a choice; `"prior"` if the prior was kept.
         message: the decision in words, for the journal and the log.
         predicted_gain: task -> predicted decrease of its loss (nats per token) against staying at the prior.
         predicted_gain_standard_error: its standard error from the influence's, entries taken as independent.
         multipliers: constraint -> Lagrange multiplier, of those that bind (above 0). A constraint is a task's or a
-            guard's name (row-scaled: what the objective would gain if that row's floor were lower by one time its
-            largest influence), or `"upper:<domain>"`, `"lower:<domain>"`, `"max_change:<domain>"` for a bound on a
-            weight.
-        decided_on: the influence that decided, where that is not the one given, but an average with earlier ones.
+            guard's name (row-scaled: what the objective would gain if that row's floor were lower by its largest
+            influence), or `"upper:<domain>"`, `"lower:<domain>"`, `"max_change:<domain>"` for a bound on a weight.
+        decided_on: the influence that decided, if not the one given but an average with earlier ones.
         groups: new domains that enter with the next stage: name -> (numbers of domains, rows of them), int[n_sequences]
-            each, as the dataset had them when the run began. `weights` then need not name the domains that get none.
+            each, as the dataset had them when the run began. `weights` need not name the domains that get none.
 
-    Raises ValueError for words that are none, and gains and multipliers that are no numbers by name.
+    Raises ValueError if solver or message are not text, or gains and multipliers not numbers by name.
     """
 
     weights: dict[str, float]
@@ -94,7 +93,7 @@ class Proposal:
 
 
 class Mixer(ABC):
-    """Decides the weights of the next stage. In a run these are called, in this order:
+    """Decides the weights of the next stage. A run calls, in this order:
 
     `start` once, before anything is read; `observe` after each optimizer step if `needs` has `loss`, and at each stage
     boundary if it has `gradient`; `propose` at each boundary; `state_dict` whenever the run saves a checkpoint.
@@ -102,16 +101,16 @@ class Mixer(ABC):
     Attributes:
         needs: what must be measured, a subset of
             `"loss"`: `observe` gets each step's training loss, by domain;
-            `"reference_loss"`: and that of a reference model on the same tokens (the controller's `reference=`);
+            `"reference_loss"`: also that of a reference model on the same tokens (the controller's `reference=`);
             `"gradient"`: `observe` gets, at a boundary, the products of the domains' gradients with the tasks';
             `"influence"`: `propose` gets the group influence;
             `"guards"`: influence (or gradient) has the guards' rows too, named in `influence.guards`;
             `"measure"`: `propose` gets one more keyword argument, `measure`: a callable from weights (domain -> weight)
             to the influence of an actually drawn sample of that mixture, float64[n_rows] in the order of
             `influence.tasks`; write `def propose(self, influence, prior, upper=None, *, measure=None)`;
-            `"samples"`: the tasks are evaluated and the checkpoints where they peak are kept, as `sample_plan` says,
-            and at the boundaries of `wants_samples`, `propose` gets the influence of every sequence of the dataset as
-            one more keyword argument, `samples`: a `dynmix.scores.SampleScores`; at the others None.
+            `"samples"`: tasks are evaluated and the checkpoints where they peak are kept, as `sample_plan` says. At the
+            boundaries of `wants_samples`, `propose` gets the influence of every sequence of the dataset as one more
+            keyword argument, `samples`: a `dynmix.scores.SampleScores`; at others None.
             What is not named is not measured.
         sample_plan: how the corpus is scored, with `"samples"` in `needs`.
 
@@ -122,21 +121,21 @@ class Mixer(ABC):
     sample_plan: SamplePlan = SamplePlan()
 
     def wants_samples(self, boundary: int, prior: Mapping[str, float]) -> bool:
-        """Whether the corpus is to be scored at this boundary, 1 at the end of the first stage; by default at each."""
+        """Whether to score the corpus at this boundary, 1 being the end of the first stage; by default at each."""
         return True
 
     def start(self, run: Run) -> Mapping[str, float] | None:
-        """Prepare for a run; return the weights of its first stage, or None to leave them as the dataset's are.
+        """Prepare for a run; return the weights of its first stage, or None to keep the dataset's.
 
-        Called again when a run is resumed, before `load_state_dict`; what it returns counts for nothing then. Where the
-        state has other domains than this run lists, it is called a second time, with those of both.
+        Called again when a run is resumed, before `load_state_dict`; what it returns is then ignored. If the state has
+        other domains than this run lists, it is called a second time, with those of both.
         """
         return None
 
     def observe(self, observation: Observation) -> None:
         """Take in what `needs` asks for. Must be cheap: with `loss` it is called after every step.
 
-        What it raises ends the run at the first step, where it is a mistake in the set-up, and is logged later on.
+        An error ends the run if it occurs at the first step, as it is then a mistake in the set-up; later it is logged.
         """
         return None
 
@@ -149,24 +148,24 @@ class Mixer(ABC):
     ) -> Proposal:
         """Return weights for the next stage.
 
-        What it raises keeps the weights of the stage before, and is written to the log and the journal.
+        If it raises, the weights stay as they are, and the error is written to the log and the journal.
 
         Args:
-            influence: what was measured; None when `needs` does not ask for it.
-            prior: the weights of the stage that ends.
-            upper: domain -> largest weight, from what is left of a domain under `max_epochs`; default no bound. They
-                must be kept: `within` moves any weights inside.
+            influence: what was measured; None if `needs` does not ask for it.
+            prior: the weights of the stage that is ending.
+            upper: domain -> largest weight, from what is left of a domain under `max_epochs`; None: no bounds. They
+                must be respected: `within` moves any weights inside them.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that `observe` and `propose` have changed: a resumed run goes on from it.
+        """Return everything that `observe` and `propose` have changed, for a run that resumes.
 
-        It goes through JSON: numbers, strings, lists and dicts with strings for keys, no arrays (`.tolist()` them).
+        It goes through JSON: numbers, strings, lists and dicts with string keys, no arrays (`.tolist()` them).
         """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned. Raises ValueError for a state that is not of this mixer."""
+        """Restore what `state_dict` returned. Raises ValueError for a state that is not of this mixer."""
         if state:
             raise ValueError(f"{type(self).__name__} has no state, but was given {sorted(state)}")
 
@@ -176,7 +175,7 @@ class Mixer(ABC):
 
 
 def within(weights: Mapping[str, float], upper: Mapping[str, float] | None) -> dict[str, float]:
-    """Return `weights` moved under the bounds: what is cut goes to the other domains in proportion (water-filling).
+    """Return `weights` moved inside the bounds: what is cut goes to the other domains in proportion (water-filling).
 
     Raises:
         ValueError: weights that are no mixture, bounds of unknown domains or below 0, bounds that leave no mixture.

@@ -1,8 +1,7 @@
 """TiKMiX-D: the mixture that maximises group influence under a Pareto constraint (arXiv 2508.17677, Section 3.2).
 
-Turns a measured influence, its noise and the guards into a convex `Problem`, asks the solvers in turn, and verifies
-what they answer: a proposal is feasible and no worse than the prior, or it is the prior. Knows arrays and names; no
-model.
+Turns a measured influence, its noise and the guards into a convex `Problem`, tries the solvers in turn, and checks
+their answers: a proposal is feasible and no worse than the prior, or it is the prior. Knows arrays and names; no model.
 """
 
 import logging
@@ -24,7 +23,7 @@ from dynmix.observation import Influence
 
 logger = logging.getLogger("dynmix.mixers")
 
-# Row-scaled violation below which a constraint holds: what interior-point solvers leave, far under any measured score.
+# Row-scaled violation up to which a constraint counts as met: what interior-point solvers leave, far below any score.
 FEASIBLE = 1e-7
 EPS = 1e-8  # Eq. 6's
 
@@ -43,11 +42,11 @@ class TiKMiXD(Mixer):
     """TiKMiX-D (arXiv 2508.17677, Section 3.2, Eq. 6 and 7): direct maximisation of group influence.
 
     With standard errors, a gain counts by its lower confidence bound, S_i (w - prior) - q |E_i * (w - prior)|, both in
-    the objective and in the Pareto constraint. Because the mixture is chosen after the noise was drawn, the bound holds
+    the objective and in the Pareto constraint. The mixture is chosen after the noise was drawn, so the bound must hold
     for all mixtures at once (Scheffé's, for contrasts of n_domains scores): q^2 is the quantile of the chi-squared
     distribution with n_domains - 1 degrees of freedom at the probability of `confidence` standard deviations. (Errors
-    are taken as known: estimated from few sequences, they make it less sure than that.) A task whose scores differ by
-    no more than the bound from each other tells nothing, and the mixture stays at the prior.
+    count as known; estimated from few sequences, they make the bound less certain than that.) If the scores of a task
+    differ from each other by no more than the bound, it says nothing, and the mixture stays at the prior.
 
     Args:
         alpha: weight of the standard deviation over tasks of the normalised influence (evenness).
@@ -55,24 +54,24 @@ class TiKMiXD(Mixer):
         gamma: weight of the mixture's entropy (diversity).
         normalization: `"absmax"` divides a task's influence by its largest magnitude; `"paper"` by its maximum, as
             Eq. 6 prints it, and warns where that flips a sign.
-        confidence: in standard deviations of a normal distribution, one-sided (1: 84 %, 2: 98 %); below 1, as the
-            default is, a share of the bound at 1, which for all mixtures at once is a strict one; 0 takes the scores as
-            exact, as the paper does. Without standard errors they are taken as exact too.
-        memory: in a run, how much of what earlier boundaries said is kept at each, in [0, 1): an average of the
-            influences, weighted by their precision, decides (see `dynmix.mixers.memory`). 0: each decides alone, as the
-            paper's single one.
-        against: the mixture that gains are counted from, and that no task may fall below: `"stage"`, that of the stage
-            that ends, so that every proposal is an improvement by what was measured; or, in a run, `"run"`, that of
-            its first stage, so that a boundary may take back what an earlier and noisier one decided.
-        guard_weight: of a guard's row in the objective beside a task's of 1; 0 makes guards a constraint alone.
-        guard_slack: by how much a guard may fall below the prior's influence, in units of that guard's largest
-            influence: one number for all, or by name. Guards are held by their scores, without `confidence`.
-        lower, upper: domain -> least and largest weight it may get, or one number for all.
-        max_change: by how much a weight may differ from that of the stage that ends, whatever gains are counted
-            from; where bounds move that mixture, from where they do.
+        confidence: in standard deviations of a normal distribution, one-sided (1: 84 %, 2: 98 %). Below 1, as by
+            default, it is a share of the bound at 1, since a bound for all mixtures at once is a strict one. 0 takes
+            the scores as exact, as the paper does and as is done without standard errors.
+        memory: in a run, the share of what earlier boundaries said that is kept at each, in [0, 1): the decision is
+            made on an average of the influences, weighted by precision (see `dynmix.mixers.memory`). 0: each boundary
+            decides alone, as in the paper, which has one.
+        against: the mixture that gains are counted from, and that no task may fall below. `"stage"`: that of the stage
+            that is ending, so every proposal is an improvement by what was measured. `"run"`, in a run: that of its
+            first stage, so a boundary may take back what an earlier, noisier one decided.
+        guard_weight: weight of a guard's row in the objective, where a task's is 1; 0 makes guards a constraint only.
+        guard_slack: how far a guard may fall below the prior's influence, in units of that guard's largest influence:
+            one number for all, or by name. Guards are held by their scores, without `confidence`.
+        lower, upper: domain -> smallest and largest weight it may get, or one number for all.
+        max_change: how much a weight may differ from that of the stage that is ending, whatever gains are counted
+            from. If bounds move that mixture, the difference is counted from where they move it.
 
     Raises:
-        ValueError: what is no number, is negative or not finite, an unknown normalization.
+        ValueError: an argument that is not a number, negative or not finite; an unknown normalization.
     """
 
     needs = frozenset({"influence", "guards"})
@@ -138,26 +137,26 @@ class TiKMiXD(Mixer):
         *,
         lower: Mapping[str, float] | None = None,
     ) -> Proposal:
-        """Return the weights that solve Eq. 7; never worse than `prior` on any task by the influence given.
+        """Return the weights that solve Eq. 7; by the influence given, never worse than `prior` on any task.
 
-        In a run, once `start` was called, the influence given is averaged with those before as `memory` says, and
-        `against` says which prior it is.
+        In a run, that is once `start` was called, the influence is averaged with earlier ones as `memory` says, and
+        `against` says which mixture is the prior.
 
-        Bounds come first. Where they cut the prior, gains are counted from the best mixture that they leave, as long as
-        that is as good as the prior on every task, else from the prior moved inside; the message says so. A task counts
-        as no worse within 1e-9 of its largest score (1e-7 where another solver than the dual had to answer) and, for
-        scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
+        Bounds come first. If they exclude the prior, gains are counted from the best mixture within them, as long as
+        that is as good as the prior on every task, else from the prior moved inside them; the message says so. A task
+        counts as no worse within 1e-9 of its largest score (1e-7 if a solver other than the dual had to answer) and,
+        for scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
 
         Args:
             influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight). A domain
                 whose standard error is not finite keeps its weight.
-            prior: the weights of the stage that ends; sums to 1.
-            upper: domain -> largest weight; together with the constructor's the smaller one holds.
-            lower: domain -> least weight; likewise the larger one.
+            prior: the weights of the stage that is ending; sums to 1.
+            upper: domain -> largest weight; of this bound and the constructor's the smaller one holds.
+            lower: domain -> smallest weight; likewise the larger one.
 
         Returns:
-            A `Proposal` whose `solver` is `"dual"`, `"clarabel"`, `"slsqp"` or, where nothing better than the prior
-            was found or the influence is not finite, `"prior"`. Weights are in the order of `influence.domains`.
+            A `Proposal` whose `solver` is `"dual"`, `"clarabel"`, `"slsqp"` or, if nothing better than the prior was
+            found or the influence is not finite, `"prior"`. Weights are in the order of `influence.domains`.
 
         Raises:
             ValueError: names or weights that do not match, bounds that leave no mixture.
@@ -187,10 +186,10 @@ class TiKMiXD(Mixer):
         lower: Mapping[str, float] | None = None,
         present: Mapping[str, float] | None = None,
     ) -> Proposal:
-        """Return what `propose` does of this influence alone; remembers nothing.
+        """Return what `propose` would for this influence alone; remembers nothing.
 
         Args and Raises as in `propose`; `present` is the mixture that `max_change` is counted from, None: the prior. An
-        influence on guards alone is refused.
+        influence on guards only is refused.
         """
         if not influence.optimised.any():
             raise ValueError(f"there is no task to optimise for, only guards: {list(influence.tasks)}")
@@ -254,8 +253,8 @@ class TiKMiXD(Mixer):
         if uninformed := [t for t, s, e in zip(influence.tasks, S, E, strict=True) if self._is_noise(s, e, moving)]:
             why = f"the influence on {', '.join(uninformed)} cannot be told from its noise"
             return _Posed(None, wanted, inside, f"{why} (more probe_sequences and task_sequences, or less confidence)")
-        # Eq. 6's eps is where an influence ends to count. To second order in it, because a row of ordinary scale must
-        # hold to rounding and a row at eps must not decide the mixture of all others.
+        # Below Eq. 6's eps an influence does not count. The slack is of second order in eps: a row of ordinary scale
+        # must hold up to rounding, and a row at eps must not decide the mixture for all others.
         slack = (EPS / np.maximum(scale, EPS)) ** 2 + self._guard_slack(influence)
         divided = np.maximum(scale, np.finfo(np.float64).tiny)[:, None]
         C = S / divided
@@ -285,16 +284,16 @@ class TiKMiXD(Mixer):
         return _Posed(problem, wanted, inside, note, widest)
 
     def _uncertainty(self, influence: Influence) -> Array:
-        """Return the standard errors that count, float64[n_rows, n_domains]: none of guards, nor without confidence."""
+        """Return the standard errors that count, float64[n_rows, n_domains]: 0 for guards, and without confidence."""
         E = influence.standard_error
         if E is None or self.confidence == 0:
             return np.zeros_like(influence.scores)
         return np.where(influence.optimised[:, None], np.where(np.isnan(E), np.inf, E), 0.0)
 
     def _is_noise(self, scores: Array, errors: Array, moving: NDArray[np.bool_]) -> bool:
-        """Whether no move between the domains has a gain beyond the bound: the scores' chi-squared from a common one.
+        """Whether no move between the domains has a gain beyond the bound, by a chi-squared test of equal scores.
 
-        That is the largest square of (s d) / |e * d| over all d that sum to 0, in closed form.
+        Its statistic is the largest square of (s d) / |e * d| over all d that sum to 0, in closed form.
         """
         s, e = scores[moving], errors[moving]
         if not errors.any() or len(s) < 2:
@@ -304,7 +303,7 @@ class TiKMiXD(Mixer):
         return bool(precision @ (s - common) ** 2 <= self._radius(len(s)) ** 2)
 
     def _radius(self, domains: int) -> float:
-        """Return q: how many standard errors a move between so many domains may be wrong by."""
+        """Return q: by how many standard errors a move between so many domains may be wrong."""
         level = norm.cdf(max(1.0, self.confidence))
         return min(1.0, self.confidence) * float(np.sqrt(chi2.ppf(level, max(1, domains - 1))))
 
@@ -339,7 +338,7 @@ class TiKMiXD(Mixer):
         return problem.start, np.zeros(len(problem.C)), "prior"
 
     def _binding(self, influence: Influence, posed: "_Posed", w: Array, multipliers: Array) -> dict[str, float]:
-        """Return constraint -> multiplier of those that bind, under the name of what the user said."""
+        """Return constraint -> multiplier of those that bind, under the user's name for each."""
         p = posed.problem
         assert p is not None
         found = {name: float(x) for name, x in zip(influence.tasks, multipliers, strict=True) if x > 1e-6}
@@ -382,9 +381,12 @@ class TiKMiXD(Mixer):
 
 @dataclass(frozen=True)
 class _Posed:
-    """A problem, or None and why there is none to solve; the prior as given and moved inside the bounds.
+    """The problem to solve, or None and why there is none.
 
-    `widest`: the bounds without `max_change`.
+    Attributes:
+        wanted, inside: the prior as given, and moved inside the bounds.
+        note: what the message is to say, or why there is no problem.
+        widest: the bounds without `max_change`.
     """
 
     problem: Problem | None

@@ -63,32 +63,31 @@ class MixtureDataset(Steered, Dataset[Item]):
     `num_workers=0` is fastest. A worker that is asked for an undecided position waits for its stage; the main process,
     which would wait for itself, raises `Undecided`.
 
-    A domain that has been read through is reshuffled and read again, and the log (`dynmix.mixture`) says where each of
-    its epochs begins. With `max_epochs` that has a limit. Where limits end the stream, `len` is its length, a loader
-    ends there as behind any last batch, and positions beyond it raise `Exhausted`.
+    A domain that has been read to its end is reshuffled and read again, and the log (`dynmix.mixture`) says where each
+    epoch begins. `max_epochs` limits that. If limits end the stream, `len` is its actual length, a loader ends there as
+    after any last batch, and positions beyond it raise `Exhausted`.
 
-    Documents do not know of their neighbours in a sequence with `boundaries`, which adds to an item
+    With `boundaries`, the documents in a sequence do not attend to each other. An item then also has
 
-    - "position_ids", int64[sequence_length], that restart with each document. Models of transformers keep documents
-      apart by them: eager and sdpa attention as they are, flash attention with one sequence a batch or with
-      `dynmix.mixture.boundaries.varlen_collate`. They do so without a 2-D attention mask, and without a cache: set
+    - "position_ids": int64[sequence_length], restarting with each document. Models of transformers keep documents apart
+      by them: with eager and sdpa attention as they are, with flash attention for one sequence a batch or with
+      `dynmix.mixture.boundaries.varlen_collate`. That takes no 2-D attention mask and no cache: set
       `model.config.use_cache = False`, as the Trainer does;
-    - "mask": these, and `attention_mask`, float32[1, sequence_length, sequence_length], to be added to the attention's
-      scores, for models that do not look at positions. It is large: sequence_length times the ids.
+    - "mask": the same, and `attention_mask`, float32[1, sequence_length, sequence_length], to be added to the attention
+      scores, for models that ignore positions. It is large: sequence_length times the ids.
 
     The label of a document's first token is then -100.
 
-    What items say is for the collate function to hand on. Several of transformers make labels, positions or a 2-D mask
-    of their own: `DataCollatorForLanguageModeling`, `DataCollatorWithFlattening`, and `DataCollatorWithPadding`, which
-    the Trainer takes where it is given a `processing_class`. Where labels or boundaries would be lost by it, the first
-    batch of a loader raises `ValueError`. Take `transformers.default_data_collator`, or `varlen_collate`.
+    The collate function must keep what items hold. Several of transformers make labels, positions or a 2-D mask of
+    their own: `DataCollatorForLanguageModeling`, `DataCollatorWithFlattening`, and `DataCollatorWithPadding`, which the
+    Trainer uses if it is given a `processing_class`. If labels or boundaries would be lost, the first batch of a loader
+    raises `ValueError`. Use `transformers.default_data_collator` or `varlen_collate`.
 
     Args:
         domains: name -> token store, flat file (`FlatTokens`), view (`DocumentView`, `RowView`), HF `Dataset` with
-            `input_ids` or text, path, folder or glob of these, here or remote (`s3://`), several in a list; or any
-            sequence of dicts with `input_ids` of one length. See `dynmix.mixture.sources.open_documents`. Where such
-            dicts have `labels`, those are the item's, and where they have an `attention_mask`, labels are -100 where
-            it is 0.
+            `input_ids` or text, path, folder or glob of these, local or remote (`s3://`), or a list of several; or any
+            sequence of dicts with `input_ids` of one length. See `dynmix.mixture.sources.open_documents`. If such a
+            dict has `labels`, the item keeps them; if it has an `attention_mask`, labels are -100 where that is 0.
         weights: of the first stage: "natural" (proportional to tokens), "uniform", or name -> weight.
         num_samples: length of the stream in sequences.
         sequence_length: tokens of a sequence; needed to cut token stores.
@@ -96,20 +95,20 @@ class MixtureDataset(Steered, Dataset[Item]):
         block: as in `MixtureSchedule`: best the global batch size in sequences.
         max_epochs: how often a domain may be read over the whole run, > 0, for all or by name; None: no limit. It also
             bounds the weights that mixers may propose.
-        homogeneous: sequences of one domain that stand in a row, so that micro-batches are of one domain, in the same
-            proportions over a step; `block`, and every stage, is a multiple of it. 1: none need to. With `max_epochs`
-            the last sequences of a domain that would not fill a group are not read.
-        when_exhausted: what happens when a domain has been read that often. "redistribute": from that very position on
-            the other domains of the stage take its share, in proportion to theirs, and the stream ends when none is
-            left; "stop": the stream ends there; "repeat": it is read on, and only mixers are bounded. None:
+        homogeneous: number of consecutive sequences that come from one domain, so that a micro-batch holds a single
+            domain while the proportions over a step stay the same; `block` and the length of every stage are multiples
+            of it. With `max_epochs`, the last sequences of a domain that do not fill a group are not read.
+        when_exhausted: what happens when a domain has been read `max_epochs` times. "redistribute": from that position
+            on the other domains of the stage take its share, in proportion to theirs, and the stream ends when none is
+            left; "stop": the stream ends there; "repeat": the domain is read again, and only mixers are bounded. None:
             "redistribute" with `max_epochs`, "repeat" without.
         packing: how documents become sequences, "concat" or "best_fit", as in `PackedSequences`.
-        boundaries: None: a sequence is one text, whatever documents it is of.
-        bos_token_id: put in front of each sequence, or with "best_fit" or `boundaries` of each document, as in
-            `PackedSequences`. "auto": that of `tokenizer`, if it puts one in front of a text by itself, for domains
-            whose documents do not begin with it already; None: none.
-        pad_token_id: of padding, whose labels are -100 wherever documents end; None: 0. For "best_fit" only.
-        ignore_token_ids: ids whose labels are -100 wherever they are: those of padding that is in the data already.
+        boundaries: see above; None: a sequence is one text, whichever documents it is made of.
+        bos_token_id: put in front of each sequence, or with "best_fit" or `boundaries` in front of each document, as in
+            `PackedSequences`. "auto": the tokenizer's, if it adds one to a text by itself, for domains whose documents
+            do not begin with it already; None: none.
+        pad_token_id: for "best_fit" only: the id of padding, whose labels are -100; None: 0.
+        ignore_token_ids: ids whose labels are always -100, such as padding that is in the data already.
         tokenizer: of transformers, or its path or hub name, for datasets with text. Stores and files that were made
             with another are refused.
         cache_dir: where tokenised text and copies of remote files are kept; None: `$DYNMIX_CACHE`, or else
@@ -119,8 +118,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         schedule: the `MixtureSchedule` of this stream.
         sequence_length: tokens of a sequence.
         boundaries: as given.
-        options: how documents become sequences, and what items tell of them.
-        controlled: whether a controller publishes its stages, and tells what happens in them at the step it does.
+        options: how documents become sequences, and what items say of them.
+        controlled: whether a controller publishes the stages; it then also logs what happens in them.
 
     Raises:
         ValueError: a domain without a whole sequence, sequences of different lengths, bad weights or numbers.
@@ -219,7 +218,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         return self.schedule.homogeneous
 
     def __getitem__(self, position: int) -> Item:
-        """Item at `position`, in any order and without a trace: for looking, not for training."""
+        """Item at `position`, in any order and without side effects: for inspection, not for training."""
         position = operator.index(position)
         if not 0 <= position < self.num_samples:
             raise IndexError(f"position {position} is not in [0, {self.num_samples})")
@@ -228,12 +227,12 @@ class MixtureDataset(Steered, Dataset[Item]):
         return dict(self._items([range(position, position + 1)])[0])
 
     def __getitems__(self, positions: Sequence[int]) -> Samples:
-        """Items of one request of a loader, a list of dicts; they must be asked for in reading order.
+        """Items of one request of a loader, a list of dicts; requests must come in reading order.
 
         Raises:
             ValueError: the positions are not equally spaced and ascending (but for one wrap from the end to the start).
             IndexError: a position outside the stream.
-            Exhausted: all of them are beyond where the stream is exhausted; of others those before it are given.
+            Exhausted: all positions are beyond the stream's end; of a request that crosses it, those before are given.
             Undecided: for a position whose stage is not published: in the main process at once, in a worker after half
                 an hour without a sign of life from the main process.
             RuntimeError: in a worker, when its parent process ended while it waited.
@@ -269,7 +268,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._collated = collate_fn
 
     def look(self, start: int, stop: int) -> Samples:
-        """Items of the positions [start, stop), whoever reads where: for looking, not for training.
+        """Items of the positions [start, stop), wherever loaders are: for inspection, not for training.
 
         Raises:
             Exhausted, Undecided, ValueError: as `schedule.check_decided`.
@@ -277,7 +276,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         return self._rows(*self.schedule.assign(start, stop)[:2])
 
     def sequence(self, domain: str, row: int) -> Item:
-        """Sequence `row` of a domain, as an item, wherever in the stream it stands."""
+        """Sequence `row` of a domain as an item, independent of the stream."""
         if domain not in self.sizes:
             raise KeyError(f"no domain {domain!r}: there are {list(self.domains)}")
         if not 0 <= operator.index(row) < self.sizes[domain]:
@@ -300,7 +299,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         return dict(zip(self.domains, self._first, strict=False))
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
-        """`schedule.publish`, refused where the loader has read already: those samples were of the stage before.
+        """`schedule.publish`, refused for positions that the loader has read already: they belong to the stage before.
 
         Raises:
             ValueError: also when `start` is below `read_until`.
@@ -317,25 +316,25 @@ class MixtureDataset(Steered, Dataset[Item]):
         domains: Mapping[str, "Source | tuple[npt.ArrayLike, npt.ArrayLike]"],
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Add domains behind those there are: new data, or views on rows of the first ones that copy no token.
+        """Append domains: new data, or views on rows of the first domains, which copy no tokens.
 
-        Their weight is 0, and no position changes its sample, until a stage is published that gives them some. Worker
-        processes that run already see them then. Every rank calls this with the same arguments and a folder that is
-        its own or shared; where it is shared by several machines, one rank first.
+        Their weight is 0, and no sample changes, until a stage is published that gives them weight. Worker processes
+        that are already running see them then. Every rank calls this with the same arguments and a folder, its own or a
+        shared one; if several machines share it, one rank goes first.
 
-        A state tells where a token store or a path is. Any other data has to be listed by the run that resumes, among
-        the domains of its `MixtureDataset` and behind those that this one began with.
+        A state says where a token store or a path is. A run that resumes must list any other data among the domains of
+        its `MixtureDataset`, behind those that this one began with.
 
         Args:
-            domains: name -> data, as `MixtureDataset` takes it; or the pair (number of one of the first domains, row of
-                it), int[n] each.
-            folder: where the index of each view is kept, as `<name>.npy`; to be kept as long as the stream, and its
+            domains: name -> data, as `MixtureDataset` takes it; or a pair (numbers of first domains, rows of them),
+                int[n] each.
+            folder: where the index of each view is written, as `<name>.npy`; keep it as long as the stream and its
                 states.
 
         Raises:
-            ValueError: a name that is taken, no rows, a domain or row that is not there, sequences of another length,
-                data in memory where workers run already, which do not see it, more than 1,024 domains that
-                joined. Nothing is changed then.
+            ValueError: a name that is taken, no rows, a domain or row that does not exist, sequences of another length,
+                data in memory while workers are running, which would not see it, more than 1,024 domains that joined.
+                Nothing is changed then.
         """
         views: dict[str, Any] = {name: data for name, data in domains.items() if late.is_view(data)}
         if views and folder is None:
@@ -363,9 +362,9 @@ class MixtureDataset(Steered, Dataset[Item]):
         self.schedule.extend(joining)
 
     def remaining(self, position: int | None = None) -> dict[str, Remaining]:
-        """Domain -> what is left of it at `position`: sequences and tokens, within its epoch and within `max_epochs`.
+        """Domain -> what is left of it at `position`: sequences and tokens, of its epoch and within `max_epochs`.
 
-        `position` None is `read_until`: what workers have read ahead counts as read.
+        None stands for `read_until`, so what workers have read ahead counts as read.
         """
         at = self.read_until if position is None else position
         return accounting.remaining(self.schedule, at, self.sequence_length)
@@ -386,7 +385,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         return self._progress.read_span
 
     def plan_steps(self, samples: int) -> None:
-        """Say how many samples an optimizer step takes: the stream ends with a whole one, and the log names them."""
+        """Say how many samples an optimizer step takes, so that the stream ends with a whole step."""
         self._progress.plan_steps(samples)
         self.schedule.outdate()
 
@@ -417,10 +416,10 @@ class MixtureDataset(Steered, Dataset[Item]):
 
         In a worker, where torchdata's `StatefulDataLoader` calls it, nothing changes: stages are the main process's.
 
-        The domains are those of the state from then on, under their numbers there. Of those that joined, data is found
-        where the state says or among the domains of this dataset. A domain that this dataset has not may be missing, if
-        the last stage of the state does not draw it. One that the state has not joins, with weight 0 until a stage is
-        published that gives it some.
+        From then on the domains are those of the state, with their numbers there. The data of those that joined is
+        found where the state says, or among the domains of this dataset. A domain of the state may be missing here if
+        the state's last stage does not draw it. A domain that the state does not have joins, with weight 0 until a
+        published stage gives it weight.
 
         Args:
             state: the state.
@@ -522,9 +521,9 @@ def _bounds(runs: Sequence[range]) -> tuple[int, int]:
 
 
 def _collate_of_loader(frame: FrameType | None) -> Callable[[Any], Any] | None:
-    """What makes batches of a request, where a DataLoader's fetcher is its caller, or the caller of a `Subset`'s.
+    """The collate function of the DataLoader whose fetcher called, directly or through a `Subset`; None if none did.
 
-    A loader tells a dataset nothing of it, and what gets lost there would get lost silently.
+    A loader does not tell a dataset how it collates, and what that loses would be lost silently.
     """
     for _ in range(4):
         if frame is None:
