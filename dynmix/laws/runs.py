@@ -23,20 +23,8 @@ LOSS_PREFIXES = ("loss/", "loss_", "valid_", "validation_", "val_", "eval/", "ev
 MISSING = {"", "nan", "na", "n/a", "none", "null", "-"}
 HIGHER_IS_BETTER = ("acc", "score", "exact_match", "f1", "bleu", "rouge", "win_rate")
 INDICES = {
-    "",
-    "index",
-    "idx",
-    "id",
-    "run",
-    "run_id",
-    "name",
-    "step",
-    "steps",
-    "seed",
-    "model",
-    "experiment",
-    "unnamed: 0",
-}
+    "", "index", "idx", "id", "run", "run_id", "name", "step", "steps", "seed", "model", "experiment", "unnamed: 0",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

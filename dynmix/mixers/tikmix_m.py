@@ -7,6 +7,7 @@ measures; no model.
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -251,14 +252,7 @@ class TiKMiXM(Mixer):
             logger.warning("TiKMiX-M: %s; pass measure= to find mixture effects", why)
             self._warned = True
         answer = self.direct.decide(influence, prior, upper)
-        return Proposal(
-            answer.weights,
-            answer.solver,
-            f"{why}; {answer.message}",
-            answer.predicted_gain,
-            answer.predicted_gain_standard_error,
-            answer.multipliers,
-        )
+        return replace(answer, message=f"{why}; {answer.message}")
 
 
 def _made(direct: TiKMiXD | Mapping[str, Any] | None) -> TiKMiXD:
