@@ -1,7 +1,7 @@
-"""What the stages that are published will do to domains: which are read again, and which are used up.
+"""What the published stages will do to domains: which will be read again, and which used up.
 
-Told in the log as training comes by, since a warning of thousands of steps before is one that nobody remembers. Knows
-a dataset's schedule; no model, no mixer and no journal.
+It is logged when training gets there, since nobody remembers a warning from thousands of steps before. Knows a
+dataset's schedule; no model, no mixer and no journal.
 """
 
 import logging
@@ -25,13 +25,14 @@ class Ahead:
         self._untold: list[NewEpoch | UsedUp] = []
 
     def look(self, position: int, total: int) -> list[NewEpoch]:
-        """Take down what comes from `position` to the end of the last stage; return what begins to be read again.
+        """Note what will happen from `position` to the end of the last stage; return the epochs that begin there.
 
         Args:
-            position, total: samples; of the place from which on, and of the whole run.
+            position: where to start, in samples.
+            total: samples of the whole run.
 
         Raises:
-            ValueError: a domain is drawn that this run has not got.
+            ValueError: a domain is drawn that this run does not have.
         """
         schedule = self.dataset.schedule
         stop = min(schedule.end or total, total)
@@ -48,12 +49,12 @@ class Ahead:
         return again
 
     def behind(self, position: int) -> list[NewEpoch]:
-        """What began to be read again in the last stage, before `position`."""
+        """The epochs that began in the last stage, before `position`."""
         start = self.dataset.schedule.starts[-1]
         return new_epochs(self.dataset.schedule, start, position) if start < position else []
 
     def tell(self, position: int, step: int) -> None:
-        """Say what happened before `position`, which is the end of optimizer step `step`, and which stage begins."""
+        """Log what happened before `position`, the end of optimizer step `step`, and which stage begins there."""
         while self._untold and self._untold[0].position < position:
             what = self._untold.pop(0)
             if is_rank_0():
@@ -62,6 +63,6 @@ class Ahead:
             logger.info("the stage of position %d begins with step %d", position, step + 1)
 
     def warn(self) -> None:
-        """Say what is still to come of domains that are read again."""
+        """Log which domains will be read again."""
         if again := [each for each in self._untold if isinstance(each, NewEpoch)]:
             logger.warning("stage 0 will read again: %s", in_words(again))

@@ -1,4 +1,4 @@
-"""A mixer as the loop sees it: asked for by name, shown what it needs, and believed only as far as it can be checked.
+"""A mixer as the loop sees it: made by name, shown what it needs, and checked before it is believed.
 
 Knows mixers, and what watches the training loss for them; not when they are asked, nor how anything is measured.
 """
@@ -31,10 +31,10 @@ logger = logging.getLogger("dynmix")
 
 @dataclass
 class Evidence:
-    """What was measured for a decision; None is what nobody needs, or what failed.
+    """What was measured for a decision; None if it is not needed, or failed.
 
     Attributes:
-        influence, gradient: of every domain on every task, by the curvature and by the identity.
+        influence, gradient: of every domain on every task, with the curvature and with the identity.
         drawn: measures a mixture, for mixers that need `measure`.
         samples: every sequence's influence, for mixers that regroup the data.
     """
@@ -49,13 +49,13 @@ class Decider:
     """A mixer in a run.
 
     Args:
-        mixer: one, its name, or a mapping with name and arguments. It is started, and the dataset's first stage gets
-            its weights if it has an opinion.
+        mixer: one, its name, or a mapping with name and arguments. It is started, and if it returns weights, the
+            dataset's first stage gets them.
         dataset: what is trained on.
-        reference: the reference model of mixers that need one.
+        reference: the reference model, for mixers that need one.
 
     Raises:
-        ValueError: no such mixer, needs that nothing can meet, no reference model where one is needed.
+        ValueError: an unknown mixer, an unknown need, a missing reference model.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Decider:
 
     @property
     def measures(self) -> bool:
-        """Whether the mixer needs what probes are taken for at a boundary."""
+        """Whether the mixer needs something that is measured on probes at a boundary."""
         return bool(self.needs & {"influence", "gradient", "measure"})
 
     def random_access(self, dataset: Mixture) -> MixtureDataset:
@@ -121,13 +121,13 @@ class Decider:
             )
 
     def rehearse(self, found: Evidence, prior: Mapping[str, float], upper: Mapping[str, float]) -> None:
-        """Let a copy go through a checkpoint and decide; raises whatever that does."""
+        """Send a copy through a checkpoint and let it decide; raises whatever that raises."""
         understudy = copy.deepcopy(self.mixer)
         understudy.load_state_dict(self._as_saved(understudy))
         if found.influence is None or found.influence.finite:
             if "gradient" in self.needs:
                 found = replace(found, gradient=found.influence)
-            with _quiet(logging.getLogger("dynmix.mixers")):  # so few sequences are a cause for warnings
+            with _quiet(logging.getLogger("dynmix.mixers")):  # so few sequences would cause warnings
                 self._decide(understudy, found, prior, upper, step=0, steps=1)
             understudy.load_state_dict(self._as_saved(understudy))  # a decision may put something new into the state
 
@@ -141,7 +141,7 @@ class Decider:
         return state
 
     def observe(self, step: int, batch_size: int) -> None:
-        """Show the losses of the step that ended. What fails the first time is a mistake in the set-up, and raises."""
+        """Show the losses of the step that ended. A failure at the first one is a mistake in the set-up, and raises."""
         if self.watch is None:
             return
         try:
@@ -173,7 +173,7 @@ class Decider:
     ) -> tuple[Proposal, np.ndarray]:
         """Return the proposal for the next stage, and the integers that it is published as.
 
-        Weights of domains that enter are moved inside `bound`: their mixer could not know it.
+        Weights of domains that enter are moved inside `bound`, which the mixer could not know.
 
         Args:
             found: what was measured at this boundary.
@@ -183,7 +183,7 @@ class Decider:
             bound: gives the largest weights of domains that would enter, by their numbers of sequences.
 
         Raises:
-            ValueError: an answer that is no mixture of the domains inside the bounds; or whatever the mixer raises.
+            ValueError: an answer that is not a mixture of the domains inside the bounds; or whatever the mixer raises.
         """
         proposal, cdf = self._decide(self.mixer, found, prior, upper, step=step, steps=steps)
         if proposal.groups:
@@ -221,9 +221,9 @@ class Decider:
         return proposal, self.published(proposal, upper)
 
     def published(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
-        """Return the integers that a proposal is published as; raise ValueError if it is no mixture of the domains.
+        """Return the integers that a proposal is published as; raise ValueError if it is not a mixture of the domains.
 
-        Domains that enter with it come behind the others.
+        Domains that enter with it come after the others.
         """
         domains, given = (*self.dataset.domains, *proposal.groups), proposal.weights
         if proposal.groups:
@@ -241,9 +241,9 @@ class Decider:
         return {"name": self.name, "state": copy.deepcopy(self.mixer.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, if it is this mixer's; another one starts afresh, with a warning.
+        """Resume from `state`, if it is this mixer's; otherwise the mixer starts afresh, with a warning.
 
-        The dataset's own state is loaded before: where it has other domains than were listed, the mixer is told.
+        The dataset's own state is loaded first; if that has other domains than were listed, the mixer is told.
         """
         if self.dataset.domains != self._started or self.dataset.schedule.joined:
             self._start(self.dataset)

@@ -67,17 +67,17 @@ class Row(TypedDict):
 
 
 class Journal:
-    """An append-only file of `Row`s, one JSON object a line. One process writes; any number may read.
+    """An append-only file of `Row`s, one JSON object per line. One process writes; any number may read.
 
-    A row counts once its newline is on the disk. What a kill left after the last newline is not a row: reading
-    leaves it out and says so in the log, the next `append` takes it away.
+    A row counts once its newline is on disk. What a kill left after the last newline is not a row: reading skips it,
+    with a warning, and the next `append` removes it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def append(self, row: Row) -> None:
-        """Write one row, on the disk when this returns. Raises ValueError that names a missing or unknown key."""
+        """Write one row; it is on disk when this returns. Raises ValueError that names a missing or unknown key."""
         line = _line(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:

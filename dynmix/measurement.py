@@ -1,6 +1,6 @@
-"""What is measured at a boundary: on which sequences of the domains, on which tasks, with which curvature.
+"""What is measured at a boundary: on which sequences of the domains, for which tasks, with which curvature.
 
-Knows the dataset and the model; nothing of what is decided from it or of when.
+Knows the dataset and the model; not what is decided from the measurement, nor when.
 """
 
 import logging
@@ -39,7 +39,7 @@ logger = logging.getLogger("dynmix")
 
 Sets = Mapping[str, list[Batch]]
 
-# Sequences that are looked at for tokens that the model has not: of a domain, and of all together.
+# Sequences that are searched for tokens outside the model's vocabulary: of each domain, and of all together.
 _LOOKED_AT, _LOOKED_AT_IN_ALL = 32, 4096
 
 HELD_OUT = "held-out"
@@ -48,9 +48,9 @@ HELD_OUT = "held-out"
 
 @dataclass(frozen=True)
 class Probes:
-    """Rows that the coming stage does not train on: `domains` are measured, `held_out` guards them; int64[sequences].
+    """Rows of each domain that the coming stage does not train on, int64[sequences].
 
-    `seed` is of the samples that are drawn from them.
+    The domains are measured on `domains`, and `held_out` is the default guard. `seed` is for the samples drawn of them.
     """
 
     domains: dict[str, Ints]
@@ -61,10 +61,10 @@ class Probes:
 class Measurement:
     """Measures the influence of every domain on every task, and the tasks' losses.
 
-    Where memory runs out, on any rank, a measurement starts again with batches of half as many sequences, down to one;
-    they stay as small for the rest of the run.
+    If memory runs out on any rank, the measurement starts again with batches of half as many sequences, down to one;
+    they stay that small for the rest of the run.
 
-    Args: as in `dynmix.controller.MixtureController`; `needs` is what the mixer asks for, and all that is measured.
+    Args: as in `dynmix.controller.MixtureController`; `needs` is what the mixer asks for, and nothing else is measured.
 
     Raises:
         ValueError: no tasks, one that is empty or of another form, a name that is a task and a guard, a number below 1.
@@ -110,7 +110,7 @@ class Measurement:
         check_offload(offload)
         check_curvature(curvature, "passes")
         if not isinstance(layers, Layers):
-            Layers(layers)  # says now what is no regular expression
+            Layers(layers)  # raises if it is not a regular expression
         self.held: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
         self.shrunk_to: int | None = None  # sequences a batch at most, once memory has run out
         self.curvature: Curvature = curvature
@@ -168,9 +168,9 @@ class Measurement:
 
     @random_state_kept()  # a domain's items may draw from it, here as in what follows
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError for a token that the model's vocabulary has not: in a task, a guard or some of a domain.
+        """Raise ValueError for a token outside the model's vocabulary in a task, a guard or a domain.
 
-        Of a domain a few sequences are read, evenly spread over it: with another tokenizer, most have such a token.
+        Of a domain only a few sequences are read, evenly spread: with the wrong tokenizer, most have such a token.
         """
         vocabulary = getattr(getattr(unwrap(model), "config", None), "vocab_size", None)
         if not isinstance(vocabulary, int):
@@ -188,7 +188,7 @@ class Measurement:
         return f"{'guards' if name in self.guards else 'tasks'}[{name!r}]"
 
     def _some_of_each(self) -> dict[str, Ints]:
-        """A few rows of each domain that can be read, evenly spread over those that a measurement may take."""
+        """A few rows of each domain, evenly spread over those that a measurement may use."""
         if isinstance(self.dataset, MixtureStream):
             sizes = {name: self.dataset.probes(name) for name in self.dataset.domains}
         else:
@@ -198,20 +198,20 @@ class Measurement:
 
     @property
     def here(self) -> list[str]:
-        """The domains that can be measured: all but those of a state that this run was not given."""
+        """The domains that can be measured: all but those of a resumed state that this run does not list."""
         gone = self.dataset.gone
         return [name for name in self.dataset.domains if name not in gone]
 
     def _scored(self, domain: str, rows: Ints) -> Batch:
-        """A sequence of a domain that has a token to score, the first of these."""
+        """The first sequence among these rows of a domain that has a token to score."""
         looked_at = f"domains[{domain!r}], of which {len(rows)} sequences were looked at"
         return scored_sequence((self._batches(domain, row[None])[0] for row in rows), looked_at)
 
     @random_state_kept()
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
-        """Measure on one sequence of each domain and set, to find what would fail; raises whatever does."""
+        """Measure on one sequence of each domain and set, so that whatever would fail raises now."""
         if isinstance(self.curvature, AdamDiagonal):
-            self.curvature.check()  # it has no moments to be tried with before the first step
+            self.curvature.check()  # before the first step the optimizer has no moments to try it with
         domains = {name: [self._scored(name, rows)] for name, rows in self._some_of_each().items()}
         sets = {name: [scored_sequence(batches, self._called(name))] for name, batches in self._rows({}).items()}
         if self.held_out_sequences:
@@ -220,7 +220,7 @@ class Measurement:
 
     @random_state_kept()
     def peak_memory(self, model: nn.Module) -> PeakMemory:
-        """Say what an influence takes beside the model; runs the longest kind of sequence through it."""
+        """Return the memory that an influence takes besides the model; runs the longest kind of sequence through it."""
         first = [self._batches(self.here[0], np.zeros(1, dtype=np.int64)), *self._rows({}).values()]
         longest = max((batches[0] for batches in first), key=lambda batch: batch["input_ids"].shape[1])
         return peak_memory(
@@ -239,7 +239,7 @@ class Measurement:
         return self._within_memory(lambda: task_losses(model, self.sets, over_ranks=True))
 
     def probes(self, start: int, window: int, prior: Mapping[str, float]) -> Probes:
-        """Return rows of each domain that the `window` samples from `start` on will not train on, if it has so many."""
+        """Return rows of each domain that the `window` samples from `start` on do not train on, if it has any."""
         shares = self._curvature_shares(prior)
         domains, held_out = {}, {}
         for name in self.here:
@@ -248,7 +248,7 @@ class Measurement:
             domains[name] = self._probe_rows(i, name, count, start, window)
             rows = self._probe_rows(i, name, count + more, start, window)
             others = rows[~np.isin(rows, domains[name])]
-            # The probes come first: a domain too small for both is guarded by some of theirs, if need be twice.
+            # Probes have priority: a domain too small for both is guarded by some of its probes, repeated if need be.
             held_out[name] = np.resize(others if len(others) >= more else rows, more)
         return Probes(domains, held_out, seed=start)
 
@@ -272,7 +272,7 @@ class Measurement:
             return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
 
     def task_gradients(self, model: nn.Module, probes: Probes, prior: Mapping[str, float], folds: int) -> TaskGradients:
-        """Return the preconditioned gradients of what is a row of the influence, with the curvature as `influence`."""
+        """Return the preconditioned gradient of each row of the influence, with the curvature as in `influence`."""
         options: dict[str, Any] = {"folds": folds, "layers": self.layers, "strata": self._strata, "over_ranks": True}
 
         def measure() -> TaskGradients:
@@ -295,9 +295,9 @@ class Measurement:
         return self._within_memory(measure)
 
     def whole(self, influence: Influence) -> Influence:
-        """Return the influence with the names of its rows that are guards, and a column for every domain.
+        """Return the influence with its guards named and a column for every domain of the dataset.
 
-        That of a domain which is not here is 0: it cannot be drawn, and its weight is bounded by 0.
+        The column of a domain that is not here is 0: it cannot be drawn, and its weight is bounded by 0.
         """
         guards = tuple(name for name in influence.tasks if name in self.guards)
         influence = replace(influence, guards=guards) if guards else influence
@@ -318,7 +318,7 @@ class Measurement:
         return replace(influence, domains=self.dataset.domains, **by_domain)
 
     def gradient(self, model: nn.Module, probes: Probes) -> Influence:
-        """Return the products of the domains' gradients with the sets' own: an influence without a curvature."""
+        """Return the products of the domains' gradients with those of the sets: an influence without a curvature."""
         return self._within_memory(lambda: self._gradient(model, probes))
 
     def _gradient(self, model: nn.Module, probes: Probes) -> Influence:
@@ -342,7 +342,7 @@ class Measurement:
     def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
         """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""
         if isinstance(self.dataset, MixtureStream):
-            return  # it has kept them aside, or said that it could not
+            return  # it kept its probes aside, or said that it could not
         for name, rows in probes.domains.items():
             if n := repeated(self.dataset.schedule, self.dataset.domains.index(name), rows, start, stop):
                 logger.warning(
@@ -372,7 +372,7 @@ class Measurement:
     @property
     def _largest_batch(self) -> int:
         sizes = [len(batch["input_ids"]) for batches in self.sets.values() for batch in batches]
-        return max(self.micro_batch, *sizes)  # batches that are given as such may be larger
+        return max(self.micro_batch, *sizes)  # sets that were given as batches may have larger ones
 
     def _probe_rows(self, number: int, domain: str, count: int, start: int, window: int) -> Ints:
         if isinstance(self.dataset, MixtureStream):
@@ -380,7 +380,7 @@ class Measurement:
         return probe_rows(self.dataset.schedule, number, count, start, window)
 
     def _rows(self, held_out: Mapping[str, Ints]) -> dict[str, list[Batch]]:
-        """Return what is a row of the influence: tasks, and guards if the mixer needs them."""
+        """Return the rows of the influence: tasks, and guards if the mixer needs them."""
         sets = {k: v for k, v in self.sets.items() if k not in self.guards or "guards" in self.needs}
         if held_out and self.held_out_sequences:
             items = [self.dataset.sequence(name, int(row)) for name, rows in held_out.items() for row in rows]
@@ -393,7 +393,7 @@ class Measurement:
         if "measure" not in self.needs:
             return self.whole(group_influence(model, domains, sets, curvature, over_ranks=True, **options)), None
         found = scored_groups(model, domains, sets, curvature, over_ranks=True, **options)
-        # Nothing is drawn of what is not here; but it has a weight, 0.
+        # A domain that is not here is never drawn, but has a weight, 0.
         nothing, rows = np.zeros(1), np.zeros((1, len(found.influence.tasks)))
         scores, tokens = (
             {name: own.get(name, empty) for name in self.dataset.domains}
@@ -424,7 +424,7 @@ class Measurement:
         shares, domains, pooled = self._curvature_shares(prior), dict[str, list[Batch]](), list[Batch]()
         for name, rows in probes.domains.items():
             own = domains[name] = self._batches(name, rows[: self.probe_sequences])
-            # The same batches where they are whole ones of both: those are read once.
+            # Whole batches that both use are the same objects, so that they are read once.
             count = len(own) if shares[name] >= self.probe_sequences else shares[name] // self.micro_batch
             read = sum(len(batch["input_ids"]) for batch in own[:count])
             pooled += own[:count] + self._batches(name, rows[read : shares[name]])

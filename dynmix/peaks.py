@@ -1,7 +1,7 @@
-"""Which checkpoint was best at each task: recorded while a run goes on, or found in a folder of checkpoints.
+"""Which checkpoint was best at each task: recorded during a run, or found in a folder of checkpoints.
 
-Knows models, files and the curve of a figure over steps; not who trains, nor what becomes of the checkpoints. A peak is
-the best value of a task over all steps and the earliest of equals, because that is where the skill was acquired.
+Knows models, files and the curve of a metric over steps; not who trains, nor what becomes of the checkpoints. A peak is
+the best value of a task over all steps, and the earliest of equals, because that is where the skill was acquired.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def improvements(curve: Iterable[tuple[int, float]], metric: Metric, min_delta: float = 0.0) -> Iterator[int]:
-    """Yield the steps at which the metric was better than ever before by more than `min_delta`; the last is the peak.
+    """Yield the steps at which the metric beat all earlier values by more than `min_delta`; the last is the peak.
 
     Loss and bits per byte are better when lower. NaN and infinity are never best.
     """
@@ -69,7 +69,7 @@ def metric_of(metric: Metric | Mapping[str, Metric], task: str) -> Metric:
 
 
 def check_tasks(tasks: Mapping[str, Task], metric: Metric | Mapping[str, Metric], min_delta: float) -> None:
-    """Raise ValueError for no tasks, a metric that a task does not have, or a `min_delta` that is no number from 0."""
+    """Raise ValueError if there are no tasks, a task does not have its metric, or `min_delta` is not from 0 on."""
     if not tasks:
         raise ValueError("tasks is empty: give at least one, by name")
     for name, task in tasks.items():
@@ -89,15 +89,15 @@ def set_aside(folder: str | os.PathLike[str]) -> None:
 class PeakSnapshots:
     """The tasks' curves over a run, and snapshots of the model where each task peaks, in a folder.
 
-    The folder has `step-NNNNNNN/` as `dynmix.snapshot` writes them, and `peaks.json` with the curves. What is in it is
-    a function of the curves and of the steps at which `prune` was called: a run that is killed and goes on ends with
-    the same folder as one that was not.
+    The folder has `step-NNNNNNN/` as `dynmix.snapshot` writes them, and `peaks.json` with the curves. Its content is a
+    function of the curves and of the steps at which `prune` was called: a run that was killed and resumed ends with the
+    same folder as one that was not.
 
     Args:
-        folder: where they are kept; what an earlier process of the run recorded there is taken up.
+        folder: where they are kept; what an earlier process of the run recorded there is loaded.
         metric: what a task's values are, for all tasks or by name; says whether lower or higher is better.
-        min_delta: a later step is a peak only if it is better than the one before it by more than this.
-        keep: the newest so many snapshots are kept, whether they are still peaks or not.
+        min_delta: a later step is a peak only if it is better than the previous peak by more than this.
+        keep: how many of the newest snapshots are kept, whether they are still peaks or not.
 
     Raises:
         ValueError: impossible arguments, others than those that `folder` was recorded with, or a damaged `peaks.json`.
@@ -132,10 +132,10 @@ class PeakSnapshots:
         }
 
     def record(self, model: nn.Module, step: int, values: Mapping[str, float]) -> list[str]:
-        """Write down the tasks' values at a step, and save the model if any of them is the best so far; return which.
+        """Record the tasks' values at a step, and save the model if any of them is the best so far; return which are.
 
-        Every rank calls it (sharded parameters are gathered); the values of rank 0 count, and it writes. A snapshot
-        that cannot be written is logged as an error, and its step is no peak.
+        Every rank calls it (sharded parameters are gathered); the values of rank 0 count, and it writes. If a snapshot
+        cannot be written, an error is logged and the step is not a peak.
 
         Raises:
             ValueError: `step` is not after the last one recorded, a task has no metric.
@@ -162,18 +162,18 @@ class PeakSnapshots:
     def prune(self, durable_step: int) -> None:
         """Delete the snapshots that no task needs any more.
 
-        A run may be killed and go on from its last durable step, the step of its newest training checkpoint. So what
-        stays is what the curves need up to now, and what they needed at that step.
+        A run may be killed and resume from its last durable step, that of its newest training checkpoint. So the
+        snapshots stay that the curves need now, and those that they needed at that step.
         """
         if is_rank_0():
             needed = self._needed(None) | self._needed(durable_step)
             self._delete(path for step, path in self._snapshots() if step not in needed)
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`, from which the run goes on; delete those snapshots.
+        """Forget what was recorded after `step`, from which the run resumes, and delete those snapshots.
 
-        Where the snapshot of a task's peak is gone, because the run goes back further than the last durable step, its
-        peak is the best recorded step whose snapshot still exists, and a warning says so. Every rank calls it.
+        If the snapshot of a task's peak is gone, because the run goes back further than the last durable step, its peak
+        becomes the best recorded step whose snapshot still exists, with a warning. Every rank calls it.
         """
         if is_rank_0():
             self.curves = {task: [p for p in curve if p[0] <= step] for task, curve in self.curves.items()}
@@ -226,7 +226,7 @@ class PeakSnapshots:
         return True
 
     def _delete(self, paths: Iterable[Path]) -> None:
-        """Delete snapshots such that a kill leaves none that is half there under its name."""
+        """Delete snapshots so that a kill never leaves a partial one under its name."""
         for path in paths:
             gone = path.with_name(f".{path.name}.deleted")
             if gone.exists():  # a kill left it, and a run that began afresh did not clear it away
@@ -274,9 +274,9 @@ class PeakSnapshots:
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
     """Return the checkpoints in a folder by rising step: sub-folders whose names end in a number, with whole weights.
 
-    Those are the Trainer's `checkpoint-<step>`, `step-<step>`, and any others with `config.json` and safetensors; the
-    step of one with a `snapshot.json`, as `stage-<stage>`, is what that says. A folder that is none or is broken, as a
-    kill leaves them, is passed over with a warning.
+    Those are the Trainer's `checkpoint-<step>`, `step-<step>`, and any others with `config.json` and safetensors; if
+    there is a `snapshot.json`, as in `stage-<stage>`, it says the step. A folder that is not a checkpoint, or is broken
+    as a kill leaves them, is skipped with a warning.
 
     Raises:
         ValueError: there is no checkpoint.
@@ -299,7 +299,7 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
 def evenly_spaced(checkpoints: Sequence[Checkpoint], n: int) -> list[Checkpoint]:
     """Return the last checkpoint of each of `n` equal parts of the list: with `n=1` the last; all if there are fewer.
 
-    Checkpoints chosen by step alone are what AutoMixer compares its selection with.
+    AutoMixer compares its own selection with such checkpoints, chosen by step alone.
     """
     if n < 1:
         raise ValueError(f"n={n}: at least 1 checkpoint")
@@ -317,14 +317,14 @@ def select_checkpoints(
 ) -> dict[str, Checkpoint]:
     """Return the checkpoint in `folder` in which each task peaks, by evaluating all of them, one in memory at a time.
 
-    Scores are kept in `folder/evaluations.json`, by the checkpoint's files and the task's content, so that a selection
-    that was killed goes on and a second one costs nothing; a folder that cannot be written to gets a warning. A GPU is
+    Scores are cached in `folder/evaluations.json`, by the checkpoint's files and the task's content, so a selection
+    that was killed resumes and a second one costs nothing. If the folder is not writable, a warning says so. A GPU is
     used if there is one.
 
     Args:
         folder: as in `list_checkpoints`.
         tasks: by name.
-        checkpoints: those of the folder that count; None: all of them.
+        checkpoints: those of the folder to consider; None: all of them.
         metric: what a task peaks by, for all tasks or by name.
         min_delta: as in `PeakSnapshots`.
 
@@ -365,7 +365,7 @@ def select_checkpoints(
 
 
 def _check_whole(path: Path) -> None:
-    """Raise an error unless there are a config and safetensors files that are whole, all that the index names."""
+    """Raise an error unless there are a config and whole safetensors files, all that the index names."""
     if not (path / "config.json").is_file():
         raise ValueError("it has no config.json")
     files = sorted(path.glob("*.safetensors"))

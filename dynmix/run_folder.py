@@ -1,7 +1,7 @@
 """The files of one run: `config.json`, `journal.jsonl`, `snapshots/`, and what mixers that regroup the corpus add.
 
-Every rank holds one, and rank 0 writes. Knows files and what is in them; not when they are written, nor why. What
-cannot be written is logged and does not end a run.
+Every rank has a `RunFolder`, and rank 0 writes. Knows files and their content; not when they are written, nor why. A
+failure to write is logged and does not end a run.
 """
 
 import logging
@@ -54,7 +54,7 @@ class RunFolder:
         self._journal = Journal(path / "journal.jsonl")
 
     def set_aside(self) -> None:
-        """Move what an earlier run left to a folder of its own, so that a fresh run does not mix with it."""
+        """Move what an earlier run left into a folder of its own, so that a fresh run does not mix with it."""
         if is_rank_0():
             set_aside(self.path, [file for name in _FILES if (file := self.path / name).exists()])
 
@@ -75,7 +75,7 @@ class RunFolder:
     def rewind(self, stages: int) -> None:
         """Drop the journal's rows, the snapshots and what is not `needed` of measurements, from stage `stages` on.
 
-        What is left of stages that are to come again would count as newer than what is saved of them.
+        Otherwise files of stages that will be repeated would count as newer than what is then saved of them.
         """
         if is_rank_0():
             self._journal.truncate(stages)
@@ -88,11 +88,11 @@ class RunFolder:
                         file.unlink()
 
     def save_factors(self, carried: Carried, stage: int, keep: int) -> str | None:
-        """Save the curvature's factors as those of a stage, and keep the newest few; return the file's name, if any."""
+        """Save the curvature's factors under a stage's number, keep the newest few; return the file's name, if any."""
         return None if carried.fitted is None else self._save(carried.save, self.factors, stage, keep)
 
     def save_task_gradients(self, gradients: TaskGradients, stage: int, keep: int) -> str:
-        """Save what an in-run influence meets before a stage, and keep the newest few; return the file's name."""
+        """Save the tasks' gradients of an in-run influence and keep the newest few; return the file's name."""
         return self._save(gradients.save, self.in_run, stage, keep)
 
     def _save(self, save: Callable[[Path], None], folder: Path, stage: int, keep: int) -> str:
@@ -108,7 +108,7 @@ class RunFolder:
         return name
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:
-        """Save the model as that of a stage, and keep the newest few; every rank calls it."""
+        """Save the model under a stage's number and keep the newest few; every rank calls it."""
         try:
             save_snapshot(model, self.path / "snapshots", stage, facts, keep)
         except OSError as failure:

@@ -14,7 +14,7 @@ from dynmix.mixture.stream import Mixture
 
 
 class Timetable:
-    """The boundaries of one run. What a step takes is known when it is planned.
+    """The boundaries of one run. What a step takes is known once the run is planned.
 
     Args:
         dataset: whose schedule has the stages.
@@ -42,7 +42,7 @@ class Timetable:
 
     @property
     def stage_samples(self) -> int:
-        """Samples of a stage that neither the run's end nor `max_stages` makes another length."""
+        """Samples of a stage of regular length, which neither the run's end nor `max_stages` changes."""
         return self.stage_steps * self.batch_size
 
     @property
@@ -53,7 +53,7 @@ class Timetable:
 
     @property
     def boundary(self) -> int:
-        """Position at which the stage after the last published one starts; beyond any run where that was the last."""
+        """Position at which the stage after the last published one starts; beyond any run if there is none."""
         stages = self.dataset.schedule.num_stages
         return sys.maxsize if stages == self.max_stages else stages * self.stage_samples
 
@@ -64,24 +64,24 @@ class Timetable:
         return self.total if last else self.boundary + self.stage_samples
 
     def is_due(self, step: int) -> bool:
-        """Whether the next stage is to be decided after `step`: one step before it starts, or as it starts."""
+        """Whether the next stage is to be decided after `step`: one step before it starts, or just as it starts."""
         return self.boundary < self.total and self.boundary in (step * self.batch_size, (step + 1) * self.batch_size)
 
     def boundaries_ahead(self) -> range:
-        """Numbers of the stages that are still to be decided; at the end of the run of the next, were it to go on."""
+        """Numbers of the stages still to be decided; at the end of the run, of the next one, as if it went on."""
         number = self.dataset.schedule.num_stages
         left = max(1, -((self.boundary - self.total) // self.stage_samples)) if number != self.max_stages else 0
         return range(number, min(number + left, self.max_stages or sys.maxsize))
 
     def why_over(self, step: int) -> str:
-        """Why the run ends with `step` before it is as long as planned, because the data is exhausted; "" if not."""
+        """Why exhausted data ends the run with `step`, before it is as long as planned; "" if it does not."""
         dry = self.dataset.schedule.exhausted_at
         if dry is None or self.total == self._planned or step * self.batch_size < self.total:
             return ""
         return self.dataset.schedule.why_exhausted(dry)
 
     def plan(self, batch_size: int, max_steps: int | None, *, resumed: bool) -> None:
-        """Take what a step is and how many there are, and declare where the first stage ends.
+        """Set what a step takes and how many there are, and declare where the first stage ends.
 
         Raises:
             ValueError: a run that cannot be carried out as described, or that differs from the one being resumed.
@@ -129,7 +129,7 @@ class Timetable:
             schedule.hold(self.boundary)
 
     def check_step(self, step: int) -> None:
-        """Raise ValueError if the stage of a sample that was read before the end of `step` is not published."""
+        """Raise ValueError if a sample before the end of `step` has no published stage."""
         if self.boundary < min(step * self.batch_size, self.total):
             raise ValueError(
                 f"the state is older than step {step}: the stage of sample {self.boundary} is not in it; resume model "
@@ -141,11 +141,11 @@ class Timetable:
         return {"batch_size": self.batch_size, "stage_steps": self.stage_steps, "max_stages": self.max_stages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the batch size of a state that was checked."""
+        """Take over the batch size of a state that was checked."""
         self.batch_size = int(state["batch_size"])
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if a controller's state is of other stages, or its own are none of them."""
+        """Raise ValueError if a controller's state has stages of another length, or inconsistent ones."""
         if state["stage_steps"] != self.stage_steps:
             raise ValueError(
                 f"the checkpoint's stages are {state['stage_steps']} steps, stage_steps={self.stage_steps}"

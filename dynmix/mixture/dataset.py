@@ -245,7 +245,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         if (end is not None and end < stop) or not self._ahead.holds(start, stop):
             runs = self._decided(runs)
             start, stop = _bounds(runs)
-        # Noted before the stages are looked at: who publishes sees either the note, or is seen.
+        # Noted before the stages are read: a publisher either sees the note, or its stage is seen here.
         self._progress.note(len(positions), stop, runs[0].step)
         items = self._items(runs)
         for event in self._ahead.events(start, stop):
@@ -474,7 +474,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         except Undecided:
             if not self.controlled:
                 raise
-            # Whoever reads does not publish here.
+            # Here the controller publishes: telling the reader to do so would mislead.
             waits = f"the stage of position {self.schedule.end} is not decided yet"
             raise Undecided(f"{waits}: {_TOO_FAR}") from None
         return runs

@@ -1,4 +1,4 @@
-"""What those who read a schedule and the one who publishes it tell each other, across processes.
+"""What readers of a schedule and its publisher tell each other, across processes.
 
 Knows positions and the schedule's end; nothing of samples.
 """
@@ -29,7 +29,7 @@ class Progress:
 
     @property
     def read_until(self) -> int:
-        """One more than the highest position that was read here or in a worker; 0 before."""
+        """One past the highest position that was read here or in a worker; 0 before."""
         return int(self._cells.array[_MAIN:].max())
 
     @property
@@ -44,7 +44,7 @@ class Progress:
 
     @property
     def read_span(self) -> int:
-        """Positions in a row of which the last request took its own, those between them being other ranks'."""
+        """Consecutive positions that the last request covered, including those that other ranks took in turn."""
         return int(self._cells.array[_SPAN])
 
     @property
@@ -59,18 +59,18 @@ class Progress:
     def note(self, size: int, stop: int, stride: int = 1) -> None:
         """Say that a request of so many positions, each `stride`-th, was read, and so all positions before `stop`."""
         worker, cells = get_worker_info(), self._cells.array
-        # A cell for each writer, because nothing here makes "take the maximum" one step between processes.
+        # A cell for each writer, because taking the maximum is not atomic between processes.
         cell = _MAIN if worker is None else _WORKERS + worker.id % _SLOTS
         cells[cell] = max(int(cells[cell]), stop)
         cells[_SIZE], cells[_SPAN] = size, size * stride
 
     def check_begin(self) -> None:
-        """Raise ValueError if a loader has read: then the weights of the first stage are what they are."""
+        """Raise ValueError if a loader has read: then the weights of the first stage cannot change."""
         if self.read_until:
             raise ValueError(f"the loader has read {self.read_until} samples: the weights of the first stage stay")
 
     def check_publish(self, start: int) -> None:
-        """Raise ValueError if a loader has read on from `start`: those samples were of the stage before."""
+        """Raise ValueError if a loader has read beyond `start`: those samples belong to the stage before."""
         if start < self.read_until:
             raise ValueError(
                 f"start={start}: position already read by the loader, which is at {self.read_until}; declare where a"
@@ -78,11 +78,11 @@ class Progress:
             )
 
     def forget(self) -> None:
-        """Start again from nothing; what a step takes stays."""
+        """Start again from zero, but keep what a step takes."""
         self._cells.array[[_PULSE, _SIZE, _SPAN]], self._cells.array[_MAIN:] = 0, 0
 
     def pulse(self) -> None:
-        """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
+        """Say that the main process is alive, so that workers that wait for a stage go on waiting."""
         self._cells.array[_PULSE] += 1
 
     def wait(self, schedule: MixtureSchedule, stop: int, causes: str) -> None:

@@ -1,8 +1,8 @@
 """Which domain, and which row of it, stands at a position of the training stream: a pure function of seed and stages.
 
 The stage's integer weights give each domain its draws, evenly over time; keyed permutations scatter them over the
-positions, a few at a time and never beyond a block of M. How often a domain was drawn before a position is closed-form,
-so the draw's number, its epoch and its row need no table and no replay. This module must not know of tokens, files,
+positions, a few at a time and never beyond a block. How often a domain was drawn before a position has a closed form,
+so a draw's number, its epoch and its row need no table and no replay. This module must not know of tokens, files,
 loaders or models.
 """
 
@@ -34,8 +34,8 @@ _VERSION = 3  # of the order itself; raise it when the same state would give oth
 _ROW_KEY = 3  # keeps these hashes of a seed apart from those of `order`
 
 
-class Undecided(LookupError):  # noqa: N818 (a state of affairs, and often no error: a worker waits for it to pass)
-    """A position beyond the last published stage: which sample stands there depends on weights yet to be published."""
+class Undecided(LookupError):  # noqa: N818 (often not an error: a worker waits for it to pass)
+    """A position beyond the last published stage: its sample depends on weights that are not published yet."""
 
 
 class Stage(NamedTuple):
@@ -49,19 +49,19 @@ class Stage(NamedTuple):
 class MixtureSchedule:
     """Domain, row and epoch of every position, for weights that change at declared positions.
 
-    Only the process that made it may publish and extend it; processes started by it see each new stage, and each new
-    domain, at once and whole.
+    Only the process that made it may publish and extend it. Processes started from it see each new stage and each new
+    domain immediately, never in part.
 
     Args:
         weights: name -> weight of the stage that begins at position 0; its order is the order of the domains.
         sizes: name -> rows (sequences) of the domain; >= 1 wherever a weight is positive.
         seed: 0 to 2**63 - 1.
-        block: positions a keyed permutation scatters, best the global batch size; part of the state.
+        block: positions over which a keyed permutation scatters draws, best the global batch size; part of the state.
         max_epochs: how often a domain may be read over the whole run, for all or by name; None: no limit.
         when_exhausted: what happens then, as in `limits.Limits`: "repeat", "stop" or "redistribute".
-        homogeneous: positions in a row that are of one domain, so that micro-batches of as many are; `block`, and every
-            stage's start and end, is a multiple of it. A limit is then reached with the last whole group that it has
-            room for. Part of the state.
+        homogeneous: number of consecutive positions that belong to one domain, for micro-batches of a single domain;
+            `block` and every stage's start and end are multiples of it. A limit is then reached with the last whole
+            group that fits. Part of the state.
 
     Raises:
         ValueError: names that do not match, weights that are not a distribution, sizes, seed, block or limits out of
@@ -126,13 +126,13 @@ class MixtureSchedule:
         return self._roster.now.joined
 
     def check_new(self, domains: Sequence[JoinedDomain]) -> None:
-        """Nothing, if `extend` would take these domains. Raises ValueError as it does."""
+        """Raise ValueError if `extend` would refuse these domains."""
         self._roster.check(domains, keep=len(self.joined))
 
     def extend(self, domains: Sequence[JoinedDomain]) -> None:
-        """Add domains behind those there are, with weight 0 until a stage is published that gives them some.
+        """Append domains, with weight 0 until a stage is published that gives them weight.
 
-        No position changes its sample. (The schedule of a dataset is extended by `MixtureDataset.extend`.)
+        No position changes its sample. (Extend the schedule of a dataset by `MixtureDataset.extend`.)
 
         Raises:
             ValueError: a name that is taken, a domain without rows, more than 1,024 of them.
@@ -151,12 +151,12 @@ class MixtureSchedule:
         self._table.write(0, [self._stage(0)._replace(cdf=self._cdf(weights))])
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
-        """Begin a stage at position `start`; positions before it stay what they were.
+        """Begin a stage at position `start`; the samples before it stay the same.
 
         Args:
             weights: name -> weight, or an `integer_cdf` computed elsewhere (by rank 0, say), in the domains' order.
             start: first position of the stage; the end of the last stage if that was declared.
-            end: where the stage ends; None leaves it open. Positions from there on are undecided.
+            end: where the stage ends, and positions become undecided; None leaves it open.
 
         Raises:
             ValueError: a start in the past or with a gap before it, an end not beyond start, bad weights.
@@ -182,7 +182,7 @@ class MixtureSchedule:
         logger.info("stage %d begins at position %d, with the weights %s", number, start, self._floats(cdf))
 
     def hold(self, end: int) -> None:
-        """Declare that the last stage ends at `end`: positions from there on are undecided until a stage is published.
+        """Declare that the last stage ends at `end`: from there on positions are undecided until a stage is published.
 
         Raises:
             ValueError: `end` is not beyond the stage's start, or another end was declared.
@@ -199,25 +199,25 @@ class MixtureSchedule:
         return self._table.end
 
     def outdate(self) -> None:
-        """Say that what was read before may be outdated."""
+        """Say that what was read from the schedule before may be outdated."""
         self._table.outdate()
 
     @property
     def generation(self) -> int:
-        """Grows when domains join, a stage is published or a state loaded: what was read before may be outdated."""
+        """Grows when domains join, a stage is published or a state is loaded: earlier reads may be outdated."""
         return self._table.generation
 
     @property
     def exhausted_at(self) -> int | None:
-        """Where the stream ends because its domains may not be read again; None as far as the stages say."""
+        """Where the stream ends because its domains may not be read again; None if the stages so far do not say."""
         end, course = self.end, self._course(self.num_stages - 1)
-        # What is used up with its stage may be no part of the next one. To stop is to stop all the same.
+        # A domain used up at the end of its stage need not be in the next one; only "stop" ends the stream even so.
         ahead = NEVER if end is None else end + (self.limits.when_exhausted == "stop")
         return course.dry if course.dry < ahead else None
 
     @property
     def num_stages(self) -> int:
-        """How many stages have been published, those included that a state left out."""
+        """How many stages have been published, including those that a state left out."""
         return len(self._table)
 
     @property
@@ -228,13 +228,13 @@ class MixtureSchedule:
 
     @property
     def stages(self) -> list[Stage]:
-        """Every published stage, oldest first; the oldest may be missing that a state left out."""
+        """Every published stage, oldest first, without those that a state left out."""
         rows = self._rows_kept()
         ends = [*(row.start for row in rows[1:]), self.end]  # an open stage ends where the next one was published
         return [Stage(row.start, end, self._floats(row.cdf)) for row, end in zip(rows, ends, strict=True)]
 
     def check_decided(self, start: int, stop: int) -> None:
-        """Nothing, if every position of [start, stop) has its stage.
+        """Raise an error unless every position of [start, stop) has its stage.
 
         Raises:
             Exhausted: `stop` is beyond where the stream ends.
@@ -258,7 +258,7 @@ class MixtureSchedule:
             )
 
     def check_not_exhausted(self, stop: int) -> None:
-        """Nothing, if the stream does not end before `stop`. Raises Exhausted with the domains it ends for."""
+        """Raise Exhausted, naming the domains that are used up, if the stream ends before `stop`."""
         if (dry := self.exhausted_at) is not None and stop > dry:
             raise Exhausted(self.why_exhausted(dry))
 
@@ -270,7 +270,7 @@ class MixtureSchedule:
         return f"the stream ends at position {dry}, where its domains have been read as often as they may: {reason}"
 
     def weights_at(self, position: int) -> dict[str, float]:
-        """Weights, name -> float, that `position` is drawn by: its stage's, without the domains that were exhausted.
+        """Weights, name -> float, that decide `position`: its stage's, without domains that are used up by then.
 
         Raises:
             Exhausted, Undecided: as `check_decided`.
@@ -300,7 +300,7 @@ class MixtureSchedule:
         return domain, row, epoch
 
     def counts(self, position: int) -> Ints:
-        """Draws of each domain before `position`, int64[n_domains], in time that does not grow with the position.
+        """Draws of each domain before `position`, int64[n_domains], in time independent of the position.
 
         Raises:
             Exhausted, Undecided, ValueError: as `check_decided`.
@@ -309,7 +309,7 @@ class MixtureSchedule:
         return self._course_at(position).counts(position)
 
     def rows(self, domain: int | Ints, draws: Ints) -> tuple[Ints, Ints]:
-        """Row and epoch of a domain's draws, counted from 0; each epoch is a permutation of the domain's rows.
+        """Row and epoch of a domain's draws, counted from 0. Each epoch is a permutation of the domain's rows.
 
         Args:
             domain: number of the domain, or one for each draw.
@@ -327,7 +327,7 @@ class MixtureSchedule:
     def state_dict(self, since: int | None = None) -> dict[str, Any]:
         """Everything the order depends on, as JSON-able values.
 
-        Of very many stages (some 300 of 50 domains) the oldest are left out, with what was drawn in them kept.
+        If there are very many stages (some 300 of 50 domains) the oldest are left out; what was drawn in them is kept.
 
         Args:
             since: keep every stage that positions from here on need, however many; 0 keeps all.
@@ -346,7 +346,7 @@ class MixtureSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], limited: Collection[str] | None = None) -> None:
-        """Replace stages, and domains that joined, by those of a state of `state_dict`; all of them or, on error, none.
+        """Replace the stages, and the domains that joined, by those of a saved state; on error nothing is replaced.
 
         `limited` as in `differences`; other domains keep the limits of the state.
 
@@ -382,13 +382,13 @@ class MixtureSchedule:
         self._table.replace(stages)
 
     def like(self, sizes: Mapping[str, int]) -> "MixtureSchedule":
-        """One of this seed, block and limits for other first domains, to load a state of theirs into."""
+        """A schedule of the same seed, block and limits with other first domains, to load a state of theirs into."""
         made = type(self).__new__(type(self))
         made._setup(sizes, self.seed, self.block, self.limits)
         return made
 
     def continues(self, state: Mapping[str, Any]) -> bool:
-        """Whether domains and stages here are those of `state`, and what joined and was published since."""
+        """Whether domains and stages here are those of `state`, possibly with more that joined or were published."""
         names, stages = self.names, self.stages
         if list(names[: len(state["names"])]) != state["names"]:
             return False
@@ -406,9 +406,9 @@ class MixtureSchedule:
         return then.first + len(then.starts) > self._table.first
 
     def differences(self, state: Mapping[str, Any], limited: Collection[str] | None = None) -> list[str]:
-        """How a state's domains, seed and block differ from these, a phrase each; a state without any can be loaded.
+        """How a state's domains, seed and block differ from these, one phrase each; if there are none it can be loaded.
 
-        Domains that joined, then or now, make no difference: loading replaces them. Limits by name are compared for the
+        Domains that joined, then or now, do not count: loading replaces them. Limits by name are compared for the
         `limited` domains, None: all.
         """
         (then, _), sizes = domains_of(state), self._roster.first
@@ -428,9 +428,9 @@ class MixtureSchedule:
         return found + self.limits.differences(state.get("limits", {}), common)
 
     def __getstate__(self) -> dict[str, Any]:
-        shared = {**self.__dict__, "_courses": (-1, {})}  # each process works them out where it needs them
+        shared = {**self.__dict__, "_courses": (-1, {})}  # each process works out those it needs
         if is_starting_process():
-            # A copy of 4,096 stages of many domains would be 100 MB a worker, and would not see stages that come later.
+            # A copy of 4,096 stages of many domains would take 100 MB per worker, and would miss stages to come.
             return shared
         limits = [self.limits.max_epochs, self.limits.when_exhausted, self.homogeneous]
         return {**self.state_dict(since=0), "own_limits": limits}
@@ -443,7 +443,7 @@ class MixtureSchedule:
             self.load_state_dict(state)
 
     def _stage(self, number: int) -> StageRow:
-        row = self._table[number]  # before the names are looked at: whoever wrote it had seen all it has
+        row = self._table[number]  # before the names are read: the writer of the row knew all the domains in it
         return row.widened(len(self.names))
 
     def _rows_kept(self) -> list[StageRow]:
@@ -453,7 +453,7 @@ class MixtureSchedule:
         return self._course(self._table.first + int(np.searchsorted(self._table.starts, position, side="right")) - 1)
 
     def _course(self, number: int) -> Course:
-        generation = self.generation  # before the stage is looked at: what is kept under it is never too new for it
+        generation = self.generation  # read before the stage, so a course is never kept under a newer generation
         if self._courses[0] != generation:
             self._courses = generation, {}
         courses = self._courses[1]
@@ -514,7 +514,7 @@ class MixtureSchedule:
 
 
 def schedule_of(state: Any) -> Mapping[str, Any]:
-    """The schedule's part in the state of a dataset or stream. Raises ValueError for what is no such state."""
+    """The schedule's part of the state of a dataset or stream. Raises ValueError for anything else."""
     found = state.get("schedule") if isinstance(state, Mapping) else None
     if not isinstance(found, Mapping) or "names" not in found:
         what = f"a mapping of {list(state)[:8]}" if isinstance(state, Mapping) else f"a {type(state).__name__}"

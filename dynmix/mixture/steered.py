@@ -1,4 +1,4 @@
-"""What a controller steers of a mixture, however its sequences are read: its stages, and how far they have been read.
+"""The part of a mixture that a controller steers, however its sequences are read: its stages and how far it was read.
 
 Knows the schedule and the progress of those who read; nothing of sources or samples.
 """
@@ -25,21 +25,21 @@ class Steered:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names, in order; `domain` of an item is an index into it."""
+        """Names, in order; an item's `domain` is an index into them."""
         return self.schedule.names
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name -> sequences of one pass over the domain; of a stream as far as they were told."""
+        """Name -> sequences of one pass over the domain; for a stream, as they were given."""
         return self.schedule.sizes
 
     def begin(self, weights: Weights) -> None:
-        """`schedule.begin`, refused where the loader has read already. Raises ValueError."""
+        """`schedule.begin`, refused once the loader has read. Raises ValueError."""
         self._progress.check_begin()
         self.schedule.begin(weights)
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
-        """`schedule.publish`, refused where the loader has read already: those samples were of the stage before.
+        """`schedule.publish`, refused for positions that the loader has read already: they belong to the stage before.
 
         Raises:
             ValueError: also when `start` is below `read_until`.
@@ -53,14 +53,14 @@ class Steered:
         return self._progress.read_until
 
     def pulse(self) -> None:
-        """Say that the main process is at work: a worker that waits for a stage is then patient with it."""
+        """Say that the main process is alive, so that workers that wait for a stage go on waiting."""
         self._progress.pulse()
 
     def _is_of_worker(self, schedule: Mapping[str, Any]) -> bool:
-        """Whether a state of this `schedule` is loaded in a worker, whose stages are the main process's.
+        """Whether a state of this `schedule` is being loaded in a worker, which must not change the stages.
 
-        A loader that keeps states of its workers does so. Theirs may be older than what the main process has published
-        since they read ahead, and what they would write is shared with it.
+        A loader that keeps states of its workers loads them there. The table of stages is shared with the main process,
+        which may have published more since the worker's state was taken.
 
         Raises:
             ValueError: in a worker, stages that the main process does not have.

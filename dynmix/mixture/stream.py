@@ -1,7 +1,7 @@
 """The mixture as a `torch.utils.data.IterableDataset`, for domains that can only be read from their beginning on.
 
-Which domain stands at a position is the schedule's word, as in `MixtureDataset`; the sample is the next one that the
-domain's source gives. This module must not know of models, optimizers or how weights are chosen.
+The schedule decides which domain stands at a position, as in `MixtureDataset`; the sample is the next one from the
+domain's source. This module must not know of models, optimizers or how weights are chosen.
 """
 
 import os
@@ -25,7 +25,7 @@ from dynmix.mixture.sequences import Item
 from dynmix.mixture.steered import Steered
 from dynmix.mixture.weights import matched
 
-UNKNOWN = 1 << 40  # rows of a domain that nobody has counted: domains and counts of positions do not depend on it
+UNKNOWN = 1 << 40  # rows of a domain of unknown size: domains and counts of positions do not depend on it
 _WAITING = (
     " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
     " steps say: pass the loader's batch_size to MixtureStream, what a step takes to MixtureHook, and call its step()"
@@ -45,62 +45,62 @@ class MixtureStream(Steered, IterableDataset[Item]):
         )
         loader = StatefulDataLoader(stream, batch_size=8, num_workers=2)  # of torchdata, to resume without re-reading
 
-    Items are {"input_ids": LongTensor[sequence_length], "labels": the same, "domain": int}. What a source gives is a
-    mapping with `input_ids` of any length, or with a text, or a string. It is put end to end and cut; nothing is
-    dropped, and items of `sequence_length` tokens stay whole.
+    Items are {"input_ids": LongTensor[sequence_length], "labels": the same, "domain": int}. Sources yield mappings with
+    `input_ids` of any length, mappings with a text, or strings. They are put end to end and cut; nothing is dropped,
+    and items of `sequence_length` tokens stay whole.
 
-    What it promises:
+    What it guarantees:
 
-    - The domain of each position is the schedule's, whatever ranks and workers: batch b of a loader holds the domains
-      that it holds when `MixtureDataset` is read in order. Swaps take effect at their declared position; a worker that
-      read ahead waits for a stage that is not published yet.
+    - The domain of each position is the schedule's, whatever the ranks and workers: batch b of a loader holds the same
+      domains as when `MixtureDataset` is read in order. New weights take effect at their declared position; a worker
+      that reads ahead waits for a stage that is not published yet.
     - The same sources, seed, stages, ranks and workers give the same samples.
-    - A state resumes exactly with as many ranks and workers as it was taken with; it is refused with others. Sources
-      with `state_dict` and `load_state_dict` go on from their own; others, and HF datasets with a shuffle buffer (which
-      is in no state), are read up to where they were left, which the log says.
+    - A state resumes exactly with the numbers of ranks and workers it was taken with, and is refused with others.
+      Sources with `state_dict` and `load_state_dict` resume from their own state; others, and HF datasets with a
+      shuffle buffer (which no state includes), are read again up to where they were left, and the log says so.
 
-    What it cannot: keep the samples when the number of ranks or workers changes. Each reads its own share of every
-    domain, so those who need that write token stores (`dynmix prepare`) and take `MixtureDataset`.
+    What it cannot do is keep the samples when the number of ranks or workers changes, since each reads its own share of
+    every domain. If you need that, write token stores (`dynmix prepare`) and use `MixtureDataset`.
 
-    Sources must give the same items in the same order each time they are opened (for the same epoch), to every rank;
-    they are split here: a reader keeps each n-th item and passes over the others. A function with the parameters
-    `shard` and `num_shards`, and an HF dataset whose number of shards is a multiple of the readers, give only their
-    part, which spares the reading.
+    Sources must yield the same items in the same order on every rank each time they are opened (for the same epoch).
+    They are split here: each of n readers keeps every n-th item and skips the others. A function with the parameters
+    `shard` and `num_shards`, and an HF dataset whose number of shards is a multiple of the readers, yield only their
+    part, which saves reading the rest.
 
     Loaders: torch's `DataLoader` and torchdata's `StatefulDataLoader` on each rank, with `rank` and `world_size`. The
-    Trainer and accelerate split batches themselves: `world_size=1`. They resume by reading anew all that was read
-    (`ignore_data_skip=False`), which is exact and takes its time.
+    Trainer and accelerate split batches themselves: `world_size=1`. They resume by reading everything again up to that
+    point (`ignore_data_skip=False`), which is exact but takes time.
 
     Args:
-        domains: name -> iterable of items, or a function that makes one (parameters `epoch`, `shard` and `num_shards`
-            if it has them; a bare generator can be read only once and is refused). `set_epoch` of an iterable is called
-            before each pass. Of an HF dataset a copy is read, and it may be read elsewhere meanwhile; other iterables
-            with a state may not.
+        domains: name -> iterable of items, or a function that makes one (called with `epoch`, `shard` and `num_shards`
+            if it has those parameters). A bare generator can be read only once and is refused. `set_epoch` of an
+            iterable is called before each pass. HF datasets are copied, so they may be read elsewhere meanwhile; other
+            iterables with a state may not.
         weights: of the first stage: "uniform", or name -> weight.
         num_samples: length of the stream in sequences, over all ranks.
         sequence_length: tokens of a sequence.
         seed: of the order of domains, as in `MixtureSchedule`.
         block: as in `MixtureSchedule`: best the global batch size in sequences.
-        batch_size: the loader's; needed with several workers or ranks, of which each takes batches in turn. Under
-            accelerate with `dispatch_batches=False`, times the number of processes.
-        rank: of this process, among those that have a loader of their own.
-        world_size: number of those processes; None: one, unless torch.distributed has more, where it must be said.
+        batch_size: the loader's; needed with several workers or ranks, which take batches in turn. Under accelerate
+            with `dispatch_batches=False`, times the number of processes.
+        rank: of this process, among those with a loader of their own.
+        world_size: number of those processes; None: one. It must be given if torch.distributed has several.
         tokenizer: for text: of transformers (its EOS is put after each text), its path, or a function from text to ids.
         text_field: key of the text.
-        sizes: name -> sequences of one pass, as far as you can tell; `MixtureController` goes by them for epochs and
+        sizes: name -> sequences of one pass, an estimate will do; `MixtureController` needs them for epochs and
             `max_epochs`.
-        probe_sequences: the first sequences of each domain, read now and never trained on, which `MixtureController`
-            measures the domain on: at least its own `probe_sequences`, better twice.
-        when_exhausted: what happens when a domain ends. "repeat": it begins again, which the log says; "stop": the
-            stream ends there, for one rank and at most one worker, as others would go on.
+        probe_sequences: how many sequences of each domain are read now, from its start, and never trained on, for
+            `MixtureController` to measure the domain on: at least its own `probe_sequences`, better twice that.
+        when_exhausted: what happens when a domain ends. "repeat": it starts again, and the log says so; "stop": the
+            stream ends there (for one rank and at most one worker, since others would go on).
 
     Attributes:
         schedule: the `MixtureSchedule` of this stream.
         sequence_length: tokens of a sequence.
 
     Raises:
-        ValueError: bad weights, numbers or sources; while it is read: an empty source, an item without tokens, more
-            readers than `batch_size` and `world_size` say how to split.
+        ValueError: bad weights, numbers or sources; while reading: an empty source, an item without tokens, more
+            readers than `batch_size` and `world_size` allow for.
         Undecided: for a position whose stage is not published: in the main process at once, in a worker after half an
             hour without a sign of life from the main process.
     """
@@ -182,7 +182,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
 
     @property
     def gone(self) -> tuple[str, ...]:
-        """None: a state is of the domains that are listed, or refused."""
+        """Always empty: a state of other domains than those listed is refused."""
         return ()
 
     def sequence(self, domain: str, row: int) -> Item:
@@ -208,14 +208,14 @@ class MixtureStream(Steered, IterableDataset[Item]):
 
     @property
     def read_size(self) -> int:
-        """Samples a loader takes at once in this process, if it was told; 0 otherwise, and before it reads."""
+        """The loader's batch size in this process; 0 if it was not given, and before the loader reads."""
         return self.batch_size or 0 if self.read_until else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Stages, and under "reading" where this process is in its sources (None before it reads).
+        """The stages, and under "reading" where this process is in its sources (None before it reads).
 
-        JSON-able, if the states of the sources are. With workers the main process reads nothing: their states are
-        gathered by `StatefulDataLoader`, and this one holds the stages.
+        JSON-able, if the states of the sources are. With workers the main process reads nothing: `StatefulDataLoader`
+        gathers their states, and this one has only the stages.
         """
         now = self.schedule.generation, self.schedule.end
         if self._stages is None or self._stages[0] != now:  # asked for after every batch
@@ -224,11 +224,11 @@ class MixtureStream(Steered, IterableDataset[Item]):
         return {"schedule": self._stages[1], "sequence_length": self.sequence_length, "reading": reading}
 
     def load_state_dict(self, state: Mapping[str, Any], views: object = None) -> None:
-        """Go on from `state`; to be called before it is read. A state without "reading" says of stages alone.
+        """Resume from `state`; call it before reading. A state without "reading" restores the stages only.
 
-        `views`, as `MixtureDataset` takes it, means nothing here: no domain joins a stream.
+        `views`, an argument of `MixtureDataset`, is ignored: no domain joins a stream.
 
-        Stages that were published beyond those of the state stay, as long as nothing was read since they were.
+        Stages that were published after those of the state stay, as long as nothing was read since.
 
         Raises:
             ValueError: the state is of another mixture; in a worker: of stages that the main process does not have.
@@ -322,11 +322,11 @@ class _Reading(Iterator[Item]):
         if not self._begun and self._place.readers > 1:
             _check_batch(sys._getframe(1), self._place.batch_size)
         if not self._begun or self._taken % self._place.batch_size == 0:
-            # A batch at once: one that cannot be finished is not begun.
+            # Checked for a whole batch: one that cannot be finished is not begun.
             stop = min(self._place.batch_end(self._taken), stream.num_samples)
             stream._progress.wait(stream.schedule, stop, _WAITING)
             stream.schedule.check_decided(0, stop)
-            # Noted before the stages are looked at: who publishes sees either the note, or is seen.
+            # Noted before the stages are read: a publisher either sees the note, or its stage is seen here.
             stream._progress.note(self._place.batch_size, stop)
             self._begun = True
         number = int(self._ahead.assigned(range(position, position + 1), stream.__len__)[0][0])
@@ -368,8 +368,8 @@ def _item(tokens: Ints, number: int) -> Item:
 
 
 def _check_batch(caller: FrameType, batch_size: int) -> None:
-    # A DataLoader tells a dataset nothing of its batches, and of the wrong size they would be dealt out in another
-    # order than the optimizer sees them, silently. Where the caller is not torch's fetcher, nothing is known.
+    # A DataLoader does not tell a dataset its batch size. With another one, readers would silently deal out samples in
+    # an order that the optimizer does not see. If the caller is not torch's fetcher, nothing is known.
     asked = caller.f_locals.get("possibly_batched_index")
     if caller.f_code.co_name == "fetch" and asked is not None and len(asked) != batch_size:
         raise ValueError(
