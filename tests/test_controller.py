@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import dynmix.measurement
 import dynmix.run_folder
@@ -11,24 +10,10 @@ from dynmix import EKFAC, Identity, Influence, MixtureController, MixtureDataset
 from dynmix.journal import Journal
 from dynmix.mixers import Mixer, Proposal
 from dynmix.saved_influence import propose_from, read_influence
+from tests.small import Bigram
 
 NAMES = ("a", "b")
 BATCH, STEPS = 4, 5
-
-
-class Bigram(nn.Module):
-    """The smallest causal LM: logits are a linear layer on an embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(64, 8)
-        self.head = nn.Linear(8, 64)
-
-    def forward(self, input_ids):
-        return self.head(self.embedding(input_ids))
-
-    def get_input_embeddings(self):
-        return self.embedding
 
 
 def sequences(domain: int, rows: int):
@@ -54,11 +39,30 @@ def rows_of(batches) -> set[tuple[int, int]]:
     return {(int(d), int(low + 64 * high)) for batch in batches for d, low, high in batch["input_ids"][:, :3]}
 
 
+def begun(loop, model=None, step=0):
+    """The loop, planned and begun after so many steps."""
+    loop.plan(batch_size=BATCH)
+    loop.begin(model or Bigram(), step)
+    return loop
+
+
 def run(loop, model=None, steps=25):
     model = model or Bigram()
-    loop.plan(batch_size=BATCH)
-    loop.begin(model)
+    begun(loop, model)
     return [loop.step_ended(model, step) for step in range(1, steps + 1)]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The domains and the curvature's batches of each measurement, the first of which is the rehearsal's."""
+    seen, real = [], dynmix.measurement.group_influence
+
+    def measure(model, domains, *args, curvature_batches=None, **kwargs):
+        seen.append((domains, curvature_batches))
+        return real(model, domains, *args, curvature_batches=curvature_batches, **kwargs)
+
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+    return seen
 
 
 def test_the_curvature_is_the_usual_ekfac_if_none_is_given() -> None:
@@ -90,17 +94,14 @@ def test_the_last_of_max_stages_goes_on_to_the_end(tmp_path):
 def test_a_run_of_max_stages_goes_on_from_a_checkpoint_with_the_same_decisions(at):
     torch.manual_seed(0)
     model = Bigram()
-    whole = controller(dataset(), max_stages=3)
-    whole.plan(batch_size=BATCH)
-    whole.begin(model)
+    whole = begun(controller(dataset(), max_stages=3), model)
     for step in range(1, 26):
         whole.step_ended(model, step)
         if step == at:
             state = json.loads(json.dumps(whole.state_dict()))
     again = controller(dataset(), max_stages=3)
     again.load_state_dict(state)
-    again.plan(batch_size=BATCH)
-    again.begin(model, at)
+    begun(again, model, at)
     for step in range(at + 1, 26):
         again.step_ended(model, step)
     assert again.dataset.schedule.stages == whole.dataset.schedule.stages
@@ -109,9 +110,7 @@ def test_a_run_of_max_stages_goes_on_from_a_checkpoint_with_the_same_decisions(a
 
 
 def test_where_the_only_measurement_fails_the_first_mixture_goes_on_to_the_end(monkeypatch, caplog):
-    loop = controller(dataset(weights={"a": 0.3, "b": 0.7}), max_stages=2)
-    loop.plan(batch_size=BATCH)
-    loop.begin(Bigram())
+    loop = begun(controller(dataset(weights={"a": 0.3, "b": 0.7}), max_stages=2))
     monkeypatch.setattr(loop.measurement, "influence", lambda *_: 1 / 0)
     logs = [loop.step_ended(Bigram(), step) for step in range(1, 26)]
     assert [step for step, entry in enumerate(logs, 1) if entry] == [4]
@@ -120,20 +119,12 @@ def test_where_the_only_measurement_fails_the_first_mixture_goes_on_to_the_end(m
     assert loop.dataset.schedule.weights_at(99) == pytest.approx({"a": 0.3, "b": 0.7})
 
 
-def test_probes_are_not_trained_on_within_the_coming_stage(monkeypatch):
-    seen = []
-    real = dynmix.measurement.group_influence
-
-    def measure(model, domains, *args, curvature_batches=None, **kwargs):
-        seen.append((domains, curvature_batches))
-        return real(model, domains, *args, curvature_batches=curvature_batches, **kwargs)
-
-    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+def test_probes_are_not_trained_on_within_the_coming_stage(measured):
     loop = controller(dataset(rows=(60, 60), samples=400), stage_steps=10)
     run(loop, steps=100)
     stages = loop.dataset.schedule.stages
-    assert len(seen) == len(stages) == 10  # the first call is the rehearsal
-    for (domains, pooled), stage in zip(seen[1:], stages[1:], strict=True):
+    assert len(measured) == len(stages) == 10
+    for (domains, pooled), stage in zip(measured[1:], stages[1:], strict=True):
         domain, row, _ = loop.dataset.schedule.assign(stage.start, stage.end or 400)
         trained = set(zip(domain.tolist(), row.tolist(), strict=True))
         for name in NAMES:
@@ -147,17 +138,9 @@ def test_a_domain_too_small_to_hold_probes_back_says_so(caplog):
     assert "probe sequences of domain 'b' are trained on within the next stage" in caplog.text
 
 
-def test_the_curvature_is_fitted_in_the_proportions_of_the_mixture(monkeypatch):
-    seen = []
-    real = dynmix.measurement.group_influence
-
-    def measure(*args, curvature_batches=None, **kwargs):
-        seen.append(curvature_batches)
-        return real(*args, curvature_batches=curvature_batches, **kwargs)
-
-    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+def test_the_curvature_is_fitted_in_the_proportions_of_the_mixture(measured):
     run(controller(dataset(weights={"a": 0.9, "b": 0.1}), Static(observe=True)))
-    for batches in seen[1:]:
+    for _, batches in measured[1:]:
         counts = np.bincount(np.concatenate([batch["input_ids"][:, 0] for batch in batches]), minlength=2)
         assert counts.tolist() == [18, 2]
 
@@ -201,8 +184,7 @@ def test_files_of_a_run_hold_no_code_and_say_what_it_was(tmp_path):
 
 def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what_is_undone(tmp_path):
     first, model = controller(dataset(), output=tmp_path), Bigram()
-    first.plan(batch_size=BATCH)
-    first.begin(model)
+    begun(first, model)
     for step in range(1, 26):
         first.step_ended(model, step)
         if step == 5:
@@ -211,8 +193,7 @@ def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what
     assert sorted(path.name for path in kept.iterdir()) == ["stage-0003", "stage-0004"]
     again = controller(dataset(), output=tmp_path)
     again.load_state_dict(state)
-    again.plan(batch_size=BATCH)
-    again.begin(model, 5)
+    begun(again, model, 5)
     assert not list(kept.iterdir())
     for step in range(6, 10):
         again.step_ended(model, step)
@@ -222,8 +203,7 @@ def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what
 def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
     first = controller(dataset(), output=tmp_path, keep=0)
     model = Bigram()
-    first.plan(batch_size=BATCH)
-    first.begin(model)
+    begun(first, model)
     states = {}
     for step in range(1, 26):
         first.step_ended(model, step)
@@ -232,8 +212,7 @@ def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
     second = controller(dataset(), output=tmp_path, keep=0)
     second.load_state_dict(json.loads(states[11]))
     assert Journal(tmp_path / "journal.jsonl").rows() == rows[:3]
-    second.plan(batch_size=BATCH)
-    second.begin(model, step=11)
+    begun(second, model, step=11)
     for step in range(12, 26):
         second.step_ended(model, step)
     again = Journal(tmp_path / "journal.jsonl").rows()
@@ -247,9 +226,8 @@ def test_a_state_older_than_the_run_is_refused():
     old = first.state_dict()
     second = controller(dataset())
     second.load_state_dict(old)
-    second.plan(batch_size=BATCH)
     with pytest.raises(ValueError, match="the stage of sample 20 is not in it"):
-        second.begin(Bigram(), step=9)
+        begun(second, step=9)
 
 
 def test_a_mixer_that_fails_keeps_the_weights(caplog):
@@ -287,24 +265,20 @@ def test_an_answer_that_is_no_mixture_keeps_the_weights_and_at_the_start_is_an_e
 
     mixer = Wrong()
     data = dataset(weights={"a": 0.5, "b": 0.5})
-    loop = controller(data, mixer, max_epochs={"a": 0.07})
-    loop.plan(batch_size=BATCH)
-    loop.begin(Bigram())
+    loop = begun(controller(data, mixer, max_epochs={"a": 0.07}))
     mixer.late = False
     loop.step_ended(Bigram(), 4)
     assert data.schedule.stages[1].weights["a"] <= 0.5
     assert message in caplog.text
     early = controller(dataset(weights={"a": 0.5, "b": 0.5}), mixer, max_epochs={"a": 0.07})
-    early.plan(batch_size=BATCH)
     with pytest.raises(ValueError, match=message):
-        early.begin(Bigram())
+        begun(early)
 
 
 def test_a_bound_on_a_domain_that_is_not_there_fails_at_the_start():
     loop = controller(dataset(), TiKMiXD(upper={"wbe": 0.3}))
-    loop.plan(batch_size=BATCH)
     with pytest.raises(ValueError, match="no domain 'wbe'"):
-        loop.begin(Bigram())
+        begun(loop)
 
 
 def test_an_influence_that_is_not_finite_is_not_even_shown_to_the_mixer(monkeypatch, tmp_path):
@@ -360,8 +334,7 @@ def test_a_run_at_its_limit_of_epochs_can_be_resumed(seed):
     run(first)
     second = controller(make(), Static(), max_epochs={"b": 1})
     second.load_state_dict(first.state_dict())
-    second.plan(batch_size=BATCH)
-    second.begin(Bigram(), step=25)
+    begun(second, step=25)
 
 
 @pytest.mark.parametrize("steps", [23, 10])
@@ -384,8 +357,7 @@ def test_data_that_is_exhausted_before_the_planned_end_ends_the_run_and_not_with
     domains = {name: sequences(i, rows) for i, name in enumerate(NAMES)}
     data = MixtureDataset(domains, num_samples=100, block=BATCH, max_epochs=1)
     loop, model = controller(data, mixer, output=tmp_path, keep=0), Bigram()
-    loop.plan(batch_size=BATCH)
-    loop.begin(model)
+    begun(loop, model)
     step = 0
     while not loop.why_over(step):
         step += 1
@@ -406,9 +378,7 @@ def test_the_last_row_counts_the_samples_that_there_were(tmp_path):
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
-    loop = controller(dataset(), output=tmp_path, keep=1)
-    loop.plan(batch_size=BATCH)
-    loop.begin(Bigram())
+    loop = begun(controller(dataset(), output=tmp_path, keep=1))
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -420,34 +390,23 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     assert caplog.text.count("No space left on device") == 2
 
 
-def test_many_domains_still_share_the_curvature_sequences(monkeypatch):
-    pools = []
-    real = dynmix.measurement.group_influence
-
-    def measure(*args, curvature_batches=None, **kwargs):
-        pools.append(curvature_batches)
-        return real(*args, curvature_batches=curvature_batches, **kwargs)
-
-    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+def test_many_domains_still_share_the_curvature_sequences(measured):
     domains = {f"d{i}": sequences(i % 60, 8) for i in range(50)}
     data = MixtureDataset(domains, "uniform", num_samples=16, block=BATCH)
     loop = MixtureController(
         data, {"t": sequences(0, 6)}, TiKMiXD(confidence=0), stage_steps=2, probe_sequences=2, curvature_sequences=10
     )
     run(loop, steps=3)
-    assert sum(len(batch["input_ids"]) for batch in pools[1]) == 10
+    assert sum(len(batch["input_ids"]) for batch in measured[1][1]) == 10
     assert data.schedule.stages[1].weights != data.schedule.stages[0].weights
 
 
 def test_a_first_sequence_without_a_scored_token_is_no_obstacle():
     task = [{"input_ids": [3]}, *sequences(0, 5)]
-    loop = MixtureController(dataset(), {"t": task}, TiKMiXD(), stage_steps=STEPS, probe_sequences=4)
-    loop.plan(batch_size=BATCH)
-    loop.begin(Bigram())
+    begun(MixtureController(dataset(), {"t": task}, TiKMiXD(), stage_steps=STEPS, probe_sequences=4))
     nothing = MixtureController(dataset(), {"t": [{"input_ids": [3]}]}, TiKMiXD(), stage_steps=STEPS)
-    nothing.plan(batch_size=BATCH)
     with pytest.raises(ValueError, match=r"tasks\['t'\]: no sequence has a token to score"):
-        nothing.begin(Bigram())
+        begun(nothing)
 
 
 def test_a_first_row_of_a_domain_without_a_scored_token_is_no_obstacle(caplog):
@@ -468,9 +427,8 @@ def test_a_domain_of_which_hardly_a_row_has_a_scored_token_is_refused_in_words_t
     rows = [row | {"labels": torch.full((5,), -100)} for row in sequences(0, 200)]
     rows[1] = sequences(0, 2)[1]  # not among those that are looked at, which are spread over it
     loop = controller(MixtureDataset({"a": rows, "b": sequences(1, 300)}, num_samples=100, block=BATCH))
-    loop.plan(batch_size=BATCH)
     with pytest.raises(ValueError, match=r"domains\['a'\], of which 32 sequences were looked at: no sequence has a"):
-        loop.begin(Bigram())
+        begun(loop)
 
 
 def test_more_stages_than_a_schedule_takes_are_refused_before_anything_is_trained(monkeypatch):
@@ -498,14 +456,12 @@ def test_a_run_goes_on_without_a_domain_that_is_not_drawn_and_with_one_that_join
             loop.step_ended(model, step)
 
     before, model = loop_of(then), Bigram()
-    before.plan(batch_size=BATCH)
-    before.begin(model)
+    begun(before, model)
     steps(before, model, 1, 3)
     now = "ab" if then == "abc" else "abc"
     after = loop_of(now)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    after.plan(batch_size=BATCH)
-    after.begin(model, 2)
+    begun(after, model, 2)
     steps(after, model, 3, 12)
     stages = after.dataset.schedule.stages
     assert "keeps the weights" not in caplog.text
@@ -698,9 +654,8 @@ def test_what_a_mixer_of_ones_own_gets_wrong_is_said_at_the_start():
         (Plain(), "propose returned dict, not a Proposal"),
     ):
         loop = controller(dataset(), mixer)
-        loop.plan(batch_size=BATCH)
         with pytest.raises(ValueError, match=message):
-            loop.begin(Bigram())
+            begun(loop)
     with pytest.raises(ValueError, match=r"Greedy needs \['everything'\]"):
         controller(dataset(), Greedy())
 
@@ -733,9 +688,7 @@ def test_only_what_a_mixer_needs_is_measured(monkeypatch):
                 assert set(more) == ({"measure"} & set(needs))
                 return super().propose(influence, prior, upper)
 
-        loop = controller(dataset(), Needy())
-        loop.plan(batch_size=BATCH)
-        loop.begin(Bigram())
+        loop = begun(controller(dataset(), Needy()))
         calls.clear()
         loop.step_ended(Bigram(), 4)
         return list(calls)
@@ -757,8 +710,7 @@ def test_factors_that_are_carried_from_stage_to_stage_survive_a_kill(tmp_path):
         loop = controller(dataset(), curvature=curvature, output=folder)
         if state is not None:
             loop.load_state_dict(state)
-        loop.plan(batch_size=BATCH)
-        loop.begin(model, first - 1)
+        begun(loop, model, first - 1)
         states = []
         for step in range(first, steps + 1):
             loop.step_ended(model, step)

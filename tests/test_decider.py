@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dynmix import Influence, MixtureDataset
 from dynmix.decider import Decider, Evidence
 from dynmix.mixers import Mixer, Proposal, Static
+from tests.small import Bigram
 
 PRIOR = {"a": 0.6, "b": 0.4}
 BATCH = 4
@@ -16,15 +16,6 @@ def dataset() -> MixtureDataset:
         name: [{"input_ids": torch.tensor([i, row, 2, 3])} for row in range(50)] for i, name in enumerate(("a", "b"))
     }
     return MixtureDataset(domains, PRIOR, num_samples=40, block=BATCH)
-
-
-class Bigram(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
-
-    def forward(self, input_ids):
-        return self.head(self.embedding(input_ids))
 
 
 class Learner(Mixer):

@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 import torch
 import typer
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -32,6 +31,7 @@ from dynmix import TokenStore
 from dynmix.cli import app
 from dynmix.controller import MixtureController
 from dynmix.recipe.read import read_recipe
+from tests.small import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -111,9 +111,7 @@ def folder(tmp_path_factory):
             if not suffix:
                 lines = (json.dumps({"text": " ".join(f"w{token}" for token in text)}) for text in texts)
                 (folder / f"texts/{name}.jsonl").write_text("\n".join(lines))
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w63"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w62").save_pretrained(folder / "gpt2")
+    word_tokenizer((f"w{i}" for i in range(64)), "w63", eos_token="w62").save_pretrained(folder / "gpt2")
     for low, name in ((0, "sums"), (20, "names")):
         lines = [json.dumps({"context": f"w{low + i}", "gold": f" w{low + i + 1} w{low + 3}"}) for i in range(20)]
         (folder / f"tasks/{name}.jsonl").write_text("\n".join(lines))

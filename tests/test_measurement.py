@@ -8,20 +8,7 @@ from torch import nn
 import dynmix.measurement
 from dynmix import Identity, Influence, MixtureDataset, MixtureStream
 from dynmix.measurement import HELD_OUT, Measurement
-
-
-class Bigram(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(64, 8)
-        self.head = nn.Linear(8, 64)
-
-    def forward(self, input_ids):
-        return self.head(self.embedding(input_ids))
-
-    def get_input_embeddings(self):
-        return self.embedding
+from tests.small import Bigram
 
 
 def sequences(domain: int, rows: int):
@@ -41,7 +28,7 @@ PRIOR = {"a": 0.5, "b": 0.5}
 
 def measured(room: Measurement):
     probes = room.probes(100, 50, PRIOR)
-    return probes, *room.influence(Bigram(), probes, PRIOR)
+    return probes, *room.influence(Bigram(0), probes, PRIOR)
 
 
 def test_guards_are_measured_for_mixers_that_need_them_alone():
@@ -56,7 +43,7 @@ def test_guards_are_measured_for_mixers_that_need_them_alone():
     assert (influence.tasks, influence.guards) == (("t", "safe"), ("safe",))
     without = measurement({"influence"}, guards=named)
     assert measured(without)[1].tasks == ("t",)
-    assert set(without.losses(Bigram())[0]) == {"t", "safe"}  # what guards lose is journaled for every mixer
+    assert set(without.losses(Bigram(0))[0]) == {"t", "safe"}  # what guards lose is journaled for every mixer
 
 
 def test_the_default_guard_is_the_mean_of_the_domains_held_out_text():
@@ -71,7 +58,7 @@ def test_the_default_guard_is_the_mean_of_the_domains_held_out_text():
     for name in "ab":
         rows = [room.dataset.sequence(name, int(r)) for r in probes.held_out[name]]
         own = measurement({"influence", "guards"}, guards={"own": rows})
-        alone.append(own.influence(Bigram(), probes, PRIOR)[0])
+        alone.append(own.influence(Bigram(0), probes, PRIOR)[0])
     guard = influence.tasks.index(HELD_OUT)
     np.testing.assert_allclose(influence.scores[guard], np.mean([x.scores[1] for x in alone], axis=0), rtol=1e-4)
     loss_errors = [x.task_loss_standard_error[1] for x in alone]
@@ -111,14 +98,14 @@ def test_it_says_how_many_tokens_sequences_score():
     few = [item | {"labels": torch.where(torch.arange(5) > 2, item["input_ids"], -100)} for item in sequences(0, 100)]
     data = MixtureDataset({"few": few, "b": sequences(1, 200)}, num_samples=400, block=10)
     room.dataset, prior = data, {"few": 0.5, "b": 0.5}
-    influence, _ = room.influence(Bigram(), room.probes(100, 50, prior), prior)
+    influence, _ = room.influence(Bigram(0), room.probes(100, 50, prior), prior)
     assert influence.scored_tokens.tolist() == [2, 4]  # the first token of a sequence is predicted by none
 
 
 def test_the_gradient_is_the_influence_without_a_curvature():
     room = measurement({"influence", "gradient", "guards"})
     probes, influence, _ = measured(room)
-    np.testing.assert_allclose(room.gradient(Bigram(), probes).scores, influence.scores, rtol=1e-6)
+    np.testing.assert_allclose(room.gradient(Bigram(0), probes).scores, influence.scores, rtol=1e-6)
 
 
 def test_a_domain_that_is_gone_has_a_column_of_zeros_in_all_that_is_measured(monkeypatch):
@@ -144,7 +131,7 @@ def test_probes_that_the_curvature_is_fitted_on_are_the_same_batches(monkeypatch
     monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
     room = measurement({"influence"}, curvature_sequences=28)
     prior = {"a": 0.25, "b": 0.75}
-    room.influence(Bigram(), room.probes(100, 50, prior), prior)
+    room.influence(Bigram(0), room.probes(100, 50, prior), prior)
     domains, pooled = seen[-1]
     own = {id(batch) for batches in domains.values() for batch in batches}
     assert [len(batch["input_ids"]) for batch in pooled] == [4, 3, 4, 4, 2, 4, 4, 3]
@@ -166,12 +153,12 @@ def test_a_token_that_the_model_does_not_have_is_named():
 @pytest.mark.parametrize(
     "read",
     [
-        lambda room, probes: room.check(Bigram()),
-        lambda room, probes: room.rehearse(Bigram()),
-        lambda room, probes: room.peak_memory(Bigram()),
-        lambda room, probes: room.influence(Bigram(), probes, PRIOR),
-        lambda room, probes: room.gradient(Bigram(), probes),
-        lambda room, probes: room.products(Bigram(), room.task_gradients(Bigram(), probes, PRIOR, 2), probes, "ab"),
+        lambda room, probes: room.check(Bigram(0)),
+        lambda room, probes: room.rehearse(Bigram(0)),
+        lambda room, probes: room.peak_memory(Bigram(0)),
+        lambda room, probes: room.influence(Bigram(0), probes, PRIOR),
+        lambda room, probes: room.gradient(Bigram(0), probes),
+        lambda room, probes: room.products(Bigram(0), room.task_gradients(Bigram(0), probes, PRIOR, 2), probes, "ab"),
     ],
 )
 def test_items_that_draw_random_numbers_leave_the_training_its_own(read, monkeypatch):
@@ -187,7 +174,7 @@ def test_items_that_draw_random_numbers_leave_the_training_its_own(read, monkeyp
     room = measurement({"influence", "guards"})
     room.dataset = MixtureDataset({"a": Drawing(), "b": Drawing()}, num_samples=400, block=10)
     probes = room.probes(100, 50, PRIOR)
-    Bigram()  # which seeds torch
+    Bigram(0)  # which seeds torch
     before = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
     read(room, probes)
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dynmix.peaks import Checkpoint, PeakSnapshots, evenly_spaced, improvements, list_checkpoints, select_checkpoints
 from dynmix.peaks import set_aside as set_folder_aside
 from dynmix.snapshot import save_snapshot
 from dynmix.tasks import Record, Task, TaskScore
+from tests.small import word_tokenizer
 
 VALUES = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, math.nan, math.inf, -math.inf])
 
@@ -307,9 +307,7 @@ WORDS = [f"w{i}" for i in range(30)]
 
 
 def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1")
+    return word_tokenizer(WORDS, "w0", bos_token="w1")
 
 
 def task(name, texts):

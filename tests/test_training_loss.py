@@ -7,19 +7,9 @@ from torch import nn
 
 from dynmix import MixtureDataset
 from dynmix.training_loss import TrainingLoss, token_losses
+from tests.small import Bigram
 
 BATCH = 6
-
-
-class Bigram(nn.Module):
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embedding = nn.Embedding(64, 8)
-        self.head = nn.Linear(8, 64)
-
-    def forward(self, input_ids):
-        return self.head(self.embedding(input_ids))
 
 
 def dataset(samples: int = 24) -> MixtureDataset:
@@ -64,7 +54,7 @@ def test_a_steps_losses_by_domain_are_those_of_its_samples():
 
 
 def test_evaluations_are_not_training_and_after_detaching_nothing_is_seen():
-    data, model = dataset(), Bigram()
+    data, model = dataset(), Bigram(0)
     watch = TrainingLoss(data)
     watch.attach(model)
     batch = torch.stack([data[g]["input_ids"] for g in range(BATCH)])
@@ -78,7 +68,7 @@ def test_evaluations_are_not_training_and_after_detaching_nothing_is_seen():
 
 
 def test_a_sequence_of_another_step_is_refused():
-    data, model = dataset(), Bigram()
+    data, model = dataset(), Bigram(0)
     watch = TrainingLoss(data)
     watch.attach(model)
     model(data[BATCH + 1]["input_ids"][None])
@@ -96,7 +86,7 @@ def test_logits_behind_the_loss_of_a_tuple_are_those_alone():
 
     data, seen = dataset(), []
     batch = torch.stack([data[g]["input_ids"] for g in range(BATCH)])
-    for model, labels in ((Bigram(), {}), (Tuple(), {"labels": batch})):
+    for model, labels in ((Bigram(0), {}), (Tuple(0), {"labels": batch})):
         watch = TrainingLoss(data)
         watch.attach(model)
         model(input_ids=batch, **labels)
@@ -109,7 +99,7 @@ def test_a_model_without_logits_says_so():
         def forward(self, input_ids):
             return super().forward(input_ids).sum()
 
-    data, model = dataset(), Fused()
+    data, model = dataset(), Fused(0)
     TrainingLoss(data).attach(model)
     with pytest.raises(ValueError, match="returned no logits"):
         model(data[0]["input_ids"][None])
@@ -122,7 +112,7 @@ def test_log_probabilities_in_place_of_logits_are_as_good():
             return SimpleNamespace(log_probs=-per_token, loss=per_token.sum())
 
     seen = []
-    for model in (Bigram(), Fused()):
+    for model in (Bigram(0), Fused(0)):
         data = dataset()
         watch = TrainingLoss(data)
         watch.attach(model)
@@ -136,7 +126,7 @@ def test_tokens_that_a_loop_keeps_out_of_the_loss_itself_are_warned_of_once(capl
     rows = [{"input_ids": torch.tensor([1, row, 2, 3, 4])} for row in range(40)]
     for ignored, warned in (((), 0), ((4,), 1)):
         data = MixtureDataset({"a": rows}, num_samples=24, block=BATCH, ignore_token_ids=ignored)
-        model = Bigram()
+        model = Bigram(0)
         TrainingLoss(data).attach(model)
         for _ in range(2):
             model(torch.stack([data[g]["input_ids"] for g in range(BATCH)]))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 import dynmix.sampling
 from dynmix import AutoMixer, MixtureDataset
@@ -23,6 +22,7 @@ from dynmix.report import write_report
 from dynmix.scoring import read_losses
 from dynmix.tables import stage_table
 from dynmix.tasks import Record, Task
+from tests.small import word_tokenizer
 
 MIXER = {"name": "automixer", "every": 2, "keep": 0.8}
 SAVING = {"save_strategy": "steps", "save_steps": 4}
@@ -311,10 +311,8 @@ def errors(folder):
 
 def words(training, lengths):
     """A Task of texts of so many tokens."""
-    known = Tokenizer(models.WordLevel({f"w{i}": i for i in range(training.VOCAB)}, unk_token="w0"))
-    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     records = [Record("here", "", " ".join(f"w{i}" for i in range(1, length))) for length in lengths]
-    return Task("web", records, PreTrainedTokenizerFast(tokenizer_object=known, bos_token="w0"))
+    return Task("web", records, word_tokenizer((f"w{i}" for i in range(training.VOCAB)), "w0", bos_token="w0"))
 
 
 def test_an_evaluation_that_fails_does_not_end_the_run(training, tmp_path, monkeypatch, caplog):

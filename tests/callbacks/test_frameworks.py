@@ -8,13 +8,12 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from dynmix import MixtureDataset, TiKMiXD
 from dynmix.callbacks import MixtureCallback, MixtureHook
 from dynmix.journal import Journal
+from tests.small import word_tokenizer
 
 OPTIONS: dict[str, Any] = {"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0}
 MIXER = TiKMiXD(confidence=0.0)
@@ -145,11 +144,7 @@ def chats(low: int, count: int, tokenizer: Any) -> Dataset:
 @pytest.mark.parametrize("mixer", [MIXER, {"name": "odm", "alpha": 0.9}])
 def test_trl_trains_on_domains_of_chats(training, tmp_path, mixer):
     trl = pytest.importorskip("trl")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE
-    )
+    tokenizer = word_tokenizer(WORDS, "<eos>", eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE)
     domains = {name: chats(low, 40, tokenizer) for name, low in (("low", 0), ("high", 30))}
     dataset = MixtureDataset(domains, "uniform", num_samples=160, sequence_length=16, block=8)
     tasks = {"high": list(chats(30, 12, tokenizer))}

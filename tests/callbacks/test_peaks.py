@@ -3,12 +3,12 @@ import math
 
 import pytest
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from dynmix.callbacks import PeakCallback
 from dynmix.peaks import PeakSnapshots
 from dynmix.tasks import Record, Task
+from tests.small import word_tokenizer
 
 EVERY = 3
 
@@ -16,9 +16,7 @@ EVERY = 3
 @pytest.fixture
 def tasks(training):
     """Two domains' held-out sequences as texts, and one with choices."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(training.VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0")
+    tokenizer = word_tokenizer((f"w{i}" for i in range(training.VOCAB)), "w0", bos_token="w0")
 
     def text(row):
         return " ".join(f"w{i}" for i in row["input_ids"])

@@ -8,16 +8,16 @@ from typer.testing import CliRunner
 from dynmix.cli import app
 from dynmix.mixture.store import TokenStore
 from dynmix.scoring.inputs import find_stores
+from tests.small import word_tokenizer
 
 run = CliRunner().invoke
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "one": 2, "two": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
     path = tmp_path / "tokenizer"
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(path)
+    words = ["<eos>", "<unk>", "one", "two"]
+    word_tokenizer(words, "<unk>", pre_tokenizers.Whitespace(), eos_token="<eos>").save_pretrained(path)
     return path
 
 
@@ -84,9 +84,8 @@ def test_held_out_stores_are_no_domains_of_a_folder(tmp_path):
 @pytest.mark.parametrize("command", ["score", "proxies"])
 def test_commands_refuse_a_tokenizer_that_did_not_make_the_stores(tmp_path, arguments, command):
     assert run(app, arguments).exit_code == 0
-    words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "two": 2, "one": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path / "other")
+    words = ["<eos>", "<unk>", "two", "one"]
+    word_tokenizer(words, "<unk>", pre_tokenizers.Whitespace(), eos_token="<eos>").save_pretrained(tmp_path / "other")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "t.jsonl").write_text('{"text": "one two"}\n')
     common = ["--data", tmp_path / "stores", "--tasks", tmp_path / "tasks", "--tokenizer", tmp_path / "other"]

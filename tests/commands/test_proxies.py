@@ -5,14 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import dynmix.proxies.run as run_module
 from dynmix.cli import app
 from dynmix.mixture.store import TokenStore
 from dynmix.proxies.train import train_run
+from tests.small import word_tokenizer
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(62))]
 
@@ -21,9 +20,7 @@ WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(62))]
 def world(tmp_path_factory):
     """Tokenizer, two stores, two tasks."""
     folder = tmp_path_factory.mktemp("world")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder / "tokenizer")
+    word_tokenizer(WORDS, "<unk>", eos_token="<eos>").save_pretrained(folder / "tokenizer")
     for k, name in enumerate(("web", "code")):
         TokenStore.write(folder / "stores" / name, [[2 + (7 * i + 31 * k) % 31 for i in range(n)] for n in (70, 90)])
     (folder / "tasks").mkdir()

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dynmix.commands.score import score
@@ -17,6 +16,7 @@ from dynmix.peaks import PeakSnapshots, list_checkpoints, select_checkpoints
 from dynmix.scores import Column
 from dynmix.scoring import read_scores
 from dynmix.tasks import Task
+from tests.small import word_tokenizer
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(38))]
 
@@ -37,9 +37,7 @@ def save_model(path: Path, seed: int) -> None:
 def world(tmp_path_factory):
     """Tokenizer, two stores, two tasks, three checkpoints."""
     folder = tmp_path_factory.mktemp("world")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder / "tokenizer")
+    word_tokenizer(WORDS, "<unk>", eos_token="<eos>").save_pretrained(folder / "tokenizer")
     for k, name in enumerate(("web", "code")):
         TokenStore.write(folder / "stores" / name, [[(7 * i + k) % 40 for i in range(n)] for n in (30, 17, 50)])
     (folder / "tasks").mkdir()

@@ -6,17 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from dynmix.mixture.prepare import PrepareError, prepare
 from dynmix.mixture.prepare.inputs import File
 from dynmix.mixture.prepare.pieces import Fields
 from dynmix.mixture.store import TokenStore
+from tests.small import word_tokenizer
 
-WORDS = Tokenizer(models.WordLevel({"<eos>": 0, "line": 1, "and": 2, "another": 3, "?": 4}, unk_token="?"))
-WORDS.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=WORDS, eos_token="<eos>")
+TOKENIZER = word_tokenizer(["<eos>", "line", "and", "another", "?"], "?", eos_token="<eos>")
 LINES = st.sampled_from(["", " ", "\t", "one", " two ", "Grüße, 世界", "x" * 40, "\x0c"])
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dynmix.mixture.prepare import PrepareError, prepare
@@ -19,14 +18,13 @@ from dynmix.mixture.prepare import inputs as inputs_module
 from dynmix.mixture.prepare import pipeline as pipeline_module
 from dynmix.mixture.prepare import workers as workers_module
 from dynmix.mixture.store import TokenStore
+from tests.small import word_tokenizer
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 def tokenizer(words: int = 50) -> PreTrainedTokenizerFast:
-    model = Tokenizer(models.WordLevel({"<eos>": 0} | {f"w{i}": i + 1 for i in range(words)}, unk_token="w0"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>")
+    return word_tokenizer(["<eos>", *(f"w{i}" for i in range(words))], "w0", eos_token="<eos>")
 
 
 TOKENIZER = tokenizer()

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedTokenizerFast
 
 from dynmix import FlatTokens, MixtureDataset, TokenStore
 from dynmix.mixture.documents import Documents
@@ -23,21 +22,17 @@ from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.sources import as_sequences, open_documents
 from dynmix.mixture.store import StoreError
 from dynmix.mixture.view import DocumentView
+from tests.small import word_tokenizer
 
 datasets = pytest.importorskip("datasets")
 
 Content = list[list[int]]
 
 
-def words() -> PreTrainedTokenizerFast:
-    """The word of a number is its id; 0 is EOS."""
-    vocabulary = {"<eos>": 0} | {str(i): i for i in range(1, 1000)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")  # type: ignore[no-untyped-call]
-
-
-TOKENIZER = words()
+# The word of a number is its id; 0 is EOS.
+TOKENIZER = word_tokenizer(
+    ["<eos>", *map(str, range(1, 1000))], "<eos>", pre_tokenizers.Whitespace(), eos_token="<eos>"
+)
 
 
 def store(folder: Path, content: Content) -> Any:

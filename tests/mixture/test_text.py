@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dynmix.mixture import prepare as prepare_module
@@ -12,6 +12,7 @@ from dynmix.mixture.documents import JoinedDocuments
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.text import check_stores, tokenised, vocabulary_size
 from dynmix.mixture.view import DocumentView
+from tests.small import word_tokenizer
 
 datasets = pytest.importorskip("datasets")
 
@@ -21,10 +22,8 @@ TOKENS = [[1, 2, 3, 0], [4, 0], [5, 5, 0]]
 
 def words(first: int = 0, count: int = 10) -> PreTrainedTokenizerFast:
     """A word is a token: "w7" is 7 - first; 0 is EOS."""
-    vocabulary = {"<eos>": 0} | {f"w{i + first}": i for i in range(1, count)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")  # type: ignore[no-untyped-call]
+    known = ["<eos>", *(f"w{i + first}" for i in range(1, count))]
+    return word_tokenizer(known, "<eos>", pre_tokenizers.Whitespace(), eos_token="<eos>")
 
 
 def texts(content: list[str] = TEXTS) -> Any:

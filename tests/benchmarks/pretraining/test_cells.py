@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
 from benchmarks.pretraining import beforehand
@@ -21,6 +20,7 @@ from benchmarks.pretraining.loop import train
 from benchmarks.pretraining.tables import Cells
 from benchmarks.pretraining.training import Training
 from dynmix import TokenStore
+from tests.small import word_tokenizer
 
 WORDS = [a + b for a in "bcdfg" for b in "aeiou"]
 VARIANT = "tikmix-d[start=unimax,max_stages=2]"
@@ -43,12 +43,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, name in enumerate(("t", "u")):
         rows = [{"context": text(kind, 20) + " ", "gold": text(kind, 5), "choices": None} for _ in range(40)]
         (root / f"tasks/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    vocabulary = {word: number for number, word in enumerate(["<eos>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(
-        root / "tokenizers/bpe4096"
+    tokenizer = word_tokenizer(
+        ["<eos>", "<unk>", *WORDS], "<unk>", pre_tokenizers.Whitespace(), eos_token="<eos>", unk_token="<unk>"
     )
+    tokenizer.save_pretrained(root / "tokenizers/bpe4096")
     return root
 
 
