@@ -259,17 +259,16 @@ class Measurement:
 
         The curvature is fitted in the proportions of `prior`.
         """
-        return self._within_memory(lambda: self._influence(model, probes, prior))
 
-    def _influence(
-        self, model: nn.Module, probes: Probes, prior: Mapping[str, float]
-    ) -> tuple[Influence, DrawnMixtures | None]:
-        sets, (domains, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
-        options: dict[str, Any] = {"layers": self.layers, "curvature_batches": pooled, "strata": self._strata}
-        options |= self.held
-        passes = self.curvature.passes * len(pooled)
-        with self._progress(passes, domains, sets, self.held["layer_groups"]) as tick:
-            return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
+        def measure() -> tuple[Influence, DrawnMixtures | None]:
+            sets, (domains, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
+            options: dict[str, Any] = {"layers": self.layers, "strata": self._strata, **self.held}
+            options["curvature_batches"] = pooled
+            passes = self.curvature.passes * len(pooled)
+            with self._progress(passes, domains, sets, self.held["layer_groups"]) as tick:
+                return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
+
+        return self._within_memory(measure)
 
     def task_gradients(self, model: nn.Module, probes: Probes, prior: Mapping[str, float], folds: int) -> TaskGradients:
         """Return the preconditioned gradient of each row of the influence, with the curvature as in `influence`."""
@@ -319,25 +318,15 @@ class Measurement:
 
     def gradient(self, model: nn.Module, probes: Probes) -> Influence:
         """Return the products of the domains' gradients with those of the sets: an influence without a curvature."""
-        return self._within_memory(lambda: self._gradient(model, probes))
+        options: dict[str, Any] = {"layers": self.layers, "strata": self._strata, "over_ranks": True, **self.held}
 
-    def _gradient(self, model: nn.Module, probes: Probes) -> Influence:
-        sets = self._rows(probes.held_out)
-        domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
-        with self._progress(0, domains, sets, self.held["layer_groups"]) as tick:
-            return self.whole(
-                group_influence(
-                    model,
-                    domains,
-                    sets,
-                    Identity(),
-                    layers=self.layers,
-                    strata=self._strata,
-                    tick=tick,
-                    over_ranks=True,
-                    **self.held,
-                )
-            )
+        def measure() -> Influence:
+            sets = self._rows(probes.held_out)
+            domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
+            with self._progress(0, domains, sets, self.held["layer_groups"]) as tick:
+                return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
+
+        return self._within_memory(measure)
 
     def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
         """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""

@@ -71,13 +71,9 @@ class Recorder:
 
 def losses_of(influence: Influence) -> Losses | None:
     """Return the task losses that came with an influence."""
-    if influence.task_loss is None or influence.task_loss_standard_error is None:
-        return None
-    errors = influence.task_loss_standard_error.tolist()
-    return (
-        dict(zip(influence.tasks, influence.task_loss.tolist(), strict=True)),
-        dict(zip(influence.tasks, errors, strict=True)),
-    )
+    loss = _by_name(influence.tasks, _plain(influence, "task_loss"))
+    error = _by_name(influence.tasks, _plain(influence, "task_loss_standard_error"))
+    return None if loss is None or error is None else (loss, error)
 
 
 def make_row(
@@ -104,9 +100,6 @@ def make_row(
     drawn = dict(zip(dataset.domains, schedule.counts(position).tolist(), strict=True))
     decided = proposal.decided_on if proposal else None
     seconds = seconds or {}
-    missing = None if influence is None else influence.left_out
-    bound = None if influence is None else influence.left_out_bound
-    scored = None if influence is None else influence.scored_tokens
     return Row(
         kind=kind,
         stage=schedule.num_stages - 1,
@@ -118,8 +111,8 @@ def make_row(
         tasks=tasks,
         guards=guards,
         domains=list(dataset.domains),
-        influence=_scores(influence),
-        standard_error=_errors(influence),
+        influence=_plain(influence, "scores"),
+        standard_error=_plain(influence, "standard_error"),
         task_loss=None if loss is None else dict(loss[0]),
         task_loss_standard_error=None if loss is None else dict(loss[1]),
         tokens={name: n * dataset.sequence_length for name, n in drawn.items()},
@@ -137,21 +130,23 @@ def make_row(
             "propose": seconds.get("propose", 0.0),
             "snapshot": seconds.get("snapshot", 0.0),
         },
-        scored_tokens=None if scored is None else dict(zip(dataset.domains, scored.tolist(), strict=True)),
-        decided_influence=_scores(decided),
-        decided_standard_error=_errors(decided),
-        left_out=None if missing is None else dict(zip(tasks, missing.tolist(), strict=True)),
-        left_out_bound=None if bound is None else bound.tolist(),
+        scored_tokens=_by_name(dataset.domains, _plain(influence, "scored_tokens")),
+        decided_influence=_plain(decided, "scores"),
+        decided_standard_error=_plain(decided, "standard_error"),
+        left_out=_by_name(tasks, _plain(influence, "left_out")),
+        left_out_bound=_plain(influence, "left_out_bound"),
         warnings=list(warnings),
     )
 
 
-def _scores(influence: Influence | None) -> list[list[float | None]] | None:
-    return None if influence is None else influence.scores.tolist()
+def _plain(influence: Influence | None, name: str) -> Any:
+    """One of an influence's arrays as lists; None if it does not have it."""
+    values = None if influence is None else getattr(influence, name)
+    return None if values is None else values.tolist()
 
 
-def _errors(influence: Influence | None) -> list[list[float | None]] | None:
-    return None if influence is None or influence.standard_error is None else influence.standard_error.tolist()
+def _by_name(names: Sequence[str], values: list[float] | None) -> dict[str, Any] | None:
+    return None if values is None else dict(zip(names, values, strict=True))
 
 
 def log_keys(row: Row) -> dict[str, float]:
