@@ -1,7 +1,7 @@
-"""In-run influence in a run: when it is measured, of what, what of it a checkpoint holds, and when it is given up.
+"""In-run influence: when it is measured, of what, which part of it a checkpoint holds, and when it is given up.
 
 Knows the dataset, the measurement and the hooks; nothing of what is decided from an influence. A failure here never
-ends a run: the stage is then measured at its boundary, as without it.
+ends a run: the stage is then measured at its boundary, as usual.
 """
 
 import logging
@@ -29,26 +29,25 @@ logger = logging.getLogger("dynmix")
 
 @dataclass(frozen=True)
 class InRun:
-    """Domains are measured by the training's own backward passes in the last steps of a stage, not by passes of theirs.
+    """Measure domains by the training's own backward passes in the last steps of a stage, instead of separate passes.
 
-    Before the window the curvature is fitted and each task's preconditioned gradient is taken; in the window every
-    training gradient meets them. The scores are those of the model's path through the window, in training mode, against
-    the tasks as they were at its beginning; the training itself stays bit for bit what it is without.
+    Before this window the curvature is fitted and each task's preconditioned gradient is computed; in the window every
+    training gradient is multiplied with them. The scores are those along the model's path through the window, in
+    training mode, against the tasks as they were at its beginning. The training itself stays the same bit for bit.
 
-    Where the micro-batches of a `MixtureDataset(homogeneous=...)` hold one domain each, a gradient is looked at as it
-    reaches its parameter: two operations a parameter, task and fold. With `every`, micro-batches may be mixed, and each
-    sequence's gradient is put together in every so many steps, which takes about as long as the gradients of the
-    weights.
+    If each micro-batch holds one domain, by `MixtureDataset(homogeneous=...)`, a gradient is used as it reaches its
+    parameter: two operations per parameter, task and fold. With `every`, micro-batches may be mixed; each sequence's
+    gradient is then computed at every so many steps, which takes about as long as the gradients of the weights.
 
     Args:
         window: optimizer steps, at most `stage_steps` - 2.
-        folds: parts that each task's gradient is kept in, whose spread is the task's share of the standard error; at
-            least 2. Memory: so many times the number of tasks and guards gradients of the measured layers in float32,
-            and four more where micro-batches hold one domain, on the model's device, during the window; and but for
-            those as much in the run's folder for each of the newest stages.
-        every: None for micro-batches of one domain; or of mixed ones, the steps from one that is looked at to the next.
-        least: a domain of which fewer micro-batches (sequences, of mixed ones) were seen than these is measured on its
-            probes besides, so that every score is finite.
+        folds: parts in which each task's gradient is kept, whose spread is the task's share of the standard error; at
+            least 2. Memory on the model's device during the window, in gradients of the measured layers in float32:
+            folds times the number of tasks and guards, plus four if micro-batches hold one domain. The former are also
+            kept in the run's folder, for each of the newest stages.
+        every: None for micro-batches of one domain; for mixed ones, how many steps apart the observed ones are.
+        least: a domain of which fewer micro-batches (with mixed ones, sequences) than this were seen is also measured
+            on its probes, so that every score is finite.
 
     Raises:
         ValueError: numbers that are too small.
@@ -101,11 +100,11 @@ class InRunInfluence:
 
     @property
     def probes(self) -> Probes | None:
-        """What the tasks were measured beside, while a window is open."""
+        """The probes that go with the open window; None if none is open."""
         return None if self._window is None else self._window.probes
 
     def arm(self, model: nn.Module, folder: RunFolder, stage: int, keep: int, step: int, ahead: range) -> None:
-        """Open the window of a stage that is to be decided: measure the tasks, and look at what follows.
+        """Open the window before a stage is decided: measure the tasks, and observe the steps that follow.
 
         Every process calls this, and the methods below.
 
@@ -113,7 +112,7 @@ class InRunInfluence:
             model: as it is now.
             folder: where the tasks' gradients are kept.
             stage: number of the stage.
-            keep: newest of these files that are kept, 2 at least: a checkpoint of the window needs its own.
+            keep: how many of the newest of these files are kept, at least 2: a checkpoint in the window needs its own.
             step: optimizer steps done.
             ahead: positions from here to the end of that stage, none of which should hold a probe.
         """
@@ -132,7 +131,7 @@ class InRunInfluence:
             self._window.seconds += time.perf_counter() - clock
 
     def resume(self, model: nn.Module, folder: RunFolder, state: Mapping[str, Any], step: int, ahead: range) -> None:
-        """Go on with the window of a checkpoint. Arguments as in `arm`; `ahead` as it was when the window opened."""
+        """Resume the window of a checkpoint. Arguments as in `arm`; `ahead` as it was when the window opened."""
         window, problem = None, None
         try:
             probes = self.measurement.probes(ahead.start, len(ahead), self.dataset.schedule.weights_at(ahead.start))
@@ -168,9 +167,9 @@ class InRunInfluence:
         self._look_on(step)
 
     def influence(self, model: nn.Module) -> tuple[Influence, float] | None:
-        """Close the window; return what was seen in it, and the seconds that it took; None if none is open.
+        """Close the window; return the influence and the seconds that it took; None if no window is open.
 
-        Domains that were hardly seen are measured on their probes besides.
+        Domains that were hardly seen are also measured on their probes.
         """
         window = self._window
         if window is None:
@@ -192,7 +191,7 @@ class InRunInfluence:
         return self.measurement.whole(influence), window.seconds
 
     def close(self) -> None:
-        """Look no longer."""
+        """Stop observing."""
         if self._window is not None:
             self._window.watch.detach()
         self._window = None
@@ -218,7 +217,7 @@ class InRunInfluence:
         self._look_on(step)
 
     def _look_on(self, step: int) -> None:
-        """Whether to look at the step that comes."""
+        """Observe the coming step, if it is its turn."""
         if self._window is not None:
             self._window.watch.active = (step - self._window.began) % (self.options.every or 1) == 0
 
@@ -239,7 +238,7 @@ class InRunInfluence:
         own.add(min(common), seen.products, seen.tokens)
 
     def _agreed(self, problem: Exception | None, value: Any = None) -> list[Any]:
-        """Every rank's value. If one of them has a problem, all of them give the window up."""
+        """Every rank's value. If one of them has a problem, all of them give up the window."""
         found = gathered((None if problem is None else f"{type(problem).__name__}: {problem}", value))
         if words := [each for each, _ in found if each is not None]:
             self.close()

@@ -1,4 +1,4 @@
-"""What EK-FAC and K-FAC share as choices: their settings, and how they are fitted, carried on and averaged.
+"""What EK-FAC and K-FAC have in common: their settings, and how they are fitted, carried on and averaged.
 
 Knows factors and batches; the eigenvalues are the subclasses' own.
 """
@@ -31,23 +31,24 @@ class FactoredCurvature(ABC):
 
     Args:
         damping: added to every eigenvalue of a layer, as a multiple of that layer's mean eigenvalue.
-        labels: "empirical" uses the data's labels, "sampled" draws them from the model (the true Fisher; needs one
-            forward more a batch, and the next-token loss).
+        labels: "empirical" uses the data's labels, "sampled" draws them from the model (the true Fisher; needs one more
+            forward pass per batch, and the next-token loss).
         seed: of the sampled labels.
-        largest_basis: a side of a layer with more dimensions than this, and more than four times as many as the other
-            side or a head's vocabulary, keeps the identity as its basis: to find its eigenvectors and to rotate into
+        largest_basis: a side of a layer that has more dimensions than this, and that is a head's vocabulary or more
+            than four times the other side, keeps the identity as its basis: finding its eigenvectors and rotating into
             them would cost many times the layer itself. The eigenvalues are exact second moments in that basis, so the
-            trace stays that of the Fisher. Tokens of an embedding, and norms, always keep it.
-        factor_tokens: the factors' own budget: so many tokens at most of the batches that are given, evenly spread over
+            trace stays that of the Fisher. The tokens of an embedding, and norms, always keep the identity.
+        factor_tokens: the factors' own budget: use at most so many tokens of the given batches, evenly spread over
             them; None: all.
-        ema: weight of the factors before, where there are any (from stage to stage of a run): 0 forgets them. Bases are
-            those of the averaged covariances, and the earlier eigenvalues are seen from them.
-        refresh_every: a run fits anew at every so many boundaries, and uses the factors as they are in between.
-        eigh_dtype: in which the eigenvectors are sought; "float64" is tried too where "float32" fails. In float32 those
-            of nearly equal eigenvalues are any of many, and scores differ by 1e-3 between solvers; in float64 by 1e-5.
+        ema: weight of the earlier factors, if there are any (from stage to stage of a run): 0 forgets them. The bases
+            are those of the averaged covariances, and the earlier eigenvalues are expressed in them.
+        refresh_every: a run fits anew at every so many boundaries, and keeps the factors in between.
+        eigh_dtype: precision of the eigen-decomposition; "float64" is also tried if "float32" fails. In float32 the
+            eigenvectors of nearly equal eigenvalues are arbitrary, and scores differ by 1e-3 between solvers; in
+            float64 by 1e-5.
 
-    Factors are float32 at least, float64 for a float64 model. Sequences with a loss or gradient that is not finite are
-    left out, with a warning.
+    Factors are at least float32, and float64 for a float64 model. Sequences with a loss or gradient that is not finite
+    are left out, with a warning.
 
     Raises:
         ValueError: a setting out of range; from `fit`, sampled labels with another loss than the next token's.
@@ -87,7 +88,7 @@ class FactoredCurvature(ABC):
     def fit_and_sum(
         self, capture: Capture, batches: Batches, sums: Sums, previous: FittedFactors | None = None
     ) -> FittedFactors:
-        """As `fit`, averaged with the factors before; adds gradients of batches read that `sums` is waiting for."""
+        """As `fit`, averaged with earlier factors; adds the gradients that `sums` wants of the batches read."""
         if self.labels == "sampled" and capture.loss is not next_token_loss:
             raise ValueError('labels="sampled" draws next tokens: it needs the default loss')
         batches = within_budget(batches, self.factor_tokens)

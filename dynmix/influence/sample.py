@@ -1,8 +1,8 @@
 """Sample influence: how one more unit of weight on each single sequence would move each task's loss.
 
-The tasks' gradients are preconditioned once; a sequence's score is then the product of its own gradient with them,
-taken layer by layer in passing, while its tokens go through the model. Nothing is kept of a sequence but its scores.
-This module knows batches with names; it knows no mixture, no files and no trainer.
+The tasks' gradients are preconditioned once; a sequence's score is the product of its own gradient with them, computed
+layer by layer while its tokens go through the model. Only the scores of a sequence are kept. This module knows batches
+with names; it knows no mixture, no files and no trainer.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def sample_influence(
     loss: Loss = next_token_loss,
     tick: Callable[[], object] | None = None,
 ) -> SampleInfluence:
-    """Influence of every sequence of `samples` on every task; leaves no trace in the model.
+    """Influence of every sequence of `samples` on every task. Leaves no trace in the model.
 
     With g the gradient of a mean loss per token and H its curvature, `scores[x, i] = g_task^T H^-1 g_x`, summed over
-    the chosen layers: DataInf's influence (Kwon et al. 2024, arXiv 2310.00902), with the sign turned so that positive
-    helps, as AutoMixer uses it.
+    the chosen layers: DataInf's influence (Kwon et al. 2024, arXiv 2310.00902) as AutoMixer uses it, with the sign
+    turned so that positive helps.
 
     Args:
         model: as in `group_influence`.
-        samples: batches of sequences, read once, in order; also a generator if `curvature_batches` are given.
+        samples: batches of sequences, read once, in order; may be a generator if `curvature_batches` are given.
         tasks: batches by name, read once.
         curvature: `DataInf()` if not given, or any other of this package.
         layers: regular expression or predicate on names of linear layers and embeddings; None: `last_layers(model)`.
@@ -83,7 +83,7 @@ def sample_influence(
         loss: what is differentiated, if not the next-token cross entropy.
         tick: called after each batch, for a progress bar.
 
-    Memory: a gradient a task, and three while they are preconditioned, of the chosen layers in float32.
+    Memory: one gradient per task, three while they are preconditioned, of the chosen layers in float32.
 
     Raises:
         ValueError: no task, one without batches or scored tokens, no layer to measure, no samples.
@@ -106,11 +106,11 @@ def sample_influence(
 
 
 class SampleScorer:
-    """Holds the tasks' preconditioned gradients at one state of a model, and scores batches of sequences by them.
+    """Holds the tasks' preconditioned gradients for one state of a model, and scores batches of sequences with them.
 
     The model must stay as it is while the scorer is in use.
 
-    Args: as in `sample_influence`, but that `curvature_batches` have to be given.
+    Args: as in `sample_influence`, but `curvature_batches` is required.
 
     Attributes:
         tasks: names of the scores' columns.

@@ -1,6 +1,6 @@
 """What a recipe may say: typed dataclasses, which OmegaConf fills from YAML and whose names it knows.
 
-Knows names, types and defaults. What a value means is said where it is used: these are arguments of the library.
+Knows names, types and defaults. The library's own arguments, which these become, say what the values mean.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ class Model:
     """A causal LM of transformers; a path or name alone stands for `path`.
 
     Attributes:
-        path: folder or hub name of a checkpoint, whose weights the run goes on from.
-        config: instead, of a new model: folder or hub name of a configuration, or `model_type` and its arguments.
-            Where `vocab_size`, `max_position_embeddings` or the ids of BOS, EOS and PAD are left out, they follow from
+        path: folder or hub name of a checkpoint, from whose weights the run starts.
+        config: instead of `path`, for a new model: folder or hub name of a configuration, or `model_type` and its
+            arguments. If left out, `vocab_size`, `max_position_embeddings` and the ids of BOS, EOS and PAD follow from
             the tokenizer and `data.sequence_length`.
         dtype: of the parameters.
         attn_implementation: as in `from_pretrained`; None: transformers' choice.
@@ -37,8 +37,8 @@ class Domain:
             dataset, `s3://`), or text: jsonl (.gz, .zst), plain text (.txt, where a blank line ends a document) and
             parquet files, and folders of them, which are tokenised once.
         text_field: field of a record that holds its text.
-        held_out: share of the documents of text that is kept for tasks, above 0 and below 1, by a hash of the text;
-            None: nothing.
+        held_out: for text: share of the documents that is held out for tasks, above 0 and below 1, by a hash of the
+            text; None: nothing.
     """
 
     path: Any = MISSING
@@ -48,15 +48,15 @@ class Domain:
 
 @dataclass
 class Data:
-    """How domains become the stream; arguments of `MixtureDataset`, but for the folder of what is tokenised here.
+    """How domains become the stream; arguments of `MixtureDataset`, apart from the cache's default.
 
     Attributes:
         sequence_length: tokens of a sequence.
-        weights: of the first stage: "natural", "uniform", or domain -> weight, which sum to 1. With a `proxy` of
-            automixer they are the small run's; with one of mde they are not used.
+        weights: of the first stage: "natural", "uniform", or domain -> weight, summing to 1. With an automixer `proxy`
+            they are the small run's; with an mde `proxy` they are not used.
         max_epochs: how often a domain may be read, for all or by name; None: no limit.
         when_exhausted, packing, boundaries: as in `MixtureDataset`.
-        homogeneous: sequences of one domain that stand in a row, so that micro-batches are of one domain.
+        homogeneous: number of consecutive sequences that come from one domain, as in `MixtureDataset`.
         groups: folder that `dynmix regroup` wrote, instead of `domains` and `weights`.
         cache_dir: where tokenised text and copies of remote files are kept; None: `tokens` in the run folder.
     """
@@ -78,9 +78,9 @@ class TaskFile:
 
     Attributes:
         path: token store, or a `.jsonl` (.gz) file as `dynmix.Task` reads it.
-        held_out: instead, the domain whose held-out documents it is: those of text that is tokenised here, or the store
-            `<domain>.valid` beside the domain's.
-        limit: so many examples of a file are taken, evenly spread; None: all.
+        held_out: instead of `path`: the domain whose held-out documents to use, those of text that is tokenised here or
+            the store `<domain>.valid` beside the domain's.
+        limit: most examples of a file that are used, evenly spread; None: all.
         metric: how a file's choices are compared, as in `Task`.
     """
 
@@ -95,10 +95,10 @@ class Stages:
     """When the mixture is decided; arguments of `MixtureController`.
 
     Attributes:
-        steps: optimizer steps a stage (`stage_steps`).
-        max_stages: of the run at most; the last one goes on to the end.
-        keep: newest snapshots that are kept, one a stage; 0: none.
-        loss_every: task losses are measured for the journal at every so many boundaries.
+        steps: optimizer steps per stage (`stage_steps`).
+        max_stages: most stages of the run; the last one lasts to its end.
+        keep: how many of the newest snapshots are kept, one per stage; 0: none.
+        loss_every: measure task losses for the journal at every so many boundaries.
     """
 
     steps: int = MISSING
@@ -112,7 +112,7 @@ class InRun:
     """The training's own backward passes measure the domains; arguments of `dynmix.InRun`.
 
     Attributes:
-        window: last optimizer steps of a stage that are looked at.
+        window: how many of a stage's last optimizer steps are observed.
         folds, every, least: as there; without `every` micro-batches hold one domain each (`data.homogeneous`).
     """
 
@@ -124,15 +124,15 @@ class InRun:
 
 @dataclass
 class Measurement:
-    """What a measurement takes; arguments of `MixtureController`.
+    """How to measure; arguments of `MixtureController`.
 
     Attributes:
         curvature: name and arguments: ekfac, kfac, datainf, adam, identity, gauss-newton; a name alone will do.
             None: the mixer's usual one.
         layers: regular expression on layers' names, or the arguments of `Layers`; None: the mixer's usual ones.
         probe_sequences, curvature_sequences, task_sequences, sample_sequences, micro_batch: as there.
-        offload, layer_groups, rank: ways to take less memory, as there.
-        in_run: None: the domains are measured by passes of their own, at the boundary.
+        offload, layer_groups, rank: ways to use less memory, as there.
+        in_run: see `InRun`; None: the domains are measured in separate passes, at the boundary.
     """
 
     curvature: Any = None
@@ -153,7 +153,7 @@ class MDEProxy:
     """`proxy: {name: mde}`: experts and sampled mixtures at a small size, a law of them, and its best mixture.
 
     Attributes:
-        tokens: that each small model is trained on.
+        tokens: how many each small model is trained on.
         model: their configuration, as `model.config`.
         mixtures, batch_size, learning_rate, jobs: of `dynmix proxies`.
         criterion, law, max_epochs: of `dynmix fit`; the domains' tokens and the run's length bound the weights.
@@ -176,10 +176,10 @@ class AutoMixerProxy:
 
     Attributes:
         model: the small model.
-        batch_size: sequences of an optimizer step.
-        training: its Trainer arguments, `max_steps` among them.
-        every: steps from one evaluation of the tasks to the next.
-        metric: by which a task peaks.
+        batch_size: sequences per optimizer step.
+        training: its Trainer arguments, including `max_steps`.
+        every: steps between evaluations of the tasks.
+        metric: what a task peaks by.
         layers, curvature: of the scores, as in `dynmix score`.
         keep, blend: of the groups, as in `dynmix regroup`.
         max_epochs: how often a group may be seen.
@@ -203,21 +203,21 @@ class Recipe:
 
     Attributes:
         output: run folder: checkpoints, `model/` at the end, `recipe.yaml`, `run.json`, and `dynmix/` with the journal.
-        model: see `Model`; needed.
-        tokenizer: folder or hub name; may be left out with `model.path`, which has one.
-        domains: name -> `Domain`; needed but with `data.groups`.
+        model: see `Model`; required.
+        tokenizer: folder or hub name; may be left out if `model.path` has one.
+        domains: name -> `Domain`; required unless `data.groups` is given.
         data: see `Data`.
         tasks: name -> `TaskFile`: what the mixture is optimised for, at least one.
-        guards: sets that a mixture must not do worse on: "domains", None, or as `tasks`.
+        guards: sets that a mixture must not make worse: "domains", None, or as `tasks`.
         mixer: name and arguments, as `dynmix mixers` lists them; a name alone will do.
-        reference: path of the reference model of mixers that need one.
-        stages: see `Stages`; its `steps` are needed.
+        reference: path of the reference model, for mixers that need one.
+        stages: see `Stages`; its `steps` are required.
         measurement: see `Measurement`.
         proxy: small runs that decide the weights first: `name` mde or automixer, and the attributes of `MDEProxy` or
             `AutoMixerProxy`; None: none.
-        batch_size: sequences of an optimizer step, over all processes; the accumulation follows.
+        batch_size: sequences per optimizer step, over all processes; the accumulation follows from it.
         seed: of the parameters and the data's order.
-        training: arguments of transformers' `TrainingArguments`, `max_steps` among them. Where it is silent:
+        training: arguments of transformers' `TrainingArguments`, including `max_steps`. By default
             `per_device_train_batch_size` is 8, or `batch_size` if that is less; a checkpoint is saved every
             `stages.steps` and two are kept; losses are logged every 10 steps, and to no tracker (`report_to: none`).
             `output_dir`, `gradient_accumulation_steps`, `num_train_epochs` and `resume_from_checkpoint` follow from the
