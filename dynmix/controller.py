@@ -69,7 +69,7 @@ class MixtureController:
             with its `name` and arguments.
         stage_steps: optimizer steps per stage, at least 2.
         max_stages: most stages the run may have, at least 2: the last one lasts to the end of the run, and nothing is
-            measured after it began. None: no limit.
+            measured to decide another. None: no limit.
         guards: sets, in the form of `tasks`, that a mixture is not optimised for but must not make worse. "domains":
             one such row, called "held-out", the mean over the domains of their own text (rows that the coming stage
             does not train on); None: none. Measured for mixers that use them; the losses of guards given by name are

@@ -50,7 +50,7 @@ HELD_OUT = "held-out"
 class Probes:
     """Rows of each domain that the coming stage does not train on, int64[sequences].
 
-    The domains are measured on `domains`, and `held_out` is the default guard. `seed` is for the samples drawn of them.
+    The domains are measured on `domains`, and `held_out` is the default guard. `seed` is for samples drawn from them.
     """
 
     domains: dict[str, Ints]
