@@ -35,8 +35,8 @@ def as_batches(
             (dicts whose `input_ids` are 1-D, of any lengths: a `datasets.Dataset`), a `TokenStore` or a store's path,
             which is cut into rows of `sequence_length` tokens.
         name: what an error calls it.
-        sequence_length: tokens a row cut from a store.
-        micro_batch: sequences a batch made from examples or rows.
+        sequence_length: tokens per row cut from a store.
+        micro_batch: sequences per batch made from examples or rows.
         sequences: how many examples or rows are taken at most, evenly spread over all; None: all. Batches that are
             given as such are taken as they are.
 

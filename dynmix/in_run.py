@@ -74,7 +74,7 @@ class InRunInfluence:
         measurement: what measures tasks, and domains that were hardly seen.
         dataset: what is trained on.
         needs: of the mixer.
-        stage_steps: optimizer steps a stage.
+        stage_steps: optimizer steps per stage.
 
     Raises:
         ValueError: a mixer, dataset or stage that it does not go with, with the remedy.

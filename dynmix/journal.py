@@ -1,4 +1,4 @@
-"""The journal of a run: one JSON line a stage, readable by anything, whole after a kill at any moment.
+"""The journal of a run: one JSON line per stage, readable by anything, whole after a kill at any moment.
 
 It knows the shape of a row and how to keep a file of them honest. It must not know what measured or decided them:
 no torch, no mixer, no framework.

@@ -112,7 +112,7 @@ class Measurement:
         if not isinstance(layers, Layers):
             Layers(layers)  # raises if it is not a regular expression
         self.held: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
-        self.shrunk_to: int | None = None  # sequences a batch at most, once memory has run out
+        self.shrunk_to: int | None = None  # sequences per batch at most, once memory has run out
         self.curvature: Curvature = curvature
         self.carried: Carried | None = None  # what a curvature keeps from stage to stage
         if isinstance(curvature, FactoredCurvature):
@@ -149,7 +149,7 @@ class Measurement:
             }
 
     def shrink(self, sequences: int) -> None:
-        """Take at most so many sequences a batch from now on."""
+        """Take at most so many sequences per batch from now on."""
         self.shrunk_to, self.micro_batch = sequences, min(self.micro_batch, sequences)
         self.sets = {name: split(batches, sequences) for name, batches in self.sets.items()}
 

@@ -46,7 +46,7 @@ class Sampler:
         sources: the tasks as the user gave them: those that are `Task`s can be evaluated by more than their loss.
         sets: the tasks' batches: what a sequence's influence is on.
         plan: when to evaluate, and which checkpoints score.
-        stage_steps: optimizer steps a stage.
+        stage_steps: optimizer steps per stage.
         layers: regular expression on the names of the layers that are measured; None: `last_layers`.
         curvature: None: `DataInf()`.
         curvature_sequences: sequences of the dataset that it is fitted on.

@@ -18,7 +18,7 @@ from dynmix.observation import Influence
 
 
 def stage_table(row: Row) -> Table:
-    """Return one stage: a line a domain with its weights, its influence on each task, and its tokens so far."""
+    """Return one stage: a line per domain with its weights, its influence on each task, and its tokens so far."""
     kind = f"stage {row['stage']}" if row["kind"] == "stage" else "end of the run"
     losses = ", ".join(f"{task} {_number(loss)}" for task, loss in (row["task_loss"] or {}).items())
     # Narrow, because seven domains and four tasks should fit into 80 columns.
@@ -51,7 +51,7 @@ def stage_table(row: Row) -> Table:
 
 
 def influence_table(influence: Influence) -> Table:
-    """Return the scores with their standard errors: a line a domain, a column a task."""
+    """Return the scores with their standard errors: a line per domain, a column per task."""
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1),

@@ -10,7 +10,7 @@ from dynmix.commands import command, print_json
 
 @command
 def fit(
-    runs: Annotated[Path, typer.Argument(help="CSV, a row a run: weight/<domain> and loss/<target>, or RegMix's.")],
+    runs: Annotated[Path, typer.Argument(help="CSV, a row per run: weight/<domain> and loss/<target>, or RegMix's.")],
     losses: Annotated[
         Path | None, typer.Option(help="A second CSV with the losses; the first column of both is the index.")
     ] = None,

@@ -14,7 +14,7 @@ def prepare(
         list[Path],
         typer.Argument(help="jsonl (.gz, .zst), text or parquet files, folders of them, or saved HF data sets."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the stores, one a domain.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the stores, one per domain.")],
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder or name of a transformers tokenizer.")],
     text_field: Annotated[str, typer.Option(help="Field of a record that holds its text.")] = "text",
     append_eos: Annotated[bool, typer.Option(help="End each document with the tokenizer's EOS.")] = True,

@@ -19,7 +19,7 @@ def proxies(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs; what is there is continued.")],
     tokens: Annotated[int, typer.Option(help="That each proxy is trained on.")],
     mixtures: Annotated[int, typer.Option(help="How many are sampled.")] = 25,
-    experts: Annotated[bool, typer.Option(help="Train a proxy a domain, too.")] = True,
+    experts: Annotated[bool, typer.Option(help="Train a proxy per domain, too.")] = True,
     frequency: Annotated[
         float, typer.Option(help="How much the mixtures are drawn to the domains' sizes, 0 (uniform) to 1.")
     ] = 0.5,
@@ -39,7 +39,7 @@ def proxies(
     threads: Annotated[int | None, typer.Option(help="Of each. Default: all, shared out.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what is done as JSON.")] = False,
 ) -> None:
-    """Train proxies, one a domain and on sampled mixtures, and write runs.csv and experts/ for `dynmix fit`."""
+    """Train proxies, one per domain and on sampled mixtures, and write runs.csv and experts/ for `dynmix fit`."""
     from transformers import AutoTokenizer
 
     from dynmix.mixture.prepare import check_tokenizer

@@ -136,7 +136,7 @@ class Capture:
             raise ValueError(f"layers={asked!r} selects no trainable linear layer; the model has {_some(known)}")
 
     def run(self, batch: Batch, consume: Consume) -> tuple[Tensor, Tensor]:
-        """One forward and one backward pass of the summed loss; `consume` is called once a layer that has a gradient.
+        """One forward and one backward pass of the summed loss; `consume` is called once per layer that has a gradient.
 
         a and g arrive in float32 at least (an embedding's a as the integers it is). A layer with a bias has a last
         input column of ones, so that g^T a is the gradient [out, in + 1] with the bias last. Of a layer used k times

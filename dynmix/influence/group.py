@@ -1,7 +1,7 @@
 """Group influence: how one more unit of each domain moves each task's loss (TiKMiX, arXiv 2508.17677, Section 3.1).
 
-One gradient a domain, one preconditioned gradient a task, and their products. This module knows batches with names; it
-knows no mixture, no weights and no trainer.
+One gradient per domain, one preconditioned gradient per task, and their products. This module knows batches with
+names; it knows no mixture, no weights and no trainer.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class OnePass:
         layers: those to be measured, by name.
         tied: modules by name whose uses are uses of one of them, with what they are and its name.
         mask: of the batch's real tokens, bool [B, T].
-        consume: called once a layer that has a gradient.
+        consume: called once per layer that has a gradient.
         check: whether it is yet to be seen that what looks like a linear layer is one.
 
     Attributes:

@@ -30,7 +30,7 @@ def spread_rows(total: int, count: int | None, stratum: int | None = None) -> li
 def picked(batches: Batches, sizes: Sequence[int], rows: Sequence[int]) -> Iterator[Batch]:
     """These of the sequences, numbered through batches of these sizes, in batches no larger than the largest of them.
 
-    What of a batch is no tensor with a row a sequence is kept as it is.
+    What of a batch is no tensor with a row per sequence is kept as it is.
     """
     if len(rows) == sum(sizes):
         yield from batches

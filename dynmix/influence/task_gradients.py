@@ -1,6 +1,6 @@
 """The tasks' preconditioned gradients, R = H^-1 g, as directions in parameter space that outlive their measurement.
 
-A gradient of whatever data meets them in one product a parameter. Each task's is held in a few parts, by folds of its
+A gradient of whatever data meets them in one product per parameter. Each task's is held in a few parts, by folds of its
 sequences, whose spread says how much the choice of sequences matters. This module knows layers, curvatures and
 safetensors; it knows no domain and no trainer.
 """

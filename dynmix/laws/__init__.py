@@ -5,7 +5,7 @@ mean, std = law.predict(W_new, return_std=True)
 print(law.report_)
 best = best_mixture(law)
 
-experts = Experts.open("experts")               # token probabilities of one proxy a domain, made by Experts.write
+experts = Experts.open("experts")               # token probabilities of one proxy per domain, made by Experts.write
 best = solve(experts)                           # by their ensemble alone, without runs
 law = AutoLaw(laws_with_experts(experts)).fit(W, L)
 """

@@ -1,4 +1,4 @@
-"""Gaussian processes of scikit-learn: one a task, and one of what the power law misses. Knows arrays only."""
+"""Gaussian processes of scikit-learn: one per task, and one of what the power law misses. Knows arrays only."""
 
 import warnings
 from typing import Any, Literal

@@ -62,7 +62,7 @@ class Runs:
 def read_runs(
     path: Path | str, losses: Path | str | None = None, *, weights: str | None = None, targets: str | None = None
 ) -> Runs:
-    """Read a CSV file (`,`, `;` or tabs; a header; a row a run).
+    """Read a CSV file (`,`, `;` or tabs; a header; a row per run).
 
     Args:
         path: of the table.

@@ -1,7 +1,7 @@
 """AutoMixer: checkpoints as data mixers. The corpus is regrouped by the tasks that its sequences help, and reweighted.
 
 During the first stages the tasks are evaluated and the checkpoints in which they peak are kept. At the boundary, each
-task's checkpoint scores every sequence of the corpus by its influence on that task; groups of sequences, one a task,
+task's checkpoint scores every sequence of the corpus by its influence on that task; groups of sequences, one per task,
 take the raw domains' place, with weights by influence density. This module decides from scores; who measures them and
 how is not known here.
 """

@@ -1,4 +1,4 @@
-"""AutoMixer's regrouping: from sample influence by checkpoint to groups of data, one a task, and their weights.
+"""AutoMixer's regrouping: from sample influence by checkpoint to groups of data, one per task, and their weights.
 
 Knows arrays of scores and names; no model, no files, no dataset. Where the paper (a summary is all that is public of
 some steps) leaves a choice open, the docstrings say which was made.

@@ -127,7 +127,7 @@ class UniMax(_Planned):
 
 
 class Staged(_Planned):
-    """A list of mixtures, one a stage; the last one stays. What is done by hand: a curriculum of fixed weights.
+    """A list of mixtures, one per stage; the last one stays. What is done by hand: a curriculum of fixed weights.
 
     Args:
         stages: domain -> weight for every stage; each sums to 1.

@@ -60,7 +60,7 @@ class FlatTokens(ArrayDocuments):
         dtype: integer type of a token in it; None: the header's, or told from the bytes.
         vocab_size: ids must be below it. Up to 2^26 tokens are checked on opening, and whatever is read.
         eos_token_id: the last token of each document; None: the file is one document. Takes one pass over the file,
-            and 8 bytes a document.
+            and 8 bytes per document.
 
     Attributes:
         path: absolute.

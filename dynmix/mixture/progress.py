@@ -16,7 +16,7 @@ logger = logging.getLogger("dynmix.mixture")
 
 _POLL_SECONDS = 0.005
 _WARN_SECONDS, _GIVE_UP_SECONDS = 30.0, 1800.0  # without a sign of life from the main process
-_SLOTS = 1024  # of the reading counters, one a worker
+_SLOTS = 1024  # of the reading counters, one per worker
 # Cells; the last two, and those that follow, are ends of reading.
 _PULSE, _SIZE, _SPAN, _STEP, _MAIN, _WORKERS = range(6)
 

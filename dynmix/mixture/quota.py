@@ -39,7 +39,7 @@ class Quota(NamedTuple):
 
     def before(self, number: int) -> Ints:
         """How many of the first `number` draws are of each domain, int64[n_domains]; exact for any below 2**62."""
-        # A draw a moment, give or take one a domain and what is owed. Before moment 0 there is none.
+        # One draw per moment, give or take one per domain and what is owed. Before moment 0 there is none.
         off = len(self.units) + (int(np.abs(self.owed).sum()) >> 32) + 2
         low, high, guess = max(-1, number - off), number + off, number
         by: dict[int, Ints] = {}

@@ -97,7 +97,7 @@ class TokenStore(ArrayDocuments):
     ) -> TokenStore:
         """Write `documents` (1-D integer arrays or lists, streamed) as a store, replacing one at `path`; open it.
 
-        `dtype=None` is uint16 while every token is below `UINT16_LIMIT`, else int32. Memory: 4 bytes a document while
+        `dtype=None` is uint16 while every token is below `UINT16_LIMIT`, else int32. Memory: 4 bytes per document while
         writing, 20 at the end. Both files are written under temporary names beside `path`, synced, then renamed, the
         index last: a crash leaves the old store, or none that opens, and perhaps files named `*.tmp`.
 

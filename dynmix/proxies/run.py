@@ -1,6 +1,6 @@
 """Experts and sampled mixtures trained as proxies, several at a time, into a folder that `dynmix fit` reads.
 
-    runs.csv     a row a run that is done: run, weight/<domain>..., loss/<set>... in nats a token
+    runs.csv     a row per run that is done: run, weight/<domain>..., loss/<set>... in nats per token
     experts/     the experts' token probabilities, as `Experts.open` reads them, when all experts are done
 
 Knows runs by name and what is done of them; how one is trained is `train`'s, and in which process `workers`'.

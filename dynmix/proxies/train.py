@@ -1,6 +1,6 @@
 """One run: a proxy trained on a mixture by the Trainer, and its losses on the validation sets.
 
-    runs/<run>/result.json              weights, and losses in nats a token; written last: the run is done
+    runs/<run>/result.json              weights, and losses in nats per token; written last: the run is done
     runs/<run>/model/                   the proxy, as `from_pretrained` reads it
     runs/<run>/log_probabilities.npy    log p of each scored token of the sets, float16[n_tokens], nats
     runs/<run>/trainer/                 the Trainer's newest checkpoint, until the run is done
@@ -34,7 +34,7 @@ CHECKPOINTS = 10  # of a run
 
 
 def read_result(out: Path, run: str) -> dict[str, float] | None:
-    """Return a run's loss on each validation set, in nats a token; None if it is not done."""
+    """Return a run's loss on each validation set, in nats per token; None if it is not done."""
     file = out / "runs" / run / "result.json"
     losses: dict[str, float] | None = json.loads(file.read_text())["losses"] if file.exists() else None
     return losses

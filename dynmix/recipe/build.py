@@ -49,7 +49,7 @@ _OURS = {
 
 
 def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
-    """Trainer arguments with the defaults of a recipe: a checkpoint a stage, two kept, and no trackers.
+    """Trainer arguments with the defaults of a recipe: a checkpoint per stage, two kept, and no trackers.
 
     In a launched process this starts torch.distributed.
 

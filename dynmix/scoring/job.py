@@ -178,7 +178,7 @@ class ShardScorer:
         return batch["input_ids"].numel() / seconds
 
     def score(self, shard: int, tick: Callable[[int], object] = lambda tokens: None) -> pa.Table:
-        """Columns id, domain, tokens, score/<task>/<checkpoint>..., loss/<checkpoint>; a row a sample.
+        """Columns id, domain, tokens, score/<task>/<checkpoint>..., loss/<checkpoint>; a row per sample.
 
         A row of the corpus is scored as the item that training gets of it, and by the labels that it has there.
         A document of several windows has their means, weighted by scored tokens: the influence and the loss of its mean

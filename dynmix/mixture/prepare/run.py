@@ -64,8 +64,8 @@ def prepare(
 
     The stores are the same bytes for any number of workers, and whether or not the work was interrupted: what is
     finished is kept in `output/.prepare`, and the same call goes on there. Memory is a few pieces of up to 8 MiB and
-    a batch of documents a worker, whatever the size of the input (and its longest document; 4 bytes a document while a
-    store is put together). Besides the stores, the disk holds the shards of the domains that are not finished.
+    a batch of documents per worker, whatever the size of the input (and its longest document; 4 bytes per document
+    while a store is put together). Besides the stores, the disk holds the shards of the domains that are not finished.
 
     Args:
         inputs: paths, a mapping as above, or (with `domain_from`) an HF `Dataset`.
@@ -171,7 +171,7 @@ def _job(
 
 
 def _groups(domains: Mapping[str, list[Input]], together: bool) -> list[Group]:
-    """One group if `together`, else one a domain; small domains share one, as what is done for each takes time."""
+    """One group if `together`, else one per domain; small domains share one, as what is done for each takes time."""
     groups = [Group(0, {}, {})]
     number = filled = 0
     for domain, found in domains.items():

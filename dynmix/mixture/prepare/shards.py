@@ -91,7 +91,7 @@ def write_stores(
 ) -> dict[str, dict[str, Any]]:
     """Make stores in `folder` of shards' documents, in their order, replacing what is there; return facts of each.
 
-    Memory: `_BUFFER_BYTES` and 4 bytes a document; one file is open at a time.
+    Memory: `_BUFFER_BYTES` and 4 bytes per document; one file is open at a time.
 
     Args:
         shards: in order.
