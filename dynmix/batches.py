@@ -44,8 +44,14 @@ def as_batches(
         ValueError: nothing in it, or items that are no dicts with `input_ids` of one or two dimensions.
     """
     if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_file() and path.suffix not in (".bin", ".idx") and not Path(f"{path}.idx").is_file():
+            raise ValueError(
+                f"{name}: {path} is no token store (.idx with .bin): a file of questions or text is read by "
+                "Task.from_jsonl(path, tokenizer), and `dynmix prepare` makes stores of text"
+            )
         try:
-            source = TokenStore.open(Path(source))
+            source = TokenStore.open(path)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
     if isinstance(source, TokenStore):

@@ -16,12 +16,15 @@ def test_what_a_user_may_pass_gives_the_same_batches(tmp_path):
     rows = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     examples = [{"input_ids": row} for row in rows]
     store = TokenStore.write(tmp_path / "x", [[*range(1, 14)]])  # the rest that fills no row is dropped
+    TokenStore.write(tmp_path / "y.jsonl", [[*range(1, 14)]])  # as Megatron's tools name one
+    (tmp_path / "y.jsonl").touch()
     sources = {
         "examples": examples,
         "tensors": [{"input_ids": torch.tensor(row)} for row in rows],
         "datasets": datasets.Dataset.from_list(examples),
         "store": store,
         "path": tmp_path / "x",
+        "path beside its text": tmp_path / "y.jsonl",
         "batches": [{"input_ids": torch.tensor(rows[:2])}, {"input_ids": torch.tensor(rows[2:])}],
         "loader": DataLoader([{"input_ids": torch.tensor(row)} for row in rows], batch_size=2),
     }
@@ -87,3 +90,12 @@ def test_ids_of_any_integer_type_are_tokens(kind):
 def test_what_is_no_task_is_refused_by_name(source, message):
     with pytest.raises(ValueError, match=r"tasks\['x'\].*" + message):
         batches(source)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("sums.jsonl", r"is no token store.*Task\.from_jsonl"), ("lost.bin", "no such file")]
+)
+def test_a_path_that_is_no_store_is_refused_with_what_reads_it(tmp_path, file, message):
+    (tmp_path / "sums.jsonl").write_text('{"text": "one and one is two"}\n')
+    with pytest.raises(ValueError, match=r"tasks\['x'\]: .*" + message):
+        batches(str(tmp_path / file))
