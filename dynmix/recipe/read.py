@@ -115,11 +115,14 @@ def _check_sections(kind: Any, values: Any, where: str, above: str = "") -> None
     """Raises RecipeError for a value where a mapping is expected; the library's message would not name the key."""
     for each in fields(kind):
         section = next((own for own in (each.type, *get_args(each.type)) if is_dataclass(own)), None)
-        follows = OmegaConf.is_config(values) and OmegaConf.is_interpolation(values, each.name)
-        if section is None or follows or get_origin(each.type) is dict:
+        if each.name not in values or (OmegaConf.is_config(values) and OmegaConf.is_interpolation(values, each.name)):
             continue
-        value, key = values.get(each.name), f"{above}{each.name}"
-        if value is None:
+        value, key = values[each.name], f"{above}{each.name}"
+        if get_origin(each.type) is dict:
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{where}: {key}={value!r}: a mapping is expected, of names to what each one is")
+            continue
+        if section is None or value is None:
             continue
         if not isinstance(value, Mapping):
             names = ", ".join(own.name for own in fields(section))
