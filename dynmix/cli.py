@@ -1,7 +1,7 @@
 """The `dynmix` command: arguments in, calls of the library out.
 
 Knows no method and no format; each command is a call of the function it is named after. Exit codes: 0 done, 1 failed,
-2 asked for in a way that makes no sense, 130 interrupted with everything finished kept.
+2 asked for in a way that makes no sense, 130 interrupted.
 """
 
 import logging

@@ -15,6 +15,8 @@ from dynmix.whole_file import finite
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_GO_ON = {"prepare", "train", "score", "proxies"}  # from where they were interrupted; the others begin anew
+
 
 def command(function: Callable[P, T]) -> Callable[P, T]:
     """A command whose every failure is one sentence: exit code 1, 2 for a recipe that is none, 130 for Ctrl-C.
@@ -27,8 +29,9 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            said = str(stop) or "interrupted: what is finished is kept, and the same command goes on from there"
-            typer.secho(said, fg="yellow", err=True)
+            kept = "what is finished is kept, and the same command goes on from there"
+            next_time = kept if function.__name__ in _GO_ON else "the same command begins anew"
+            typer.secho(str(stop) or f"interrupted: {next_time}", fg="yellow", err=True)
             raise typer.Exit(INTERRUPTED) from stop
         except Exception as problem:
             if type(problem).__module__.startswith(("typer", "click")):

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from dynmix.cli import app as cli
-from dynmix.commands import command
+from dynmix.commands import _GO_ON, command
 from dynmix.recipe.names import RecipeError
 
 
@@ -38,7 +38,7 @@ def run_that_raises(problem: BaseException | None, *words: str):
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
         (MemoryError(), 1, "out of memory"),
         (KeyError("x"), 1, "error: KeyError: 'x' (`dynmix --verbose ...` shows where)"),
-        (KeyboardInterrupt(), 130, "the same command goes on from there"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command begins anew"),
         (KeyboardInterrupt("stopped after step 3"), 130, "stopped after step 3"),
         (typer.Exit(7), 7, ""),
         (typer.BadParameter("number"), 2, "number"),
@@ -50,6 +50,20 @@ def test_a_failure_is_one_sentence_and_an_exit_code(problem, code, message):
     assert done.exit_code == code
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("demo", "begins anew"), ("influence", "begins anew"), ("prepare", "goes on from there")]
+)
+def test_an_interrupted_command_says_whether_it_would_go_on(name, words, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    interrupted.__name__ = name
+    with pytest.raises(typer.Exit):
+        command(interrupted)()
+    assert words in capsys.readouterr().err
+    assert {each.callback.__name__ for each in cli.registered_commands} >= {*_GO_ON, name}
 
 
 def test_a_misuse_is_exit_code_2():
