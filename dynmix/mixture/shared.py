@@ -6,6 +6,7 @@ Knows nothing of what the integers mean.
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from multiprocessing import resource_sharer
 from multiprocessing.context import get_spawning_popen
@@ -44,6 +45,7 @@ class SharedArray:
 
     def _map(self, file: IO[bytes], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._file = file  # kept open: its descriptor is what a spawned process is given; the map has one of its own
+        weakref.finalize(self, file.close)  # or Python warns of a file that was left open
         content = with_room(_MEMORY, lambda: mmap.mmap(file.fileno(), 0))
         self.array: npt.NDArray[Any] = np.frombuffer(content, dtype).reshape(shape)
 

@@ -1,5 +1,7 @@
 import copy
+import gc
 import multiprocessing
+import os
 import pickle
 import resource
 from typing import Any
@@ -22,6 +24,16 @@ def test_a_child_and_its_parent_see_each_others_writing(method: str) -> None:
     process.join(60)
     assert process.exitcode == 0
     assert shared.array.sum() == shared.array[1, 2] == 8
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_longer_held_is_closed_without_a_warning() -> None:
+    shared = SharedArray((2,))
+    descriptor = shared._file.fileno()
+    del shared
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def add_one(several: list[SharedArray]) -> None:
