@@ -84,8 +84,8 @@ class PeakMemory:
             "a layer's work": self.layer,
             "elsewhere": self.elsewhere,
         }
-        words = ", ".join(f"{name} {_in_words(size)}" for name, size in parts.items() if size)
-        return f"{_in_words(self.total)} beside the model ({words})"
+        words = ", ".join(f"{name} {size_in_words(size)}" for name, size in parts.items() if size)
+        return f"{size_in_words(self.total)} beside the model ({words})"
 
 
 def peak_memory(
@@ -224,5 +224,6 @@ def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
     return {id(s): s for x in tree_leaves(values) if isinstance(x, Tensor) for s in [x.untyped_storage()]}
 
 
-def _in_words(size: int) -> str:
+def size_in_words(size: float) -> str:
+    """Bytes as a person reads them."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dynmix.decider import Evidence
 from dynmix.influence.capture import measurable_layers
-from dynmix.influence.memory import peak_memory
+from dynmix.influence.memory import peak_memory, size_in_words
 from dynmix.influence.sample import last_layers
 from dynmix.measurement import HELD_OUT
 from dynmix.mixers.static import Fixed, Natural, Static, Temperature, Uniform, UniMax
@@ -270,16 +270,16 @@ def print_plan(plan: RunPlan, console: Console) -> None:
     say("task and guard sequences: " + ", ".join(f"{name} {count}" for name, count in plan.sets.items()))
     if plan.measurement_tokens:
         say(
-            f"a measurement reads {plan.measurement_tokens:,} tokens; all {last} together take about "
-            f"{100 * plan.measurement_share:.1f} % of the run's FLOPs"
+            f"a measurement reads {plan.measurement_tokens:,} tokens; all {last} together add about "
+            f"{100 * plan.measurement_share:.1f} % to the training's FLOPs"
             + (", with what the training's own backward passes do for it" if plan.in_run else "")
         )
     elif plan.scoring is None:
         say(f"nothing is measured at the boundaries but the task losses: {plan.mixer} needs nothing else")
     if plan.scoring is not None:
-        say(f"scoring the corpus for every task takes about {100 * plan.scoring:.1f} % of the run's FLOPs")
-    say(
-        "memory, activations aside: "
-        + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in plan.memory.items())
-        + (" (all but the first: of a measurement, where training's is all there)" if len(plan.memory) > 1 else "")
-    )
+        say(f"scoring the corpus for every task adds about {100 * plan.scoring:.1f} % to the training's FLOPs")
+    sizes = {name: size_in_words(size) for name, size in plan.memory.items()}
+    offloaded = f", of it {sizes.pop('elsewhere')} offloaded" if "elsewhere" in sizes else ""
+    training, *measuring = (f"{name} {size}" for name, size in sizes.items())
+    adds = f"; measuring adds {', '.join(measuring)}{offloaded}" if measuring else ""
+    say(f"memory, activations aside: {training}{adds}")

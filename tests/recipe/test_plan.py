@@ -1,4 +1,5 @@
 import json
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -130,13 +131,19 @@ def test_an_in_run_influence_reads_no_probes_and_its_products_are_in_the_price(r
 
 
 def test_it_is_printed_with_every_domain_and_boundary_and_trains_nothing(recipe):
-    done = CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", "training.max_steps=90"])
-    assert done.exit_code == 0, done.output
-    for words in ("web", "code", "30 stages", "before the run", "after step 86", "% of the run's FLOPs", "GiB"):
-        assert words in " ".join(done.output.split()), words
+    def printed(word):
+        done = CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", word])
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    text = printed("training.max_steps=90")
+    for words in ("web", "code", "30 stages", "before the run", "after step 86", "% to the training's FLOPs"):
+        assert words in text, words
+    assert re.search(r"activations aside: training 0\.\d MiB; measuring adds gradients 0\.\d MiB, factors", text)
+    assert re.search(r"of it 0\.\d MiB offloaded$", printed("measurement.offload=disk"))
     recipe()
     assert not Path("run").exists()
     assert json.loads(CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", "--json"]).stdout)["tokens"] == 256
     out = StringIO()
     print_plan(make_plan(build_run(recipe("mixer=automixer", "guards=null"))), Console(file=out, width=200))
-    assert "scoring the corpus for every task takes about" in out.getvalue()
+    assert "scoring the corpus for every task adds about" in out.getvalue()
