@@ -112,6 +112,8 @@ def propose_from(
     Raises:
         ValueError: no such mixer or argument, one that does not decide from an influence, bounds that leave no mixture.
     """
+    if over := [f"{name}={bound:g}" for name, bound in (upper or {}).items() if bound > 1]:
+        raise ValueError(f"--upper {over[0]}: weights are from 0 to 1")
     make = find_mixer(mixer)
     check_arguments(f"mixer {mixer!r}", options, make)
     if lower is not None:

@@ -71,7 +71,7 @@ class TiKMiXD(Mixer):
             from. If bounds move that mixture, the difference is counted from where they move it.
 
     Raises:
-        ValueError: an argument that is not a number, negative or not finite; an unknown normalization.
+        ValueError: an argument that is not a number, negative or not finite; a bound above 1; an unknown normalization.
     """
 
     needs = frozenset({"influence", "guards"})
@@ -105,6 +105,8 @@ class TiKMiXD(Mixer):
                 optional = number is None and name not in settings
                 if not optional and not (real and 0 <= cast(float, number) < np.inf):
                     raise ValueError(f"{name}={value!r}: a finite number of at least 0 is needed")
+                if name in ("lower", "upper", "max_change") and not optional and number > 1:  # a percentage
+                    raise ValueError(f"{name}={value!r}: weights are from 0 to 1")
         if not memory < 1:
             raise ValueError(f"memory={memory!r}: below 1, where 0 remembers nothing")
         self.alpha, self.beta, self.gamma = float(alpha), float(beta), float(gamma)

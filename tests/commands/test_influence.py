@@ -104,6 +104,8 @@ def test_guards_and_least_weights(measured):
         (["--prior", "web=1"], "--prior: weights do not match"),
         (["--prior", "nothing.json"], "--prior nothing.json: natural, uniform"),
         (["--upper", "web"], "--upper 'web': write domain=number"),
+        (["--upper", "web=40"], "--upper web=40: weights are from 0 to 1"),
+        (["--lower", "web=10"], "lower={'web': 10.0}: weights are from 0 to 1"),
         (["--mixer", "odm"], "--mixer odm: it decides from ['loss'], in a run alone"),
         (["confidenc=1"], "did you mean 'confidence'?"),
         (["confidence"], "given as key=value"),

@@ -428,6 +428,8 @@ def test_without_clarabel_slsqp_answers_the_same(monkeypatch):
         ({"max_change": -0.1}, "max_change=-0.1"),
         ({"max_change": {"domain0": 0.1}}, "max_change={'domain0': 0.1}: a finite number"),
         ({"alpha": {"domain0": 1}}, "alpha={'domain0': 1}: a finite number"),
+        ({"upper": {"domain0": 40}}, "upper={'domain0': 40}: weights are from 0 to 1"),
+        ({"max_change": 10}, "max_change=10: weights are from 0 to 1"),
     ],
 )
 def test_bad_guards_and_bounds_are_refused(arguments, message):
