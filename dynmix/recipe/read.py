@@ -3,6 +3,7 @@
 Knows YAML and the schema; builds nothing.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
@@ -131,8 +132,8 @@ def _check_sections(kind: Any, values: Any, where: str, above: str = "") -> None
 
 
 def _expanded(tree: DictConfig) -> DictConfig:
-    """With mappings in place of the names and paths that stand for them."""
-    plain = cast(dict[Any, Any], OmegaConf.to_container(tree))
+    """With mappings in place of the names and paths that stand for them, and `~` as in a shell."""
+    plain = cast(dict[Any, Any], _at_home(OmegaConf.to_container(tree)))
     measurement, proxy = plain.get("measurement"), plain.get("proxy")
     for within, key, name in (
         (plain, "mixer", "name"),
@@ -149,6 +150,14 @@ def _expanded(tree: DictConfig) -> DictConfig:
                 name: value if isinstance(value, dict) else {"path": value} for name, value in plain[key].items()
             }
     return OmegaConf.create(plain)
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _at_home(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _words(problem: OmegaConfBaseException) -> str:

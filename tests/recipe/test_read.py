@@ -58,6 +58,15 @@ def test_values_come_from_the_environment_and_from_each_other(tmp_path, monkeypa
     assert found.domains["web"].path == "/data/web"
 
 
+def test_paths_of_the_home_folder_are_there_and_in_no_folder_named_after_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = SMALLEST.replace("output: run", "output: ~/run").replace("web.valid", "~/web.valid")
+    found = read_recipe(recipe(tmp_path, text), ["tokenizer=~/tokens", "domains.code=[~/a, b]", "model=~/base"])
+    assert (found.output, found.tasks["web"].path) == ("/home/me/run", "/home/me/web.valid")
+    assert (found.tokenizer, found.domains["code"].path) == ("/home/me/tokens", ["/home/me/a", "b"])
+    assert found.model.path == "/home/me/base"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
