@@ -30,7 +30,9 @@ def propose(
     lower: Annotated[str | None, typer.Option(help="Least weights: domain=weight,... (tikmix-d)")] = None,
     guards: Annotated[str | None, typer.Option(help="Rows that are held and not optimised for, by commas.")] = None,
     stage: Annotated[int | None, typer.Option(help="Of a journal. Default: the last that was measured.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the weights.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="JSON file for the weights.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the proposal as JSON.")] = False,
 ) -> None:
     """Decide weights from a saved influence, with what each constraint did in words."""

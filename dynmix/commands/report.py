@@ -23,7 +23,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="Run folder, or its journal.jsonl.")],
     baseline: Annotated[Path | None, typer.Option(help="A second run to compare with.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Default: report.html in the run folder.")
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Default: report.html in the run folder.")
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Draw it anew as the run goes on, until it ends.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds from one look at the journal to the next.")] = 5.0,

@@ -103,6 +103,7 @@ def test_guards_and_least_weights(measured):
         (["--prior", "web=0.5,code=0.6,noise=0"], "--prior: weights sum to 1.1, not 1"),
         (["--prior", "web=1"], "--prior: weights do not match"),
         (["--prior", "nothing.json"], "--prior nothing.json: natural, uniform"),
+        (["--output", "."], "is a directory"),
         (["--upper", "web"], "--upper 'web': write domain=number"),
         (["--upper", "web=40"], "--upper web=40: weights are from 0 to 1"),
         (["--lower", "web=10"], "lower={'web': 10.0}: weights are from 0 to 1"),

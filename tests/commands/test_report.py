@@ -73,6 +73,7 @@ def test_figures_are_files_of_their_own(run, tmp_path):
         (("--figures", "here", "--watch"), "--watch"),
         (("--figures", "here", "--format", "tiff"), "tiff"),
         (("--watch", "--every", "0"), "0.1"),
+        (("--output", "."), "is a directory"),
     ],
 )
 def test_what_makes_no_sense_is_refused(run, words, message):
