@@ -107,7 +107,8 @@ def fit_runs(
         candidates |= laws_with_experts(experts.sample(EXPERT_TOKENS))
     if law != "auto" and law not in candidates:
         names = ", ".join(map(repr, ("auto", *candidates)))
-        raise ValueError(f"no law {law!r} for {len(runs.W)} runs; there are {names}")
+        told = "" if experts is not None or "MDE" not in law else "; laws with MDE take experts (--experts)"
+        raise ValueError(f"no law {law!r} for {len(runs.W)} runs; there are {names}{told}")
     if tokens is not None and set(tokens) != set(runs.domains):
         raise ValueError(f"tokens are of {', '.join(tokens)}; the domains are {', '.join(runs.domains)}")
     fitted = AutoLaw(candidates if law == "auto" else {law: candidates[law]}).fit(runs.W, runs.L)

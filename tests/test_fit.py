@@ -157,6 +157,7 @@ def test_experts_in_another_order_are_matched_by_name():
     ("options", "said"),
     [
         ({"law": "magic"}, "no law 'magic' for 20 runs; there are 'auto', 'power law'"),
+        ({"law": "ridge + MDE"}, r"laws with MDE take experts \(--experts\)"),
         ({"criterion": "mmlu"}, "no target is called 'mmlu'"),
         ({"max_epochs": 2}, "max_epochs needs tokens"),
         ({"tokens": {"web": 1}}, "tokens are of web; the domains are web, code"),
