@@ -256,7 +256,7 @@ class _Stop(TrainerCallback):
 
 
 def _check_folder(recipe: Recipe) -> None:
-    """Raises RecipeError where the folder has what was trained by another recipe, or by no recipe."""
+    """Raises RecipeError where the folder has what was trained by another recipe, by none, or a recipe of the user's."""
     folder = Path(recipe.output)
     file = folder / "recipe.yaml"
     trained = sorted([*folder.glob("checkpoint-*"), *folder.glob("model")])
@@ -264,6 +264,11 @@ def _check_folder(recipe: Recipe) -> None:
         if trained:
             raise RecipeError(f"output: {folder} has {trained[0].name} and no recipe.yaml: give another folder")
         return
+    if not (folder / "run.json").exists():
+        raise RecipeError(
+            f"output: {file} is not of a run, which would write its own in its place: keep it in another folder, or "
+            "give another output"
+        )
     if not trained and not (folder / "proxy").exists():  # a call that failed as it began, and may have been mended
         return
     before = to_plain(read_recipe(file))  # what an older version did not know has its default
@@ -299,5 +304,5 @@ def _write_down(run: RecipeRun, checkpoint: Path | None) -> None:
         "domains": run.dataset.fingerprint,
     }
     facts["starts"].append(start)
+    write_json(file, facts)  # first, because a recipe.yaml without it is the user's own
     write_whole(run.folder / "recipe.yaml", text)
-    write_json(file, facts)

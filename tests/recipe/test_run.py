@@ -231,6 +231,15 @@ def test_a_folder_with_checkpoints_of_no_recipe_is_left_alone(world):
     assert [path.name for path in Path("run").iterdir()] == ["checkpoint-5"]
 
 
+def test_a_recipe_that_is_kept_in_the_run_folder_is_not_written_over(world):
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("# of the user\n" + example("staged"))
+    done = train("staged", *HELD_OUT, *TINY, "output=run")
+    assert done.exit_code == 2
+    assert "run/recipe.yaml is not of a run" in done.output
+    assert Path("run/recipe.yaml").read_text().startswith("# of the user")
+
+
 def test_a_second_run_of_the_same_folder_is_kept_out_while_the_first_one_trains(world, monkeypatch):
     monkeypatch.setattr("dynmix.alone.PATIENCE", 0.0)
     with alone(Path("mine"), "trains in it"):
@@ -243,6 +252,7 @@ def test_a_recipe_may_be_mended_until_something_is_trained_by_it(world):
     recipe = read_recipe(_file("staged"), [*SHORT, *HELD_OUT, *TINY, "output=run"])
     Path("run").mkdir()
     Path("run/recipe.yaml").write_text(to_yaml(replace(recipe, seed=1)))
+    Path("run/run.json").touch()
     runs._check_folder(recipe)
     for name in ("checkpoint-3", "model", "proxy"):
         Path("run", name).mkdir()
