@@ -40,7 +40,7 @@ TIKMIX = (
 METHODS = (*STATIC, "odm", *BY_PROXIES, *TIKMIX, "automixer")
 
 # Of methods that read no task: the journal has the tasks' losses once, and that is no cost of theirs.
-NO_TASKS = {"task_sequences": 1}
+NO_TASKS: dict[str, Any] = {"task_sequences": 1}
 LAYERS = {"all": None, "blocks": BLOCKS, "embeddings": Layers(embeddings=True), "norms": Layers(norms=True)}
 NUMBERS = ("alpha", "beta", "gamma", "confidence", "max_change", "guard_slack", "guard_weight", "memory", "lower")
 COUNTS = {"stages": 2, "max_stages": 2, "probes": 1, "examples": 1}  # and the least that each may be
