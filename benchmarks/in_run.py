@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from influence import seconds
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -38,13 +39,6 @@ from dynmix.journal import Journal
 from dynmix.step_samples import StepSamples
 
 DOMAINS, TASKS, TASK_SEQUENCES, FACTOR_SEQUENCES, MICRO_BATCH, STAGE_STEPS = 8, 4, 32, 64, 8, 200
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Of the processor, with one thread those of the clock but for what others take of the machine."""
-    start = time.process_time()
-    action()
-    return time.process_time() - start
 
 
 class Timed(ParameterProducts):
