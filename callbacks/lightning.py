@@ -83,6 +83,11 @@ class MixtureCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check how it will be read, and let the controller begin."""
         self._over = False
+        if trainer.global_step == 0 < self.steps:
+            raise ValueError(
+                f"this callback has been told of {self.steps} steps, and the Trainer begins anew: pass fit the "
+                "ckpt_path to go on from, or make dataset, callback and loader anew for another run"
+            )
         if trainer.global_step != self.steps:
             raise ValueError(
                 f"the checkpoint at step {trainer.global_step} holds no state of a MixtureCallback: it was saved by a "

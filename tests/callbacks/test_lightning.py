@@ -123,6 +123,17 @@ def test_a_checkpoint_of_a_run_without_it_is_refused(lightning, tmp_path):
         lightning.run(tmp_path, resume=True)
 
 
+def test_a_second_run_of_one_callback_is_refused_in_words_that_are_true(lightning, training, tmp_path):
+    data = training.dataset()
+    made = lightning.MixtureCallback(data, training.tasks(), "static", training.STAGE_STEPS)
+    module, loader = lightning.Module(), DataLoader(data, training.BATCH, sampler=made.sampler)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    given = {"default_root_dir": tmp_path, "callbacks": [made], "enable_checkpointing": False, **quiet}
+    lightning.pl.Trainer(max_steps=6, **given).fit(module, loader)
+    with pytest.raises(ValueError, match="told of 6 steps, and the Trainer begins anew: pass fit the ckpt_path"):
+        lightning.pl.Trainer(max_steps=12, **given).fit(module, loader)
+
+
 def test_snapshots_go_only_once_the_checkpoint_is_on_the_disk(lightning, training, tmp_path, monkeypatch):
     told = []
 
