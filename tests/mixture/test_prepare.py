@@ -109,6 +109,8 @@ def test_an_output_in_an_input_folder_is_refused_while_nothing_is_in_it(
                 prepare(inputs, output, TOKENIZER)
     assert [path.name for path in tmp_path.rglob("*")] == ["web", "a.jsonl"]
     assert list(prepare("web/a.jsonl", "web", TOKENIZER)) == ["a"]  # beside a file it may be
+    with pytest.raises(FileExistsError):
+        prepare("web/a.jsonl", "web/a.jsonl", TOKENIZER)
 
 
 def test_every_form_gives_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

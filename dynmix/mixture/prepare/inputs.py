@@ -213,7 +213,9 @@ def _all_inputs(name: str, source: Any) -> list[Input]:
 
 def _check_outside(output: Path, source: Any) -> None:
     """Stores in an input folder would be read with it the next time, as where the work goes on after a kill."""
-    if not _is_dataset(source) and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
+    if _is_dataset(source) or not os.path.isdir(source):
+        return
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
         raise PrepareError(
             f"{output}: it is in the input folder {source}, and what is written to it would be read as input the next"
             " time; give a folder outside of it (--output)"
