@@ -215,6 +215,27 @@ def test_a_bad_file_that_is_replaced_by_a_smaller_one_costs_no_domain(tmp_path, 
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
+def test_a_kill_while_a_bad_file_is_forgotten_leaves_none_of_its_shards_for_the_corrected_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs_module, "SMALLEST", 500)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(1, 60) + b"{")
+    unlink = Path.unlink
+
+    def killed(path, missing_ok=False):
+        if path.parent.name == "shards" and path.suffix == ".arrow":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", tmp_path, None)
+    assert list((tmp_path / "out" / ".prepare" / "shards").glob("*.arrow"))
+    (tmp_path / "texts" / "a.jsonl").write_bytes(lines(2, 60) + b" ")
+    with pytest.raises(PrepareError, match=r"a\.jsonl has changed since"):
+        run(tmp_path / "out", tmp_path, None)
+
+
 def test_finished_stores_that_were_removed_are_made_again(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("dynmix.mixture.prepare.run._GROUP_BYTES", 1)
     event = 60

@@ -118,13 +118,14 @@ class Work:
 
         If nothing else is finished, the whole folder goes.
         """
+        for file in inputs:
+            for shard in self.folder.glob(f"shards/{file:06d}-*"):
+                shard.unlink()
+        # Only now may they change: what a kill leaves of the shards would be taken for those of the corrected input.
         plan = self._read("plan.json")
         assert plan is not None
         plan["inputs"] |= dict.fromkeys(inputs.values())
         self._write("plan.json", plan)
-        for file in inputs:
-            for shard in self.folder.glob(f"shards/{file:06d}-*"):
-                shard.unlink()
         if not any(self.folder.glob("stores/*.json")) and not any(self.folder.glob("shards/*.arrow")):
             self.discard()
 
