@@ -178,7 +178,8 @@ def _regroup(
     score_corpus(corpus, files, sources, scores, sequence_length=length, layers=proxy.layers, curvature=made)
     table = read_scores(scores)
     groups = regroup(table, keep=proxy.keep, blend=proxy.blend)  # type: ignore[arg-type]
-    weights = group_weights(groups, max_epochs=proxy.max_epochs, tokens=_total(recipe))
+    limits = [limit for limit in (proxy.max_epochs, recipe.data.max_epochs) if limit is not None]
+    weights = group_weights(groups, max_epochs=min(limits), tokens=_total(recipe))
     if weights is None:
         raise ValueError("proxy: no group of sequences helps any task, so that there is nothing to regroup")
     paths = {name: stores[name].path for name in table.domains}

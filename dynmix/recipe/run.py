@@ -59,7 +59,7 @@ from dynmix.recipe.checkpoints import newest_checkpoint
 from dynmix.recipe.console import PrintStages, QuietProgress
 from dynmix.recipe.names import RecipeError
 from dynmix.recipe.read import differences, read_recipe, structured, to_plain, to_yaml
-from dynmix.recipe.schema import Recipe, TaskFile
+from dynmix.recipe.schema import AutoMixerProxy, Recipe, TaskFile
 from dynmix.recipe.sources import domain_sources, task_sources
 from dynmix.whole_file import write_json, write_whole
 
@@ -82,6 +82,9 @@ _FREE = {
         )
     ),
 }  # fmt: skip
+
+# What only the groups of an AutoMixer's proxy depend on, and not what they are made of: it may change until they are.
+_OF_GROUPS = {"proxy.keep", "proxy.blend", "proxy.max_epochs", "training.max_steps"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -149,6 +152,8 @@ def build_run(recipe: Recipe, on_paper: bool = False) -> RecipeRun:
     if recipe.proxy is not None or recipe.data.groups is not None:
         from dynmix.recipe.proxy import decided  # laws and scoring take seconds to import, and few runs need them
 
+        if recipe.proxy is not None and not on_paper:  # what they leave is of this recipe
+            on_every_rank(lambda: _write_recipe(recipe))
         domains, weights = decided(recipe, domains, tasks, tokenizer, on_paper)
     dataset = make_dataset(recipe, domains, weights, tokenizer, cache)
     trainers: list[Trainer] = []
@@ -272,13 +277,23 @@ def _check_folder(recipe: Recipe) -> None:
     if not trained and not (folder / "proxy").exists():  # a call that failed as it began, and may have been mended
         return
     before = to_plain(read_recipe(file))  # what an older version did not know has its default
-    found = [each for each in differences(before, to_plain(recipe)) if each.partition(" was ")[0] not in _FREE]
+    grouped = bool(trained) or (folder / "proxy/groups/groups.json").exists()
+    free = _FREE | (_OF_GROUPS if isinstance(recipe.proxy, AutoMixerProxy) and not grouped else set())
+    found = [each for each in differences(before, to_plain(recipe)) if each.partition(" was ")[0] not in free]
     if found:
         raise RecipeError(
             f"output: {folder} has a run of another recipe: {'; '.join(found[:5])}"
             + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             + ". Give another output, or the recipe as it was"
         )
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    if is_rank_0():
+        facts = Path(recipe.output) / "run.json"
+        if not facts.exists():  # first, because a recipe.yaml without it is the user's own
+            write_json(facts, {"starts": []})
+        write_whole(Path(recipe.output) / "recipe.yaml", to_yaml(recipe))
 
 
 def _write_down(run: RecipeRun, checkpoint: Path | None) -> None:
@@ -304,5 +319,5 @@ def _write_down(run: RecipeRun, checkpoint: Path | None) -> None:
         "domains": run.dataset.fingerprint,
     }
     facts["starts"].append(start)
-    write_json(file, facts)  # first, because a recipe.yaml without it is the user's own
-    write_whole(run.folder / "recipe.yaml", text)
+    write_json(file, facts)
+    _write_recipe(run.recipe)

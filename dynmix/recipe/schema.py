@@ -182,7 +182,7 @@ class AutoMixerProxy:
         metric: what a task peaks by.
         layers, curvature: of the scores, as in `dynmix score`.
         keep, blend: of the groups, as in `dynmix regroup`.
-        max_epochs: how often a group may be seen.
+        max_epochs: how often a group may be seen, unless `data.max_epochs` is less.
     """
 
     model: Model = field(default_factory=Model)

@@ -193,6 +193,21 @@ def test_what_a_proxy_takes_at_its_end_is_checked_before_its_small_runs(world, n
     assert message in " ".join(planned.output.split())
 
 
+def test_what_small_runs_leave_is_of_their_recipe(world):
+    small = ["proxy.training={max_steps: 1, learning_rate: 1e-3}", "proxy.batch_size=4", "proxy.every=2", *TINY, *SMALL]
+    limits = ["data.max_epochs=1", "training.max_steps=500", "output=run"]
+    refused = train("automixer", *small, *limits, "--only-proxy")
+    assert "seen 1 times at most" in " ".join(refused.output.split())  # the run's limit, not the proxy's of 4
+    changed = train("automixer", *small, *limits, "proxy.keep=1", "proxy.every=1", "--only-proxy")
+    assert "a run of another recipe: proxy.every was 2 and is 1" in " ".join(changed.output.split())
+    # What only the groups depend on may be mended until they are there.
+    assert train("automixer", *small, *limits, "proxy.keep=1", "--only-proxy").exit_code == 0
+    facts = json.loads(Path("run/proxy/groups/groups.json").read_text())
+    assert all(500 * 4 * 32 * weight <= facts["tokens"][name] + 1 for name, weight in facts["weights"].items())
+    changed = train("automixer", *small, *limits, "--dry-run")
+    assert "a run of another recipe: proxy.keep was 1.0 and is 0.5" in " ".join(changed.output.split())
+
+
 def test_a_proxy_scores_sequences_as_the_run_will_read_them(world, monkeypatch):
     def score(corpus, tasks, sources, out, **options):
         items.extend(Corpus(corpus, sequence_length=32).items(np.arange(1), np.zeros(1, int)))
