@@ -319,6 +319,10 @@ class TiKMiXD(Mixer):
     def _solve(self, problem: Problem) -> tuple[Array, Array, str]:
         solvers = {"dual": solve_dual} if self.gamma > 0 and not problem.robust else {}
         solvers |= {"clarabel": solve_clarabel, "slsqp": solve_slsqp}
+        # The mixture follows from the ratios of the three, and the solvers' tolerances are for an objective near 1.
+        unit = max(self.alpha, self.beta, self.gamma) or 1.0
+        weights = {name: getattr(problem, name) / unit for name in ("alpha", "beta", "gamma", "cost")}
+        problem = replace(problem, **weights)
         failures = []
         for name, solve in solvers.items():
             try:
@@ -332,9 +336,9 @@ class TiKMiXD(Mixer):
             accuracy = GAP * max(1.0, abs(problem.objective(w)))
             if inside and better >= -accuracy:
                 if better <= accuracy:
-                    return problem.start, multipliers, name
+                    return problem.start, unit * multipliers, name
                 if problem.violation(w) <= FEASIBLE:
-                    return w, multipliers, name
+                    return w, unit * multipliers, name
             failures.append(f"{name}: an answer that misses a bound or a constraint")
         logger.warning("TiKMiX-D keeps the prior, because no solver answered: %s", "; ".join(failures))
         return problem.start, np.zeros(len(problem.C)), "prior"

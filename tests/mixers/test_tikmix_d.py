@@ -503,3 +503,14 @@ def test_scale_of_a_row_and_order_of_domains_do_not_matter(seed, noisy):
     scale = 10.0 ** rng.integers(-2, 3, size=(n, 1))
     np.testing.assert_allclose(solve(S * scale, E * scale, prior), w, atol=1e-4)
     np.testing.assert_allclose(solve(S[:, order], E[:, order], prior[order]), w[order], atol=1e-4)
+
+
+@pytest.mark.parametrize(("seed", "noise", "unit"), [(30, None, 1e-6), (28, 0.03, 1e4), (137, 0.03, 1e4)])
+def test_only_the_ratios_of_the_objectives_weights_count(seed, noise, unit):
+    rng = np.random.default_rng(seed)
+    influence = observed(rng.normal(size=(3, 8)), None if noise is None else np.full((3, 8), noise))
+    prior = named(rng.dirichlet(np.ones(8)))
+    small = TiKMiXD(1e-3, 1, 1).propose(influence, prior)
+    large = TiKMiXD(1e-3 * unit, unit, unit).propose(influence, prior)
+    np.testing.assert_allclose(array(large.weights), array(small.weights), atol=1e-6)
+    assert large.multipliers == pytest.approx({name: unit * x for name, x in small.multipliers.items()}, rel=1e-3)
