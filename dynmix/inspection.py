@@ -109,8 +109,9 @@ def _run(path: Path) -> Inspected:
         }
     if (file := path / "run.json").is_file():
         about = json.loads(file.read_text())
-        facts |= {"fingerprints": about["fingerprints"], "starts": len(about["starts"])}
-        facts["versions"] = about["starts"][-1]["versions"]
+        facts["starts"] = len(about["starts"])
+        if about["starts"]:  # none while a proxy's small runs are made
+            facts |= {"fingerprints": about["fingerprints"], "versions": about["starts"][-1]["versions"]}
     stages = [
         {
             "stage": row["stage"] if row["kind"] == "stage" else "end",

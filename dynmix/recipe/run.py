@@ -261,7 +261,7 @@ class _Stop(TrainerCallback):
 
 
 def _check_folder(recipe: Recipe) -> None:
-    """Raises RecipeError where the folder has what was trained by another recipe, by none, or a recipe of the user's."""
+    """Raises RecipeError where the folder has a run of another recipe or of none, or a recipe of the user's own."""
     folder = Path(recipe.output)
     file = folder / "recipe.yaml"
     trained = sorted([*folder.glob("checkpoint-*"), *folder.glob("model")])

@@ -17,6 +17,7 @@ import dynmix.recipe.proxy as proxy
 import dynmix.recipe.run as runs
 from dynmix.alone import alone
 from dynmix.cli import app
+from dynmix.inspection import inspect_path
 from dynmix.journal import Journal
 from dynmix.proxies.run import Proxies
 from dynmix.recipe.names import RecipeError
@@ -206,6 +207,7 @@ def test_what_small_runs_leave_is_of_their_recipe(world):
     assert all(500 * 4 * 32 * weight <= facts["tokens"][name] + 1 for name, weight in facts["weights"].items())
     changed = train("automixer", *small, *limits, "--dry-run")
     assert "a run of another recipe: proxy.keep was 1.0 and is 0.5" in " ".join(changed.output.split())
+    assert inspect_path(Path("run")).facts["starts"] == 0  # the run itself has not begun
 
 
 def test_a_proxy_scores_sequences_as_the_run_will_read_them(world, monkeypatch):
