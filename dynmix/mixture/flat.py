@@ -27,7 +27,7 @@ from dynmix.mixture.documents import (
 )
 from dynmix.mixture.index import shared
 from dynmix.mixture.shared import SharedArray
-from dynmix.mixture.store import StoreError, mapped, with_room
+from dynmix.mixture.store import StoreError, check_same, mapped, with_room
 
 logger = logging.getLogger("dynmix.mixture")
 
@@ -111,7 +111,7 @@ class FlatTokens(ArrayDocuments):
         self.tokens = mapped(path, dtype, offset)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.path, self.dtype, self._offset, self.vocab_size, self._bounds)
+        return _reopened, (self.path, self.dtype, self._offset, self.vocab_size, self._bounds, self.num_tokens)
 
     def __len__(self) -> int:
         return 1 if self._bounds is None else len(self._bounds.array) - 1
@@ -136,10 +136,11 @@ class FlatTokens(ArrayDocuments):
 
 
 def _reopened(
-    path: Path, dtype: np.dtype[Any], offset: int, vocab_size: int | None, bounds: SharedArray | None
+    path: Path, dtype: np.dtype[Any], offset: int, vocab_size: int | None, bounds: SharedArray | None, count: int
 ) -> FlatTokens:
     tokens = FlatTokens.__new__(FlatTokens)
     tokens._map(path, dtype, offset, vocab_size, bounds)
+    check_same(str(path), (count,), (tokens.num_tokens,))
     return tokens
 
 

@@ -162,8 +162,8 @@ class TokenStore(ArrayDocuments):
         start, stop = self.starts(np.array([i, i + 1])).tolist()
         return self.tokens[start:stop]
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[Callable[..., TokenStore], tuple[Any, ...]]:
+        return _reopened, (type(self), self.path, len(self), self.num_tokens)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -175,6 +175,18 @@ class TokenStore(ArrayDocuments):
         sequence = self._table[documents]
         starts = self._starts[np.minimum(sequence, len(self._starts) - 1)] // self.tokens.itemsize
         return np.where(sequence == len(self._starts), len(self.tokens), starts)
+
+
+def _reopened(kind: type[TokenStore], path: Path, documents: int, tokens: int) -> TokenStore:
+    store = kind(path)
+    check_same(str(path), (documents, tokens), (len(store), store.num_tokens))
+    return store
+
+
+def check_same(where: str, then: tuple[int, ...], now: tuple[int, ...]) -> None:
+    """Raise StoreError where what was pickled has another size when another process, as a worker, opens it."""
+    if then != now:
+        raise StoreError(f"{where} was replaced since it was opened: its size was {then} and is {now}; start anew")
 
 
 def _stem(path: str | os.PathLike[str]) -> Path:

@@ -230,3 +230,13 @@ def test_the_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(raw(content, dtype))
         found.append(FlatTokens(tmp_path / name, dtype).fingerprint)
     assert found[0] == found[1] != found[2]
+
+
+def test_a_file_that_is_replaced_before_a_worker_opens_it_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(300))
+    sent = pickle.dumps(FlatTokens(tmp_path / "a.npy"))
+    np.save(tmp_path / "a.npy", np.arange(400))
+    with pytest.raises(
+        StoreError, match=r"a\.npy was replaced since it was opened: its size was \(300,\) and is \(400,\)"
+    ):
+        pickle.loads(sent)

@@ -358,6 +358,15 @@ def test_more_stores_than_open_files_are_allowed_at_first(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_a_store_that_is_replaced_before_a_worker_opens_it_is_refused(tmp_path: Path) -> None:
+    sent = pickle.dumps(TokenStore.write(tmp_path / "a", [[1, 2], [3, 4]]))
+    assert len(pickle.loads(sent)) == 2
+    for documents in ([[1, 2], [3, 4], [5]], [[1, 2, 3, 4]]):
+        TokenStore.write(tmp_path / "a", documents)
+        with pytest.raises(StoreError, match=r"a was replaced since it was opened: its size was \(2, 4\) and is"):
+            pickle.loads(sent)
+
+
 def test_room_is_made_where_not_one_more_file_can_be_opened() -> None:
     code = """
 import os
