@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
+from dynmix.alone import alone
 from dynmix.callbacks import PeakCallback
 from dynmix.fit import FEWEST, fit_runs, write_fit
 from dynmix.groups import open_groups, write_groups
@@ -74,7 +75,8 @@ def decided(
         if mde:
             _mix(recipe, recipe.proxy, stores, tasks, tokenizer, folder)
         else:
-            _regroup(recipe, recipe.proxy, stores, tasks, tokenizer, folder)
+            with alone(folder, "makes these small runs"):
+                _regroup(recipe, recipe.proxy, stores, tasks, tokenizer, folder)
     if mde:
         return domains, json.loads(done.read_text())["weights"]
     return open_groups(folder / "groups")

@@ -265,6 +265,15 @@ def test_a_second_run_of_the_same_folder_is_kept_out_while_the_first_one_trains(
     assert f"mine: another process ({os.getpid()}) trains in it" in result.output
 
 
+def test_a_second_call_is_kept_out_while_the_first_one_makes_small_runs(world, monkeypatch):
+    monkeypatch.setattr("dynmix.alone.PATIENCE", 0.0)
+    more = ["proxy.training={max_steps: 1, learning_rate: 1e-3}", "proxy.batch_size=4", "proxy.every=2", *TINY, *SMALL]
+    with alone(Path("mine/proxy"), "makes these small runs"):
+        result = train("automixer", *more, "output=mine", "--only-proxy")
+    assert (result.exit_code, os.listdir("mine/proxy")) == (1, [".lock"])
+    assert f"mine/proxy: another process ({os.getpid()}) makes these small runs" in " ".join(result.output.split())
+
+
 def test_a_recipe_may_be_mended_until_something_is_trained_by_it(world):
     recipe = read_recipe(_file("staged"), [*SHORT, *HELD_OUT, *TINY, "output=run"])
     Path("run").mkdir()
