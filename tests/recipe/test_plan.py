@@ -130,6 +130,13 @@ def test_an_in_run_influence_reads_no_probes_and_its_products_are_in_the_price(r
     assert mixed.measurement_share > plan.measurement_share  # every sequence's gradient is put together
 
 
+def test_the_plan_of_a_static_mixer_has_weights_that_another_may_begin_from(recipe):
+    weights = {name: each.weight for name, each in make_plan(build_run(recipe("mixer=unimax"))).domains.items()}
+    assert weights != {"web": 0.75, "code": 0.25}
+    begun = make_plan(build_run(recipe(f"data.weights={json.dumps(weights)}")))
+    assert {name: each.weight for name, each in begun.domains.items()} == pytest.approx(weights)
+
+
 def test_it_is_printed_with_every_domain_and_boundary_and_trains_nothing(recipe):
     def printed(word):
         done = CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", word])
