@@ -104,7 +104,7 @@ def open_groups(
     """
     file = Path(folder) / "groups.json"
     try:
-        facts: dict[str, Any] = json.loads(file.read_text())
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         table = pq.read_table(Path(folder) / "groups.parquet", page_checksum_verification=True)
     except FileNotFoundError as problem:
         raise ValueError(f"{problem.filename or problem}: no such file; write groups with dynmix regroup") from problem

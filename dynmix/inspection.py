@@ -108,7 +108,7 @@ def _run(path: Path) -> Inspected:
             "tokens": sum(last["tokens"].values()),
         }
     if (file := path / "run.json").is_file():
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_text(encoding="utf-8"))
         facts["starts"] = len(about["starts"])
         if about["starts"]:  # none while a proxy's small runs are made
             facts |= {"fingerprints": about["fingerprints"], "versions": about["starts"][-1]["versions"]}
@@ -136,7 +136,7 @@ def _checkpoint(path: Path) -> Inspected:
 
     if (why := broken(path)) is not None:
         raise ValueError(f"{path}: a half-written checkpoint ({why}); a run goes on from the one before it")
-    state = json.loads((path / "trainer_state.json").read_text())
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     facts: dict[str, Any] = {"step": state["global_step"], "max_steps": state.get("max_steps")}
     own = state.get("stateful_callbacks", {}).get(CALLBACK)
     if own is None:

@@ -254,7 +254,7 @@ class PeakSnapshots:
         if not self._file.exists():
             return
         try:
-            found = json.loads(self._file.read_text())
+            found = json.loads(self._file.read_text(encoding="utf-8"))
             metrics = {task: entry["metric"] for task, entry in found["tasks"].items()}
             self.curves = {
                 task: [(int(step), math.nan if value is None else float(value)) for step, value in entry["curve"]]
@@ -286,7 +286,7 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Checkpoint]:
         if path.name.startswith(".") or not path.is_dir() or not (number := re.search(r"\d+$", path.name)):
             continue
         try:
-            facts = json.loads(file.read_text()) if (file := path / "snapshot.json").exists() else {}
+            facts = json.loads(file.read_text(encoding="utf-8")) if (file := path / "snapshot.json").exists() else {}
             _check_whole(path)
             found.append(Checkpoint(path, int(facts.get("step", number[0]))))
         except (OSError, ValueError, AttributeError, SafetensorError) as problem:
@@ -334,7 +334,9 @@ def select_checkpoints(
     check_tasks(tasks, metric, min_delta)
     cache = Path(folder) / "evaluations.json"
     try:
-        scores: dict[str, dict[str, float | None]] = json.loads(cache.read_text()) if cache.exists() else {}
+        scores: dict[str, dict[str, float | None]] = (
+            json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
+        )
     except ValueError as problem:
         raise ValueError(f"{cache}: damaged ({problem}): remove it, and the tasks are evaluated anew") from problem
     evaluated, kept = [], True
@@ -370,7 +372,7 @@ def _check_whole(path: Path) -> None:
         raise ValueError("it has no config.json")
     files = sorted(path.glob("*.safetensors"))
     if (index := path / "model.safetensors.index.json").exists():
-        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     if not files:
         raise ValueError("it has no safetensors; weights in other formats are not read, as loading them can run code")
     for file in files:

@@ -42,7 +42,7 @@ def read_influence(
         influence, facts = _of_journal(source, stage)
     else:
         try:
-            facts = json.loads(source.read_text())
+            facts = json.loads(source.read_text(encoding="utf-8"))
             influence = Influence.from_dict(facts)
         except FileNotFoundError:
             raise ValueError(f"{source}: no such file; `dynmix influence` writes one, or give a run folder") from None
@@ -79,7 +79,7 @@ def prior_weights(given: str | None, domains: Sequence[str], facts: Mapping[str,
         weights = numbers("--prior", given)
     else:
         try:
-            weights = json.loads(Path(str(given)).read_text())
+            weights = json.loads(Path(str(given)).read_text(encoding="utf-8"))
             weights = weights.get("weights", weights)
         except (OSError, ValueError, AttributeError) as problem:
             raise ValueError(

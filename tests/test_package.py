@@ -69,6 +69,13 @@ def test_nothing_that_is_loaded_can_run_code():
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
 
 
+def test_text_is_read_as_it_is_written_whatever_the_locale():
+    for path in [*(ROOT / "dynmix").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".read_text"):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
+
+
 def test_mixers_and_report_work_without_loading_torch():
     code = "import sys, dynmix.mixers, dynmix.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

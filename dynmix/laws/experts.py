@@ -163,7 +163,7 @@ class Experts:
         """
         folder = Path(folder)
         try:
-            meta = json.loads((folder / "experts.json").read_text())
+            meta = json.loads((folder / "experts.json").read_text(encoding="utf-8"))
             if meta["format"] != FORMAT:
                 raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
             table = np.lib.format.open_memmap(folder / "log_probabilities.npy", "r")

@@ -184,7 +184,7 @@ def _note(copy: Path) -> Path:
 
 def _is_current(copy: Path, info: Mapping[str, Any]) -> bool:
     try:
-        noted, now = json.loads(_note(copy).read_text()), _version(info)
+        noted, now = json.loads(_note(copy).read_text(encoding="utf-8")), _version(info)
         was = noted["remote"]
         # A listing and a look at one file need not tell the same, so the best that both tell decides.
         best = next((key for key in _VERSIONS if key in was and key in now), None)

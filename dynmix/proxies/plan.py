@@ -195,7 +195,7 @@ class Plan:
     @classmethod
     def read(cls, out: Path) -> Self:
         """Return the plan that `keep` wrote."""
-        config = json.loads((out / "proxies.json").read_text())
+        config = json.loads((out / "proxies.json").read_text(encoding="utf-8"))
         validation = {name: _unpacked(out / f"validation/{name}.safetensors") for name in config["order"]["validation"]}
         return cls(config, AutoConfig.from_pretrained(out / "model"), validation)
 
@@ -210,7 +210,7 @@ class Plan:
             raise ValueError(f"{out}/runs is there without {file.name}: give an empty folder")
         if file.exists():
             try:
-                found = _differences(json.loads(file.read_text()), self.config)
+                found = _differences(json.loads(file.read_text(encoding="utf-8")), self.config)
             except (ValueError, KeyError, TypeError, AttributeError) as problem:
                 raise ValueError(f"{file} is damaged ({problem!r}): give another folder") from problem
             if found:

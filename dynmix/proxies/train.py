@@ -36,7 +36,7 @@ CHECKPOINTS = 10  # of a run
 def read_result(out: Path, run: str) -> dict[str, float] | None:
     """Return a run's loss on each validation set, in nats per token; None if it is not done."""
     file = out / "runs" / run / "result.json"
-    losses: dict[str, float] | None = json.loads(file.read_text())["losses"] if file.exists() else None
+    losses: dict[str, float] | None = json.loads(file.read_text(encoding="utf-8"))["losses"] if file.exists() else None
     return losses
 
 
@@ -112,7 +112,7 @@ def _newest(folder: Path) -> str | None:
     for path in folder.glob("checkpoint-*"):
         try:
             # The Trainer writes this file last.
-            whole[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
+            whole[json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]] = path
         except (OSError, ValueError):
             shutil.rmtree(path)
     if not whole:

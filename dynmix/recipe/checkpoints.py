@@ -41,7 +41,7 @@ def broken(checkpoint: Path) -> str | None:
     """In words, what is missing or cut short in a checkpoint; None: it is whole."""
     state = checkpoint / "trainer_state.json"  # the Trainer writes this file last
     try:
-        if not isinstance(json.loads(state.read_text())["global_step"], int):
+        if not isinstance(json.loads(state.read_text(encoding="utf-8"))["global_step"], int):
             return f"{state.name} has no step"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{state.name} is missing or cut short"

@@ -78,7 +78,7 @@ def decided(
             with alone(folder, "makes these small runs"):
                 _regroup(recipe, recipe.proxy, stores, tasks, tokenizer, folder)
     if mde:
-        return domains, json.loads(done.read_text())["weights"]
+        return domains, json.loads(done.read_text(encoding="utf-8"))["weights"]
     return open_groups(folder / "groups")
 
 

@@ -31,7 +31,7 @@ def example_names() -> list[str]:
 def example(name: str) -> str:
     """One of them, as text. Raises RecipeError."""
     check_names("--example", [name], example_names())
-    return (_examples() / f"{name}.yaml").read_text()
+    return (_examples() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -46,7 +46,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
             type, a value that must be given and is not.
     """
     try:
-        tree = OmegaConf.create(file.read_text())
+        tree = OmegaConf.create(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{file}: no such recipe; make one: dynmix train --example tikmix-d > {file.name}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as problem:

@@ -300,7 +300,7 @@ def _write_down(run: RecipeRun, checkpoint: Path | None) -> None:
     if not is_rank_0():
         return
     file, text = run.folder / "run.json", to_yaml(run.recipe)
-    facts: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"starts": []}
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"starts": []}
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "from": None if checkpoint is None else checkpoint.name,

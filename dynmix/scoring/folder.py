@@ -51,7 +51,7 @@ class ScoreFolder:
         self.path = Path(path)
         file = self.path / "scoring.json"
         try:
-            self.config: Config = json.loads(file.read_text())
+            self.config: Config = json.loads(file.read_text(encoding="utf-8"))
             samples = sum(domain["samples"] for domain in self.config["domains"])
             self.shards = -(-samples // self.config["shard_samples"])
             self._checkpoints = [checkpoint["name"] for checkpoint in self.config["checkpoints"]]

@@ -132,7 +132,7 @@ def _recorded(folder: Path, tasks: Mapping[str, Task], metric: Metric | None) ->
     """Where each task peaks according to `peaks.json`."""
     file = folder / "peaks.json"
     try:
-        entries = json.loads(file.read_text())
+        entries = json.loads(file.read_text(encoding="utf-8"))
         metrics: dict[str, Metric] = {task: metric or entry["metric"] for task, entry in entries["tasks"].items()}
         peaks = PeakSnapshots(folder, metric=metrics, min_delta=entries["min_delta"]).selected
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as problem:

@@ -140,7 +140,7 @@ class Work:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads((self.folder / name).read_text())
+            found: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         return found
