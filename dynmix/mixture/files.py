@@ -127,7 +127,7 @@ def _open(path: str, options: Mapping[str, int | None]) -> Documents:
     if suffix not in _SUFFIXES and os.path.isfile(path) and not os.path.isfile(f"{path}.idx"):
         raise StoreError(
             f"{path} is no token file (.idx with .bin, .bin, .npy).{_remedy([suffix])} A flat file of another name is"
-            " opened by FlatTokens(path, dtype=...)"
+            " opened by FlatTokens(path, dtype=...)."
         )
     return TokenStore.open(path)
 
@@ -146,4 +146,4 @@ def _missing(path: str) -> StoreError:
 def _remedy(endings: Iterable[str]) -> str:
     if not set(endings) & set(_TEXT):
         return ""
-    return " Text is made a store by `dynmix prepare`, or given as a Dataset of datasets.load_dataset with tokenizer="
+    return " Text is made a store by `dynmix prepare`, or is a Dataset of datasets.load_dataset with `tokenizer=`."

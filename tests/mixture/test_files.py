@@ -110,7 +110,7 @@ def test_what_are_no_token_files_is_refused_with_a_remedy(folder: Path) -> None:
         (folder / "raw" / name).write_text("{}")
     with pytest.raises(StoreError, match=r"there are 2 others \(\.jsonl\)\. Text is made a store by `dynmix prepare`"):
         open_path(folder / "raw")
-    with pytest.raises(StoreError, match=r"x\.jsonl is no token file .*`dynmix prepare`.*FlatTokens"):
+    with pytest.raises(StoreError, match=r"x\.jsonl is no token file .*dynmix prepare.*`tokenizer=`\. A .*FlatTokens"):
         open_path(folder / "raw" / "x.jsonl")
     for name in ("nowhere", "nowhere.bin", "nowhere.npy"):
         with pytest.raises(StoreError, match=rf"{name}: no such file or folder, seen from .* were looked for\.$"):
