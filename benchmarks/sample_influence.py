@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from pretraining.kept import check_settings
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -127,7 +128,7 @@ def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
 def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: float) -> dict[str, Path]:
     """Stores of the 14 domains, by name, and a small Llama trained on them with ten checkpoints, in `folder/run`.
 
-    What is there already is used, and a training that was stopped goes on.
+    What is there already is used, and a training that was stopped goes on; one of other sizes is refused.
     """
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -135,6 +136,8 @@ def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: f
     from dynmix import MixtureDataset
     from dynmix.mixture.prepare import prepare
 
+    own = {"hidden": hidden, "depth": depth, "steps": steps, "batch": batch, "rate": rate}
+    check_settings(folder, own)
     if not (folder / "stores/prepared").exists():
         prepare([SHARED / "corpus/domains"], folder / "stores", str(TOKENIZER), overwrite=True)
         (folder / "stores/prepared").touch()

@@ -3,12 +3,12 @@
     python benchmarks/target.py runs/precision
 
 Begins with the checkpoints of `sample_influence.py precision` (same folder and sizes, made where they are missing).
-They score every sequence of the corpus (packed, 256 tokens); each arm then trains the same small Llama from the same
-initial weights for the same number of tokens. Arms: the natural and the uniform mixture of the raw domains; the half of
-the tokens with the lowest perplexity under the last checkpoint; the half with the best n-gram importance for the tasks;
-AutoMixer with the tasks' peak checkpoints, and with the last one alone (its ablation); `ten` adds ten evenly spaced
-checkpoints. A cell (arm, seed) is kept in `target/`, so that a second call goes on. Printed: each task's loss in nats a
-token on examples that no score has seen, and their mean.
+They score every sequence of the corpus (packed, 256 tokens); each arm then trains the same small Llama from the seed's
+initial weights and order for the same number of tokens. Arms: the natural and the uniform mixture of the raw domains;
+the half of the tokens with the lowest perplexity under the last checkpoint; the half with the best n-gram importance
+for the tasks; AutoMixer with the tasks' peak checkpoints, and with the last one alone (its ablation); `ten` adds ten
+evenly spaced checkpoints. A cell (arm, seed) is kept in `target/`, so that a second call goes on. Printed: each task's
+loss in nats a token on examples that no score has seen, and their mean.
 """
 
 import json
@@ -73,10 +73,11 @@ def mixed(
     samples: int,
     block: int,
     batch_tokens: int,
+    seed: int,
 ) -> MixtureDataset:
     """The arm's data: the raw domains, or groups of their sequences with weights by density."""
     if arm in ("natural", "uniform"):
-        return MixtureDataset(paths, arm, num_samples=samples, sequence_length=LENGTH, block=block)  # type: ignore[arg-type]
+        return MixtureDataset(paths, arm, num_samples=samples, sequence_length=LENGTH, block=block, seed=seed)  # type: ignore[arg-type]
     scores = scored(folder, paths, tasks, arm, batch_tokens)
     if arm == "perplexity":  # a threshold, as there is no task: the better half of all tokens
         order = np.argsort(-scores.scores[:, 0], kind="stable")
@@ -94,7 +95,7 @@ def mixed(
         names, counts = np.unique(domain[scores.domain[own]], return_counts=True)
         top = sorted(zip(counts / len(own), names, strict=True), reverse=True)[:4]
         print(arm, name, f"{weights[name]:.3f}", len(own), *(f"{n} {c:.0%}" for c, n in top))
-    return MixtureDataset(views, weights, num_samples=samples, block=block)
+    return MixtureDataset(views, weights, num_samples=samples, block=block, seed=seed)
 
 
 def cell(folder: Path, arm: str, seed: int, steps: int, batch: int, hidden: int, depth: int, rate: float,
@@ -103,10 +104,10 @@ def cell(folder: Path, arm: str, seed: int, steps: int, batch: int, hidden: int,
     from transformers import Trainer, TrainingArguments
 
     data = next(iter(paths.values())).parent.name
-    file = folder / f"target/{data}-{arm}-{seed}-{steps}x{batch}-{hidden}x{depth}.json"
+    file = folder / f"target/{data}-{arm}-{seed}-{steps}x{batch}-{hidden}x{depth}-{rate:g}.json"
     if file.exists():
         return dict(json.loads(file.read_text()))
-    dataset = mixed(folder, paths, halves(0), arm, steps * batch, batch, batch_tokens)
+    dataset = mixed(folder, paths, halves(0), arm, steps * batch, batch, batch_tokens, seed)
     arguments = TrainingArguments(
         str(folder / f"target/{arm}-{seed}"), max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate,
         lr_scheduler_type="cosine", warmup_steps=steps // 20, save_strategy="no", logging_steps=100, report_to=[],
