@@ -372,10 +372,7 @@ class MixtureController:
 
         `step`: optimizer steps done. Failures are logged, not raised.
         """
-        if self.decider.watch is not None:
-            self.decider.watch.detach()
-        if self.in_run is not None:
-            self.in_run.close()
+        self._look_away()
         loss, error = None, None
         seconds: dict[str, float] = {}
         try:
@@ -401,6 +398,13 @@ class MixtureController:
             seconds=seconds,
         )
 
+    def _look_away(self) -> None:
+        """Forget what was seen of a step that nobody ended, as one that was interrupted in this process."""
+        if self.decider.watch is not None:
+            self.decider.watch.detach()
+        if self.in_run is not None:
+            self.in_run.close()
+
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -423,6 +427,7 @@ class MixtureController:
         Raises:
             ValueError: the state is of other data or of other stages, with what changed, or it is damaged.
         """
+        self._look_away()
         try:
             self.timetable.check(state)
             groups = self.folder.groups if self.folder is not None and self.folder.groups.is_dir() else None
@@ -434,8 +439,8 @@ class MixtureController:
             raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
         if sequences is not None:
             self.measurement.shrink(sequences)
-        if self._factors is not None and self.measurement.carried is not None and self.folder is not None:
-            self.measurement.carried.load(self.folder.factors / self._factors)
+        if self.measurement.carried is not None and self.folder is not None:
+            self.measurement.carried.load(None if self._factors is None else self.folder.factors / self._factors)
         self.timetable.load_state_dict(state)
         self.resumed = True
         if self.folder is not None:

@@ -49,10 +49,11 @@ class TrainingLoss:
             self._hook = model.register_forward_hook(self._forward_ended, with_kwargs=True)
 
     def detach(self) -> None:
-        """Watch no longer."""
+        """Watch no longer, and forget what was not taken."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._seen = []
 
     def _forward_ended(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not model.training or not torch.is_grad_enabled():

@@ -65,8 +65,11 @@ class Carried:
         if self.fitted is not None:
             save_factors(self.fitted, path, used=self.used)
 
-    def load(self, path: Path) -> None:
-        """Go on from a file. Raises ValueError if it is missing or no such file."""
+    def load(self, path: Path | None) -> None:
+        """Go on from a file, or without factors. Raises ValueError if it is missing or no such file."""
+        if path is None:
+            self.fitted, self.used = None, 0
+            return
         if not path.exists():
             raise ValueError(
                 f"{path} is gone: of factors that are carried on those of the last checkpoint are kept, and of the "

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import dynmix.mixture.progress
-from dynmix import AdamDiagonal, Identity, Static, TiKMiXD
+from dynmix import EKFAC, AdamDiagonal, Identity, InRun, Static, TiKMiXD
 from dynmix.callbacks import MixtureHook
 from dynmix.callbacks.loop import check_read
 from dynmix.journal import Journal
@@ -124,6 +125,27 @@ def test_state_resumes_bit_for_bit(training, tmp_path):
     assert first.order + second.order == whole.order
     assert second.dataset.schedule.state_dict() == whole.dataset.schedule.state_dict()
     assert all(torch.equal(value, whole.state()[name]) for name, value in second.state().items())
+
+
+@pytest.mark.parametrize("given", [{"mixer": "odm"}, {"curvature": EKFAC(ema=0.5)}, {"in_run": InRun(2, every=1)}])
+def test_a_run_that_is_interrupted_in_a_step_goes_on_in_the_same_process(given, training, tmp_path):
+    """As in a notebook: nothing stays of what was seen after the state, and no hook either."""
+    whole = Loop(training, output=tmp_path / "whole", batch_size=8, **given).run()
+    loop = Loop(training, output=tmp_path / "cut", batch_size=8, **given).run(steps=1)
+    saved = [json.loads(json.dumps(loop.hook.state_dict())), loop.state(), copy.deepcopy(loop.optimizer.state_dict())]
+    loop.run(steps=8)
+    loop.model(input_ids=torch.tensor([loop.dataset[64]["input_ids"].tolist()])).logits.sum()  # and is interrupted
+    loop.model.load_state_dict(saved[1])
+    loop.optimizer.load_state_dict(saved[2])
+    del loop.order[8:]
+    loop.hook.load_state_dict(saved[0])
+    hooks = [module for module in loop.model.modules() if module._forward_hooks]
+    assert len(hooks) == ("mixer" in given)
+    loop.run()
+    assert loop.order == whole.order
+    assert all(torch.equal(value, whole.state()[name]) for name, value in loop.state().items())
+    rows = [Journal(tmp_path / name / "journal.jsonl").rows() for name in ("whole", "cut")]
+    assert [row["influence"] for row in rows[0]] == [row["influence"] for row in rows[1]]
 
 
 def test_what_is_decided_as_a_state_is_loaded_is_logged_with_the_next_step(training):
