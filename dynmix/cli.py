@@ -36,9 +36,11 @@ def main(
     ] = False,
 ) -> None:
     """Dynamic data mixing for language-model pretraining."""
-    to_stderr = RichHandler(console=Console(stderr=True), show_path=False)  # stdout is for what was asked for
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[to_stderr])
-    logging.getLogger("dynmix").setLevel(logging.INFO if verbose else logging.WARNING)
+    log = logging.getLogger("dynmix")
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    if not log.hasHandlers():  # and none for all, which would print again what other libraries print themselves
+        log.addHandler(RichHandler(console=Console(stderr=True), show_path=False))  # stdout is for what was asked for
+        log.propagate = False  # nor do they print ours again, where one makes a handler for all
 
 
 app.command()(report)

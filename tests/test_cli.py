@@ -78,6 +78,21 @@ def test_fit_shows_how_far_it_is(tmp_path, monkeypatch):
     assert all(bar.delay == 2 for bar in bars)
 
 
+def test_what_other_libraries_print_of_their_log_is_not_printed_again():
+    code = """if True:
+        import logging
+        from dynmix.cli import main
+        hub = logging.getLogger("hub")
+        hub.addHandler(logging.StreamHandler())
+        main()
+        hub.warning("retrying")
+        logging.warning("of nobody")  # which makes a handler for all
+        logging.getLogger("dynmix.part").warning("half-written")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr.count("retrying"), done.stderr.count("half-written")) == ("", 1, 1)
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", "interrupted: checkpoint-40 is kept"), ("1", "")])
 def test_ctrl_c_ends_one_of_several_processes_at_once_even_where_python_does_not_come_round(tmp_path, rank, said):
     """As in a collective: the main thread is in C, where it waits for a lock that it has itself."""
