@@ -18,7 +18,7 @@ from dynmix.mixers.base import Mixer, Proposal, Run, bounds
 from dynmix.mixers.memory import Memory
 from dynmix.mixers.problem import Array, Problem, slackest
 from dynmix.mixers.simplex import cap, normalized
-from dynmix.mixers.solvers import GAP, solve_clarabel, solve_dual, solve_slsqp
+from dynmix.mixers.solvers import GAP, ROUNDING, solve_clarabel, solve_dual, solve_slsqp
 from dynmix.observation import Influence
 
 logger = logging.getLogger("dynmix.mixers")
@@ -144,10 +144,10 @@ class TiKMiXD(Mixer):
         In a run, that is once `start` was called, the influence is averaged with earlier ones as `memory` says, and
         `against` says which mixture is the prior.
 
-        Bounds come first. If they exclude the prior, gains are counted from the best mixture within them, as long as
-        that is as good as the prior on every task, else from the prior moved inside them; the message says so. A task
-        counts as no worse within 1e-9 of its largest score (1e-7 if a solver other than the dual had to answer) and,
-        for scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
+        Bounds come first. If they exclude the prior, gains are counted from the prior moved inside them, and from there
+        on towards the best mixture within them until no task is worse, if one is as good as the prior on every task;
+        the message says so. A task counts as no worse within 1e-9 of its largest score (1e-7 if a solver other than
+        the dual had to answer) and, for scores near Eq. 6's eps of 1e-8, within (eps / largest score)^2 of them.
 
         Args:
             influence: scores float64[n_tasks, n_domains], positive helps (nats per token per unit weight). A domain
@@ -279,8 +279,13 @@ class TiKMiXD(Mixer):
             return _Posed(problem, wanted, inside, note, widest)
         best, room = slackest(problem)
         if room >= 0:
-            note += "; the bounds cut the prior: gains are counted from the best mixture that they leave"
-            return _Posed(replace(problem, start=best, centre=best), wanted, inside, note, widest)
+            # No further from the prior than it takes: what noise may do to a move is counted from here.
+            missing, gained = problem.floor - C @ inside, C @ (best - inside)
+            short = missing > ROUNDING
+            way = (missing[short] / np.maximum(gained, missing)[short]).max(initial=0.0)
+            start = inside + way * (best - inside)
+            note += "; the bounds cut the prior: gains are counted from where that is made up for"
+            return _Posed(replace(problem, start=start, centre=start), wanted, inside, note, widest)
         problem = replace(problem, floor=C @ inside - slack, centre=inside)
         note += "; the bounds leave no mixture as good as the prior on every task"
         return _Posed(problem, wanted, inside, note, widest)

@@ -120,6 +120,18 @@ def test_a_prior_cut_by_a_bound_is_still_not_done_worse_than_where_that_is_possi
     np.testing.assert_allclose(list(proposal.predicted_gain.values()), S @ (w - prior), atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bound_a_hair_below_the_prior_changes_a_noisy_decision_by_a_hair(seed):
+    # As where a domain sits at what `max_epochs` leaves of it, which is a little less at the next boundary.
+    rng = np.random.default_rng(seed)
+    influence, prior = observed(rng.normal(size=(3, 8)), np.full((3, 8), 0.4)), rng.dirichlet(np.full(8, 5.0))
+
+    def solve(bound):
+        return array(TiKMiXD().propose(influence, named(prior), {"domain0": bound}).weights)
+
+    np.testing.assert_allclose(solve(prior[0] - 1e-6), solve(prior[0] + 1e-12), atol=1e-3)
+
+
 def test_a_prior_that_is_optimal_already_is_kept_by_the_first_solver():
     rng = np.random.default_rng(3)
     S = rng.normal(size=(3, 20))
