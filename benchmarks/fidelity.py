@@ -98,7 +98,7 @@ def kronfluence(windows: Windows) -> Array:
     from torch.utils.data import Dataset
 
     training, s = windows.checkpoint(), windows.settings
-    layers = [name for name in Capture(training.model).layers if BLOCKS(name)]
+    layers = list(Capture(training.model, layers=BLOCKS).layers)
     length = s.size.length
 
     class Rows(Dataset[torch.Tensor]):
