@@ -5,6 +5,7 @@ Knows no method and no format; each command is a call of the function it is name
 """
 
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +30,19 @@ for each in (prepare, train, influence, propose, score, regroup, proxies, fit):
     app.command()(each)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(version("dynmix"))
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what is done, and where something failed.")
+    ] = False,
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Dynamic data mixing for language-model pretraining."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import tqdm
@@ -21,6 +22,11 @@ def test_report_of_a_folder_without_a_journal_is_one_clear_line(tmp_path):
     done = run(app, ["report", str(tmp_path)])
     assert done.exit_code == 1
     assert "journal.jsonl" in done.output.replace("\n", "")
+
+
+def test_the_version_is_that_of_the_package():
+    done = run(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, version("dynmix") + "\n")
 
 
 def test_mixers_lists_every_name_with_what_it_needs():
