@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynmix.mixture.accounting import NewEpoch, Remaining, new_epochs, remaining, used_up
-from dynmix.mixture.roster import Domain
+from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.schedule import MixtureSchedule
 
 
@@ -98,7 +98,7 @@ def test_domains_that_join_from_another_process_meanwhile_change_nothing(
     counts = schedule.counts
 
     def joining(position: int) -> npt.NDArray[np.int64]:
-        schedule.extend([Domain(f"late{len(schedule.names)}", 3, {"hash": "of its content"})])
+        schedule.extend([JoinedDomain(f"late{len(schedule.names)}", 3, {"hash": "of its content"})])
         return counts(position)
 
     monkeypatch.setattr(schedule, "counts", joining)
