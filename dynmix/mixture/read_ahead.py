@@ -26,6 +26,10 @@ class _Window(NamedTuple):
     row: Ints
     events: Sequence[NewEpoch | UsedUp]
 
+    def holds(self, start: int, stop: int, schedule: MixtureSchedule) -> bool:
+        """Whether the schedule still assigns [start, stop) as is said here."""
+        return self.start <= start <= stop <= self.stop and self.generation == schedule.generation
+
 
 class ReadAhead:
     """What a schedule assigns to a window of positions, kept until the schedule changes.
@@ -41,8 +45,7 @@ class ReadAhead:
 
     def holds(self, start: int, stop: int) -> bool:
         """Whether the positions [start, stop) were looked up, and nothing was published since."""
-        window = self._window
-        return window.start <= start <= stop <= window.stop and window.generation == self._schedule.generation
+        return self._window.holds(start, stop, self._schedule)
 
     def assigned(self, run: range, ends_at: Callable[[], int], *, events: bool = False) -> tuple[Ints, Ints]:
         """Domain number and row of each position of `run`, int64[len(run)] each.
@@ -53,7 +56,7 @@ class ReadAhead:
             events: note what `events` is to tell of the positions that are looked up.
         """
         start, stop, window = run[0], run[-1] + 1, self._window
-        if not self.holds(start, stop):
+        if not window.holds(start, stop, self._schedule):
             self._window = window = self._look_up(start, stop, ends_at, events)
         part = slice(start - window.start, stop - window.start, run.step)
         return window.domain[part], window.row[part]

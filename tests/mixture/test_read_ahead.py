@@ -19,6 +19,27 @@ def test_any_run_is_what_the_schedule_assigns_however_it_was_looked_up(monkeypat
     assert asked == [(0, 4_096), (4_090, 6_000), (0, 4_096)]
 
 
+def test_what_another_thread_looks_up_meanwhile_does_not_belong_to_this_request() -> None:
+    class Meddled(ReadAhead):
+        """One whose window another thread replaces by a further one as soon as it was looked at."""
+
+        @property
+        def _window(self):
+            found, self.kept = self.kept, further._window
+            return found
+
+        @_window.setter
+        def _window(self, window):
+            self.kept = window
+
+    schedule = MixtureSchedule({"a": 0.5, "b": 0.5}, SIZES, block=8)
+    further, ahead = ReadAhead(schedule), Meddled(schedule)
+    further.assigned(range(4_096, 4_104), lambda: 6_000)
+    ahead.kept = ReadAhead(schedule)._look_up(0, 8, lambda: 6_000, events=False)
+    found = ahead.assigned(range(4_104, 4_112), lambda: 6_000)
+    assert [x.tolist() for x in found] == [x.tolist() for x in schedule.assign(4_104, 4_112)[:2]]
+
+
 def test_requests_that_go_on_are_looked_up_ever_further() -> None:
     ahead, seen = ReadAhead(MixtureSchedule({"a": 0.5, "b": 0.5}, SIZES)), []
     for position in range(0, 400_000, 4_096):
