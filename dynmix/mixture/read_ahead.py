@@ -43,6 +43,9 @@ class ReadAhead:
         nothing = np.zeros(0, np.int64)
         self._window = _Window(-1, 0, 0, nothing, nothing, [])  # replaced as a whole: threads may read at once
 
+    def __reduce__(self) -> tuple[type["ReadAhead"], tuple[MixtureSchedule]]:
+        return type(self), (self._schedule,)  # a copy's schedule counts generations of its own
+
     def holds(self, start: int, stop: int) -> bool:
         """Whether the positions [start, stop) were looked up, and nothing was published since."""
         return self._window.holds(start, stop, self._schedule)

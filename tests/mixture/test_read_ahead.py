@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 
 from dynmix.mixture import read_ahead
@@ -38,6 +40,16 @@ def test_what_another_thread_looks_up_meanwhile_does_not_belong_to_this_request(
     ahead.kept = ReadAhead(schedule)._look_up(0, 8, lambda: 6_000, events=False)
     found = ahead.assigned(range(4_104, 4_112), lambda: 6_000)
     assert [x.tolist() for x in found] == [x.tolist() for x in schedule.assign(4_104, 4_112)[:2]]
+
+
+def test_a_copy_does_not_take_what_was_read_ahead_under_other_stages() -> None:
+    schedule = MixtureSchedule({"a": 1.0, "b": 0.0}, SIZES)
+    schedule.publish({"a": 1.0, "b": 0.0}, start=10)
+    ahead = ReadAhead(schedule)
+    ahead.assigned(range(8, 16), lambda: 6_000)
+    other, copied = copy.deepcopy((schedule, ahead))  # a generation of its own, that gets as far as this one's was
+    other.publish({"a": 0.0, "b": 1.0}, start=20)
+    assert copied.assigned(range(20, 21), lambda: 6_000)[0].tolist() == [1]
 
 
 def test_requests_that_go_on_are_looked_up_ever_further() -> None:
