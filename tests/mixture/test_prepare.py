@@ -108,6 +108,9 @@ def test_an_output_in_an_input_folder_is_refused_while_nothing_is_in_it(
             with pytest.raises(PrepareError, match=rf"^{output}: it is in the input folder (\.|{tmp_path}), and what"):
                 prepare(inputs, output, TOKENIZER)
     assert [path.name for path in tmp_path.rglob("*")] == ["web", "a.jsonl"]
+    for output in ("_stores", "web/.stores/deep"):  # such names are passed over
+        assert list(prepare(".", output, TOKENIZER, progress=False)) == ["web"]
+        assert text_of(prepare(".", output, TOKENIZER, overwrite=True, progress=False)["web"]) == ["one"]
     assert list(prepare("web/a.jsonl", "web", TOKENIZER)) == ["a"]  # beside a file it may be
     with pytest.raises(FileExistsError):
         prepare("web/a.jsonl", "web/a.jsonl", TOKENIZER)

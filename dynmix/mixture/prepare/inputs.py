@@ -215,10 +215,11 @@ def _check_outside(output: Path, source: Any) -> None:
     """Stores in an input folder would be read with it the next time, as where the work goes on after a kill."""
     if _is_dataset(source) or not os.path.isdir(source):
         return
-    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
+    folder, within = os.path.realpath(source), Path(os.path.realpath(output))
+    if within.is_relative_to(folder) and not any(name[0] in "._" for name in within.relative_to(folder).parts):
         raise PrepareError(
             f"{output}: it is in the input folder {source}, and what is written to it would be read as input the next"
-            " time; give a folder outside of it (--output)"
+            " time; give a folder outside of it, or one in it whose name begins with `_` (--output)"
         )
 
 
