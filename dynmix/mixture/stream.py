@@ -173,7 +173,8 @@ class MixtureStream(Steered, IterableDataset[Item]):
         return self.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None}  # a process reads for itself
+        # A process reads for itself, and a copy's schedule counts generations of its own.
+        return {**self.__dict__, "_reading": None, "_stages": None}
 
     def __iter__(self) -> Iterator[Item]:
         resume, self._resume = self._resume, None

@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 import threading
@@ -258,6 +259,17 @@ def test_stages_come_back_with_a_state() -> None:
     assert [item["input_ids"].tolist() for item in fresh] == rest
     fresh.load_state_dict(state)  # now it was read: back to what it was
     assert [stage.start for stage in fresh.schedule.stages] == [0, 20]
+
+
+def test_the_state_of_a_copy_has_the_stages_of_the_copy() -> None:
+    stream = make()
+    stream.publish({"a": 0.5, "b": 0.5}, start=8)
+    stream.state_dict()
+    twin = copy.deepcopy(stream)  # with a generation of its own, that gets as far as the stream's
+    twin.publish({"a": 0.25, "b": 0.75}, start=16)
+    resumed = make()
+    resumed.load_state_dict(twin.state_dict())
+    assert resumed.schedule.stages == twin.schedule.stages
 
 
 def test_a_worker_does_not_publish_what_its_state_has() -> None:
