@@ -51,6 +51,15 @@ def test_the_manifest_says_how_the_stores_were_made(made):
     }
 
 
+@pytest.mark.parametrize(("name", "written"), [(None, ""), (Path("a/b"), "a/b")])
+def test_a_tokenizer_that_was_made_in_python_may_be_called_anything(tmp_path, name, written):
+    (tmp_path / "code.jsonl").write_text('{"text": "a"}\n')
+    own = tokenizer()
+    own.name_or_path = name
+    prepare(tmp_path / "code.jsonl", tmp_path / "out", own, progress=False)
+    assert read_manifest(tmp_path / "out")["preparations"][0]["tokenizer"]["name"] == written
+
+
 def test_another_preparation_in_the_folder_is_added_and_one_that_replaces_is_not(made):
     (made.parent / "more.jsonl").write_text('{"text": "a"}\n')
     prepare(made.parent / "more.jsonl", made, tokenizer(), append_eos=False, progress=False)

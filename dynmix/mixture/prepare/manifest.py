@@ -81,7 +81,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Json:
         parts["split_special_tokens"] = True
     digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16)
     return {
-        "name": tokenizer.name_or_path,
+        "name": str(tokenizer.name_or_path or ""),  # of one that was made in Python it may be anything
         "fingerprint": digest.hexdigest(),
         "vocabulary": len(tokenizer),
         "eos": tokenizer.eos_token_id,
