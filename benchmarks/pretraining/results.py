@@ -40,12 +40,16 @@ of text that nothing was trained on.
 def write_results(output: Path | None, file: Path, fidelity: Path | None = None) -> None:
     """Draw what is kept in the folder `results` beside `file`, and what there is below `output`, which is kept then.
 
-    Exits where `output` has nothing, and leaves the page that there was.
+    Exits where `output`, or `fidelity`, or what is kept has nothing, and leaves the page that there was.
     """
-    made = [*output.glob("*/*/*/cell.json"), *output.glob("claims.json")] if output else []
-    if output and not made and not (fidelity and (fidelity / "fidelity.json").exists()):
-        raise SystemExit(f"{output} has no cells and no claims: nothing was written")
     parts, drawn, reading = [HEAD], file.parent / "results", file.parent / "READING.md"
+    made = [*output.glob("*/*/*/cell.json"), *output.glob("claims.json")] if output else []
+    if fidelity and not (fidelity / "fidelity.json").exists():
+        raise SystemExit(f"{fidelity} has no fidelity.json: nothing was written")
+    if output and not made and not fidelity:
+        raise SystemExit(f"{output} has no cells and no claims: nothing was written")
+    if not output and not fidelity and not any(drawn.glob("*.json*")):
+        raise SystemExit(f"{drawn} keeps nothing, and there is no --output: nothing was written")
     if reading.exists():  # what somebody makes of it
         parts.append(reading.read_text())
     drawn.mkdir(parents=True, exist_ok=True)

@@ -208,6 +208,21 @@ def test_the_page_stays_where_there_is_nothing_to_write(run: Path, tmp_path: Pat
     assert page.read_text() == "as it was"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "results keeps nothing, and there is no --output"),
+        (("--fidelity=mistyped",), "mistyped has no fidelity.json"),
+    ],
+)
+def test_the_page_stays_where_nothing_is_kept(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    (page := tmp_path / "RESULTS.md").write_text("as it was")
+    nothing = CliRunner().invoke(app, ["results", f"--file={page}", *options])
+    assert message in str(nothing.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["RESULTS.md"]
+    assert page.read_text() == "as it was"
+
+
 def test_the_page_of_a_corpus_where_little_is_held_out(corpus: Path, tmp_path: Path) -> None:
     """Seeds of one's own, a domain without held-out text, and nothing unseen."""
     shutil.copytree(corpus, bare := tmp_path / "bare")
