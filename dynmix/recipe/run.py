@@ -59,7 +59,7 @@ from dynmix.recipe.checkpoints import newest_checkpoint
 from dynmix.recipe.console import PrintStages, QuietProgress
 from dynmix.recipe.names import RecipeError
 from dynmix.recipe.read import differences, read_recipe, structured, to_plain, to_yaml
-from dynmix.recipe.schema import AutoMixerProxy, Recipe, TaskFile
+from dynmix.recipe.schema import Recipe, TaskFile
 from dynmix.recipe.sources import domain_sources, task_sources
 from dynmix.whole_file import write_json, write_whole
 
@@ -73,6 +73,7 @@ _FREE = {
     "measurement.micro_batch",
     "measurement.offload",
     "measurement.layer_groups",
+    "proxy.jobs",
     *(
         f"training.{name}"
         for name in (
@@ -83,8 +84,15 @@ _FREE = {
     ),
 }  # fmt: skip
 
-# What only the groups of an AutoMixer's proxy depend on, and not what they are made of: it may change until they are.
-_OF_GROUPS = {"proxy.keep", "proxy.blend", "proxy.max_epochs", "training.max_steps"}
+# What small runs do not depend on, but what is decided by them: it may change until that is there.
+_OF_DECISION = {
+    "training.max_steps",
+    *(f"proxy.{name}" for name in ("blend", "criterion", "keep", "law", "max_epochs", "mixtures")),
+}
+
+# Nor on these, but for the run's length and the tokenizer that a model brings: they may change until the run has begun.
+_OF_RUN = {"model", "guards", "mixer", "reference", "stages", "measurement", "training"}
+_OF_BOTH = {"training.max_steps", "model.path"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -277,9 +285,17 @@ def _check_folder(recipe: Recipe) -> None:
     if not trained and not (folder / "proxy").exists():  # a call that failed as it began, and may have been mended
         return
     before = to_plain(read_recipe(file))  # what an older version did not know has its default
-    grouped = bool(trained) or (folder / "proxy/groups/groups.json").exists()
-    free = _FREE | (_OF_GROUPS if isinstance(recipe.proxy, AutoMixerProxy) and not grouped else set())
-    found = [each for each in differences(before, to_plain(recipe)) if each.partition(" was ")[0] not in free]
+    decided = any((folder / "proxy" / name).exists() for name in ("fit.json", "groups/groups.json"))
+    free = set() if trained or decided else _OF_DECISION
+
+    def may_change(key: str) -> bool:
+        return (
+            key.removeprefix("proxy.") in _FREE
+            or key in _FREE | free
+            or (not trained and key.partition(".")[0] in _OF_RUN and key not in _OF_BOTH)
+        )
+
+    found = [each for each in differences(before, to_plain(recipe)) if not may_change(each.partition(" was ")[0])]
     if found:
         raise RecipeError(
             f"output: {folder} has a run of another recipe: {'; '.join(found[:5])}"

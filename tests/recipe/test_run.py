@@ -210,6 +210,37 @@ def test_what_small_runs_leave_is_of_their_recipe(world):
     assert inspect_path(Path("run")).facts["starts"] == 0  # the run itself has not begun
 
 
+@pytest.mark.parametrize(
+    ("name", "last", "more"),
+    [
+        ("automixer", "groups/groups.json", ["proxy.training.per_device_train_batch_size=1"]),
+        ("mde", "fit.json", ["proxy.jobs=2"]),
+    ],
+)
+def test_what_small_runs_do_not_depend_on_may_change_until_it_is_used(world, name, last, more):
+    def check(*words):
+        runs._check_folder(read_recipe(_file(name), [*SHORT, "output=run", *words]))
+
+    runs._write_recipe(read_recipe(_file(name), [*SHORT, "output=run"]))
+    Path("run/proxy").mkdir()
+    ours = ["mixer=odm", "stages.steps=4", "training.learning_rate=1", "model.config.hidden_size=8", "reference=big"]
+    check(*ours, *more, "training.max_steps=9", "proxy.max_epochs=2")
+    for word in ("proxy.batch_size=3", "data.sequence_length=16", "model.path=base"):
+        with pytest.raises(RecipeError, match="a run of another recipe"):
+            check(word)
+    (Path("run/proxy") / last).parent.mkdir(exist_ok=True)
+    (Path("run/proxy") / last).touch()
+    check(*ours, *more)
+    for word in ("training.max_steps=9", "proxy.max_epochs=2"):
+        with pytest.raises(RecipeError, match="a run of another recipe"):
+            check(word)
+    Path("run/checkpoint-3").mkdir()
+    check(*more)
+    for word in ours:
+        with pytest.raises(RecipeError, match="a run of another recipe"):
+            check(word)
+
+
 def test_a_proxy_scores_sequences_as_the_run_will_read_them(world, monkeypatch):
     def score(corpus, tasks, sources, out, **options):
         items.extend(Corpus(corpus, sequence_length=32).items(np.arange(1), np.zeros(1, int)))
