@@ -442,7 +442,7 @@ class MixtureController:
         if self.measurement.carried is not None and self.folder is not None:
             self.measurement.carried.load(None if self._factors is None else self.folder.factors / self._factors)
         self.timetable.load_state_dict(state)
-        self.resumed = True
+        self.resumed, self._dataset_state = True, None
         if self.folder is not None:
             self.folder.needed = needed
             self.folder.rewind(self.dataset.schedule.num_stages)
