@@ -12,9 +12,14 @@ from typing import Any
 
 def write(file: Path, content: Any) -> None:
     """Write JSON beside and rename it."""
+    write_text(file, json.dumps(content, indent=1))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text beside and rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.part")
-    beside.write_text(json.dumps(content, indent=1))
+    beside.write_text(text)
     os.replace(beside, file)
 
 
