@@ -3,11 +3,13 @@
     python benchmarks/loader.py [--quick] [--peers PYTHON] [--mosaic PYTHON]
 
 Eight token stores, sequences of 1,024 tokens, batches of 32. Throughputs are medians of ratios to the floor, measured
-in turn with it in one process (1 is the floor). Two bare gathers behind a DataLoader show what torch's sampler, fetcher
-and `record_function` leave to be had. The other loaders read the same tokens (`loader_peers.py`), each in a process of
-its own with its own floor, by the interpreters that have their packages: `--peers` torchdata, datasets and litdata,
-`--mosaic` mosaicml-streaming, which needs older versions of NumPy and transformers than dynmix. Times of the schedule
-are of the process, not of the clock: what else runs on the machine is no cost of ours.
+in turn with it in one process (1 is the floor). The floor takes rows of plain arrays on the maps; a gather that indexes
+`np.memmap` objects, as training scripts do, is slower, and ours stands beside it, too. Two bare gathers behind a
+DataLoader show what torch's sampler, fetcher and `record_function` leave to be had. The other loaders read the same
+tokens (`loader_peers.py`), each in a process of its own with its own floor, by the interpreters that have their
+packages: `--peers` torchdata, datasets and litdata, `--mosaic` mosaicml-streaming, which needs older versions of NumPy
+and transformers than dynmix. Times of the schedule are of the process, not of the clock: what else runs on the machine
+is no cost of ours.
 
 Distances of mixtures are total variations, over their expectation for independent draws; the ratio of the means over
 all weight vectors, and the worst one. The nearest counts there are (largest remainders, at each number of draws anew)
@@ -124,6 +126,9 @@ def throughput(table: Table, peers: str, mosaic: str, rng: np.random.Generator) 
             loader = DataLoader(dataset, batch_size=BATCH, num_workers=workers)
             ratio = throughput_ratio(read(loader), floor)
             table.add_row(f"DataLoader(MixtureDataset, num_workers={workers})", "of raw gather", f"{ratio:.3f}")
+        maps = [np.memmap(folder / f"{name}.bin", np.uint16, "r", shape=(ROWS, LENGTH)) for name in weights]
+        ratio = throughput_ratio(read(DataLoader(dataset, batch_size=BATCH)), raw(maps, domain, row))
+        table.add_row("DataLoader(MixtureDataset, num_workers=0)", "of a gather from np.memmap", f"{ratio:.3f}")
         for name, (package, _) in PEERS.items():
             ratio = peer_ratio(mosaic if package == "streaming" else peers, folder, name)
             table.add_row(name, "of raw gather", ratio)
