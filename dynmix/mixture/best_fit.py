@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dynmix.mixture.documents import Documents, Ints
-from dynmix.mixture.index import shared
-from dynmix.mixture.shared import SharedArray
+from dynmix.mixture.shared import SharedArray, shared
 
 
 def best_fit(lengths: Ints, size: int) -> tuple[Ints, int]:

@@ -25,8 +25,7 @@ from dynmix.mixture.documents import (
     content_sample,
     spread,
 )
-from dynmix.mixture.index import shared
-from dynmix.mixture.shared import SharedArray
+from dynmix.mixture.shared import SharedArray, shared
 from dynmix.mixture.store import StoreError, check_same, mapped, with_room
 
 logger = logging.getLogger("dynmix.mixture")

@@ -1,4 +1,4 @@
-"""Rows of several collections counted through as one number, and such numbers in shared memory or in a file.
+"""Rows of several collections counted through as one number, and such numbers in a file.
 
 A number is the row, plus the rows of all collections before its own: one integer a row, as narrow as fits. Knows
 nothing of what the rows are.
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dynmix.mixture.shared import SharedArray
 from dynmix.whole_file import whole_file
 
 Ints = npt.NDArray[np.int64]
@@ -58,13 +57,6 @@ def split(numbers: npt.NDArray[np.integer], ends: Ints) -> tuple[Ints, Ints]:
     number = numbers.astype(np.int64)
     part = np.searchsorted(ends, number, side="right")
     return part, number - np.concatenate([[0], ends])[part]
-
-
-def shared(values: npt.NDArray[np.integer]) -> SharedArray:
-    """`values` in memory that a process which is started is given, not a copy of it."""
-    found = SharedArray(values.shape, values.dtype)
-    found.array[...] = values
-    return found
 
 
 def digest(numbers: Numbers) -> str:

@@ -52,11 +52,18 @@ class SharedArray:
     def __reduce__(self) -> tuple[Callable[..., "SharedArray"], tuple[Any, ...]]:
         process: Any = get_spawning_popen()
         if process is None:
-            return _copy, (self.array.copy(),)
+            return shared, (self.array.copy(),)
         # Python's fork server takes some 250 descriptors with a process: that asks this one for further ones itself.
         few = process.method != "forkserver" or len(process._fds) < _SENT
         descriptor = DupFd(self._file.fileno()) if few else resource_sharer.DupFd(self._file.fileno())
         return _attach, (descriptor, self.array.shape, self.array.dtype)
+
+
+def shared(values: npt.NDArray[np.integer]) -> SharedArray:
+    """A copy of `values` in such memory."""
+    found = SharedArray(values.shape, values.dtype)
+    found.array[...] = values
+    return found
 
 
 def is_starting_process() -> bool:
@@ -70,13 +77,7 @@ def _anonymous_file() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def _copy(content: npt.NDArray[Any]) -> SharedArray:
-    twin = SharedArray(content.shape, content.dtype)
-    twin.array[...] = content
-    return twin
-
-
 def _attach(descriptor: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -> SharedArray:
-    shared = SharedArray.__new__(SharedArray)
-    shared._map(os.fdopen(descriptor.detach(), "r+b"), shape, dtype)
-    return shared
+    found = SharedArray.__new__(SharedArray)
+    found._map(os.fdopen(descriptor.detach(), "r+b"), shape, dtype)
+    return found

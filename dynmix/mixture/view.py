@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dynmix.mixture.documents import Documents, Tokens, check_windows
-from dynmix.mixture.index import Ints, digest, numbered, read_numbers, shared, split
+from dynmix.mixture.index import Ints, digest, numbered, read_numbers, split
 from dynmix.mixture.sequences import Rows, Sequences, common_length, content_hash, documents, gather, is_padded, labels
-from dynmix.mixture.shared import SharedArray
+from dynmix.mixture.shared import SharedArray, shared
 from dynmix.mixture.store import TokenStore
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmix.mixture.index import digest, numbered, read_numbers, shared, split, write_numbers
+from dynmix.mixture.index import digest, numbered, read_numbers, split, write_numbers
+from dynmix.mixture.shared import shared
 
 
 @given(sizes=st.lists(st.integers(0, 70_000), min_size=1, max_size=6).filter(any), data=st.data())
