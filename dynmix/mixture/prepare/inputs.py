@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,56 +53,33 @@ TextSource: TypeAlias = "PathLike | Dataset"
 Inputs: TypeAlias = "TextSource | Iterable[PathLike] | Mapping[str, TextSource | Iterable[PathLike]]"
 
 
-class Input(ABC):
-    """One file or data set.
-
-    Attributes:
-        name: of the input, for errors and manifest.
-        stamp: changes when the input does; JSON-able.
-        size: bytes, of which its pieces' are parts.
-    """
-
-    name: str
-    stamp: Any
-    size: int
-
-    @abstractmethod
-    def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
-        """Cut it, about every `size` bytes of text.
-
-        Raises:
-            PrepareError: it is damaged, truncated or without the text field.
-        """
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raises PrepareError if it may have changed while its pieces were read."""
-
-
 @dataclass(frozen=True)
-class File(Input):
+class File:
     """A file of one of `SUFFIXES`."""
 
     path: Path
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """The path as given."""
+    def name(self) -> str:
+        """The path as given, for errors and the manifest."""
         return str(self.path)
 
     @cached_property
     def stamp(self) -> list[int]:
-        """Bytes, and time of the last change."""
+        """Bytes, and time of the last change; JSON-able, as is that of `DatasetRows`."""
         facts = self.path.stat()
         return [facts.st_size, facts.st_mtime_ns]
 
     @property
-    def size(self) -> int:  # type: ignore[override]
-        """Bytes, compressed as it is."""
+    def size(self) -> int:
+        """Bytes, compressed as it is, of which its pieces' are parts."""
         return self.stamp[0]
 
     def check(self) -> None:
-        """What was appended may be missing; after any other change the store might hold both the old and the new."""
+        """Raises PrepareError if it may have changed while its pieces were read.
+
+        What was appended may be missing; after any other change the store might hold both the old and the new.
+        """
         before, now = self.stamp, File(self.path).stamp
         if now[0] < before[0] or (now[0] == before[0] and now != before):
             raise PrepareError(f"{self.name}: it was changed while it was read; give the same command again")
@@ -111,7 +87,11 @@ class File(Input):
             _log.warning("%s: it grew while it was read: what was appended may be missing from the store", self.name)
 
     def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
-        """Cut it."""
+        """Cut it, about every `size` bytes of text.
+
+        Raises:
+            PrepareError: it is damaged, truncated or without the text field.
+        """
         if self.path.suffix == ".parquet":
             return _cut_parquet(self, fields, size)
         if self.path.suffix == ".txt":
@@ -120,8 +100,8 @@ class File(Input):
 
 
 @dataclass(frozen=True)
-class DatasetRows(Input):
-    """An HF `datasets.Dataset`, in memory or on disk."""
+class DatasetRows:
+    """An HF `datasets.Dataset`, in memory or on disk; as `File`."""
 
     name: str
     dataset: Any
@@ -132,7 +112,7 @@ class DatasetRows(Input):
         return [len(self.dataset), self.dataset._fingerprint]
 
     @property
-    def size(self) -> int:  # type: ignore[override]
+    def size(self) -> int:
         """Bytes of the table."""
         return int(self.dataset.data.nbytes)
 
@@ -142,6 +122,9 @@ class DatasetRows(Input):
     def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
         """Cut it."""
         return _cut_dataset(self, fields, size)
+
+
+Input: TypeAlias = File | DatasetRows
 
 
 def piece_size(total: int) -> int:
