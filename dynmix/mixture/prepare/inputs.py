@@ -94,8 +94,6 @@ class File:
         """
         if self.path.suffix == ".parquet":
             return _cut_parquet(self, fields, size)
-        if self.path.suffix == ".txt":
-            return _cut_text(self, size)
         return _cut_stream(self, size) if self.path.suffix in (".gz", ".zst") else _cut_plain(self, size)
 
 
@@ -253,29 +251,21 @@ def _suffix(path: Path) -> str:
 
 
 def _cut_plain(file: File, piece: int) -> Iterator[Piece]:
-    start = 0
+    """Pieces end with a line; those of plain text with a blank one."""
+    start, is_text = 0, file.path.suffix == ".txt"
+    kind, words = (FileParagraphs, ("paragraph", "blank lines")) if is_text else (FileLines, ())
     with open(file.path, "rb", buffering=_BLOCK) as lines:
         while start < file.size:
             lines.seek(min(start + piece, file.size) - 1)
-            while (part := lines.readline(_BLOCK)) and not part.endswith(b"\n"):
-                _check_line(file.name, f"after byte {start}", lines.tell() - start - piece)
+            ended = False
+            while part := lines.readline(_BLOCK):
+                begun, ended = ended, part.endswith(b"\n")
+                # A part of a line may be blank where the line is not.
+                if ended and (not is_text or (begun and part.isspace())):
+                    break
+                _check_line(file.name, f"after byte {start}", lines.tell() - start - piece, *words)
             stop = lines.tell()
-            yield FileLines(file.name, stop - start, start)
-            start = stop
-
-
-def _cut_text(file: File, piece: int) -> Iterator[Piece]:
-    start = 0
-    with open(file.path, "rb", buffering=_BLOCK) as lines:
-        while start < file.size:
-            lines.seek(min(start + piece, file.size) - 1)
-            ended = lines.readline(_BLOCK).endswith(b"\n")
-            # A part of a line may be blank where the line is not.
-            while (part := lines.readline(_BLOCK)) and not (ended and part.isspace() and part.endswith(b"\n")):
-                ended = part.endswith(b"\n")
-                _check_line(file.name, f"after byte {start}", lines.tell() - start - piece, "paragraph", "blank lines")
-            stop = lines.tell()
-            yield FileParagraphs(file.name, stop - start, start)
+            yield kind(file.name, stop - start, start)
             start = stop
 
 
