@@ -181,7 +181,7 @@ class MixtureDataset(Steered, Dataset[Item]):
             parts = {name: size if weights == "natural" else 1 for name, size in sizes.items()}
             total = sum(parts.values())
             weights = {name: part / total for name, part in parts.items()}
-        weights = dict(zip(sizes, matched(weights, tuple(sizes), "weights"), strict=True))
+        weights = matched(weights, tuple(sizes), "weights")
         for name, weight in weights.items():
             if not isinstance(weight, SupportsFloat) or not 0 <= float(weight) < float("inf"):
                 raise ValueError(f"weights[{name!r}]={weight!r}: a weight is a finite number, at least 0")

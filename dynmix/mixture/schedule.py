@@ -78,7 +78,7 @@ class MixtureSchedule:
         when_exhausted: Policy | None = None,
         homogeneous: int = 1,
     ) -> None:
-        sizes = dict(zip(weights, matched(sizes, tuple(weights), "sizes"), strict=True))
+        sizes = matched(sizes, tuple(weights), "sizes")
         limits = Limits(max_epochs, when_exhausted, operator.index(homogeneous))
         if unknown := [name for name in limits.epochs(sizes) if name not in sizes]:
             raise ValueError(f"max_epochs: no domain {unknown[0]!r}; the domains are {list(sizes)}")

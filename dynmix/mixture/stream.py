@@ -145,12 +145,10 @@ class MixtureStream(Steered, IterableDataset[Item]):
         for name, source in domains.items():
             check_source(name, source)
         check_shared(domains)
-        names = tuple(domains)
-        counted = [UNKNOWN] * len(names) if sizes is None else matched(sizes, names, "sizes")
         self._sources = tuple(domains.values())
         self.schedule = MixtureSchedule(
-            dict(zip(names, matched(weights, names, "weights"), strict=True)),
-            dict(zip(names, counted, strict=True)),
+            matched(weights, tuple(domains), "weights"),
+            dict.fromkeys(domains, UNKNOWN) if sizes is None else sizes,
             seed=whole("seed", seed),
             block=whole("block", block),
         )

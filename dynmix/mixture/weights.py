@@ -54,7 +54,7 @@ def checked_cdf(weights: Weights, sizes: Mapping[str, int]) -> Ints:
         ValueError: other domains, no distribution, weight on a domain without rows.
     """
     if isinstance(weights, Mapping):
-        cdf = integer_cdf(matched(weights, tuple(sizes), "weights"))
+        cdf = integer_cdf(list(matched(weights, tuple(sizes), "weights").values()))
     else:
         given = np.asarray(weights)
         if given.dtype.kind not in "iu" or given.shape != (len(sizes),):
@@ -70,9 +70,9 @@ def checked_cdf(weights: Weights, sizes: Mapping[str, int]) -> Ints:
     return cdf
 
 
-def matched(values: Mapping[str, Any], names: Sequence[str], what: str) -> list[Any]:
+def matched(values: Mapping[str, Any], names: Sequence[str], what: str) -> dict[str, Any]:
     """`values` in the order of `names`; a ValueError names those that are missing or unknown."""
     missing, extra = [n for n in names if n not in values], [n for n in values if n not in names]
     if missing or extra:
         raise ValueError(f"{what} must have the domains {list(names)}: missing {missing}, unknown {extra}")
-    return [values[name] for name in names]
+    return {name: values[name] for name in names}

@@ -65,6 +65,6 @@ def test_a_cdf_that_is_given_is_checked_and_a_copy() -> None:
 
 
 def test_what_is_given_by_name_comes_in_order() -> None:
-    assert matched({"b": 2, "a": 1}, ["a", "b"], "sizes") == [1, 2]
+    assert list(matched({"b": 2, "a": 1}, ["a", "b"], "sizes").items()) == [("a", 1), ("b", 2)]
     with pytest.raises(ValueError, match=r"sizes must have the domains \['a'\]: missing \['a'\], unknown \['b'\]"):
         matched({"b": 2}, ["a"], "sizes")
