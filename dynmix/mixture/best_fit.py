@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dynmix.mixture.documents import Documents, Ints
+from dynmix.mixture.documents import Documents, Ints, enumerated
 from dynmix.mixture.shared import SharedArray, shared
 
 
@@ -92,9 +92,8 @@ def lay_out(documents: Documents, size: int, lead: int = 0) -> Layout:
     bounds = documents.starts(np.arange(len(documents) + 1))
     lengths = np.diff(bounds)
     whole = lengths // room  # of each document: pieces that fill a sequence
-    first = np.repeat(bounds[:-1], whole)
-    number = np.arange(len(first)) - np.repeat(np.cumsum(whole) - whole, whole)
-    first += number * room
+    document, number = enumerated(whole)
+    first = bounds[document] + number * room
     lengths -= whole * room
     some = np.flatnonzero(lengths)
     rest, starts = lengths[some], (bounds[:-1] + whole * room)[some]

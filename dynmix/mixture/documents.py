@@ -189,6 +189,12 @@ class JoinedDocuments(Documents):
             part, start, done = part + 1, start + count, done + count
 
 
+def enumerated(counts: Ints) -> tuple[Ints, Ints]:
+    """For counts[i] things of each i: the i of each thing, and its number among those of i."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def check_windows(starts: Ints, length: int, num_tokens: int) -> None:
     """Raises IndexError for windows of `length` tokens that are not all within `num_tokens`."""
     if len(starts) and not 0 <= starts.min() <= starts.max() <= num_tokens - length:

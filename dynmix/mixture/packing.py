@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynmix.mixture.best_fit import Layout, lay_out
-from dynmix.mixture.documents import Documents, Ints
+from dynmix.mixture.documents import Documents, Ints, enumerated
 from dynmix.mixture.sequences import PADDING, Rows
 from dynmix.mixture.store import TokenStore
 
@@ -142,14 +142,14 @@ class PackedSequences(Rows):
     def _laid_out(self, rows: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         starts, lengths, bounds = (each.array for each in self._layout)
         first = bounds[rows].astype(np.int64)
-        row, number = _enumerated(bounds[rows + 1].astype(np.int64) - first)
+        row, number = enumerated(bounds[rows + 1].astype(np.int64) - first)
         piece = first[row] + number
         return row, starts[piece].astype(np.int64), lengths[piece].astype(np.int64), np.full(len(piece), self._lead)
 
     def _cut(self, rows: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         begin = rows * self.sequence_length
         first, last = np.split(self._documents_at(np.concatenate([begin, begin + self.sequence_length - 1])), 2)
-        row, number = _enumerated(last - first + 1)
+        row, number = enumerated(last - first + 1)
         document = first[row] + number
         start = self._bounds(document)
         low = np.maximum(start, begin[row])
@@ -200,12 +200,6 @@ def _all_begin_with(token: int, store: Documents) -> bool:
     bounds = store.starts(np.arange(min(len(store), 64) + 1))
     first = bounds[:-1][np.diff(bounds) > 0]
     return len(first) > 0 and bool((store.read(first, 1) == token).all())
-
-
-def _enumerated(counts: Ints) -> tuple[Ints, Ints]:
-    """For counts[i] things of each i: the i of each thing, and its number among those of i."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _read_into(out: Ints, at: Ints, store: Documents, starts: Ints, lengths: Ints) -> None:

@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from dynmix.mixture.documents import Documents, Tokens, check_windows
+from dynmix.mixture.documents import Documents, Tokens, check_windows, enumerated
 from dynmix.mixture.index import Ints, digest, numbered, read_numbers, split
 from dynmix.mixture.sequences import Rows, Sequences, common_length, content_hash, documents, gather, is_padded, labels
 from dynmix.mixture.shared import SharedArray, shared
@@ -199,8 +199,8 @@ class DocumentView(Documents):
         # The pieces of documents that make up the windows, in order. Empty documents make empty pieces.
         first = np.searchsorted(self._bounds[1:], starts, side="right")
         pieces = np.searchsorted(self._bounds[1:], starts + length - 1, side="right") - first + 1
-        window = np.repeat(np.arange(len(starts)), pieces)
-        document = np.arange(len(window)) + np.repeat(first - (np.cumsum(pieces) - pieces), pieces)
+        window, number = enumerated(pieces)
+        document = first[window] + number
         low = np.maximum(self._bounds[document], starts[window])
         count = np.minimum(self._bounds[document + 1], starts[window] + length) - low
         store, inside = split(self._numbers[document], self._ends)
