@@ -482,7 +482,7 @@ class MixtureDataset(Steered, Dataset[Item]):
     def _within(self, runs: Sequence[range]) -> list[range]:
         """What of a request lies before the position at which the stream is exhausted."""
         end = self.ends_at
-        kept = [run[: len(range(run.start, min(run.stop, end), run.step))] for run in runs if run.start < end]
+        kept = [range(run.start, min(run.stop, end), run.step) for run in runs if run.start < end]
         if not kept:
             reason = self.schedule.why_exhausted(self.schedule.exhausted_at or end)
             if not self.controlled:
