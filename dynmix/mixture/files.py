@@ -104,21 +104,21 @@ def choose(names: Iterable[str], where: str) -> list[str]:
     return sorted([f"{stem}.idx" for stem in indices] + flat)
 
 
-def _opened(files: list[str], options: Mapping[str, int | None]) -> Documents:
+def _opened(files: list[str], options: Mapping[str, Any]) -> Documents:
     if len(files) > 1:
         logger.info("%d token files as one domain: %s to %s", len(files), files[0], files[-1])
     parts = [_open(file, options) for file in files]
     return parts[0] if len(parts) == 1 else JoinedDocuments(parts)
 
 
-def _open(path: str, options: Mapping[str, int | None]) -> Documents:
+def _open(path: str, options: Mapping[str, Any]) -> Documents:
     stem, suffix = os.path.splitext(path)
     stem = stem if suffix in (".bin", ".idx") else path
     if not any(os.path.isfile(name) for name in (path, f"{stem}.idx", f"{stem}.bin")):
         raise _missing(path)
     flat = suffix == ".npy" or (suffix == ".bin" and not os.path.exists(f"{stem}.idx"))
     if flat and os.path.isfile(path):
-        return FlatTokens(path, vocab_size=options["vocab_size"], eos_token_id=options["eos_token_id"])
+        return FlatTokens(path, **options)
     if stem == path and not os.path.isfile(path) and not os.path.isfile(f"{path}.idx"):
         raise StoreError(
             f"{path}: there is {os.path.basename(path)}.bin and no .idx: if it is a flat file, give {path}.bin; if it"
