@@ -150,7 +150,8 @@ def find_domains(inputs: Inputs, output: Path, by_field: bool = False) -> dict[s
             if isinstance(source, Mapping):
                 kind = type(source).__name__
                 raise PrepareError(f"inputs[{name!r}]: a {kind} of {list(source)[:8]}: give one of these, or a list")
-            entries = [source] if _is_single(source) else list(source)
+            single = isinstance(source, str | os.PathLike) or _is_dataset(source)
+            entries = [source] if single else list(source)
             for entry in entries:
                 _check_outside(output, entry)
             found = [each for i, entry in enumerate(entries) for each in _all_inputs(f"{name}[{i}]", entry)]
@@ -202,10 +203,6 @@ def _check_outside(output: Path, source: Any) -> None:
             f"{output}: it is in the input folder {source}, and what is written to it would be read as input the next"
             " time; give a folder outside of it, or one in it whose name begins with `_` (--output)"
         )
-
-
-def _is_single(source: Any) -> bool:
-    return isinstance(source, str | os.PathLike) or _is_dataset(source)
 
 
 def _is_dataset(source: Any) -> bool:
