@@ -89,7 +89,7 @@ class MixtureSchedule:
             )
         self._setup(sizes, seed, block, limits)
         none = np.zeros(len(weights), np.int64)
-        self._table.write(0, [StageRow(0, 0, None, self._cdf(weights), none, none)])
+        self._table.write(0, [StageRow(0, 0, None, checked_cdf(weights, self.sizes), none, none)])
 
     def _setup(self, sizes: Mapping[str, int], seed: int, block: int, limits: Limits) -> None:
         self._roster = Roster(sizes)
@@ -148,7 +148,7 @@ class MixtureSchedule:
         """
         if self.num_stages > 1:
             raise ValueError(f"{self.num_stages} stages are published already: the weights of the first one stay")
-        self._table.write(0, [self._stage(0)._replace(cdf=self._cdf(weights))])
+        self._table.write(0, [self._stage(0)._replace(cdf=checked_cdf(weights, self.sizes))])
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
         """Begin a stage at position `start`; the samples before it stay the same.
@@ -174,7 +174,7 @@ class MixtureSchedule:
         if self.num_stages == MAX_STAGES:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
         self.check_not_exhausted(start)
-        number, end, cdf = self.num_stages, self._checked_end(start, end), self._cdf(weights)
+        number, end, cdf = self.num_stages, self._checked_end(start, end), checked_cdf(weights, self.sizes)
         course = self._course(last.number)
         base = course.counts(start)
         owed = course.owed(start, base, self.homogeneous)
@@ -478,9 +478,6 @@ class MixtureSchedule:
         if end is not None and self._whole_groups("end", end) <= start:
             raise ValueError(f"end={end} is not beyond start={start}")
         return end
-
-    def _cdf(self, weights: Weights) -> Ints:
-        return checked_cdf(weights, self.sizes)
 
     def _floats(self, cdf: Ints) -> dict[str, float]:
         # Not strict: more domains may have joined since the cdf was read.
