@@ -83,6 +83,10 @@ class Piece(ABC):
     def where(self, number: int) -> str:
         """Line or row of the input that is record `number` of this piece, for errors."""
 
+    def bad(self, number: int, what: str) -> PrepareError:
+        """The error that record `number` is."""
+        return PrepareError(f"{self.path}, {self.where(number)}: {what}")
+
 
 @dataclass(frozen=True)
 class FileLines(Piece):
@@ -212,17 +216,15 @@ def _parse(piece: Piece, lines: Iterable[bytes], fields: Fields) -> Iterator[Rec
         try:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
-            raise PrepareError(f"{piece.path}, {piece.where(number)}: not UTF-8: {error}") from error
+            raise piece.bad(number, f"not UTF-8: {error}") from error
         except (ValueError, RecursionError) as error:
             if line.isspace():
                 continue
-            raise PrepareError(f"{piece.path}, {piece.where(number)}: not JSON, one object a line: {error}") from error
+            raise piece.bad(number, f"not JSON, one object a line: {error}") from error
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise PrepareError(f"{piece.path}, {piece.where(number)}: a JSON {kind}, want one object a line")
+            raise piece.bad(number, f"a JSON {type(record).__name__}, want one object a line")
         if fields.text not in record:
-            there = listed(record)
-            raise PrepareError(f"{piece.path}, {piece.where(number)}: no field {fields.text!r}; there are {there}")
+            raise piece.bad(number, f"no field {fields.text!r}; there are {listed(record)}")
         yield number, record[fields.text], fields.domain_of(record)
 
 
@@ -234,7 +236,7 @@ def _rows(piece: Piece, batch: pa.RecordBatch, done: int, fields: Fields) -> Ite
             text = texts[i].as_py()
             record = {name: column[i].as_py() for name, column in others.items()}
         except UnicodeDecodeError as error:
-            raise PrepareError(f"{piece.path}, {piece.where(done + i + 1)}: not UTF-8: {error}") from error
+            raise piece.bad(done + i + 1, f"not UTF-8: {error}") from error
         yield done + i + 1, text, fields.domain_of(record)
 
 

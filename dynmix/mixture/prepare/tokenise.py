@@ -120,14 +120,14 @@ def _documents(job: Job, piece: Piece, domain: str) -> Iterator[tuple[Document, 
         for number, text, value in piece.records(job.fields):
             if not isinstance(text, str):
                 kind = "null" if text is None else type(text).__name__
-                raise _bad(piece, number, f"field {job.fields.text!r} is {kind}, not a string: filter such out")
+                raise piece.bad(number, f"field {job.fields.text!r} is {kind}, not a string: filter such out")
             data = text.encode()  # a lone surrogate, which JSON can escape, is no text
             held_out = bool(job.held_out) and is_held_out(data, job.held_out)
             if job.fields.domain is not None:
                 domain = _domain(job, piece, number, value)
             yield Document(domain, held_out, len(data)), text
     except UnicodeError as error:
-        raise _bad(piece, number, f"not UTF-8: {error}") from error
+        raise piece.bad(number, f"not UTF-8: {error}") from error
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         where = piece.where(number)
         raise PrepareError(f"{piece.path}, after {where}: {damage(error)}") from error
@@ -139,18 +139,13 @@ def _domain(job: Job, piece: Piece, number: int, value: Any) -> str:
         value = str(value)
     if value is None or value == "":
         if job.default is None:
-            raise _bad(
-                piece,
+            raise piece.bad(
                 number,
                 f"no field {field!r} to take the domain from: add it, or give a name for the domain of such documents "
                 "with domain_default (--domain-default)",
             )
         return job.default
     if not isinstance(value, str):
-        raise _bad(piece, number, f"field {field!r} is {type(value).__name__}; a domain is a string or an integer")
+        raise piece.bad(number, f"field {field!r} is {type(value).__name__}; a domain is a string or an integer")
     value.encode()
     return value
-
-
-def _bad(piece: Piece, number: int, what: str) -> PrepareError:
-    return PrepareError(f"{piece.path}, {piece.where(number)}: {what}")
