@@ -62,8 +62,11 @@ class SequenceOptions(NamedTuple):
     @property
     def chosen(self) -> dict[str, Any]:
         """Those that are not as they are by default, JSON-able."""
+        return {name: value for name, value in self._stated().items() if value != _DEFAULTS[name]}
+
+    def _stated(self) -> dict[str, Any]:
         found = self._asdict() | {"ignore_token_ids": list(self.ignore_token_ids)}
-        return {name: value for name, value in found.items() if name in _DEFAULTS and value != _DEFAULTS[name]}
+        return {name: value for name, value in found.items() if name != "bos_is_default"}
 
     @property
     def of_packing(self) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class SequenceOptions(NamedTuple):
 
     def differences(self, chosen: Mapping[str, Any]) -> list[str]:
         """In words, what differs from what was `chosen` when a state was made."""
-        then, now = _DEFAULTS | dict(chosen), _DEFAULTS | self.chosen
+        then, now = _DEFAULTS | dict(chosen), self._stated()
         return [f"{name} was {then[name]!r} and is {now[name]!r}" for name in now if then[name] != now[name]]
 
 
@@ -100,10 +103,4 @@ def _added_bos(tokenizer: "Tokenizer") -> int | None:
     return bos if with_added[:1] == [bos] and bare[:1] != [bos] else None
 
 
-_DEFAULTS: dict[str, Any] = {
-    "packing": "concat",
-    "boundaries": None,
-    "bos_token_id": None,
-    "pad_token_id": None,
-    "ignore_token_ids": [],
-}
+_DEFAULTS = SequenceOptions()._stated()
