@@ -70,9 +70,7 @@ class SequenceOptions(NamedTuple):
 
     @property
     def of_packing(self) -> dict[str, Any]:
-        """Arguments of `PackedSequences`; none where it is as by default."""
-        if self.packing == "concat" and self.bos_token_id is None:
-            return {"each_document": True} if self.boundaries else {}
+        """Arguments of `PackedSequences`."""
         return {
             "packing": self.packing,
             "bos_token_id": self.bos_token_id,
