@@ -159,8 +159,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         )
         self.boundaries = boundaries
         self._tokenizer, self._cache_dir = tokenizer, cache_dir
-        self._first = self._open(domains, sequence_length)
-        self._given, self._listed = dict(domains), dict(zip(domains, self._first, strict=True))
+        self._given, self._listed = dict(domains), self._open(domains, sequence_length)
+        self._first = tuple(self._listed.values())
         if (packing != "concat" or bos_token_id not in (None, "auto")) and not any(
             isinstance(rows, PackedSequences) for rows in self._first
         ):
@@ -172,9 +172,9 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._late: dict[str, Sequences] = {}  # of the domains that joined, by the hash of their content
         self._tables: Tables | None = None  # of the first domains, when they are first needed
         self._masked = bool(boundaries or ignore_token_ids) or any(is_padded(rows) for rows in self._first)
-        names = {f"domain {name!r}": sequences for name, sequences in zip(domains, self._first, strict=True)}
-        self.sequence_length = common_length(names, sequence_length)
-        sizes = {name: len(sequences) for name, sequences in zip(domains, self._first, strict=True)}
+        named = {f"domain {name!r}": rows for name, rows in self._listed.items()}
+        self.sequence_length = common_length(named, sequence_length)
+        sizes = {name: len(rows) for name, rows in self._listed.items()}
         if not isinstance(weights, Mapping):
             if not isinstance(weights, str) or weights not in ("natural", "uniform"):
                 raise ValueError(f'weights={weights!r}: give "natural", "uniform" or a mapping from name to weight')
@@ -339,25 +339,24 @@ class MixtureDataset(Steered, Dataset[Item]):
         views: dict[str, Any] = {name: data for name, data in domains.items() if late.is_view(data)}
         if views and folder is None:
             raise ValueError(f"folder is missing, where the index of {next(iter(views))!r} is kept")
-        given: dict[str, Any] = {name: data for name, data in domains.items() if name not in views}
-        opened = self._open(given, self.sequence_length)
-        self._join(given, opened, late.numbered_domains(views, self._first, Path(folder or ".")))
+        opened = self._open({name: domains[name] for name in domains if name not in views}, self.sequence_length)
+        self._join(domains, opened, late.numbered_domains(views, self._first, Path(folder or ".")))
 
-    def _open(self, domains: Mapping[str, Source], sequence_length: int | None) -> tuple[Sequences, ...]:
+    def _open(self, domains: Mapping[str, Source], sequence_length: int | None) -> dict[str, Sequences]:
         given = {"tokenizer": self._tokenizer, "cache_dir": self._cache_dir, **self.options.of_packing}
         return open_domains(domains, sequence_length, **given)
 
     def _join(
-        self, given: Mapping[str, Any], opened: Sequence[Sequences], views: Sequence[tuple[JoinedDomain, Numbers]] = ()
+        self, given: Mapping[str, Any], new: Mapping[str, Sequences], views: Sequence[tuple[JoinedDomain, Numbers]] = ()
     ) -> None:
-        common_length({f"domain {n!r}": rows for n, rows in zip(given, opened, strict=True)}, self.sequence_length)
-        new = [
-            late.of_rows(name, data, rows, self.sequence_length, workers=self._progress.by_workers)
-            for (name, data), rows in zip(given.items(), opened, strict=True)
+        common_length({f"domain {name!r}": rows for name, rows in new.items()}, self.sequence_length)
+        own = [
+            late.of_rows(name, given[name], rows, self.sequence_length, workers=self._progress.by_workers)
+            for name, rows in new.items()
         ]
-        joining = [*new, *(domain for domain, _ in views)]
+        joining = [*own, *(domain for domain, _ in views)]
         self.schedule.check_new(joining)
-        rows = dict(zip((domain.source["hash"] for domain in new), opened, strict=True))
+        rows = {domain.source["hash"]: new[domain.name] for domain in own}
         self._late |= rows | {at.source["hash"]: late.written(at, numbers, self._first) for at, numbers in views}
         self.schedule.extend(joining)
 
@@ -462,7 +461,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._late = opened
         self._progress.forget()
         if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:
-            self._join({name: self._given[name] for name in new}, tuple(new.values()))
+            self._join(self._given, new)
             logger.warning("%s joined: nothing is drawn of it until a stage is published that gives it some", list(new))
 
     def _decided(self, runs: Sequence[range]) -> list[range]:

@@ -23,8 +23,8 @@ from dynmix.mixture.sequences import Ints, Rows, Sequences, content_hash
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
 
-Opener: TypeAlias = Callable[[Mapping[str, Any], int], tuple[Sequences, ...]]
-"""Makes rows, of a length, of what domains were given as."""
+Opener: TypeAlias = Callable[[Mapping[str, Any], int], dict[str, Sequences]]
+"""Makes rows, of a length, of what domains were given as, by name."""
 
 _DATA = (Mapping, str, os.PathLike, Documents)  # of which a pair is data that stands end to end, and no view
 
@@ -157,7 +157,7 @@ def rows_of(
         if domain.name in listed:
             rows = listed[domain.name]
         elif "path" in domain.source:
-            (rows,) = open_domains({domain.name: domain.source["path"]}, length)
+            rows = open_domains({domain.name: domain.source["path"]}, length)[domain.name]
         else:
             raise ValueError(
                 f"domain {domain.name!r} joined the run, from data in memory: list it among the domains of this"

@@ -114,15 +114,15 @@ def open_domains(
     tokenizer: Tokenizer | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **packing: Any,
-) -> tuple[Sequences, ...]:
+) -> dict[str, Sequences]:
     """`as_sequences` of each domain, and a check of their stores' manifests against the tokenizer."""
-    found = [
-        as_sequences(name, data, sequence_length, tokenizer=tokenizer, cache_dir=cache_dir, **packing)
+    found = {
+        name: as_sequences(name, data, sequence_length, tokenizer=tokenizer, cache_dir=cache_dir, **packing)
         for name, data in domains.items()
-    ]
+    }
     if tokenizer is not None:
-        check_stores([rows.store for rows in found if isinstance(rows, PackedSequences)], tokenizer)
-    return tuple(found)
+        check_stores([rows.store for rows in found.values() if isinstance(rows, PackedSequences)], tokenizer)
+    return found
 
 
 def as_sequences(
