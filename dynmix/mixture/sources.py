@@ -233,7 +233,8 @@ def _of_dataset(
     if "input_ids" in dataset.column_names:
         return dataset if _is_padded(dataset) or _has_labels(dataset) else dataset_documents(dataset)
     if text_field not in dataset.column_names:
-        columns = ", ".join(f"{name!r} ({_kind(kind)})" for name, kind in dataset.features.items()) or "none"
+        kinds = {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in dataset.features.items()}
+        columns = ", ".join(f"{name!r} ({kind})" for name, kind in kinds.items()) or "none"
         raise ValueError(
             f"a dataset with neither input_ids nor {text_field!r}: its columns are {columns}; rename the one that is"
             " meant with rename_column"
@@ -241,10 +242,6 @@ def _of_dataset(
     if tokenizer is None:
         raise ValueError(f"a dataset with {text_field!r} and no input_ids: give tokenizer=, to tokenise it")
     return tokenised(dataset, tokenizer, text_field, cache_dir)
-
-
-def _kind(feature: Any) -> str:
-    return str(getattr(feature, "dtype", type(feature).__name__))
 
 
 def _has_labels(dataset: Dataset) -> bool:
