@@ -109,8 +109,13 @@ class FlatTokens(ArrayDocuments):
         self._bounds = bounds
         self.tokens = mapped(path, dtype, offset)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.path, self.dtype, self._offset, self.vocab_size, self._bounds, self.num_tokens)
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.path, self.dtype, self._offset, self.vocab_size, self._bounds, self.num_tokens
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *mapping, num_tokens = state
+        self._map(*mapping)
+        check_same(str(self.path), (num_tokens,), (self.num_tokens,))
 
     def __len__(self) -> int:
         return 1 if self._bounds is None else len(self._bounds.array) - 1
@@ -132,15 +137,6 @@ class FlatTokens(ArrayDocuments):
         bounds = np.array([0, self.num_tokens]) if self._bounds is None else self._bounds.array
         found: Ints = bounds[documents]
         return found
-
-
-def _reopened(
-    path: Path, dtype: np.dtype[Any], offset: int, vocab_size: int | None, bounds: SharedArray | None, count: int
-) -> FlatTokens:
-    tokens = FlatTokens.__new__(FlatTokens)
-    tokens._map(path, dtype, offset, vocab_size, bounds)
-    check_same(str(path), (count,), (tokens.num_tokens,))
-    return tokens
 
 
 def _integer(dtype: DTypeLike) -> np.dtype[Any]:

@@ -44,17 +44,12 @@ class RowView(Rows):
         Raises:
             ValueError: the file is missing or no index on these parts, or its hash is not `content`.
         """
-        view = cls._made(parts, Path(file).absolute())
+        view = cls.__new__(cls)
+        view._setup(parts, Path(file).absolute())
         if content is not None and digest(view._numbers) != content:
             raise ValueError(f"{file} has changed: its hash is {digest(view._numbers)}, and was {content}")
         if (last := int(view._numbers.max())) >= view._ends[-1]:
             raise ValueError(f"{file} is an index on other data: it has row {last} of {view._ends[-1]}")
-        return view
-
-    @classmethod
-    def _made(cls, parts: Sequence[Sequences], home: SharedArray | Path) -> "RowView":
-        view = cls.__new__(cls)
-        view._setup(parts, home)
         return view
 
     def _setup(self, parts: Sequence[Sequences], home: SharedArray | Path) -> None:
@@ -63,8 +58,11 @@ class RowView(Rows):
         self._ends = np.cumsum([len(rows) for rows in parts])
         self.sequence_length = common_length({f"part {k}": rows for k, rows in enumerate(parts) if len(rows)})
 
-    def __reduce__(self) -> tuple[Callable[..., "RowView"], tuple[Any, ...]]:
-        return self._made, (self.parts, self._home)
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.parts, self._home
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._setup(*state)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -151,19 +149,16 @@ class DocumentView(Documents):
         np.cumsum(bounds.array, out=bounds.array)
         self._setup(opened, shared(numbers), bounds)
 
-    @classmethod
-    def _made(cls, stores: Sequence[Documents], numbers: SharedArray, bounds: SharedArray) -> "DocumentView":
-        view = cls.__new__(cls)
-        view._setup(stores, numbers, bounds)
-        return view
-
     def _setup(self, stores: Sequence[Documents], numbers: SharedArray, bounds: SharedArray) -> None:
         self.stores, self._homes = tuple(stores), (numbers, bounds)
         self._numbers, self._bounds = numbers.array, bounds.array  # document i is tokens bounds[i]:bounds[i + 1]
         self._ends = np.cumsum([len(store) for store in stores])
 
-    def __reduce__(self) -> tuple[Callable[..., "DocumentView"], tuple[Any, ...]]:
-        return self._made, (self.stores, *self._homes)
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.stores, *self._homes
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._setup(*state)
 
     def __len__(self) -> int:
         return len(self._numbers)
