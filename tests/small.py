@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -33,3 +33,12 @@ def word_tokenizer(words: Iterable[str], unknown: str, split: Any = None, **spec
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     made.pre_tokenizer = split or pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def byte_tokenizer(vocabulary: int = 257, eos: bool = True) -> Any:
+    """Every byte is a token: 0 is EOS, the others follow; `vocabulary` is filled with tokens that never occur."""
+    vocab = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {f"unused {i}": i for i in range(len(vocab), vocabulary)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, **({"eos_token": "<|endoftext|>"} if eos else {}))

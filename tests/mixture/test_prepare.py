@@ -12,27 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from dynmix.mixture.prepare import PrepareError
 from dynmix.mixture.prepare import prepare as make
 from dynmix.mixture.prepare import tokenise as tokenise_module
 from dynmix.mixture.store import TokenStore
+from tests.small import byte_tokenizer
 
 DOCUMENTS = ["one two\n", "Grüße, 世界", "", "x" * 5000, "\u2028 lines \x0c", *[f"document {i}" for i in range(300)]]
 prepare = functools.partial(make, progress=False)
-
-
-def byte_tokenizer(vocabulary: int = 257, eos: bool = True) -> PreTrainedTokenizerFast:
-    """Every byte is a token: 0 is EOS, the others follow; `vocabulary` is filled with tokens that never occur."""
-    vocab = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {f"unused {i}": i for i in range(len(vocab), vocabulary)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"eos_token": "<|endoftext|>"} if eos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
 
 
 TOKENIZER = byte_tokenizer()

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dynmix.mixture.files import open_path
 from dynmix.mixture.prepare import PrepareError, parts, pieces, prepare, read_manifest
@@ -23,15 +22,7 @@ from dynmix.mixture.prepare import names as names_module
 from dynmix.mixture.prepare.names import safe_name
 from dynmix.mixture.prepare.tokenise import is_held_out
 from dynmix.mixture.store import TokenStore
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
+from tests.small import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
