@@ -8,7 +8,7 @@ import hashlib
 import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from itertools import accumulate
 from typing import Any, SupportsIndex
 
@@ -58,21 +58,13 @@ class Documents(ABC):
             out[:] = self.read(np.array([start]), len(out))[0]
 
     def __getitem__(self, index: SupportsIndex) -> Tokens:
-        i = self.checked(index)
+        i = checked(index, self, "document")
         start, stop = self.starts(np.array([i, i + 1])).tolist()
         tokens: Tokens = self.read(np.array([start]), stop - start)[0]
         return tokens
 
     def __iter__(self) -> Iterator[Tokens]:
         return (self[i] for i in range(len(self)))
-
-    def checked(self, index: SupportsIndex) -> int:
-        """`index`, counted from the end if it is negative. Raises IndexError."""
-        i = operator.index(index)
-        i += len(self) if i < 0 else 0
-        if not 0 <= i < len(self):
-            raise IndexError(f"document {index} of {len(self)} in {self!r}")
-        return i
 
 
 class ArrayDocuments(Documents):
@@ -148,7 +140,7 @@ class JoinedDocuments(Documents):
         return type(self), (self.parts,)
 
     def __getitem__(self, index: SupportsIndex) -> Tokens:
-        i = self.checked(index)
+        i = checked(index, self, "document")
         part = int(np.searchsorted(self._documents, i, side="right")) - 1
         return self.parts[part][i - int(self._documents[part])]
 
@@ -193,6 +185,15 @@ def enumerated(counts: Ints) -> tuple[Ints, Ints]:
     """For counts[i] things of each i: the i of each thing, and its number among those of i."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def checked(index: SupportsIndex, owner: Sized, what: str) -> int:
+    """`index` of an `owner`, counted from the end if it is negative. Raises IndexError."""
+    i = operator.index(index)
+    i += len(owner) if i < 0 else 0
+    if not 0 <= i < len(owner):
+        raise IndexError(f"{what} {index} of {len(owner)} in {owner!r}")
+    return i
 
 
 def check_windows(starts: Ints, length: int, num_tokens: int) -> None:

@@ -4,7 +4,6 @@ Knows nothing of stores, views or mixtures.
 """
 
 import hashlib
-import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from dynmix.mixture.documents import checked
 
 Ints = npt.NDArray[np.int64]
 Item = dict[str, Any]
@@ -52,15 +53,7 @@ class Rows(Sequence[Item]):
         return ids
 
     def __getitem__(self, index: Any) -> Any:  # an int: slices of sequences are not needed
-        return {"input_ids": torch.from_numpy(self.gather(np.array([self.checked(index)]))[0])}
-
-    def checked(self, index: Any) -> int:
-        """`index`, counted from the end if it is negative. Raises IndexError."""
-        row = operator.index(index)
-        row += len(self) if row < 0 else 0
-        if not 0 <= row < len(self):
-            raise IndexError(f"sequence {index} of {len(self)} in {self!r}")
-        return row
+        return {"input_ids": torch.from_numpy(self.gather(np.array([checked(index, self, "sequence")]))[0])}
 
 
 def gather(sequences: Sequences, rows: Ints, length: int, where: str) -> Ints:

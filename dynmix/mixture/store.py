@@ -26,7 +26,7 @@ from typing import IO, Any, NoReturn, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from dynmix.mixture.documents import ArrayDocuments, Ints
+from dynmix.mixture.documents import ArrayDocuments, Ints, checked
 
 with contextlib.suppress(ImportError):  # on Windows, which has no such limit
     import resource  # not where it is needed: with no file left that may be opened nothing can be imported
@@ -158,7 +158,7 @@ class TokenStore(ArrayDocuments):
         return len(self._table) - 1
 
     def __getitem__(self, index: SupportsIndex) -> NDArray[Any]:
-        i = self.checked(index)
+        i = checked(index, self, "document")
         start, stop = self.starts(np.array([i, i + 1])).tolist()
         return self.tokens[start:stop]
 

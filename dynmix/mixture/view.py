@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from dynmix.mixture.documents import Documents, Tokens, check_windows, enumerated
+from dynmix.mixture.documents import Documents, Tokens, check_windows, checked, enumerated
 from dynmix.mixture.index import Ints, digest, numbered, read_numbers, split
 from dynmix.mixture.sequences import Rows, Sequences, common_length, content_hash, documents, gather, is_padded, labels
 from dynmix.mixture.shared import SharedArray, shared
@@ -71,7 +71,7 @@ class RowView(Rows):
         return f"RowView({len(self)} rows of {len(self.parts)} parts)"
 
     def __getitem__(self, index: Any) -> Any:
-        part, row = self.where(np.array([self.checked(index)]))
+        part, row = self.where(np.array([checked(index, self, "sequence")]))
         return self.parts[int(part[0])][int(row[0])]
 
     def where(self, rows: Ints) -> tuple[Ints, Ints]:
@@ -167,7 +167,7 @@ class DocumentView(Documents):
         return f"DocumentView({len(self)} documents of {len(self.stores)} stores, tokens={self.num_tokens})"
 
     def __getitem__(self, index: SupportsIndex) -> Tokens:
-        i = self.checked(index)
+        i = checked(index, self, "document")
         store, document = split(self._numbers[i : i + 1], self._ends)
         return self.stores[int(store[0])][int(document[0])]
 
