@@ -106,20 +106,15 @@ class TokenStore(ArrayDocuments):
                 (the message names document and value), there are no tokens, or no integer store has this dtype.
         """
         stem = _stem(path)
-        bin_path, idx_path = _pair(stem)
-        mark = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        bin_temp, idx_temp = Path(f"{bin_path}{mark}"), Path(f"{idx_path}{mark}")
+        tokens = Path(f"{stem}.bin.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         code = None if dtype is None else _code(np.dtype(dtype))
         stem.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(bin_temp, "x+b") as file:
+            with open(tokens, "x+b") as file:
                 lengths, code = _write_tokens(file, documents, code)
-                _sync(file)
-            _publish(stem, bin_temp, idx_temp, np.frombuffer(lengths, np.int32), code, True)
+            return cls.adopt(stem, tokens, np.frombuffer(lengths, np.int32), _CODES[code])
         finally:
-            bin_temp.unlink(missing_ok=True)
-            idx_temp.unlink(missing_ok=True)
-        return cls(stem)
+            tokens.unlink(missing_ok=True)
 
     @classmethod
     def adopt(
@@ -145,13 +140,25 @@ class TokenStore(ArrayDocuments):
         Raises:
             StoreError: there are no tokens, no integer store has this dtype, or the file is of another size.
         """
-        stem, bin_temp = _stem(path), Path(tokens)
-        code, idx_temp = _code(np.dtype(dtype)), bin_temp.with_name(f"{bin_temp.name}.idx")
-        if sync:
-            with open(bin_temp, "r+b") as file:
-                _sync(file)
+        stem, index, code = _stem(path), Path(f"{tokens}.idx.tmp"), _code(np.dtype(dtype))
+        bin_path, idx_path = _pair(stem)
+        if not lengths.any():
+            raise StoreError(f"{stem}: {len(lengths)} documents with no token in any: a store needs at least one")
         stem.parent.mkdir(parents=True, exist_ok=True)
-        _publish(stem, bin_temp, idx_temp, lengths, code, sync)
+        try:
+            with open(tokens, "r+b") as bin_file, open(index, "xb") as idx_file:
+                _write_index(idx_file, lengths, code)
+                for file in (bin_file, idx_file) if sync else ():
+                    file.flush()
+                    os.fsync(file.fileno())
+            # The old index goes first: between the renames it would describe the new tokens, and could fit by length.
+            idx_path.unlink(missing_ok=True)
+            os.replace(tokens, bin_path)
+            os.replace(index, idx_path)
+        finally:
+            index.unlink(missing_ok=True)
+        if sync:
+            _sync_folder(stem.parent)
         return cls(stem)
 
     def __len__(self) -> int:
@@ -331,28 +338,6 @@ def _write_index(file: IO[bytes], lengths: NDArray[np.int32], code: int) -> None
     file.write(lengths.astype("<i4", copy=False).tobytes())
     file.write(starts.astype("<i8", copy=False).tobytes())
     file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-
-
-def _publish(stem: Path, bin_temp: Path, idx_temp: Path, lengths: NDArray[np.int32], code: int, sync: bool) -> None:
-    """Write the index of a file of tokens, and rename both to the store at `stem`."""
-    if not lengths.any():
-        raise StoreError(f"{stem}: {len(lengths)} documents with no token in any: a store needs at least one")
-    bin_path, idx_path = _pair(stem)
-    with open(idx_temp, "xb") as file:
-        _write_index(file, lengths, code)
-        if sync:
-            _sync(file)
-    # The old index goes first: between the renames it would describe the new tokens, and could fit by length.
-    idx_path.unlink(missing_ok=True)
-    os.replace(bin_temp, bin_path)
-    os.replace(idx_temp, idx_path)
-    if sync:
-        _sync_folder(stem.parent)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
