@@ -53,7 +53,8 @@ class Workers:
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes.values():
             process.popen.wait()
-            process.close()
+            process.tasks.close()
+            process.answers.close()
 
     def submit(self, what: str, function: Callable[[Job, *Ts], T], *args: *Ts) -> Future[T]:
         """Have `function(job, ...)` called; `function` is found by name, so it stands in a module.
@@ -121,10 +122,6 @@ class _Process:
         self.answers = Connection(os.dup(self.popen.stdout.fileno()), writable=False)
         self.popen.stdin.close()
         self.popen.stdout.close()
-
-    def close(self) -> None:
-        self.tasks.close()
-        self.answers.close()
 
 
 def serve() -> None:
