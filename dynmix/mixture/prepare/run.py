@@ -190,10 +190,10 @@ def _groups(domains: Mapping[str, list[Input]], together: bool) -> list[Group]:
 
 def _check_others(folder: Path, described: Json, overwrite: bool) -> None:
     """Refuse to put stores of two tokenizers into one folder."""
-    manifest = read_manifest(folder)
-    for name, facts in ({} if manifest is None or overwrite else manifest["stores"]).items():
-        made = manifest["preparations"][facts["preparation"]]["tokenizer"]  # type: ignore[index]
-        if made["fingerprint"] != described["fingerprint"]:
+    manifest = read_manifest(folder) or {"stores": {}}
+    for name, facts in manifest["stores"].items():
+        made = manifest["preparations"][facts["preparation"]]["tokenizer"]
+        if made["fingerprint"] != described["fingerprint"] and not overwrite:
             raise PrepareError(
                 f"{folder}: the store {name!r} in it was made with another tokenizer, {made['name']!r}: prepare into "
                 "another folder, or pass overwrite (--overwrite)"

@@ -102,7 +102,7 @@ class Work:
 
     def finish(self, group: int, shards: Iterable[Path], facts: Mapping[str, Any]) -> None:
         """The stores of a group of inputs are finished; their shards are not needed any more."""
-        self._write(f"stores/{group:06d}.json", facts)
+        write_json(self.folder / f"stores/{group:06d}.json", facts)
         for shard in shards:
             shard.unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ class Work:
         plan = self._read("plan.json")
         assert plan is not None
         plan["inputs"] |= dict.fromkeys(inputs.values())
-        self._write("plan.json", plan)
+        write_json(self.folder / "plan.json", plan)
         if not any(self.folder.glob("stores/*.json")) and not any(self.folder.glob("shards/*.arrow")):
             self.discard()
 
@@ -146,10 +146,7 @@ class Work:
         return found
 
     def _write_plan(self, plan: Plan) -> None:
-        self._write("plan.json", {**plan, "existing": self.existing, "piece": self.piece})
-
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        write_json(self.folder / name, content)
+        write_json(self.folder / "plan.json", {**plan, "existing": self.existing, "piece": self.piece})
 
 
 def _differences(known: Plan, now: Plan) -> list[str]:
