@@ -68,12 +68,13 @@ class Items:
     def __next__(self) -> Any:
         while True:
             try:
-                if self._iterator is None:
-                    self._open()
-                item = self._next()
+                iterator = self._open() if self._iterator is None else self._iterator
+                with _in_no_worker():
+                    item = next(iterator)
             except StopIteration:
                 self._end_pass()
                 continue
+            self._seen, self._number, self._left_at = self._seen + 1, self._number + 1, None
             if self._splits_itself or (self._number - 1) % self._readers == self._reader:
                 return item
 
@@ -83,14 +84,7 @@ class Items:
         found = self._stateful.state_dict() if asked else self._left_at
         return {"epoch": self.epoch, "seen": self._seen, "number": self._number, "source": found}
 
-    def _next(self) -> Any:
-        assert self._iterator is not None
-        with _in_no_worker():
-            item = next(self._iterator)
-        self._seen, self._number, self._left_at = self._seen + 1, self._number + 1, None
-        return item
-
-    def _open(self) -> None:
+    def _open(self) -> Iterator[Any]:
         made, self._splits_itself = self._made()
         made = _own(made)
         if hasattr(made, "set_epoch"):
@@ -101,9 +95,11 @@ class Items:
                 raise ValueError(f"the source of domain {self.name!r} had a state when it was left, and has none now")
             made.load_state_dict(copy.deepcopy(self._left_at))
         with _in_no_worker():
-            self._iterator = iter(made)
+            iterator: Iterator[Any] = iter(made)
+        self._iterator = iterator
         if self._seen and self._left_at is None:
-            self._skip(self._seen)
+            self._skip(iterator, self._seen)
+        return iterator
 
     def _made(self) -> tuple[Any, bool]:
         if not isinstance(self._source, Iterable):
@@ -115,11 +111,11 @@ class Items:
             return source.shard(num_shards=self._readers, index=self._reader, contiguous=False), True
         return source, False
 
-    def _skip(self, count: int) -> None:
+    def _skip(self, iterator: Iterator[Any], count: int) -> None:
         logger.info("domain %r keeps no state: skipping the %d items that were read before", self.name, count)
         for _ in tqdm(range(count), desc=f"skipping {self.name}", unit="item", leave=False, delay=2):
             with _in_no_worker():
-                if next(self._iterator, self) is self:  # type: ignore[arg-type]
+                if next(iterator, self) is self:
                     raise ValueError(
                         f"domain {self.name!r} ended before the item it was left at, number {count}: the source gives"
                         " other items than it did"
