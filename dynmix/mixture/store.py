@@ -169,8 +169,13 @@ class TokenStore(ArrayDocuments):
         start, stop = self.starts(np.array([i, i + 1])).tolist()
         return self.tokens[start:stop]
 
-    def __reduce__(self) -> tuple[Callable[..., TokenStore], tuple[Any, ...]]:
-        return _reopened, (type(self), self.path, len(self), self.num_tokens)
+    def __getstate__(self) -> tuple[Path, int, int]:
+        return self.path, len(self), self.num_tokens
+
+    def __setstate__(self, state: tuple[Path, int, int]) -> None:
+        path, *then = state
+        TokenStore.__init__(self, path)
+        check_same(str(path), tuple(then), (len(self), self.num_tokens))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -182,12 +187,6 @@ class TokenStore(ArrayDocuments):
         sequence = self._table[documents]
         starts = self._starts[np.minimum(sequence, len(self._starts) - 1)] // self.tokens.itemsize
         return np.where(sequence == len(self._starts), len(self.tokens), starts)
-
-
-def _reopened(kind: type[TokenStore], path: Path, documents: int, tokens: int) -> TokenStore:
-    store = kind(path)
-    check_same(str(path), (documents, tokens), (len(store), store.num_tokens))
-    return store
 
 
 def check_same(where: str, then: tuple[int, ...], now: tuple[int, ...]) -> None:
