@@ -136,9 +136,6 @@ class JoinedDocuments(Documents):
     def __repr__(self) -> str:
         return f"JoinedDocuments({len(self)} documents of {len(self.parts)} parts, tokens={self.num_tokens})"
 
-    def __reduce__(self) -> tuple[type["JoinedDocuments"], tuple[Any, ...]]:
-        return type(self), (self.parts,)
-
     def __getitem__(self, index: SupportsIndex) -> Tokens:
         i = checked(index, self, "document")
         part = int(np.searchsorted(self._documents, i, side="right")) - 1
