@@ -72,7 +72,7 @@ def _store(path: Path) -> Inspected:
         "fingerprint": store.fingerprint,
     }
     manifest = read_manifest(path.parent)
-    if manifest is not None and speaks_of(manifest, path.with_name(f"{path.name}.bin"), path.name):
+    if manifest is not None and speaks_of(manifest, path):
         own = manifest["stores"][path.name]
         made = manifest["preparations"][own["preparation"]]
         facts |= {"tokenizer": made["tokenizer"]["name"], "bytes_of_text": own["bytes"], "options": made["options"]}

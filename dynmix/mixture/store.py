@@ -59,7 +59,7 @@ class TokenStore(ArrayDocuments):
     path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = _stem(path)
+        self.path = stem_of(path)
         self.where = str(self.path)
         bin_path, idx_path = _pair(self.path)
         for file, other in ((idx_path, bin_path), (bin_path, idx_path)):
@@ -105,7 +105,7 @@ class TokenStore(ArrayDocuments):
             StoreError: a document is not 1-D or not of integers, a token is negative or too large for the dtype
                 (the message names document and value), there are no tokens, or no integer store has this dtype.
         """
-        stem = _stem(path)
+        stem = stem_of(path)
         tokens = Path(f"{stem}.bin.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         code = None if dtype is None else _code(np.dtype(dtype))
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ class TokenStore(ArrayDocuments):
         Raises:
             StoreError: there are no tokens, no integer store has this dtype, or the file is of another size.
         """
-        stem, index, code = _stem(path), Path(f"{tokens}.idx.tmp"), _code(np.dtype(dtype))
+        stem, index, code = stem_of(path), Path(f"{tokens}.idx.tmp"), _code(np.dtype(dtype))
         bin_path, idx_path = _pair(stem)
         if not lengths.any():
             raise StoreError(f"{stem}: {len(lengths)} documents with no token in any: a store needs at least one")
@@ -195,7 +195,7 @@ def check_same(where: str, then: tuple[int, ...], now: tuple[int, ...]) -> None:
         raise StoreError(f"{where} was replaced since it was opened: its size was {then} and is {now}; start anew")
 
 
-def _stem(path: str | os.PathLike[str]) -> Path:
+def stem_of(path: str | os.PathLike[str]) -> Path:
     """`path`, absolute, without a trailing `.bin` or `.idx`; other dots belong to the name."""
     text = os.path.abspath(path)
     return Path(text[:-4] if text.endswith((".bin", ".idx")) else text)

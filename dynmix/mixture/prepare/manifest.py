@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dynmix.mixture.prepare.pieces import PrepareError
-from dynmix.mixture.store import TokenStore
+from dynmix.mixture.store import TokenStore, stem_of
 from dynmix.whole_file import write_json
 
 if TYPE_CHECKING:
@@ -170,25 +170,24 @@ def check_tokenizer(stores: AnyStore | Iterable[AnyStore], tokenizer: AnyTokeniz
     manifests: dict[Path, Json | None] = {}
     own: Json | None = None
     for each in several:
-        path = each.path if isinstance(each, TokenStore) else Path(os.path.abspath(each))
-        name = path.name[:-4] if path.suffix in (".bin", ".idx") else path.name
+        path = each.path if isinstance(each, TokenStore) else stem_of(each)
         if path.parent not in manifests:
             manifests[path.parent] = read_manifest(path.parent)
         manifest = manifests[path.parent]
-        if manifest is None or not speaks_of(manifest, path.with_name(f"{name}.bin"), name):
+        if manifest is None or not speaks_of(manifest, path):
             continue
         own = own or describe_tokenizer(load_tokenizer(tokenizer))
-        made = manifest["preparations"][manifest["stores"][name]["preparation"]]["tokenizer"]
+        made = manifest["preparations"][manifest["stores"][path.name]["preparation"]]["tokenizer"]
         if why := _mismatch(made, own):
             raise PrepareError(
-                f"{path.with_name(name)}: made with another tokenizer, {made['name']!r}, than {own['name']!r}: {why}; "
+                f"{path}: made with another tokenizer, {made['name']!r}, than {own['name']!r}: {why}; "
                 f"give the tokenizer of {path.parent / FILE}, or prepare the text with this one"
             )
 
 
-def speaks_of(manifest: Json, tokens: Path, name: str) -> bool:
-    """Whether the store `name`, with this file of `tokens`, is the one that a manifest has facts of."""
-    facts = manifest["stores"].get(name)
+def speaks_of(manifest: Json, store: Path) -> bool:
+    """Whether the store at this path, without a suffix, is the one that the manifest beside it has facts of."""
+    facts, tokens = manifest["stores"].get(store.name), store.with_name(f"{store.name}.bin")
     if facts is None or not tokens.is_file():
         return False
     width = 2 if facts["dtype"] == "uint16" else 4
