@@ -34,13 +34,7 @@ from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
 from dynmix.mixture.samples import Samples
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, domains_of, schedule_of
-from dynmix.mixture.sequences import (
-    Item,
-    Sequences,
-    common_length,
-    content_hash,
-    is_padded,
-)
+from dynmix.mixture.sequences import Item, Sequences, common_length, content_hash, is_padded
 from dynmix.mixture.sources import Source, open_domains
 from dynmix.mixture.steered import Steered
 from dynmix.mixture.text import Tokenizer

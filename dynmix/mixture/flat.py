@@ -17,14 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dynmix.mixture.documents import (
-    ArrayDocuments,
-    Ints,
-    Tokens,
-    check_vocabulary,
-    content_sample,
-    spread,
-)
+from dynmix.mixture.documents import ArrayDocuments, Ints, Tokens, check_vocabulary, content_sample, spread
 from dynmix.mixture.shared import SharedArray, shared
 from dynmix.mixture.store import StoreError, check_same, mapped, with_room
 
