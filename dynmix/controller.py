@@ -260,32 +260,36 @@ class MixtureController:
             step: optimizer steps already done.
         """
         with self._recorder.listening():
-            return self._begin(model, step)
+            self.watch(model)
+            self.measurement.check(model)
+            self._rehearse(model)
+            return self._resume(model, step) if self.resumed else self._begin_afresh(model, step)
 
-    def _begin(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        self.watch(model)
-        self.measurement.check(model)
+    def _rehearse(self, model: nn.Module) -> None:
         found = Evidence()
         if self.decider.measures:
             found.influence, found.drawn = self.measurement.rehearse(model)
-        self._say_memory(model)
+            if self.in_run is None:
+                self._say_memory(model)
+        if self.sampler is not None and not self.resumed:
+            found.samples = self.sampler.rehearse(model)
         schedule = self.dataset.schedule
         last = schedule.starts[-1]
         # The run's last stage may be shorter than others, and what is left of the domains no more than it takes.
         upper = self.budget.upper(last, max(1, min(self.timetable.stage_samples, self.total - last)))
-        if self.sampler is not None and not self.resumed:
-            found.samples = self.sampler.rehearse(model)
         self.decider.rehearse(found, schedule.weights_at(last), upper)
-        if self.resumed:
-            if self.sampler is not None and self.folder is not None:
-                self.sampler.begin(self.folder.path, step, self._samples_wanted())
-            self.timetable.check_step(step)
-            if self.in_run is not None and self.folder is not None and self._window is not None:
-                window = self._window_from(int(self._window["began"]))
-                self.in_run.resume(model, self.folder, self._window, step, window)
-            self._ahead = Ahead(self.dataset)
-            self._ahead.look(step * self.batch_size, self.total)
-            return self._decide(model, step) if self.timetable.is_due(step) else None
+
+    def _say_memory(self, model: nn.Module) -> None:
+        try:
+            self.memory = self.measurement.peak_memory(model)
+        except Exception as failure:  # it is only an estimate
+            logger.warning("what a measurement will take of memory is not known: %s", _words(failure))
+            return
+        if is_rank_0():
+            tqdm.write(f"dynmix: a measurement takes about {self.memory}", file=sys.stderr)
+
+    def _begin_afresh(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Begin the files of a fresh run, and write the row of its first stage."""
         if self.folder is not None:
             self.folder.set_aside()
             self.folder.write_config(self._describe(model))
@@ -308,16 +312,17 @@ class MixtureController:
         self._ahead.warn()
         return logs
 
-    def _say_memory(self, model: nn.Module) -> None:
-        if not self.decider.measures or self.in_run is not None:
-            return
-        try:
-            self.memory = self.measurement.peak_memory(model)
-        except Exception as failure:  # it is only an estimate
-            logger.warning("what a measurement will take of memory is not known: %s", _words(failure))
-            return
-        if is_rank_0():
-            tqdm.write(f"dynmix: a measurement takes about {self.memory}", file=sys.stderr)
+    def _resume(self, model: nn.Module, step: int) -> dict[str, float] | None:
+        """Go on in the middle of a stage, or decide the next one if that is due."""
+        if self.sampler is not None and self.folder is not None:
+            self.sampler.begin(self.folder.path, step, self._samples_wanted())
+        self.timetable.check_step(step)
+        if self.in_run is not None and self.folder is not None and self._window is not None:
+            window = self._window_from(int(self._window["began"]))
+            self.in_run.resume(model, self.folder, self._window, step, window)
+        self._ahead = Ahead(self.dataset)
+        self._ahead.look(step * self.batch_size, self.total)
+        return self._decide(model, step) if self.timetable.is_due(step) else None
 
     def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Tell that optimizer step `step` (counted from 1) of `model` ended; return what a tracker should log.
