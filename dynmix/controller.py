@@ -455,10 +455,12 @@ class MixtureController:
     # -- a boundary --------------------------------------------------------------------------------------------------
 
     def _decide(self, model: nn.Module, step: int) -> dict[str, float]:
-        schedule, start, following = self.dataset.schedule, self.timetable.boundary, self.timetable.next_end
-        samples = min(following, self.total) - start  # of the stage that is decided
+        """Decide the coming stage, publish it, save what goes on from it and write its row."""
+        schedule, stage = self.dataset.schedule, self.dataset.schedule.num_stages
+        start, following = self.timetable.boundary, self.timetable.next_end
+        samples = min(following, self.total) - start
         prior, upper = schedule.weights_at(start - 1), self.budget.upper(start, samples)
-        seconds = dict.fromkeys(("measure", "propose", "snapshot"), 0.0)
+        seconds: dict[str, float] = {}
         found, error = _Measured(), None
         try:
             with _timed(seconds, "measure"):
@@ -480,20 +482,16 @@ class MixtureController:
         # Rank 0 decides: float sums may differ between machines, a mixture must not.
         cdf, proposal = from_rank_0((cdf, proposal))
         if proposal.groups:
-            refused = None
             try:
                 on_every_rank(lambda: self._let_in(proposal))
             except Exception as failure:
-                refused = _words(failure)
+                error = _words(failure)
+                proposal, cdf = self._kept(schedule.weights_at(start - 1), upper)
             prior = schedule.weights_at(start - 1)  # names those that entered
-            if refused:
-                error = refused
-                proposal, cdf = self._kept(prior, upper)
         if error:
-            logger.warning("stage %d keeps the weights of the one before: %s", schedule.num_stages, error)
+            logger.warning("stage %d keeps the weights of the one before: %s", stage, error)
 
         self.dataset.publish(cdf, start, following if following < self.total else None)
-        stage = schedule.num_stages - 1
         if self.measurement.carried is not None and self.folder is not None:
             self._factors = self.folder.save_factors(self.measurement.carried, stage, self.keep)
         if found.probes is not None:
