@@ -190,10 +190,6 @@ class MixtureController:
         self._factors: str | None = None  # the file of the curvature's, if it carries any on
         self._dataset_state: tuple[tuple[int, int | None], dict[str, Any]] | None = None
 
-    def write_to(self, output: str | Path) -> None:
-        """Set the folder of journal, config and snapshots."""
-        self.folder = RunFolder(Path(output))
-
     @property
     def batch_size(self) -> int:
         """Samples an optimizer step, over all ranks; 0 before the run is planned."""
@@ -213,6 +209,10 @@ class MixtureController:
         """What decides the weights."""
         return self.decider.mixer
 
+    def write_to(self, output: str | Path) -> None:
+        """Set the folder of journal, config and snapshots."""
+        self.folder = RunFolder(Path(output))
+
     def watch(self, model: nn.Module) -> None:
         """Watch this model's training loss from now on, if the mixer learns from it; warn of a cache, once."""
         if not self._watched:
@@ -221,7 +221,7 @@ class MixtureController:
         if self.decider.watch is not None:
             self.decider.watch.attach(model)
 
-    # -- the calls of an adapter, in order ---------------------------------------------------------------------------
+    # -- the calls of an adapter, in order -----------------------------------------------------------------------------
 
     def plan(self, *, batch_size: int, max_steps: int | None = None) -> None:
         """Say what a step takes; call it before the loader reads, so that it cannot read past the first boundary.
@@ -264,6 +264,68 @@ class MixtureController:
             self.measurement.check(model)
             self._rehearse(model)
             return self._resume(model, step) if self.resumed else self._begin_afresh(model, step)
+
+    def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
+        """Tell that optimizer step `step` (counted from 1) of `model` ended; return what a tracker should log.
+
+        There is something to log at a boundary, and where a mixer that regroups the corpus has the tasks evaluated;
+        else it returns None. If a measurement or a decision fails, nothing is raised and the weights stay. What
+        `Mixer.observe` raises at the first step is raised here.
+        """
+        self.dataset.pulse()
+        self._ahead.tell(step * self.batch_size, step)
+        self.decider.observe(step, self.batch_size)
+        logs: dict[str, float] = {}
+        with self._recorder.listening():
+            if self.sampler is not None and step % self.sampler.every == 0:
+                logs |= self.sampler.evaluate(model, step, self._samples_wanted())
+            if self.in_run is not None:
+                self.in_run.step_ended(step, self.batch_size)
+            if self.timetable.is_due(step):
+                logs |= self._decide(model, step)
+            if self.in_run is not None:
+                self._arm(self.in_run, model, step)
+        return logs or None
+
+    def saved(self, step: int) -> None:
+        """Tell that a training checkpoint of `step`, from which the run can resume, is on disk."""
+        if self.folder is not None:
+            self.folder.needed = _files_of(self._factors, None if self.in_run is None else self.in_run.state_dict())
+        if self.sampler is not None:
+            self.sampler.saved(step, self._samples_wanted())
+
+    def finish(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Measure the task losses of `model` once more and close the journal; return what a tracker should log.
+
+        `step`: optimizer steps done. Failures are logged, not raised.
+        """
+        self._look_away()
+        loss, error = None, None
+        seconds: dict[str, float] = {}
+        try:
+            with _timed(seconds, "measure"), self._recorder.listening():
+                loss = self.measurement.losses(model)
+        except Exception as failure:  # the trained model is about to be saved: nothing here is worth losing it
+            error = _words(failure)
+            logger.warning("the final task losses could not be measured: %s", error)
+        self.resumed = False  # what comes after is another run
+        end = min(step * self.batch_size, self.total)
+        message = self.why_over(step)
+        if message:
+            logger.warning("the run ends after step %d: %s", step, message)
+        return self._recorder.write(
+            self.folder,
+            "final",
+            step=step,
+            position=end,
+            loss=loss,
+            again=self._ahead.behind(end),
+            error=error,
+            message=message,
+            seconds=seconds,
+        )
+
+    # -- the beginning -------------------------------------------------------------------------------------------------
 
     def _rehearse(self, model: nn.Module) -> None:
         found = Evidence()
@@ -324,135 +386,22 @@ class MixtureController:
         self._ahead.look(step * self.batch_size, self.total)
         return self._decide(model, step) if self.timetable.is_due(step) else None
 
-    def step_ended(self, model: nn.Module, step: int) -> dict[str, float] | None:
-        """Tell that optimizer step `step` (counted from 1) of `model` ended; return what a tracker should log.
-
-        There is something to log at a boundary, and where a mixer that regroups the corpus has the tasks evaluated;
-        else it returns None. If a measurement or a decision fails, nothing is raised and the weights stay. What
-        `Mixer.observe` raises at the first step is raised here.
-        """
-        self.dataset.pulse()
-        self._ahead.tell(step * self.batch_size, step)
-        self.decider.observe(step, self.batch_size)
-        logs: dict[str, float] = {}
-        with self._recorder.listening():
-            if self.sampler is not None and step % self.sampler.every == 0:
-                logs |= self.sampler.evaluate(model, step, self._samples_wanted())
-            if self.in_run is not None:
-                self.in_run.step_ended(step, self.batch_size)
-            if self.timetable.is_due(step):
-                logs |= self._decide(model, step)
-            if self.in_run is not None:
-                self._arm(self.in_run, model, step)
-        return logs or None
-
-    def _arm(self, in_run: InRunInfluence, model: nn.Module, step: int) -> None:
-        """Open the window of an in-run influence, if it is time: it ends as the next stage is decided."""
-        stage, carried = self.dataset.schedule.num_stages, self.measurement.carried
-        begins = self.timetable.boundary - (in_run.options.window + 1) * self.batch_size
-        if self.folder is None or step * self.batch_size != begins or self.timetable.boundary >= self.total:
-            return
-        in_run.arm(model, self.folder, stage, self.keep, step, self._window_from(step))
-        if carried is not None:
-            self._factors = self.folder.save_factors(carried, stage, self.keep)
-
-    def _window_from(self, step: int) -> range:
-        """Positions from the end of a step to the end of the stage that is to be decided next."""
-        return range(step * self.batch_size, self.timetable.next_end)
-
-    def saved(self, step: int) -> None:
-        """Tell that a training checkpoint of `step`, from which the run can resume, is on disk."""
-        if self.folder is not None:
-            self.folder.needed = _files_of(self._factors, None if self.in_run is None else self.in_run.state_dict())
-        if self.sampler is not None:
-            self.sampler.saved(step, self._samples_wanted())
-
-    def _samples_wanted(self) -> bool:
-        """Whether the mixer will ask for scores at a boundary still ahead, or would if the run went on."""
-        weights = self.dataset.schedule.stages[-1].weights
-        return any(self.mixer.wants_samples(number, weights) for number in self.timetable.boundaries_ahead())
-
-    def finish(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Measure the task losses of `model` once more and close the journal; return what a tracker should log.
-
-        `step`: optimizer steps done. Failures are logged, not raised.
-        """
-        self._look_away()
-        loss, error = None, None
-        seconds: dict[str, float] = {}
-        try:
-            with _timed(seconds, "measure"), self._recorder.listening():
-                loss = self.measurement.losses(model)
-        except Exception as failure:  # the trained model is about to be saved: nothing here is worth losing it
-            error = _words(failure)
-            logger.warning("the final task losses could not be measured: %s", error)
-        self.resumed = False  # what comes after is another run
-        end = min(step * self.batch_size, self.total)
-        message = self.why_over(step)
-        if message:
-            logger.warning("the run ends after step %d: %s", step, message)
-        return self._recorder.write(
-            self.folder,
-            "final",
-            step=step,
-            position=end,
-            loss=loss,
-            again=self._ahead.behind(end),
-            error=error,
-            message=message,
-            seconds=seconds,
-        )
-
-    def _look_away(self) -> None:
-        """Forget what was seen of a step that nobody ended, as one that was interrupted in this process."""
-        if self.decider.watch is not None:
-            self.decider.watch.detach()
-        if self.in_run is not None:
-            self.in_run.close()
-
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, JSON-able: the dataset's stages and fingerprints, what a step is, what the mixer learnt."""
-        stages = self.dataset.schedule.generation, self.dataset.schedule.end
-        if self._dataset_state is None or self._dataset_state[0] != stages:
-            self._dataset_state = stages, _stages_of(self.dataset)  # asked for after every step
+    def _describe(self, model: nn.Module) -> dict[str, Any]:
         return {
-            **self.timetable.state_dict(),
-            "dataset": self._dataset_state[1],
-            "mixer": self.decider.state_dict(),
-            "curvature": self._factors,
-            "in_run": None if self.in_run is None else self.in_run.state_dict(),
-            "shrunk_to": self.measurement.shrunk_to,
+            "mixer": self.mixer.describe(),
+            **self.measurement.describe(),
+            "in_run": None if self.in_run is None else repr(self.in_run.options),
+            "stage_steps": self.stage_steps,
+            "max_stages": self.max_stages,
+            "batch_size": self.batch_size,
+            "samples": self.total,
+            "max_epochs": self.budget.max_epochs,
+            "peak_memory": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
+            "model": type(model).__name__,
+            "dataset": _stages_of(self.dataset),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state`; rows of the journal that were written after it are dropped, to be written again.
-
-        Raises:
-            ValueError: the state is of other data or of other stages, with what changed, or it is damaged.
-        """
-        self._look_away()
-        try:
-            self.timetable.check(state)
-            groups = self.folder.groups if self.folder is not None and self.folder.groups.is_dir() else None
-            self.dataset.load_state_dict(state["dataset"], views=groups)
-            self.decider.load_state_dict(state["mixer"])
-            self._factors, self._window, sequences = state["curvature"], state["in_run"], state["shrunk_to"]
-            needed = _files_of(self._factors, self._window)
-        except (KeyError, TypeError, AttributeError) as problem:
-            raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
-        if sequences is not None:
-            self.measurement.shrink(sequences)
-        if self.measurement.carried is not None and self.folder is not None:
-            self.measurement.carried.load(None if self._factors is None else self.folder.factors / self._factors)
-        self.timetable.load_state_dict(state)
-        self.resumed, self._dataset_state = True, None
-        if self.folder is not None:
-            self.folder.needed = needed
-            self.folder.rewind(self.dataset.schedule.num_stages)
-
-    # -- a boundary --------------------------------------------------------------------------------------------------
+    # -- a boundary ----------------------------------------------------------------------------------------------------
 
     def _decide(self, model: nn.Module, step: int) -> dict[str, float]:
         """Decide the coming stage, publish it, save what goes on from it and write its row."""
@@ -556,20 +505,73 @@ class MixtureController:
             raise ValueError("domains that enter a run are rows of others, and a MixtureStream has no rows")
         self.dataset.extend(proposal.groups, self.folder.groups)
 
-    def _describe(self, model: nn.Module) -> dict[str, Any]:
+    def _arm(self, in_run: InRunInfluence, model: nn.Module, step: int) -> None:
+        """Open the window of an in-run influence, if it is time: it ends as the next stage is decided."""
+        stage, carried = self.dataset.schedule.num_stages, self.measurement.carried
+        begins = self.timetable.boundary - (in_run.options.window + 1) * self.batch_size
+        if self.folder is None or step * self.batch_size != begins or self.timetable.boundary >= self.total:
+            return
+        in_run.arm(model, self.folder, stage, self.keep, step, self._window_from(step))
+        if carried is not None:
+            self._factors = self.folder.save_factors(carried, stage, self.keep)
+
+    def _window_from(self, step: int) -> range:
+        """Positions from the end of a step to the end of the stage that is to be decided next."""
+        return range(step * self.batch_size, self.timetable.next_end)
+
+    def _samples_wanted(self) -> bool:
+        """Whether the mixer will ask for scores at a boundary still ahead, or would if the run went on."""
+        weights = self.dataset.schedule.stages[-1].weights
+        return any(self.mixer.wants_samples(number, weights) for number in self.timetable.boundaries_ahead())
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, JSON-able: the dataset's stages and fingerprints, what a step is, what the mixer learnt."""
+        stages = self.dataset.schedule.generation, self.dataset.schedule.end
+        if self._dataset_state is None or self._dataset_state[0] != stages:
+            self._dataset_state = stages, _stages_of(self.dataset)  # asked for after every step
         return {
-            "mixer": self.mixer.describe(),
-            **self.measurement.describe(),
-            "in_run": None if self.in_run is None else repr(self.in_run.options),
-            "stage_steps": self.stage_steps,
-            "max_stages": self.max_stages,
-            "batch_size": self.batch_size,
-            "samples": self.total,
-            "max_epochs": self.budget.max_epochs,
-            "peak_memory": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
-            "model": type(model).__name__,
-            "dataset": _stages_of(self.dataset),
+            **self.timetable.state_dict(),
+            "dataset": self._dataset_state[1],
+            "mixer": self.decider.state_dict(),
+            "curvature": self._factors,
+            "in_run": None if self.in_run is None else self.in_run.state_dict(),
+            "shrunk_to": self.measurement.shrunk_to,
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from `state`; rows of the journal that were written after it are dropped, to be written again.
+
+        Raises:
+            ValueError: the state is of other data or of other stages, with what changed, or it is damaged.
+        """
+        self._look_away()
+        try:
+            self.timetable.check(state)
+            groups = self.folder.groups if self.folder is not None and self.folder.groups.is_dir() else None
+            self.dataset.load_state_dict(state["dataset"], views=groups)
+            self.decider.load_state_dict(state["mixer"])
+            self._factors, self._window, sequences = state["curvature"], state["in_run"], state["shrunk_to"]
+            needed = _files_of(self._factors, self._window)
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"this state is damaged: {type(problem).__name__}: {problem}") from problem
+        if sequences is not None:
+            self.measurement.shrink(sequences)
+        if self.measurement.carried is not None and self.folder is not None:
+            self.measurement.carried.load(None if self._factors is None else self.folder.factors / self._factors)
+        self.timetable.load_state_dict(state)
+        self.resumed, self._dataset_state = True, None
+        if self.folder is not None:
+            self.folder.needed = needed
+            self.folder.rewind(self.dataset.schedule.num_stages)
+
+    def _look_away(self) -> None:
+        """Forget what was seen of a step that nobody ended, as one that was interrupted in this process."""
+        if self.decider.watch is not None:
+            self.decider.watch.detach()
+        if self.in_run is not None:
+            self.in_run.close()
 
 
 def _stages_of(dataset: Mixture) -> dict[str, Any]:
