@@ -45,27 +45,69 @@ class Recorder:
         folder: RunFolder | None,
         kind: Literal["stage", "final"],
         *,
-        influence: Influence | None = None,
-        error: str | None = None,
+        step: int,
+        position: int,
+        loss: Losses | None,
         seconds: Mapping[str, float],
-        **found: Any,
+        influence: Influence | None = None,
+        proposal: Proposal | None = None,
+        prior: Mapping[str, float] | None = None,
+        error: str | None = None,
+        message: str = "",
+        again: Sequence[NewEpoch] = (),
     ) -> dict[str, float]:
-        """Write a row into the folder, if there is one; return what a tracker should log. Every rank calls it.
+        """Write the row of the last published stage, or the final one, into the folder, if there is one.
 
-        Args as in `make_row`.
+        Every rank calls it. `position`: samples trained on before it. Returns what a tracker should log.
         """
-        rows = list(self.measurement.sets if influence is None else influence.tasks)
-        guards = [name for name in rows if name in self.measurement.guards]
+        dataset, schedule, final = self.dataset, self.dataset.schedule, kind == "final"
+        tasks = list(self.measurement.sets if influence is None else influence.tasks)
         heard = dict.fromkeys(words for own in gathered(self._warnings) for words in own)
         self._warnings.clear()
-        found["warnings"] = [words for words in heard if not (error and words.endswith(error))]  # told once in a row
-        found |= {"influence": influence, "error": error, "seconds": seconds}
-        row = make_row(kind, self.dataset, rows, guards, self.mixer, **found)
+        drawn = dict(zip(dataset.domains, schedule.counts(position).tolist(), strict=True))
+        decided = proposal.decided_on if proposal else None
+        row = Row(
+            kind=kind,
+            stage=schedule.num_stages - 1,
+            step=step,
+            start=position,
+            end=None if final else schedule.end,
+            weights_before=None if prior is None else dict(prior),
+            weights=None if final else dict(schedule.stages[-1].weights),
+            tasks=tasks,
+            guards=[name for name in tasks if name in self.measurement.guards],
+            domains=list(dataset.domains),
+            influence=_plain(influence, "scores"),
+            standard_error=_plain(influence, "standard_error"),
+            task_loss=None if loss is None else dict(loss[0]),
+            task_loss_standard_error=None if loss is None else dict(loss[1]),
+            tokens={name: n * dataset.sequence_length for name, n in drawn.items()},
+            new_epochs=as_rows(again),
+            epochs={name: n / dataset.sizes[name] for name, n in drawn.items()},
+            predicted_gain=dict(proposal.predicted_gain) if proposal else None,
+            predicted_gain_standard_error=dict(proposal.predicted_gain_standard_error) if proposal else None,
+            multipliers=dict(proposal.multipliers) if proposal else None,
+            mixer=self.mixer,
+            solver=proposal.solver if proposal else None,
+            message=proposal.message if proposal else message,
+            error=error,
+            seconds={
+                "measure": seconds.get("measure", 0.0),
+                "propose": seconds.get("propose", 0.0),
+                "snapshot": seconds.get("snapshot", 0.0),
+            },
+            scored_tokens=_by_name(dataset.domains, _plain(influence, "scored_tokens")),
+            decided_influence=_plain(decided, "scores"),
+            decided_standard_error=_plain(decided, "standard_error"),
+            left_out=_by_name(tasks, _plain(influence, "left_out")),
+            left_out_bound=_plain(influence, "left_out_bound"),
+            warnings=[words for words in heard if not (error and words.endswith(error))],  # told once in a row
+        )
         if self._clock is not None:
             row["seconds"]["training"] = time.perf_counter() - self._clock - sum(seconds.values())
         if folder is not None:
             folder.append(row)
-        self._clock = None if kind == "final" else time.perf_counter()
+        self._clock = None if final else time.perf_counter()
         return log_keys(row)
 
 
@@ -74,69 +116,6 @@ def losses_of(influence: Influence) -> Losses | None:
     loss = _by_name(influence.tasks, _plain(influence, "task_loss"))
     error = _by_name(influence.tasks, _plain(influence, "task_loss_standard_error"))
     return None if loss is None or error is None else (loss, error)
-
-
-def make_row(
-    kind: Literal["stage", "final"],
-    dataset: Mixture,
-    tasks: list[str],
-    guards: list[str],
-    mixer: str,
-    *,
-    step: int,
-    position: int,
-    loss: Losses | None,
-    influence: Influence | None = None,
-    proposal: Proposal | None = None,
-    prior: Mapping[str, float] | None = None,
-    error: str | None = None,
-    message: str = "",
-    again: Sequence[NewEpoch] = (),
-    seconds: Mapping[str, float] | None = None,
-    warnings: Sequence[str] = (),
-) -> Row:
-    """Return the row of the last published stage, or the final one; `position`: samples trained on before it."""
-    schedule, final = dataset.schedule, kind == "final"
-    drawn = dict(zip(dataset.domains, schedule.counts(position).tolist(), strict=True))
-    decided = proposal.decided_on if proposal else None
-    seconds = seconds or {}
-    return Row(
-        kind=kind,
-        stage=schedule.num_stages - 1,
-        step=step,
-        start=position,
-        end=None if final else schedule.end,
-        weights_before=None if prior is None else dict(prior),
-        weights=None if final else dict(schedule.stages[-1].weights),
-        tasks=tasks,
-        guards=guards,
-        domains=list(dataset.domains),
-        influence=_plain(influence, "scores"),
-        standard_error=_plain(influence, "standard_error"),
-        task_loss=None if loss is None else dict(loss[0]),
-        task_loss_standard_error=None if loss is None else dict(loss[1]),
-        tokens={name: n * dataset.sequence_length for name, n in drawn.items()},
-        new_epochs=as_rows(again),
-        epochs={name: n / dataset.sizes[name] for name, n in drawn.items()},
-        predicted_gain=dict(proposal.predicted_gain) if proposal else None,
-        predicted_gain_standard_error=dict(proposal.predicted_gain_standard_error) if proposal else None,
-        multipliers=dict(proposal.multipliers) if proposal else None,
-        mixer=mixer,
-        solver=proposal.solver if proposal else None,
-        message=proposal.message if proposal else message,
-        error=error,
-        seconds={
-            "measure": seconds.get("measure", 0.0),
-            "propose": seconds.get("propose", 0.0),
-            "snapshot": seconds.get("snapshot", 0.0),
-        },
-        scored_tokens=_by_name(dataset.domains, _plain(influence, "scored_tokens")),
-        decided_influence=_plain(decided, "scores"),
-        decided_standard_error=_plain(decided, "standard_error"),
-        left_out=_by_name(tasks, _plain(influence, "left_out")),
-        left_out_bound=_plain(influence, "left_out_bound"),
-        warnings=list(warnings),
-    )
 
 
 def _plain(influence: Influence | None, name: str) -> Any:

@@ -7,7 +7,7 @@ from dynmix.journal import Journal
 from dynmix.mixers import Proposal
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.observation import Influence
-from dynmix.record import Recorder, log_keys, losses_of, make_row
+from dynmix.record import Recorder, log_keys, losses_of
 from dynmix.run_folder import RunFolder
 
 
@@ -21,12 +21,10 @@ def dataset():
 def test_a_row_is_what_the_journal_takes_and_log_keys_are_its_numbers(tmp_path):
     influence = Influence([[1.0, np.nan]], ["t"], ["a", "b"], [[0.5, np.inf]], [2.0], [0.1], scored_tokens=[2, 3])
     proposal = Proposal({"a": 0.25, "b": 0.75}, "dual", "why", {"t": 0.1}, {"t": 0.2})
-    row = make_row(
+    recorder = Recorder(dataset(), SimpleNamespace(sets={"t": []}, guards=()), "TiKMiXD")
+    recorder.write(
+        RunFolder(tmp_path),
         "stage",
-        dataset(),
-        ["t"],
-        [],
-        "TiKMiXD",
         step=9,
         position=100,
         loss=losses_of(influence),
@@ -35,9 +33,7 @@ def test_a_row_is_what_the_journal_takes_and_log_keys_are_its_numbers(tmp_path):
         prior={"a": 0.5, "b": 0.5},
         seconds={"measure": 1.5},
     )
-    journal = Journal(tmp_path / "journal.jsonl")
-    journal.append(row)
-    read = journal.rows()[0]
+    read = Journal(tmp_path / "journal.jsonl").rows()[0]
     assert (read["stage"], read["start"], read["end"], read["weights"]) == (1, 100, 200, {"a": 0.25, "b": 0.75})
     assert read["influence"] == [[1.0, None]]
     assert read["scored_tokens"] == {"a": 2.0, "b": 3.0}
