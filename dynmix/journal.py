@@ -6,13 +6,14 @@ no torch, no mixer, no framework.
 
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+
+from dynmix.whole_file import finite, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -110,19 +111,13 @@ class Journal:
         """Keep the rows of the first `stages` stages; drop later ones and the final row (on resuming)."""
         rows = self.rows()
         kept = [row for row in rows if row["kind"] == "stage" and row["stage"] < stages]
-        if len(kept) == len(rows):
-            return
-        beside = self.path.with_name(self.path.name + ".tmp")
-        with open(beside, "wb") as file:
-            file.writelines(map(_line, kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        if len(kept) < len(rows):
+            write_whole(self.path, b"".join(map(_line, kept)))
 
 
 def _line(row: Row) -> bytes:
     _check(row)
-    return json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
+    return json.dumps(finite(row), allow_nan=False).encode() + b"\n"
 
 
 def _check(row: Any) -> None:
@@ -138,15 +133,3 @@ def _check(row: Any) -> None:
     for key in ("influence", "standard_error", "decided_influence", "decided_standard_error"):
         if (found := row[key]) is not None and np.shape(found) != shape:
             raise ValueError(f"a journal row's {key!r} has shape {np.shape(found)}; tasks x domains is {shape}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,13 @@ def write_json(path: Path, value: Any, **options: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same dicts and lists with None in place of NaN and infinity, which JSON has no number for."""
-    if isinstance(value, dict):
+    """The same dicts and lists with None in place of NaN and infinity, which JSON has no number for.
+
+    Of numpy's arrays and numbers it makes lists and numbers.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
         return {str(key): finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
