@@ -75,7 +75,3 @@ class Linear(Ridge):
 
     def __init__(self, extra: Features | None = None) -> None:
         super().__init__(penalties=(0.0,), extra=extra)
-
-    def _fit(self, W: Array, L: Array) -> None:
-        self.penalties = (0.0,)
-        super()._fit(W, L)

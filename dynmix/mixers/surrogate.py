@@ -108,21 +108,7 @@ def lightgbm(count: int) -> Surrogate:
         verbose=-1,
         random_state=0,
     )
-    return _OnArrays(model)
-
-
-class _OnArrays:
-    """LightGBM on float64 arrays; trees do not care for the scale of the inputs, and y comes standardised."""
-
-    def __init__(self, model: Surrogate):
-        self._model = model
-
-    def fit(self, W: Array, y: Array) -> Self:
-        self._model.fit(W, y)
-        return self
-
-    def predict(self, W: Array) -> Array:
-        return self._model.predict(W)
+    return model
 
 
 @dataclass(frozen=True)
