@@ -239,7 +239,6 @@ class _Table:
             self.notes.append("weights sum to 100: read as per cent")
         for i, j in np.argwhere((W < 0) | np.isinf(W)):
             self.fail(f"a weight of {W[i, j]:g}: weights are shares of the training tokens, at least 0", i, names[j])
-        empty = 0
         for i in np.flatnonzero(np.abs(total - 1) > SUM_TOLERANCE + 1e-9):
             if np.isnan(W[i]).any():
                 j = int(np.argmax(np.isnan(W[i])))

@@ -244,7 +244,7 @@ class Plan:
         return {name: _tokens(batches) for name, batches in self.validation.items()}
 
 
-def new_model(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
+def new_model(config: PreTrainedConfig, checkpoint: Path | None = None) -> PreTrainedModel:
     """Return a causal LM, float32, with new parameters drawn from torch's random state, or those of a checkpoint.
 
     (The Trainer loads a checkpoint too, but not what is called otherwise in files than in the model, as experts are.)

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from dynmix.batches import Batch
+from dynmix.checkpoints import newest_checkpoint
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits
 from dynmix.proxies.plan import Plan, new_model
 from dynmix.snapshot import write_snapshot
@@ -78,8 +79,10 @@ def token_log_probabilities(model: nn.Module, batches: Sequence[Batch]) -> NDArr
 def _trained(plan: Plan, weights: Mapping[str, float], folder: Path) -> nn.Module:
     training = plan.training
     set_seed(training.seed)
-    newest = _newest(folder)
-    model = new_model(plan.model, newest)
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        logger.info("goes on from %s", checkpoint)
+    model = new_model(plan.model, checkpoint)
     every = -(-training.steps // CHECKPOINTS)
     trainer = Trainer(
         model,
@@ -102,23 +105,8 @@ def _trained(plan: Plan, weights: Mapping[str, float], folder: Path) -> nn.Modul
         ),
         train_dataset=training.dataset(plan.config["paths"], weights),
     )
-    trainer.train(resume_from_checkpoint=newest)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return model
-
-
-def _newest(folder: Path) -> str | None:
-    """Return the newest whole checkpoint; those that a kill left broken are removed."""
-    whole: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        try:
-            # The Trainer writes this file last.
-            whole[json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]] = path
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-    if not whole:
-        return None
-    logger.info("goes on from %s", whole[max(whole)])
-    return str(whole[max(whole)])
 
 
 def _write_array(file: Path, values: NDArray[np.float16]) -> None:

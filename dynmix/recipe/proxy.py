@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
 from dynmix.alone import alone
 from dynmix.callbacks import PeakCallback
+from dynmix.checkpoints import newest_checkpoint
 from dynmix.fit import FEWEST, fit_runs, write_fit
 from dynmix.groups import open_groups, write_groups
 from dynmix.laws.auto import default_laws
@@ -30,7 +31,6 @@ from dynmix.peaks import PeakSnapshots
 from dynmix.proxies.plan import Training
 from dynmix.proxies.run import run_proxies
 from dynmix.recipe.build import curvature, make_dataset, make_model, model_config, training_arguments
-from dynmix.recipe.checkpoints import newest_checkpoint
 from dynmix.recipe.names import RecipeError
 from dynmix.recipe.schema import AutoMixerProxy, MDEProxy, Recipe
 from dynmix.scoring import peak_sources, read_scores, score_corpus

@@ -42,6 +42,7 @@ from transformers import (
 
 from dynmix.alone import alone
 from dynmix.callbacks import MixtureCallback
+from dynmix.checkpoints import newest_checkpoint
 from dynmix.journal import Journal
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.prepare.manifest import describe_tokenizer
@@ -55,7 +56,6 @@ from dynmix.recipe.build import (
     model_config,
     training_arguments,
 )
-from dynmix.recipe.checkpoints import newest_checkpoint
 from dynmix.recipe.console import PrintStages, QuietProgress
 from dynmix.recipe.names import RecipeError
 from dynmix.recipe.read import differences, read_recipe, structured, to_plain, to_yaml

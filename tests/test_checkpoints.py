@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dynmix.recipe.checkpoints import broken, newest_checkpoint
+from dynmix.checkpoints import broken, newest_checkpoint
 
 
 @pytest.fixture
