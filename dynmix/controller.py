@@ -164,7 +164,7 @@ class MixtureController:
         self.sampler: Sampler | None = None
         if "samples" in self.decider.needs:
             self.sampler = Sampler(
-                self.decider.random_access(dataset),
+                self.decider.random_access(),
                 tasks,
                 self.measurement.sets,
                 self.mixer.sample_plan,

@@ -79,16 +79,14 @@ class Decider:
             self._check_stream(dataset)
         self.watch: TrainingLoss | None = None
         if self.needs & {"loss", "reference_loss"}:
-            self.watch = TrainingLoss(
-                self.random_access(dataset), reference if "reference_loss" in self.needs else None
-            )
+            self.watch = TrainingLoss(self.random_access(), reference if "reference_loss" in self.needs else None)
         self._observed = False
-        first = self._start(dataset)
+        first = self._start()
         if first is not None:
             dataset.begin(integer_cdf(normalized(first, dataset.domains)))
 
-    def _start(self, dataset: Mixture) -> Mapping[str, float] | None:
-        length, schedule = dataset.sequence_length, dataset.schedule
+    def _start(self) -> Mapping[str, float] | None:
+        dataset, length, schedule = self.dataset, self.dataset.sequence_length, self.dataset.schedule
         self._started = dataset.domains
         tokens = {name: size * length for name, size in dataset.sizes.items()}
         first = schedule.weights_at(schedule.starts[0])
@@ -99,14 +97,14 @@ class Decider:
         """Whether the mixer needs something that is measured on probes at a boundary."""
         return bool(self.needs & {"influence", "gradient", "measure"})
 
-    def random_access(self, dataset: Mixture) -> MixtureDataset:
+    def random_access(self) -> MixtureDataset:
         """Return the dataset, if rows of it can be looked up. Raises ValueError."""
-        if isinstance(dataset, MixtureStream):
+        if isinstance(self.dataset, MixtureStream):
             raise ValueError(
                 f"{self.name} needs {sorted(self.needs)}, for which samples are looked up again, and a MixtureStream "
                 "gives each of them once: write token stores (dynmix prepare) and pass a MixtureDataset"
             )
-        return dataset
+        return self.dataset
 
     def _check_stream(self, stream: MixtureStream) -> None:
         if not stream.sized:
@@ -246,7 +244,7 @@ class Decider:
         The dataset's own state is loaded first; if that has other domains than were listed, the mixer is told.
         """
         if self.dataset.domains != self._started or self.dataset.schedule.joined:
-            self._start(self.dataset)
+            self._start()
         if state["name"] == self.name:
             self.mixer.load_state_dict(state["state"])
         else:

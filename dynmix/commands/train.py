@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -67,7 +68,7 @@ def train(
         if dry_run:
             plan = make_plan(run)
             if is_rank_0():
-                print_json(plan.to_dict()) if json else print_plan(plan, Console())
+                print_json(asdict(plan)) if json else print_plan(plan, Console())
         elif not only_proxy:
             steps = runs.train(run, None if json else Console(stderr=True))
             journal = quote(str(run.folder / "dynmix"))

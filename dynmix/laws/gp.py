@@ -32,7 +32,7 @@ def process(X: Array, Y: Array, kernel: Any, kernel_runs: int) -> Any:
 
     with warnings.catch_warnings():  # a part that the data does not show ends at its bound, which is an answer
         warnings.simplefilter("ignore", ConvergenceWarning)
-        some = _some(len(X), kernel_runs)
+        some = evenly(len(X), kernel_runs)
         model = GaussianProcessRegressor(kernel, optimizer=_optimise).fit(X[some], Y[some])
         if len(some) < len(X):
             model = GaussianProcessRegressor(model.kernel_, optimizer=None).fit(X, Y)
@@ -46,7 +46,8 @@ def _optimise(objective: Any, start: Array, bounds: Array) -> tuple[Array, float
     return found.x, float(found.fun)
 
 
-def _some(n: int, most: int) -> NDArray[np.intp]:
+def evenly(n: int, most: int) -> NDArray[np.intp]:
+    """Return which of n runs to take where `most` are enough."""
     return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.intp)
 
 

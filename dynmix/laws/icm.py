@@ -1,10 +1,9 @@
 """A multi-task Gaussian process: the intrinsic coregionalisation model, which scikit-learn lacks. Knows arrays only."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dynmix.laws.base import Array, Features, Law, joined, of_unit_length, spread
-from dynmix.laws.gp import features
+from dynmix.laws.gp import evenly, features
 
 JITTER = 1e-8
 
@@ -47,8 +46,7 @@ class MultiTaskGP(Law):
         self._extra = of_unit_length(self.extra, W)
         Z, X = (L - self._middle) / self._scale, joined(features(W, "root"), W, self._extra)
         self._centre = X.mean(axis=0)
-        runs = max(3, self.kernel_cells // t)
-        some = np.arange(len(X)) if len(X) <= runs else np.linspace(0, len(X) - 1, runs).round().astype(np.intp)
+        some = evenly(len(X), max(3, self.kernel_cells // t))
         cells = _Cells(X[some] - self._centre, Z[some])
         if len(cells.z) < 3:
             cells = _Cells(X - self._centre, Z)
@@ -140,6 +138,6 @@ def _pack(A: Array, d: Array, noise: Array, kernel: Array) -> Array:
     return np.concatenate([A.ravel(), d, noise, kernel])
 
 
-def _unpack(u: Array, t: int, rank: int) -> tuple[Array, Array, Array, NDArray[np.float64]]:
+def _unpack(u: Array, t: int, rank: int) -> tuple[Array, Array, Array, Array]:
     A, d, noise, kernel = np.split(u, np.cumsum([t * rank, t, t]))
     return A.reshape(t, rank), d, noise, kernel

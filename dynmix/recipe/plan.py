@@ -3,7 +3,7 @@
 Knows the built objects and arithmetic; trains and measures nothing. The model is made without memory.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,10 +98,6 @@ class RunPlan:
     in_run: bool
     memory: dict[str, float]
     scoring: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def make_plan(run: RecipeRun) -> RunPlan:
