@@ -243,10 +243,9 @@ class Measurement:
         shares = self._curvature_shares(prior)
         domains, held_out = {}, {}
         for name in self.here:
-            i = self.dataset.domains.index(name)
             count, more = max(self.probe_sequences, shares[name]), self.held_out_sequences
-            domains[name] = self._probe_rows(i, name, count, start, window)
-            rows = self._probe_rows(i, name, count + more, start, window)
+            domains[name] = self._probe_rows(name, count, start, window)
+            rows = self._probe_rows(name, count + more, start, window)
             others = rows[~np.isin(rows, domains[name])]
             # Probes have priority: a domain too small for both is guarded by some of its probes, repeated if need be.
             held_out[name] = np.resize(others if len(others) >= more else rows, more)
@@ -363,10 +362,10 @@ class Measurement:
         sizes = [len(batch["input_ids"]) for batches in self.sets.values() for batch in batches]
         return max(self.micro_batch, *sizes)  # sets that were given as batches may have larger ones
 
-    def _probe_rows(self, number: int, domain: str, count: int, start: int, window: int) -> Ints:
+    def _probe_rows(self, domain: str, count: int, start: int, window: int) -> Ints:
         if isinstance(self.dataset, MixtureStream):
             return np.arange(min(count, self.dataset.probes(domain)))
-        return probe_rows(self.dataset.schedule, number, count, start, window)
+        return probe_rows(self.dataset.schedule, self.dataset.domains.index(domain), count, start, window)
 
     def _rows(self, held_out: Mapping[str, Ints]) -> dict[str, list[Batch]]:
         """Return the rows of the influence: tasks, and guards if the mixer needs them."""
@@ -383,13 +382,10 @@ class Measurement:
             return self.whole(group_influence(model, domains, sets, curvature, over_ranks=True, **options)), None
         found = scored_groups(model, domains, sets, curvature, over_ranks=True, **options)
         # A domain that is not here is never drawn, but has a weight, 0.
-        nothing, rows = np.zeros(1), np.zeros((1, len(found.influence.tasks)))
-        scores, tokens = (
-            {name: own.get(name, empty) for name in self.dataset.domains}
-            for own, empty in ((found.scores, rows), (found.tokens, nothing))
-        )
-        drawn = DrawnMixtures(scores, tokens, self.sample_sequences, seed)
-        return self.whole(found.influence), drawn
+        nothing, names = np.zeros((1, len(found.influence.tasks))), self.dataset.domains
+        scores = {name: found.scores.get(name, nothing) for name in names}
+        tokens = {name: found.tokens.get(name, np.zeros(1)) for name in names}
+        return self.whole(found.influence), DrawnMixtures(scores, tokens, self.sample_sequences, seed)
 
     @property
     def _strata(self) -> dict[str, int]:

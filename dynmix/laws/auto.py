@@ -103,12 +103,12 @@ class AutoLaw(Law):
         judges = np.where(known[:, None], np.nan, L)
         judged = np.array([_can_be_left_out(np.isfinite(y), fold) for y in judges.T])
         self.scores_, left_out = {}, {}
+        misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
         if not judged.any():
             chosen = ["power law" if "power law" in laws else next(iter(laws))]
             self.why_ = (
                 f"{chosen[0]}: no target has {FEWEST} different mixtures, too few to compare laws on left-out ones"
             )
-            misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
         else:
             count = int(fold.max()) + 1
             with tqdm(total=len(laws) * count, desc="comparing laws", unit="fit", leave=False, delay=2) as bar:
@@ -121,7 +121,6 @@ class AutoLaw(Law):
                 failures = "; ".join(f"{name}: {score.failure}" for name, score in self.scores_.items())
                 raise ValueError(f"no law could be fitted to every fold: {failures}")
             chosen, mean, own, self.why_ = self._choose(judges[:, judged], left_out)
-            misses, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
             misses[:, judged], std[:, judged] = L[:, judged] - mean, own
         if known.any():
             self.why_ += f"; not left out: {int(known.sum())} runs that laws with experts know without a fit"
