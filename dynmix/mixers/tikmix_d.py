@@ -197,19 +197,19 @@ class TiKMiXD(Mixer):
             raise ValueError(f"there is no task to optimise for, only guards: {list(influence.tasks)}")
         influence = of_sequences(influence, prior)
         posed = self._pose(influence, prior, upper, lower, present)
-        problem, note = posed.problem, posed.note
+        problem, inside, note, binding = posed.problem, posed.inside, posed.note, dict[str, float]()
         if problem is None:
-            return self._answer(influence, posed.wanted, posed.inside, "prior", f"prior {posed.kept}: {note}")
-        w, multipliers, solver = self._solve(problem)
-        message = f"objective {problem.objective(posed.inside):.4f} -> {problem.objective(w):.4f}{note}"
-        if np.array_equal(w, posed.inside):
-            message = (
-                f"weights {posed.kept}: no mixture does better and is no worse on any row, as sure as asked for{note}"
-            )
-        binding = self._binding(influence, posed, w, multipliers) if solver != "prior" else {}
-        if binding:
-            message += "; binding: " + ", ".join(binding)
-        return self._answer(influence, posed.wanted, w, solver, message, binding)
+            w, solver, message = inside, "prior", f"prior {posed.kept}: {note}"
+        else:
+            w, multipliers, solver = self._solve(problem)
+            message = f"objective {problem.objective(inside):.4f} -> {problem.objective(w):.4f}{note}"
+            if np.array_equal(w, inside):
+                why = "no mixture does better and is no worse on any row, as sure as asked for"
+                message = f"weights {posed.kept}: {why}{note}"
+            if solver != "prior" and (binding := self._binding(influence, problem, posed.widest, w, multipliers)):
+                message += "; binding: " + ", ".join(binding)
+        gain, error = predicted_gain(influence, w - posed.wanted)
+        return Proposal(dict(zip(influence.domains, w.tolist(), strict=True)), solver, message, gain, error, binding)
 
     def problem(
         self,
@@ -242,7 +242,7 @@ class TiKMiXD(Mixer):
             low, high = np.maximum(low, now - self.max_change), np.minimum(high, now + self.max_change)
             inside = inside if present is None else cap(wanted, high, low)
         if bad := influence.not_finite:
-            return _Posed(None, wanted, inside, f"influence not finite on {bad}")
+            return _Posed(None, wanted, inside, widest, f"influence not finite on {bad}")
         self._warn_of_flips(influence)
         S, weight = influence.scores, np.where(influence.optimised, 1.0, self.guard_weight)
         scale = np.abs(S).max(axis=1)
@@ -253,8 +253,11 @@ class TiKMiXD(Mixer):
         note = f"; weights kept, for want of a finite standard error: {', '.join(held)}" if held else ""
         moving = high > low
         if uninformed := [t for t, s, e in zip(influence.tasks, S, E, strict=True) if self._is_noise(s, e, moving)]:
-            why = f"the influence on {', '.join(uninformed)} cannot be told from its noise"
-            return _Posed(None, wanted, inside, f"{why} (more probe_sequences and task_sequences, or less confidence)")
+            why = (
+                f"the influence on {', '.join(uninformed)} cannot be told from its noise (more probe_sequences and "
+                "task_sequences, or less confidence)"
+            )
+            return _Posed(None, wanted, inside, widest, why)
         # Below Eq. 6's eps an influence does not count. The slack is of second order in eps: a row of ordinary scale
         # must hold up to rounding, and a row at eps must not decide the mixture for all others.
         slack = (EPS / np.maximum(scale, EPS)) ** 2 + self._guard_slack(influence)
@@ -275,20 +278,20 @@ class TiKMiXD(Mixer):
             cost=self.beta * weight * scale / np.abs(divisor),
             centre=wanted,
         )
-        if problem.violation(inside) == 0:
-            return _Posed(problem, wanted, inside, note, widest)
-        best, room = slackest(problem)
-        if room >= 0:
-            # No further from the prior than it takes: what noise may do to a move is counted from here.
-            missing, gained = problem.floor - C @ inside, C @ (best - inside)
-            short = missing > ROUNDING
-            way = (missing[short] / np.maximum(gained, missing)[short]).max(initial=0.0)
-            start = inside + way * (best - inside)
-            note += "; the bounds cut the prior: gains are counted from where that is made up for"
-            return _Posed(replace(problem, start=start, centre=start), wanted, inside, note, widest)
-        problem = replace(problem, floor=C @ inside - slack, centre=inside)
-        note += "; the bounds leave no mixture as good as the prior on every task"
-        return _Posed(problem, wanted, inside, note, widest)
+        if problem.violation(inside) > 0:
+            best, room = slackest(problem)
+            if room >= 0:
+                # No further from the prior than it takes: what noise may do to a move is counted from here.
+                missing, gained = problem.floor - C @ inside, C @ (best - inside)
+                short = missing > ROUNDING
+                way = (missing[short] / np.maximum(gained, missing)[short]).max(initial=0.0)
+                start = inside + way * (best - inside)
+                problem = replace(problem, start=start, centre=start)
+                note += "; the bounds cut the prior: gains are counted from where that is made up for"
+            else:
+                problem = replace(problem, floor=C @ inside - slack, centre=inside)
+                note += "; the bounds leave no mixture as good as the prior on every task"
+        return _Posed(problem, wanted, inside, widest, note)
 
     def _uncertainty(self, influence: Influence) -> Array:
         """Return the standard errors that count, float64[n_rows, n_domains]: 0 for guards, and without confidence."""
@@ -348,12 +351,12 @@ class TiKMiXD(Mixer):
         logger.warning("TiKMiX-D keeps the prior, because no solver answered: %s", "; ".join(failures))
         return problem.start, np.zeros(len(problem.C)), "prior"
 
-    def _binding(self, influence: Influence, posed: "_Posed", w: Array, multipliers: Array) -> dict[str, float]:
+    def _binding(
+        self, influence: Influence, p: Problem, widest: tuple[Array, Array], w: Array, multipliers: Array
+    ) -> dict[str, float]:
         """Return constraint -> multiplier of those that bind, under the user's name for each."""
-        p = posed.problem
-        assert p is not None
         found = {name: float(x) for name, x in zip(influence.tasks, multipliers, strict=True) if x > 1e-6}
-        low, high = posed.widest or (p.lower, p.upper)
+        low, high = widest
         for j, x in enumerate(p.bound_multipliers(w, multipliers).tolist()):
             if abs(x) > 1e-6 and p.upper[j] > p.lower[j]:  # else the weight is held for want of an error
                 own = p.upper[j] == high[j] if x > 0 else p.lower[j] == low[j]
@@ -370,25 +373,6 @@ class TiKMiXD(Mixer):
                 flipped,
             )
 
-    def _answer(
-        self,
-        influence: Influence,
-        prior: Array,
-        w: Array,
-        solver: str,
-        message: str,
-        multipliers: dict[str, float] | None = None,
-    ) -> Proposal:
-        gain, error = predicted_gain(influence, w - prior)
-        return Proposal(
-            weights=dict(zip(influence.domains, w.tolist(), strict=True)),
-            solver=solver,
-            message=message,
-            predicted_gain=gain,
-            predicted_gain_standard_error=error,
-            multipliers=multipliers or {},
-        )
-
 
 @dataclass(frozen=True)
 class _Posed:
@@ -396,15 +380,15 @@ class _Posed:
 
     Attributes:
         wanted, inside: the prior as given, and moved inside the bounds.
-        note: what the message is to say, or why there is no problem.
         widest: the bounds without `max_change`.
+        note: what the message is to say, or why there is no problem.
     """
 
     problem: Problem | None
     wanted: Array
     inside: Array
-    note: str = ""
-    widest: tuple[Array, Array] | None = None
+    widest: tuple[Array, Array]
+    note: str
 
     @property
     def kept(self) -> str:
