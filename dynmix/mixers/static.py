@@ -140,12 +140,12 @@ class Staged(_Planned):
     def __init__(self, stages: Sequence[Mapping[str, float]]):
         if isinstance(stages, Mapping) or not stages:
             raise ValueError("stages: a list of at least one mapping from domain to weight")
-        self._stages = [_mixture(stage, stages[0], f"stage {k}") for k, stage in enumerate(stages)]
-        self._mixtures = self._stages  # of all domains that the run has
+        self.stages = [_mixture(stage, stages[0], f"stage {k}") for k, stage in enumerate(stages)]
+        self._mixtures = self.stages  # of all domains that the run has
         self._done = 0
 
     def _plan(self, run: Run) -> dict[str, float]:
-        self._mixtures = [_given(stage, run, type(self).__name__) for stage in self._stages]
+        self._mixtures = [_given(stage, run, type(self).__name__) for stage in self.stages]
         self._done = 0
         return self._mixtures[0]
 
@@ -153,10 +153,8 @@ class Staged(_Planned):
         self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
     ) -> Proposal:
         """Return the next stage's weights inside `upper`. See `Mixer.propose`."""
-        stage = min(self._done + 1, len(self._stages) - 1)
-        proposal = Proposal(
-            within(self._mixtures[stage], upper), message=f"{stage + 1} of {len(self._stages)} mixtures"
-        )
+        stage = min(self._done + 1, len(self.stages) - 1)
+        proposal = Proposal(within(self._mixtures[stage], upper), message=f"{stage + 1} of {len(self.stages)} mixtures")
         self._done += 1
         return proposal
 
@@ -167,10 +165,6 @@ class Staged(_Planned):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self._done = int(state["done"])
-
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "Staged", "stages": [dict(stage) for stage in self._stages]}
 
 
 class Fixed(_Planned):
@@ -184,14 +178,10 @@ class Fixed(_Planned):
     """
 
     def __init__(self, weights: Mapping[str, float]):
-        self._given = _mixture(weights, weights, "weights")
+        self.weights = _mixture(weights, weights, "weights")
 
     def _plan(self, run: Run) -> dict[str, float]:
-        return _given(self._given, run, "Fixed")
-
-    def describe(self) -> dict[str, Any]:
-        """Return the configuration, JSON-able."""
-        return {"name": "Fixed", "weights": dict(self._given)}
+        return _given(self.weights, run, "Fixed")
 
 
 def _proportional(tokens: Mapping[str, int], exponent: float) -> dict[str, float]:
