@@ -7,7 +7,7 @@ the step: here a step of all targets is three numpy calls. Knows nothing of what
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -32,6 +32,31 @@ class Prior:
 
     mean: Array
     covariance: Array
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Where each target's floor is sought, from `bottom` to `bottom + height`; float64[n_targets] all.
+
+    Losses are above 0, and so is their floor; for a criterion that is not (a reward, say) it is sought within 4 spreads
+    below the least. `above`: how far the median loss is above the middle.
+    """
+
+    bottom: Array
+    height: Array
+    above: Array
+
+    @classmethod
+    def of(cls, L: Array) -> Self:
+        """Return it for L float64[n_runs, n_targets], NaN left out."""
+        top = np.nanmin(L, axis=0)
+        bottom = np.where(top > 0, 0.0, top - 4 * spread(L))
+        return cls(bottom, top - bottom, np.maximum(np.nanmedian(L, axis=0) - (bottom + 0.5 * (top - bottom)), 1e-12))
+
+    def at(self, logit: Array) -> tuple[Array, Array]:
+        """Return the floors, and their slopes by the logit [n_targets, 1] of where between the two they are."""
+        share, height = 0.5 * (1 + np.tanh(0.5 * logit)), self.height[:, None]
+        return self.bottom[:, None] + height * share, height * share * (1 - share)
 
 
 def fit_curve(curve: Curve, W: Array, L: Array, weight: Array, start: Array, mean: Array, precision: Array) -> Array:
@@ -76,7 +101,7 @@ def fit_curve(curve: Curve, W: Array, L: Array, weight: Array, start: Array, mea
 
 
 class CurveLaw(Law):
-    """A law that is a `Curve` with a prior; `_curve` and `_prior` say which.
+    """A law that is a `Curve` above a `Floor`, with a prior; `_curve` and `_prior` say which.
 
     Few runs cannot tell the noise from what the law misses, and a noise estimated too small lets it follow the noise:
     so the noise that weighs data against prior is `noise` times the target's standard deviation over its runs. Runs far
@@ -88,16 +113,16 @@ class CurveLaw(Law):
     freedom = 4.0
 
     @abstractmethod
-    def _curve(self) -> Curve:
-        """Return the curve; called after `_prior`."""
+    def _curve(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
+        """Return what a `Curve` does, with the floor that is in `_floor`."""
 
     @abstractmethod
-    def _prior(self, W: Array, L: Array) -> Prior:
-        """Return the prior, chosen with regard to W float64[n_runs, n_domains] and L [n_runs, n_targets] with NaN."""
+    def _prior(self, W: Array) -> Prior:
+        """Return the prior, chosen with regard to W float64[n_runs, n_domains] and the floor."""
 
     def _fit(self, W: Array, L: Array) -> None:
-        prior = self._prior(W, L)
-        curve = self._curve()
+        self._floor = Floor.of(L)
+        prior, curve = self._prior(W), self._curve
         known = np.isfinite(L.T)
         Y = np.where(known, L.T, 0.0)
         expected = (self.noise * spread(L)) ** 2
@@ -122,7 +147,7 @@ class CurveLaw(Law):
         self._observed = Observed.of(L)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        f, J = self._curve()(self.parameters_, W, slope=with_std)
+        f, J = self._curve(self.parameters_, W, slope=with_std)
         mean = self._observed.clip(f.T)
         if J is None:
             return mean, None

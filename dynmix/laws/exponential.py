@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from dynmix.laws.base import Array, spread
-from dynmix.laws.curve import Curve, CurveLaw, Prior
+from dynmix.laws.base import Array
+from dynmix.laws.curve import CurveLaw, Prior
 
 STEEPEST = 30.0  # |sum_j t_ij w_j|: the exponential stays finite at every step of the fit
 
@@ -24,35 +24,22 @@ class DML(CurveLaw):
         self.tau = tau
         self.noise = noise
 
-    def _curve(self) -> Curve:
-        return _ExponentialCurve(*self._floor)
-
-    def _prior(self, W: Array, L: Array) -> Prior:
-        k = W.shape[1]
-        top = np.nanmin(L, axis=0)
-        bottom = np.where(top > 0, 0.0, top - 4 * spread(L))
-        self._floor = bottom, top - bottom
-        mean = np.zeros((len(top), k + 1))
-        middle = np.maximum(np.nanmedian(L, axis=0) - (bottom + 0.5 * (top - bottom)), 1e-12)
-        mean[:, :k] = np.log(middle)[:, None]
+    def _prior(self, W: Array) -> Prior:
+        k, above = W.shape[1], self._floor.above
+        mean = np.zeros((len(above), k + 1))
+        mean[:, :k] = np.log(above)[:, None]
         covariance = np.eye(k + 1)
         covariance[:k, :k] = self.tau**2 * np.eye(k) + 1.0
         return Prior(mean, covariance)
 
-
-class _ExponentialCurve:
-    """u = t [k], logit of the floor between `bottom` and `bottom + height` [n_targets]."""
-
-    def __init__(self, bottom: Array, height: Array):
-        self._bottom, self._height = bottom, height
-
-    def __call__(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
-        share = 0.5 * (1 + np.tanh(0.5 * u[:, -1:]))
+    def _curve(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
+        """u = t [k], logit of the floor."""
+        floor, floor_slope = self._floor.at(u[:, -1:])
         above = np.exp(np.clip(u[:, :-1] @ W.T, -STEEPEST, STEEPEST))
-        f = self._bottom[:, None] + self._height[:, None] * share + above
+        f = floor + above
         if not slope:
             return f, None
         J = np.empty((*f.shape, u.shape[1]))
         J[:, :, :-1] = above[:, :, None] * W
-        J[:, :, -1] = self._height[:, None] * share * (1 - share)
+        J[:, :, -1] = floor_slope
         return f, J

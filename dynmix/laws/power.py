@@ -9,8 +9,8 @@ c + exp(-sum_j t_ij w_j) as alpha grows; with one a_ij above 0 it is BiMix's. Kn
 
 import numpy as np
 
-from dynmix.laws.base import Array, spread
-from dynmix.laws.curve import Curve, CurveLaw, Prior
+from dynmix.laws.base import Array
+from dynmix.laws.curve import CurveLaw, Prior
 
 SMALLEST = 1e-5  # added to every weight: 0^g has no derivative, and a weight of 0 in a table is often a rounded one
 
@@ -52,19 +52,11 @@ class PowerLaw(CurveLaw):
         self.tau_floor = tau_floor
         self.noise = noise
 
-    def _curve(self) -> Curve:
-        return _PowerCurve(*self._floor)
-
-    def _prior(self, W: Array, L: Array) -> Prior:
-        k = W.shape[1]
-        top = np.nanmin(L, axis=0)
-        # Losses are above 0; for a criterion that is not (a reward, say) the floor is sought within 4 spreads below.
-        bottom = np.where(top > 0, 0.0, top - 4 * spread(L))
-        self._floor = bottom, top - bottom
-        middle = np.maximum(np.nanmedian(L, axis=0) - (bottom + 0.5 * (top - bottom)), 1e-12)
+    def _prior(self, W: Array) -> Prior:
+        k, above = W.shape[1], self._floor.above
         worth = np.log(((W + SMALLEST) ** self.exponent).sum(axis=1).mean())
-        mean = np.zeros((len(top), 2 * k + 2))
-        mean[:, :k] = (-np.log(middle) / self.alpha - worth)[:, None]
+        mean = np.zeros((len(above), 2 * k + 2))
+        mean[:, :k] = (-np.log(above) / self.alpha - worth)[:, None]
         mean[:, k : 2 * k] = np.log(self.exponent)
         mean[:, 2 * k] = np.log(self.alpha)
         covariance = np.zeros((2 * k + 2, 2 * k + 2))
@@ -74,11 +66,34 @@ class PowerLaw(CurveLaw):
         covariance[2 * k, 2 * k], covariance[-1, -1] = self.tau_alpha**2, self.tau_floor**2
         return Prior(mean, covariance)
 
+    def _curve(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
+        """u = log a [k], log g [k], log alpha, logit of the floor."""
+        k = W.shape[1]
+        log_a, g, alpha = u[:, None, :k], np.exp(u[:, None, k : 2 * k]), np.exp(u[:, 2 * k, None])
+        floor, floor_slope = self._floor.at(u[:, 2 * k + 1, None])
+        log_w = np.log(W + SMALLEST)
+        log_terms = log_a + g * log_w
+        # log-sum-exp: with a small alpha the logarithms of a reach tens.
+        largest = log_terms.max(axis=2)
+        terms = np.exp(log_terms - largest[:, :, None])
+        total = terms.sum(axis=2)
+        log_total = largest + np.log(total)
+        with np.errstate(over="ignore"):  # a step too far is an infinite loss, and not taken
+            above = np.exp(-alpha * log_total)
+        f = floor + above
+        if not slope:
+            return f, None
+        J = np.empty((*f.shape, u.shape[1]))
+        J[:, :, :k] = (-alpha * above / total)[:, :, None] * terms
+        J[:, :, k : 2 * k] = J[:, :, :k] * log_w * g
+        J[:, :, 2 * k] = -alpha * log_total * above
+        J[:, :, 2 * k + 1] = floor_slope
+        return f, J
+
     @property
     def floor_(self) -> Array:
         """c_i, float64[n_targets], in L's unit."""
-        bottom, height = self._floor
-        return np.asarray(bottom + height / (1 + np.exp(-self.parameters_[:, -1])), dtype=np.float64)
+        return self._floor.at(self.parameters_[:, -1:])[0][:, 0]
 
     @property
     def alpha_(self) -> Array:
@@ -95,33 +110,3 @@ class PowerLaw(CurveLaw):
         """g_ij, float64[n_targets, n_domains]."""
         k = self.n_features_in_
         return np.asarray(np.exp(self.parameters_[:, k : 2 * k]), dtype=np.float64)
-
-
-class _PowerCurve:
-    """u = log a [k], log g [k], log alpha, logit of the floor between `bottom` and `bottom + height` [n_targets]."""
-
-    def __init__(self, bottom: Array, height: Array):
-        self._bottom, self._height = bottom, height
-
-    def __call__(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
-        k = W.shape[1]
-        log_a, g, alpha = u[:, None, :k], np.exp(u[:, None, k : 2 * k]), np.exp(u[:, 2 * k, None])
-        share = 0.5 * (1 + np.tanh(0.5 * u[:, 2 * k + 1, None]))
-        log_w = np.log(W + SMALLEST)
-        log_terms = log_a + g * log_w
-        # log-sum-exp: with a small alpha the logarithms of a reach tens.
-        largest = log_terms.max(axis=2)
-        terms = np.exp(log_terms - largest[:, :, None])
-        total = terms.sum(axis=2)
-        log_total = largest + np.log(total)
-        with np.errstate(over="ignore"):  # a step too far is an infinite loss, and not taken
-            above = np.exp(-alpha * log_total)
-        f = self._bottom[:, None] + self._height[:, None] * share + above
-        if not slope:
-            return f, None
-        J = np.empty((*f.shape, u.shape[1]))
-        J[:, :, :k] = (-alpha * above / total)[:, :, None] * terms
-        J[:, :, k : 2 * k] = J[:, :, :k] * log_w * g
-        J[:, :, 2 * k] = -alpha * log_total * above
-        J[:, :, 2 * k + 1] = self._height[:, None] * share * (1 - share)
-        return f, J
