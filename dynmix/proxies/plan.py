@@ -244,15 +244,17 @@ class Plan:
         return {name: _tokens(batches) for name, batches in self.validation.items()}
 
 
-def new_model(config: PreTrainedConfig, checkpoint: Path | None = None) -> PreTrainedModel:
-    """Return a causal LM, float32, with new parameters drawn from torch's random state, or those of a checkpoint.
+def new_model(config: PreTrainedConfig, checkpoint: str | Path | None = None, **options: Any) -> PreTrainedModel:
+    """Return a causal LM with new parameters drawn from torch's random state, or those of a checkpoint.
 
-    (The Trainer loads a checkpoint too, but not what is called otherwise in files than in the model, as experts are.)
+    (The Trainer loads a checkpoint too, but not what is called otherwise in files than in the model, as experts are:
+    that would stay as it was drawn.) It is float32, unless transformers' `options` say otherwise.
     """
+    options = {"dtype": torch.float32, **options}
     if checkpoint is not None:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, **options)
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
     return model
 

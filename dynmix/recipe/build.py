@@ -12,7 +12,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +28,7 @@ from dynmix.influence.layers import Layers
 from dynmix.mixers.registry import find_mixer, make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.proxies.plan import new_model
 from dynmix.recipe.names import RecipeError, check_arguments, check_names, in_a_line, named
 from dynmix.recipe.schema import Measurement, Model, Recipe
 
@@ -156,25 +156,19 @@ def make_model(model: Model, config: PreTrainedConfig, seed: int, checkpoint: Pa
         model: what the recipe says of it.
         config: of the model.
         seed: of its parameters.
-        checkpoint: of the Trainer, from which the run goes on. The Trainer loads it too, but not what is called
-            otherwise in files than in the model, as experts are: that would stay as it was drawn.
+        checkpoint: of the Trainer, from which the run goes on.
     """
     options: dict[str, Any] = {"dtype": _dtype(model)}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     set_seed(seed)
-    path: Any = model.path
+    path: str | Path | None = model.path
     if checkpoint is not None and any(checkpoint.glob("*.safetensors")):  # a sharded one may have its own format
         path = checkpoint
     try:
-        if path is None:
-            made = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
-        else:
-            made = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        return new_model(config, path, **options)
     except (OSError, ValueError, ImportError) as problem:
         raise RecipeError(f"model: {in_a_line(problem)[:500]}") from problem
-    assert isinstance(made, PreTrainedModel)
-    return made
 
 
 def make_dataset(
