@@ -407,7 +407,7 @@ class MixtureController:
         """Decide the coming stage, publish it, save what goes on from it and write its row."""
         schedule, stage = self.dataset.schedule, self.dataset.schedule.num_stages
         start, following = self.timetable.boundary, self.timetable.next_end
-        samples = min(following, self.total) - start
+        samples = min(following, self.total) - start  # of it, if the data lasts
         prior, upper = schedule.weights_at(start - 1), self.budget.upper(start, samples)
         seconds: dict[str, float] = {}
         found, error = _Measured(), None
@@ -428,6 +428,7 @@ class MixtureController:
             proposal, cdf = self._kept(prior, upper)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
         # Rank 0 decides: float sums may differ between machines, a mixture must not.
         cdf, proposal = from_rank_0((cdf, proposal))
         if proposal.groups:
@@ -465,18 +466,18 @@ class MixtureController:
             seconds=seconds,
         )
 
-    def _measure(self, model: nn.Module, step: int, stage: range, prior: Mapping[str, float], found: _Measured) -> None:
-        """Measure what the mixer needs to decide the stage at these positions, into `found`, which survives an error.
+    def _measure(self, model: nn.Module, step: int, ahead: range, prior: Mapping[str, float], found: _Measured) -> None:
+        """Measure what the mixer needs to decide the stage at positions `ahead`, into `found`, which survives an error.
 
         What measures the tasks also yields their losses; if nothing does, they are measured for the journal alone.
         """
-        needs, number = self.decider.needs, self.dataset.schedule.num_stages
+        needs, stage = self.decider.needs, self.dataset.schedule.num_stages
         found.probes = None if self.in_run is None else self.in_run.probes
         in_run = None if self.in_run is None else self.in_run.influence(model)
         if in_run is not None:
             found.influence, found.before = in_run
         elif self.decider.measures:
-            found.probes = self.measurement.probes(stage.start, len(stage), prior)
+            found.probes = self.measurement.probes(ahead.start, len(ahead), prior)
             if needs & {"influence", "measure"}:
                 found.influence, found.drawn = self.measurement.influence(model, found.probes, prior)
         if found.influence is not None:
@@ -485,12 +486,12 @@ class MixtureController:
             found.gradient = self.measurement.gradient(model, found.probes)
             found.influence = found.influence or found.gradient
             _check_finite(found.gradient)
-        if self.sampler is not None and self.mixer.wants_samples(number, prior):
-            scores = self.sampler.scores(model, step, (self.total - stage.start) * self.dataset.sequence_length)
+        if self.sampler is not None and self.mixer.wants_samples(stage, prior):
+            scores = self.sampler.scores(model, step, (self.total - ahead.start) * self.dataset.sequence_length)
             found.samples = replace(scores, max_epochs=self.budget.of_entering)
         if found.influence is not None and in_run is None:
             found.loss = losses_of(found.influence)
-        elif number % self.loss_every == 0:
+        elif stage % self.loss_every == 0:
             found.loss = self.measurement.losses(model)
 
     def _kept(self, prior: Mapping[str, float], upper: Mapping[str, float]) -> tuple[Proposal, np.ndarray]:
