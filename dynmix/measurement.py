@@ -111,7 +111,7 @@ class Measurement:
         check_curvature(curvature, "passes")
         if not isinstance(layers, Layers):
             Layers(layers)  # raises if it is not a regular expression
-        self.held: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
+        self.memory_options: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
         self.shrunk_to: int | None = None  # sequences per batch at most, once memory has run out
         self.curvature: Curvature = curvature
         self.carried: Carried | None = None  # what a curvature keeps from stage to stage
@@ -161,7 +161,7 @@ class Measurement:
             "probe_sequences": self.probe_sequences,
             "curvature_sequences": self.curvature_sequences,
             "micro_batch": self.micro_batch,
-            **self.held,
+            **self.memory_options,
             "sets": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.sets.items()},
             "guards": list(self.guards),
         }
@@ -216,7 +216,7 @@ class Measurement:
         sets = {name: [scored_sequence(batches, self._called(name))] for name, batches in self._rows({}).items()}
         if self.held_out_sequences:
             sets[HELD_OUT] = next(iter(domains.values()))
-        return self._measured(model, domains, sets, Identity(), 0, layers=self.layers)
+        return self._measured(model, domains, sets, Identity(), 0, layers=self.layers, over_ranks=True)
 
     @random_state_kept()
     def peak_memory(self, model: nn.Module) -> PeakMemory:
@@ -231,7 +231,7 @@ class Measurement:
             micro_batch=self._largest_batch,
             curvature=self.curvature,
             layers=self.layers,
-            **self.held,
+            **self.memory_options,
         )
 
     def losses(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
@@ -261,17 +261,16 @@ class Measurement:
 
         def measure() -> tuple[Influence, DrawnMixtures | None]:
             sets, (domains, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
-            options: dict[str, Any] = {"layers": self.layers, "strata": self._strata, **self.held}
-            options["curvature_batches"] = pooled
+            options = self._options | self.memory_options | {"curvature_batches": pooled}
             passes = self.curvature.passes * len(pooled)
-            with self._progress(passes, domains, sets, self.held["layer_groups"]) as tick:
+            with self._progress(passes, domains, sets, self.memory_options["layer_groups"]) as tick:
                 return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
 
         return self._within_memory(measure)
 
     def task_gradients(self, model: nn.Module, probes: Probes, prior: Mapping[str, float], folds: int) -> TaskGradients:
         """Return the preconditioned gradient of each row of the influence, with the curvature as in `influence`."""
-        options: dict[str, Any] = {"folds": folds, "layers": self.layers, "strata": self._strata, "over_ranks": True}
+        options = self._options | {"folds": folds}
 
         def measure() -> TaskGradients:
             sets, (_, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
@@ -317,12 +316,12 @@ class Measurement:
 
     def gradient(self, model: nn.Module, probes: Probes) -> Influence:
         """Return the products of the domains' gradients with those of the sets: an influence without a curvature."""
-        options: dict[str, Any] = {"layers": self.layers, "strata": self._strata, "over_ranks": True, **self.held}
+        options = self._options | self.memory_options
 
         def measure() -> Influence:
             sets = self._rows(probes.held_out)
             domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
-            with self._progress(0, domains, sets, self.held["layer_groups"]) as tick:
+            with self._progress(0, domains, sets, self.memory_options["layer_groups"]) as tick:
                 return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
 
         return self._within_memory(measure)
@@ -379,8 +378,8 @@ class Measurement:
         self, model: nn.Module, domains: Sets, sets: Sets, curvature: Curvature, seed: int, **options: Any
     ) -> tuple[Influence, DrawnMixtures | None]:
         if "measure" not in self.needs:
-            return self.whole(group_influence(model, domains, sets, curvature, over_ranks=True, **options)), None
-        found = scored_groups(model, domains, sets, curvature, over_ranks=True, **options)
+            return self.whole(group_influence(model, domains, sets, curvature, **options)), None
+        found = scored_groups(model, domains, sets, curvature, **options)
         # A domain that is not here is never drawn, but has a weight, 0.
         nothing, names = np.zeros((1, len(found.influence.tasks))), self.dataset.domains
         scores = {name: found.scores.get(name, nothing) for name in names}
@@ -388,8 +387,9 @@ class Measurement:
         return self.whole(found.influence), DrawnMixtures(scores, tokens, self.sample_sequences, seed)
 
     @property
-    def _strata(self) -> dict[str, int]:
-        return {HELD_OUT: self.held_out_sequences} if self.held_out_sequences else {}
+    def _options(self) -> dict[str, Any]:
+        strata = {HELD_OUT: self.held_out_sequences} if self.held_out_sequences else {}
+        return {"layers": self.layers, "strata": strata, "over_ranks": True}
 
     @contextmanager
     def _progress(self, passes: int, domains: Sets, sets: Sets, times: int = 1) -> Iterator[Callable[[], None]]:

@@ -122,7 +122,7 @@ def make_plan(run: RecipeRun) -> RunPlan:
         measured = length * measurement.curvature.passes * measurement.curvature_sequences + read
         if controller.in_run is None:
             measured += read + length * measurement.probe_sequences * len(dataset.domains)
-            measured *= measurement.held["layer_groups"]
+            measured *= measurement.memory_options["layer_groups"]
         else:
             beside = _in_run_flops(run, matrices)
     flops, boundaries = 6.0 * parameters * total * length, len(starts) - 1
@@ -201,12 +201,12 @@ def _memory(run: RecipeRun, model: Any) -> dict[str, float]:
     """Bytes at a boundary; before the window of an in-run influence."""
     controller = run.callback.controller
     measurement, in_run = controller.measurement, controller.in_run
-    held = dict(measurement.held) if in_run is None else {}
-    if held.get("offload") == "cpu" and run.arguments.device.type == "cpu":
-        held["offload"] = None
+    options = dict(measurement.memory_options) if in_run is None else {}
+    if options.get("offload") == "cpu" and run.arguments.device.type == "cpu":
+        options["offload"] = None
     peak = peak_memory(
         model, None, domains=len(run.dataset.domains), tasks=_rows(run), micro_batch=measurement.micro_batch,
-        curvature=measurement.curvature, layers=measurement.layers, **held,
+        curvature=measurement.curvature, layers=measurement.layers, **options,
     )  # fmt: skip
     gradients, rows = peak.gradients, _rows(run)
     if in_run is not None:

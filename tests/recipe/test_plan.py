@@ -102,7 +102,7 @@ def test_memory_is_of_the_parameters_and_of_the_measured_layers(recipe):
 def test_ways_to_take_less_memory_reach_the_measurement_and_its_price(recipe):
     whole = make_plan(build_run(recipe()))
     run = build_run(recipe("measurement={offload: disk, layer_groups: 2, rank: 1, probe_sequences: 6}"))
-    assert run.callback.controller.measurement.held == {"offload": "disk", "layer_groups": 2, "rank": 1}
+    assert run.callback.controller.measurement.memory_options == {"offload": "disk", "layer_groups": 2, "rank": 1}
     for less, name in (("layer_groups=4", "factors"), ("layer_groups=4", "gradients"), ("rank=1", "gradients")):
         plan = make_plan(build_run(recipe(f"measurement.{less}")))
         assert plan.memory[name] < whole.memory[name]
