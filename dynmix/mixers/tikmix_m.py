@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from dynmix.mixers.base import Mixer, Proposal
 from dynmix.mixers.candidates import around, into, spread
-from dynmix.mixers.problem import Array
+from dynmix.mixers.problem import Array, Problem
 from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.search import Pareto, Search, largest
 from dynmix.mixers.simplex import normalized
@@ -203,8 +203,15 @@ class TiKMiXM(Mixer):
         count = max(0, int((DESIGN if self.rounds else 1) * self.mixtures) - 2 - (not self.rounds))
         for w in spread(count, problem.lower, problem.upper, rng)[0]:
             target.add(w)
-        correlation = _correlation(target.W @ problem.A.sum(axis=0), target.y)
+        with np.errstate(invalid="ignore"):  # NaN where one of them is constant
+            correlation = float(np.corrcoef(target.W @ problem.A.sum(axis=0), target.y)[0, 1])
+        r2 = self._follow(target, w0, problem, constraint, rng)
+        return self._answer(influence, given, target, r2, correlation)
 
+    def _follow(
+        self, target: "_Target", w0: Array, problem: Problem, constraint: Pareto, rng: np.random.Generator
+    ) -> dict[Name, float]:
+        """Measure where the search looks, round by round; return the surrogates' R2 on the design."""
         names = NAMES if self.surrogate == "auto" else (self.surrogate,)
         design_r2: dict[Name, float] = {}
         kernel = None
@@ -221,7 +228,7 @@ class TiKMiXM(Mixer):
             for w in around(size - 1, middle, near * len(middle), problem.lower, problem.upper, rng):
                 target.add(w)
             target.add(middle, f"tikmix-m:{fitted.name}")
-        return self._answer(influence, given, target, design_r2, correlation)
+        return design_r2
 
     def _answer(
         self, influence: Influence, prior: Array, target: "_Target", r2: dict[Name, float], correlation: float
@@ -300,7 +307,3 @@ class _Target:
             self.labels[len(self._values)] = label
         self._mixtures.append(w)
         self._values.append(float(rows @ self._share))
-
-
-def _correlation(x: Array, y: Array) -> float:
-    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else float("nan")
