@@ -26,7 +26,7 @@ from dynmix.commands.score import score
 from dynmix.commands.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for each in (prepare, train, influence, propose, score, regroup, proxies, fit):
+for each in (prepare, train, influence, propose, score, regroup, proxies, fit, report, inspect):
     app.command()(each)
 
 
@@ -51,10 +51,6 @@ def main(
     if not log.hasHandlers():  # and none for all, which would print again what other libraries print themselves
         log.addHandler(RichHandler(console=Console(stderr=True), show_path=False))  # stdout is for what was asked for
         log.propagate = False  # nor do they print ours again, where one makes a handler for all
-
-
-app.command()(report)
-app.command()(inspect)
 
 
 @app.command()

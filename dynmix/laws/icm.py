@@ -24,8 +24,6 @@ class MultiTaskGP(Law):
         ValueError: what `Law.fit` refuses, or more known losses than `max_cells`.
     """
 
-    min_runs = 2
-
     def __init__(self, rank: int = 2, kernel_cells: int = 400, max_cells: int = 4000, extra: Features | None = None):
         self.rank = rank
         self.kernel_cells = kernel_cells

@@ -56,7 +56,8 @@ def train_run(out: Path, run: str, weights: Mapping[str, float]) -> None:
     losses = {name: -float(values.mean(dtype=np.float64)) for name, values in found.items()}
     if bad := [name for name, loss in losses.items() if not np.isfinite(loss)]:
         raise ValueError(f"its loss on {bad[0]} is {losses[bad[0]]}: it diverged; give a lower learning rate")
-    _write_array(folder / "log_probabilities.npy", np.concatenate([*found.values()]).astype(np.float16))
+    with whole_file(folder / "log_probabilities.npy") as beside, open(beside, "wb") as file:
+        np.save(file, np.concatenate([*found.values()]).astype(np.float16))
     facts = {"weights": dict(weights), "training": plan.config["training"]}
     write_snapshot(model, folder / "model", facts)
     write_json(folder / "result.json", {"weights": dict(weights), "losses": losses})
@@ -107,10 +108,3 @@ def _trained(plan: Plan, weights: Mapping[str, float], folder: Path) -> nn.Modul
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return model
-
-
-def _write_array(file: Path, values: NDArray[np.float16]) -> None:
-    with whole_file(file) as beside:
-        table = np.lib.format.open_memmap(beside, "w+", dtype=values.dtype, shape=values.shape)
-        table[:] = values
-        table.flush()
