@@ -5,7 +5,6 @@ Knows the files of a checkpoint; nothing of what is in them.
 
 import json
 import logging
-import re
 import zipfile
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     found: Path | None = None
     if is_rank_0():
-        numbered = {int(m[1]): path for path in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))}
+        numbered = {int(n): path for path in folder.glob("checkpoint-*") if (n := path.name[11:]).isdecimal()}
         for _, path in sorted(numbered.items()):
             if (why := broken(path)) is None:
                 found = path
@@ -55,6 +54,3 @@ def broken(checkpoint: Path) -> str | None:
         elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
             return f"{file.name} is cut short"
     return None
-
-
-_NAME = re.compile(r"checkpoint-(\d+)")
