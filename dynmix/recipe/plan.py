@@ -111,23 +111,11 @@ def make_plan(run: RecipeRun) -> RunPlan:
     total, stage = controller.total, recipe.stages.steps * batch
     length, parameters = dataset.sequence_length, sum(p.numel() for p in model.parameters())
     starts = range(0, total, stage)[: controller.max_stages]
-    measured, beside = 0, 0.0
-    measurement = controller.measurement
-    measures = controller.decider.measures
-    matrices = sum(layer.shape[0] * layer.shape[1] for layer in measurable_layers(model).values())
-    if measures:
-        sets = measurement.sets.values()
-        read = sum(int(each["input_ids"].numel()) for batches in sets for each in batches)
-        read += length * measurement.held_out_sequences * len(dataset.domains)
-        measured = length * measurement.curvature.passes * measurement.curvature_sequences + read
-        if controller.in_run is None:
-            measured += read + length * measurement.probe_sequences * len(dataset.domains)
-            measured *= measurement.memory_options["layer_groups"]
-        else:
-            beside = _in_run_flops(run, matrices)
-    flops, boundaries = 6.0 * parameters * total * length, len(starts) - 1
+    measurement, measures = controller.measurement, controller.decider.measures
+    measured = _measured_tokens(run) if measures else 0
     # A measurement takes the gradients of layers' outputs, and products with their inputs: no more than training does.
-    share = (6.0 * parameters * measured + beside) * boundaries / flops
+    of_boundary = 6.0 * parameters * measured + (_in_run_flops(run, model) if measures else 0.0)
+    flops = 6.0 * parameters * total * length
     size = torch.empty(0, dtype=getattr(torch, recipe.model.dtype)).element_size()
     return RunPlan(
         model=type(model).__name__,
@@ -149,7 +137,7 @@ def make_plan(run: RecipeRun) -> RunPlan:
         sets={name: sum(len(b["input_ids"]) for b in batches) for name, batches in measurement.sets.items()}
         | ({HELD_OUT: measurement.held_out_sequences * len(dataset.domains)} if measurement.held_out_sequences else {}),
         measurement_tokens=measured,
-        measurement_share=share,
+        measurement_share=of_boundary * (len(starts) - 1) / flops,
         in_run=controller.in_run is not None,
         memory={"training": 4.0 * size * parameters}
         | (_memory(run, model) if measures else {}),
@@ -185,11 +173,26 @@ def _domains(run: RecipeRun, total: int, first: int) -> dict[str, DomainPlan]:
     return found
 
 
-def _in_run_flops(run: RecipeRun, matrices: int) -> float:
+def _measured_tokens(run: RecipeRun) -> int:
+    """Tokens that a boundary takes through the model."""
+    controller, length, n_domains = run.callback.controller, run.dataset.sequence_length, len(run.dataset.domains)
+    measurement = controller.measurement
+    read = sum(int(each["input_ids"].numel()) for batches in measurement.sets.values() for each in batches)
+    read += length * measurement.held_out_sequences * n_domains
+    measured = length * measurement.curvature.passes * measurement.curvature_sequences + read
+    if controller.in_run is not None:
+        return measured
+    measured += read + length * measurement.probe_sequences * n_domains
+    return int(measured * measurement.memory_options["layer_groups"])
+
+
+def _in_run_flops(run: RecipeRun, model: Any) -> float:
     """FLOPs of a window: products of the training's gradients with those of the tasks, by micro-batch or sequence."""
     controller, arguments = run.callback.controller, run.arguments
-    assert controller.in_run is not None
+    if controller.in_run is None:
+        return 0.0
     options, batch = controller.in_run.options, run.recipe.batch_size
+    matrices = sum(layer.shape[0] * layer.shape[1] for layer in measurable_layers(model).values())
     products = 2.0 * matrices * options.folds * _rows(run)
     if options.every is None:
         return options.window * batch / arguments.per_device_train_batch_size * products
