@@ -148,11 +148,6 @@ class Measurement:
                 for name, source in sources.items()
             }
 
-    def shrink(self, sequences: int) -> None:
-        """Take at most so many sequences per batch from now on."""
-        self.shrunk_to, self.micro_batch = sequences, min(self.micro_batch, sequences)
-        self.sets = {name: split(batches, sequences) for name, batches in self.sets.items()}
-
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
         return {
@@ -165,6 +160,19 @@ class Measurement:
             "sets": {name: sum(len(b["input_ids"]) for b in batches) for name, batches in self.sets.items()},
             "guards": list(self.guards),
         }
+
+    @property
+    def here(self) -> list[str]:
+        """The domains that can be measured: all but those of a resumed state that this run does not list."""
+        gone = self.dataset.gone
+        return [name for name in self.dataset.domains if name not in gone]
+
+    def shrink(self, sequences: int) -> None:
+        """Take at most so many sequences per batch from now on."""
+        self.shrunk_to, self.micro_batch = sequences, min(self.micro_batch, sequences)
+        self.sets = {name: split(batches, sequences) for name, batches in self.sets.items()}
+
+    # -- when a run begins ---------------------------------------------------------------------------------------------
 
     @random_state_kept()  # a domain's items may draw from it, here as in what follows
     def check(self, model: nn.Module) -> None:
@@ -183,29 +191,6 @@ class Measurement:
                     f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
                     "model's own tokenizer"
                 )
-
-    def _called(self, name: str) -> str:
-        return f"{'guards' if name in self.guards else 'tasks'}[{name!r}]"
-
-    def _some_of_each(self) -> dict[str, Ints]:
-        """A few rows of each domain, evenly spread over those that a measurement may use."""
-        if isinstance(self.dataset, MixtureStream):
-            sizes = {name: self.dataset.probes(name) for name in self.dataset.domains}
-        else:
-            sizes = {name: self.dataset.sizes[name] for name in self.here}
-        few = max(1, min(_LOOKED_AT, _LOOKED_AT_IN_ALL // max(1, len(sizes))))
-        return {name: np.linspace(0, size - 1, min(size, few)).astype(np.int64) for name, size in sizes.items()}
-
-    @property
-    def here(self) -> list[str]:
-        """The domains that can be measured: all but those of a resumed state that this run does not list."""
-        gone = self.dataset.gone
-        return [name for name in self.dataset.domains if name not in gone]
-
-    def _scored(self, domain: str, rows: Ints) -> Batch:
-        """The first sequence among these rows of a domain that has a token to score."""
-        looked_at = f"domains[{domain!r}], of which {len(rows)} sequences were looked at"
-        return scored_sequence((self._batches(domain, row[None])[0] for row in rows), looked_at)
 
     @random_state_kept()
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
@@ -234,9 +219,24 @@ class Measurement:
             **self.memory_options,
         )
 
-    def losses(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-        """Return task or guard -> loss in nats per token, and -> its standard error."""
-        return self._within_memory(lambda: task_losses(model, self.sets, over_ranks=True))
+    def _called(self, name: str) -> str:
+        return f"{'guards' if name in self.guards else 'tasks'}[{name!r}]"
+
+    def _some_of_each(self) -> dict[str, Ints]:
+        """A few rows of each domain, evenly spread over those that a measurement may use."""
+        if isinstance(self.dataset, MixtureStream):
+            sizes = {name: self.dataset.probes(name) for name in self.dataset.domains}
+        else:
+            sizes = {name: self.dataset.sizes[name] for name in self.here}
+        few = max(1, min(_LOOKED_AT, _LOOKED_AT_IN_ALL // max(1, len(sizes))))
+        return {name: np.linspace(0, size - 1, min(size, few)).astype(np.int64) for name, size in sizes.items()}
+
+    def _scored(self, domain: str, rows: Ints) -> Batch:
+        """The first sequence among these rows of a domain that has a token to score."""
+        looked_at = f"domains[{domain!r}], of which {len(rows)} sequences were looked at"
+        return scored_sequence((self._batches(domain, row[None])[0] for row in rows), looked_at)
+
+    # -- at a boundary -------------------------------------------------------------------------------------------------
 
     def probes(self, start: int, window: int, prior: Mapping[str, float]) -> Probes:
         """Return rows of each domain that the `window` samples from `start` on do not train on, if it has any."""
@@ -267,6 +267,36 @@ class Measurement:
                 return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
 
         return self._within_memory(measure)
+
+    def gradient(self, model: nn.Module, probes: Probes) -> Influence:
+        """Return the products of the domains' gradients with those of the sets: an influence without a curvature."""
+        options = self._options | self.memory_options
+
+        def measure() -> Influence:
+            sets = self._rows(probes.held_out)
+            domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
+            with self._progress(0, domains, sets, self.memory_options["layer_groups"]) as tick:
+                return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
+
+        return self._within_memory(measure)
+
+    def losses(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+        """Return task or guard -> loss in nats per token, and -> its standard error."""
+        return self._within_memory(lambda: task_losses(model, self.sets, over_ranks=True))
+
+    def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
+        """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""
+        if isinstance(self.dataset, MixtureStream):
+            return  # it kept its probes aside, or said that it could not
+        for name, rows in probes.domains.items():
+            if n := repeated(self.dataset.schedule, self.dataset.domains.index(name), rows, start, stop):
+                logger.warning(
+                    "%d of the %d probe sequences of domain %r are trained on within the next stage: it has only %d "
+                    "sequences; shorten the stage or bound the domain with max_epochs",
+                    n, len(rows), name, self.dataset.sizes[name],
+                )  # fmt: skip
+
+    # -- for an in-run influence ---------------------------------------------------------------------------------------
 
     def task_gradients(self, model: nn.Module, probes: Probes, prior: Mapping[str, float], folds: int) -> TaskGradients:
         """Return the preconditioned gradient of each row of the influence, with the curvature as in `influence`."""
@@ -300,10 +330,8 @@ class Measurement:
         influence = replace(influence, guards=guards) if guards else influence
         if len(here := self.here) == len(self.dataset.domains):
             return influence
-        measured, columns = (
-            [names.index(name) for name in here] for names in (influence.domains, self.dataset.domains)
-        )
-
+        measured = [influence.domains.index(name) for name in here]
+        columns = [self.dataset.domains.index(name) for name in here]
         by_domain: dict[str, Any] = {}
         for key in ("scores", "standard_error", "left_out_bound"):
             if (values := getattr(influence, key)) is not None:
@@ -314,57 +342,7 @@ class Measurement:
             by_domain["scored_tokens"][columns] = scored[measured]
         return replace(influence, domains=self.dataset.domains, **by_domain)
 
-    def gradient(self, model: nn.Module, probes: Probes) -> Influence:
-        """Return the products of the domains' gradients with those of the sets: an influence without a curvature."""
-        options = self._options | self.memory_options
-
-        def measure() -> Influence:
-            sets = self._rows(probes.held_out)
-            domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
-            with self._progress(0, domains, sets, self.memory_options["layer_groups"]) as tick:
-                return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
-
-        return self._within_memory(measure)
-
-    def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
-        """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""
-        if isinstance(self.dataset, MixtureStream):
-            return  # it kept its probes aside, or said that it could not
-        for name, rows in probes.domains.items():
-            if n := repeated(self.dataset.schedule, self.dataset.domains.index(name), rows, start, stop):
-                logger.warning(
-                    "%d of the %d probe sequences of domain %r are trained on within the next stage: it has only %d "
-                    "sequences; shorten the stage or bound the domain with max_epochs",
-                    n, len(rows), name, self.dataset.sizes[name],
-                )  # fmt: skip
-
-    @random_state_kept()
-    def _within_memory(self, measure: Callable[[], T]) -> T:
-        carried = self.carried
-        before = None if carried is None else (carried.fitted, carried.used)
-
-        def from_the_start() -> T:
-            if carried is not None and before is not None:
-                carried.fitted, carried.used = before
-            return measure()
-
-        return within_memory(from_the_start, self._halve)
-
-    def _halve(self) -> int | None:
-        if (largest := self._largest_batch) == 1:
-            return None
-        self.shrink(largest // 2)
-        return largest // 2
-
-    @property
-    def _largest_batch(self) -> int:
-        sizes = [len(batch["input_ids"]) for batches in self.sets.values() for batch in batches]
-        return max(self.micro_batch, *sizes)  # sets that were given as batches may have larger ones
-
-    def _probe_rows(self, domain: str, count: int, start: int, window: int) -> Ints:
-        if isinstance(self.dataset, MixtureStream):
-            return np.arange(min(count, self.dataset.probes(domain)))
-        return probe_rows(self.dataset.schedule, self.dataset.domains.index(domain), count, start, window)
+    # -- what they share -----------------------------------------------------------------------------------------------
 
     def _rows(self, held_out: Mapping[str, Ints]) -> dict[str, list[Batch]]:
         """Return the rows of the influence: tasks, and guards if the mixer needs them."""
@@ -391,19 +369,6 @@ class Measurement:
         strata = {HELD_OUT: self.held_out_sequences} if self.held_out_sequences else {}
         return {"layers": self.layers, "strata": strata, "over_ranks": True}
 
-    @contextmanager
-    def _progress(self, passes: int, domains: Sets, sets: Sets, times: int = 1) -> Iterator[Callable[[], None]]:
-        batches = times * (passes + sum(map(len, domains.values())) + 2 * sum(map(len, sets.values())))
-        ranks = Ranks(shared=True)
-        share, hidden = -(-batches // ranks.size), ranks.rank > 0
-        with tqdm(total=share, desc="measuring", unit="batch", leave=False, delay=2, disable=hidden) as bar:
-
-            def tick() -> None:
-                self.dataset.pulse()
-                bar.update()
-
-            yield tick
-
     def _batches_of(self, probes: Probes, prior: Mapping[str, float]) -> tuple[dict[str, list[Batch]], list[Batch]]:
         """Each domain's batches, and those of all of them that the curvature is fitted on."""
         shares, domains, pooled = self._curvature_shares(prior), dict[str, list[Batch]](), list[Batch]()
@@ -420,8 +385,49 @@ class Measurement:
         ends = np.rint(np.cumsum(list(prior.values())) * self.curvature_sequences).astype(int)
         return dict(zip(prior, np.diff(ends, prepend=0).tolist(), strict=True))
 
+    def _probe_rows(self, domain: str, count: int, start: int, window: int) -> Ints:
+        if isinstance(self.dataset, MixtureStream):
+            return np.arange(min(count, self.dataset.probes(domain)))
+        return probe_rows(self.dataset.schedule, self.dataset.domains.index(domain), count, start, window)
+
     def _batches(self, domain: str, rows: Ints) -> list[Batch]:
         return self._collated([self.dataset.sequence(domain, int(row)) for row in rows])
 
     def _collated(self, items: list[dict[str, Any]]) -> list[Batch]:
         return [collate(items[i : i + self.micro_batch]) for i in range(0, len(items), self.micro_batch)]
+
+    @contextmanager
+    def _progress(self, passes: int, domains: Sets, sets: Sets, times: int = 1) -> Iterator[Callable[[], None]]:
+        batches = times * (passes + sum(map(len, domains.values())) + 2 * sum(map(len, sets.values())))
+        ranks = Ranks(shared=True)
+        share, hidden = -(-batches // ranks.size), ranks.rank > 0
+        with tqdm(total=share, desc="measuring", unit="batch", leave=False, delay=2, disable=hidden) as bar:
+
+            def tick() -> None:
+                self.dataset.pulse()
+                bar.update()
+
+            yield tick
+
+    @random_state_kept()
+    def _within_memory(self, measure: Callable[[], T]) -> T:
+        carried = self.carried
+        before = None if carried is None else (carried.fitted, carried.used)
+
+        def from_the_start() -> T:
+            if carried is not None and before is not None:
+                carried.fitted, carried.used = before
+            return measure()
+
+        return within_memory(from_the_start, self._halve)
+
+    def _halve(self) -> int | None:
+        if (largest := self._largest_batch) == 1:
+            return None
+        self.shrink(largest // 2)
+        return largest // 2
+
+    @property
+    def _largest_batch(self) -> int:
+        sizes = [len(batch["input_ids"]) for batches in self.sets.values() for batch in batches]
+        return max(self.micro_batch, *sizes)  # sets that were given as batches may have larger ones
