@@ -174,9 +174,7 @@ class AutoLaw(Law):
         np.fill_diagonal(self.correlation_, 1)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        mean, std = _average(
-            [_with_std(law, W) if with_std else (law._predict(W, False)[0], None) for law in self.laws_.values()]
-        )
+        mean, std = _average([law._predict(W, with_std) for law in self.laws_.values()])
         if not with_std:
             return mean, None
         return mean, np.maximum(np.where(np.isfinite(std), std, self._fallback) * self._factor, self._least)
@@ -222,12 +220,12 @@ def _cross_validate(
     for out in _splits(fold):
         # A target with too few runs in the other folds has no left-out prediction here.
         own = np.isfinite(L[~out]).sum(axis=0) >= law.min_runs
-        rows = np.flatnonzero(out)
         if not own.any():
             continue
+        cells = np.ix_(out, own)
         try:
-            fitted = clone(law).fit(W[~out], L[~out][:, own])
-            mean[np.ix_(rows, own)], std[np.ix_(rows, own)] = _with_std(fitted, W[out])
+            mean[cells], deviation = clone(law).fit(W[~out], L[~out][:, own])._predict(W[out], True)
+            std[cells] = np.nan if deviation is None else deviation
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as failure:
             return _failed(time.perf_counter() - start, str(failure)), None
         tick()
@@ -241,11 +239,6 @@ def _cross_validate(
 
 def _failed(seconds: float, why: str) -> Score:
     return Score(np.nan, np.nan, np.nan, np.nan, seconds, why)
-
-
-def _with_std(law: Law, W: Array) -> tuple[Array, Array]:
-    mean, std = law._predict(W, True)
-    return mean, np.full(mean.shape, np.nan) if std is None else std
 
 
 def _average(predictions: Sequence[tuple[Array, Array | None]]) -> tuple[Array, Array]:
