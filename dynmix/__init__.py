@@ -53,39 +53,31 @@ __all__ = [
     "sample_influence",
 ]
 
-_HOME = {
-    "AdamDiagonal": "dynmix.influence.curvature",
-    "AutoMixer": "dynmix.mixers.automixer",
-    "DataInf": "dynmix.influence.curvature",
-    "DocumentView": "dynmix.mixture.view",
-    "EKFAC": "dynmix.influence.curvature",
-    "FlatTokens": "dynmix.mixture.flat",
-    "GaussNewton": "dynmix.influence.curvature",
-    "Identity": "dynmix.influence.curvature",
-    "InRun": "dynmix.in_run",
-    "Influence": "dynmix.observation",
-    "KFAC": "dynmix.influence.curvature",
-    "Layers": "dynmix.influence.layers",
-    "Mixer": "dynmix.mixers",
-    "MixtureController": "dynmix.controller",
-    "MixtureDataset": "dynmix.mixture.dataset",
-    "MixtureSchedule": "dynmix.mixture.schedule",
-    "MixtureStream": "dynmix.mixture.stream",
-    "Proposal": "dynmix.mixers",
-    "RowView": "dynmix.mixture.view",
-    "Static": "dynmix.mixers",
-    "Task": "dynmix.tasks",
-    "TiKMiXD": "dynmix.mixers",
-    "TiKMiXM": "dynmix.mixers.tikmix_m",
-    "TokenStore": "dynmix.mixture.store",
-    "group_influence": "dynmix.influence.group",
-    "open_groups": "dynmix.groups",
-    "sample_influence": "dynmix.influence.sample",
+_NAMES = {
+    "controller": ["MixtureController"],
+    "groups": ["open_groups"],
+    "in_run": ["InRun"],
+    "influence.curvature": ["EKFAC", "KFAC", "AdamDiagonal", "DataInf", "GaussNewton", "Identity"],
+    "influence.group": ["group_influence"],
+    "influence.layers": ["Layers"],
+    "influence.sample": ["sample_influence"],
+    "mixers": ["Mixer", "Proposal", "Static", "TiKMiXD"],
+    "mixers.automixer": ["AutoMixer"],
+    "mixers.tikmix_m": ["TiKMiXM"],
+    "mixture.dataset": ["MixtureDataset"],
+    "mixture.flat": ["FlatTokens"],
+    "mixture.schedule": ["MixtureSchedule"],
+    "mixture.store": ["TokenStore"],
+    "mixture.stream": ["MixtureStream"],
+    "mixture.view": ["DocumentView", "RowView"],
+    "observation": ["Influence"],
+    "tasks": ["Task"],
 }
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: torch takes seconds, and neither a mixer nor the report needs it.
-    if name not in _HOME:
-        raise AttributeError(f"module 'dynmix' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"dynmix.{module}"), name)
+    raise AttributeError(f"module 'dynmix' has no attribute {name!r}")

@@ -54,34 +54,27 @@ __all__ = [
     "solve",
 ]
 
-_HOME = {
-    "AutoLaw": "auto",
-    "BestMixture": "optimise",
-    "BiMix": "bimix",
-    "DML": "exponential",
-    "Experts": "experts",
-    "GP": "gp",
-    "Law": "base",
-    "LightGBM": "trees",
-    "Linear": "linear",
-    "MDE": "mde",
-    "MDEFeatures": "mde",
-    "MultiTaskGP": "icm",
-    "PowerLaw": "power",
-    "PowerLawGP": "gp",
-    "Ridge": "linear",
-    "Solution": "mde",
-    "WithExperts": "mde",
-    "best_mixture": "optimise",
-    "criterion_weights": "criteria",
-    "laws_with_experts": "mde",
-    "sample_mixtures": "sampling",
-    "solve": "mde",
+_NAMES = {
+    "auto": ["AutoLaw"],
+    "base": ["Law"],
+    "bimix": ["BiMix"],
+    "criteria": ["criterion_weights"],
+    "experts": ["Experts"],
+    "exponential": ["DML"],
+    "gp": ["GP", "PowerLawGP"],
+    "icm": ["MultiTaskGP"],
+    "linear": ["Linear", "Ridge"],
+    "mde": ["MDE", "MDEFeatures", "Solution", "WithExperts", "laws_with_experts", "solve"],
+    "optimise": ["BestMixture", "best_mixture"],
+    "power": ["PowerLaw"],
+    "sampling": ["sample_mixtures"],
+    "trees": ["LightGBM"],
 }
 
 
 def __getattr__(name: str) -> Any:
     # When they are asked for: scikit-learn takes a second to import.
-    if name in _HOME:
-        return getattr(import_module(f"dynmix.laws.{_HOME[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"dynmix.laws.{module}"), name)
     raise AttributeError(f"module 'dynmix.laws' has no attribute {name!r}")
