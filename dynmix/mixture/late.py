@@ -10,7 +10,7 @@ Knows files, views and rows; nothing of stages or of when a domain joins.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -22,9 +22,6 @@ from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.sequences import Ints, Rows, Sequences, content_hash
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
-
-Opener: TypeAlias = Callable[[Mapping[str, Any], int], dict[str, Sequences]]
-"""Makes rows, of a length, of what domains were given as, by name."""
 
 _DATA = (Mapping, str, os.PathLike, Documents)  # of which a pair is data that stands end to end, and no view
 
@@ -138,7 +135,7 @@ def rows_of(
     domain: JoinedDomain,
     parts: Sequence[Sequences],
     listed: Mapping[str, Sequences],
-    open_domains: Opener,
+    open_domains: Callable[[Mapping[str, Any], int], dict[str, Sequences]],
     length: int,
     drawn: Mapping[str, float] | None = None,
 ) -> Sequences:

@@ -34,8 +34,6 @@ _VERSIONS = (
 # Of storage options: they say who asks, and not where a file is.
 _CREDENTIALS = re.compile("key|secret|token|pass|credential|anon|auth|cookie|sas", re.IGNORECASE)
 
-Choose = Callable[[list[str], str], list[str]]
-
 
 def is_remote(path: str) -> bool:
     """Whether a path has a protocol that is not the local one; with `::` in it, one that is not here."""
@@ -64,7 +62,7 @@ def one_at_a_time(folder: Path, key: str) -> Iterator[None]:
 
 def download(
     url: str,
-    choose: Choose,
+    choose: Callable[[list[str], str], list[str]],
     cache_dir: str | os.PathLike[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> list[Path]:
