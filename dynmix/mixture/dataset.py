@@ -165,7 +165,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._contents: dict[str, str] = {}  # hashes of the listed domains
         self._late: dict[str, Sequences] = {}  # of the domains that joined, by the hash of their content
         self._tables: Tables | None = None  # of the first domains, when they are first needed
-        self._masked = bool(boundaries or ignore_token_ids) or any(is_padded(rows) for rows in self._first)
+        self._masked = bool(boundaries or self.options.ignore_token_ids) or any(is_padded(rows) for rows in self._first)
         named = {f"domain {name!r}": rows for name, rows in self._listed.items()}
         self.sequence_length = common_length(named, sequence_length)
         sizes = {name: len(rows) for name, rows in self._listed.items()}

@@ -51,13 +51,10 @@ class SequenceOptions(NamedTuple):
             )
         if isinstance(ignore_token_ids, str) or not hasattr(ignore_token_ids, "__iter__"):
             raise ValueError(f"ignore_token_ids={ignore_token_ids!r}: give a list of token ids")
-        given = {"bos_token_id": [bos_token_id], "pad_token_id": [pad_token_id], "ignore_token_ids": ignore_token_ids}
-        ids = {name: [None if token is None else whole(name, token) for token in given[name]] for name in given}
-        for name, tokens in ids.items():
-            if bad := [token for token in tokens if token is not None and token < 0]:
-                raise ValueError(f"{name} has {bad[0]}: token ids are not negative")
-        ignored = tuple(whole("ignore_token_ids", token) for token in ignore_token_ids)
-        return cls(packing, boundaries, ids["bos_token_id"][0], ids["pad_token_id"][0], ignored, is_default)
+        bos = None if bos_token_id is None else _token_id("bos_token_id", bos_token_id)
+        pad = None if pad_token_id is None else _token_id("pad_token_id", pad_token_id)
+        ignored = tuple(_token_id("ignore_token_ids", token) for token in ignore_token_ids)
+        return cls(packing, boundaries, bos, pad, ignored, is_default)
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -91,6 +88,12 @@ def whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name}={value!r}: give a whole number, an int") from None
+
+
+def _token_id(name: str, value: Any) -> int:
+    if (token := whole(name, value)) < 0:
+        raise ValueError(f"{name} has {token}: token ids are not negative")
+    return token
 
 
 def _added_bos(tokenizer: "Tokenizer") -> int | None:

@@ -262,9 +262,11 @@ def test_labels_of_padding_that_is_in_the_data_are_masked() -> None:
     by_mask = MixtureDataset({"a": rows}, num_samples=8)
     labels = {tuple(one["input_ids"].tolist()): one["labels"].tolist() for one in map(by_mask.__getitem__, range(8))}
     assert labels == {(5, 6, 2, 0): [5, 6, 2, -100], (7, 2, 8, 9): [7, 2, 8, 9]}
-    by_id = MixtureDataset({"a": rows}, num_samples=8, ignore_token_ids=[0, 2])
-    labels = {tuple(one["input_ids"].tolist()): one["labels"].tolist() for one in map(by_id.__getitem__, range(8))}
-    assert labels == {(5, 6, 2, 0): [5, 6, -100, -100], (7, 2, 8, 9): [7, -100, 8, 9]}
+    given: list[Any] = [[0, 2], np.array([0, 2]), iter([0, 2])]
+    for ignored in given:
+        by_id = MixtureDataset({"a": rows}, num_samples=8, ignore_token_ids=ignored)
+        labels = {tuple(one["input_ids"].tolist()): one["labels"].tolist() for one in map(by_id.__getitem__, range(8))}
+        assert labels == {(5, 6, 2, 0): [5, 6, -100, -100], (7, 2, 8, 9): [7, -100, 8, 9]}
     damaged = [{"input_ids": [5, 6], "attention_mask": [1]}]
     with pytest.raises(ValueError, match=r"attention_mask of item 0 of domain 'a' has shape \(1,\)"):
         MixtureDataset({"a": damaged}, num_samples=1)[0]
