@@ -106,13 +106,15 @@ class WithExperts(Law):
             raise ValueError(f'corners={self.corners!r}: "auto", True or False is needed')
         if W.shape[1] != len(self.experts.names):
             raise ValueError(f"W has {W.shape[1]} domains, there are {len(self.experts.names)} experts: one a domain")
-        if isinstance(self.law, MultiTaskGP) if self.corners == "auto" else self.corners:
+        corners = isinstance(self.law, MultiTaskGP) if self.corners == "auto" else self.corners
+        alone = _corners(W)
+        if corners:
             _check_columns(W, L, self.experts)
             # `dynmix proxies` has the experts in its table of runs: twice they would count as two runs.
-            missing = ~(W[_corners(W)] > 0.5).any(axis=0)  # the rest of a corner may be all but 0
+            missing = ~(W[alone] > 0.5).any(axis=0)  # the rest of a corner may be all but 0
             W, L = np.vstack([W, np.eye(W.shape[1])[missing]]), np.vstack([L, self.experts.corners[missing]])
-        elif (np.isfinite(L[mixed := ~_corners(W)]).sum(axis=0) >= W.shape[1]).all():
-            W, L = W[mixed], L[mixed]  # fewer would leave the weights' own part open
+        elif (np.isfinite(L[~alone]).sum(axis=0) >= W.shape[1]).all():
+            W, L = W[~alone], L[~alone]  # fewer would leave the weights' own part open
         self.seen_ = np.ones(W.shape[1], dtype=bool)  # an expert is a run of its domain
         self.law_ = clone(self.law).set_params(extra=MDEFeatures(self.experts)).fit(W, L)
 
