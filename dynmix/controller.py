@@ -136,11 +136,11 @@ class MixtureController:
                 "itself and not what wraps it"
             )
         self.timetable = Timetable(dataset, stage_steps, max_stages)
-        keep, loss_every = whole("keep", keep), whole("loss_every", loss_every)
-        if keep < 0:
-            raise ValueError(f"keep={keep}: at least 0 snapshots")
-        if loss_every < 1:
-            raise ValueError(f"loss_every={loss_every}: at least every stage, 1")
+        self.keep, self.loss_every = whole("keep", keep), whole("loss_every", loss_every)
+        if self.keep < 0:
+            raise ValueError(f"keep={self.keep}: at least 0 snapshots")
+        if self.loss_every < 1:
+            raise ValueError(f"loss_every={self.loss_every}: at least every stage, 1")
         self.decider = Decider(mixer, dataset, reference)
         self.measurement = Measurement(
             dataset,
@@ -175,7 +175,6 @@ class MixtureController:
                 micro_batch=micro_batch,
             )
         self.dataset, self.stage_steps, self.max_stages = dataset, stage_steps, max_stages
-        self.keep, self.loss_every = keep, loss_every
         self.budget = EpochBudget(dataset, max_epochs)
         if isinstance(dataset, MixtureDataset):
             dataset.controlled = True
