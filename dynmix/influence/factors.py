@@ -10,7 +10,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -90,31 +90,23 @@ class FittedFactors(LayerByLayer):
         return f.restored(f.rotated(matrix) * inverse)
 
     def to(self, device: torch.device) -> FittedFactors:
-        """The same there; what layers share stays shared."""
-        moved: dict[int, Tensor] = {}
-
-        def there(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or tensor.device == device:
-                return tensor
-            return moved.setdefault(id(tensor), tensor.to(device))
-
-        factors = {layer: Factors(**{k: there(x) for k, x in vars(f).items()}) for layer, f in self.factors.items()}  # type: ignore[arg-type]
-        return FittedFactors(factors, self.damping, self.tokens_per_sequence)
+        """The same there."""
+        return self._moved(lambda tensor: tensor.to(device))
 
     def kept(self, offload: Offload) -> FittedFactors:
         """The same where they are to live, and without what only a later fit would need."""
-        there: dict[int, Tensor] = {}
+        factors = {k: replace(f, A=f.Lambda.new_zeros(0), S=f.Lambda.new_zeros(0)) for k, f in self.factors.items()}
+        return replace(self, factors=factors)._moved(lambda tensor: moved(offload, tensor))
 
-        def put(tensor: Tensor | None) -> Tensor | None:
-            if tensor is not None and id(tensor) not in there:
-                there[id(tensor)] = moved(offload, tensor)
-            return None if tensor is None else there[id(tensor)]
-
-        factors = {}
-        for layer, f in self.factors.items():
-            empty, Lambda = f.Lambda.new_zeros(0), moved(offload, f.Lambda)
-            factors[layer] = Factors(empty, empty, Lambda, put(f.QA), put(f.QS))
-        return FittedFactors(factors, self.damping, self.tokens_per_sequence)
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> FittedFactors:
+        """With every tensor moved once: what layers share stays shared."""
+        tensors = {id(tensor): tensor for f in self.factors.values() for tensor in vars(f).values()}
+        there = {key: None if tensor is None else move(tensor) for key, tensor in tensors.items()}
+        factors = {
+            layer: Factors(**{part: there[id(tensor)] for part, tensor in vars(f).items()})  # type: ignore[arg-type]
+            for layer, f in self.factors.items()
+        }
+        return replace(self, factors=factors)
 
     @property
     def finite(self) -> bool:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -69,9 +70,8 @@ class GaussNewton:
             raise ValueError("GaussNewton needs a model in one piece, not a sharded one")
         if capture.tied:
             raise ValueError(f"GaussNewton sees no layers with one weight: leave out {', '.join(capture.tied)}")
-        for batch in batches:  # the first one settles which layers are measured
-            capture.run(batch, lambda *_: None)
-            break
+        for batch in islice(batches, 1):  # settles which layers are measured
+            capture.rerun(batch)
         bare = FittedGaussNewton(capture, batches, 0.0, self.tolerance, self.iterations)
         generator = torch.Generator().manual_seed(self.seed)
         signs = {
@@ -125,17 +125,17 @@ class FittedGaussNewton:
         for logits, scored, parameters in self._logits():
             tokens += int(scored.sum())
             p = logits.detach().softmax(-1)
-            names = list(parameters)
+            leaves = list(parameters.values())
             signal = torch.zeros_like(logits, requires_grad=True)
-            pulled = torch.autograd.grad(logits, list(parameters.values()), signal, create_graph=True)
+            pulled = torch.autograd.grad(logits, leaves, signal, create_graph=True)
             for number in range(len(next(iter(vectors.values())))):
                 tangents = self._tangents({layer: x[number] for layer, x in vectors.items()})
                 pushed = torch.autograd.grad(
                     pulled, signal, [tangents[name].to(t) for name, t in parameters.items()], retain_graph=True
                 )[0]
                 bent = (p * (pushed - (p * pushed).sum(-1, keepdim=True))) * scored[..., None]
-                back = torch.autograd.grad(logits, list(parameters.values()), bent, retain_graph=True)
-                found = dict(zip(names, back, strict=True))
+                back = torch.autograd.grad(logits, leaves, bent, retain_graph=True)
+                found = dict(zip(parameters, back, strict=True))
                 for layer, x in total.items():
                     x[number] += self._matrix(layer, found)
         return {layer: x / tokens + self.damping * vectors[layer] for layer, x in total.items()}

@@ -5,6 +5,7 @@ Knows tensors and files; nothing of what is in them.
 
 from __future__ import annotations
 
+import math
 import mmap
 import tempfile
 import weakref
@@ -31,9 +32,7 @@ def zeros(offload: Offload, shape: Sequence[int], dtype: torch.dtype, device: to
     """Zeros of a layer of that device, where they are to live."""
     if offload != "disk" or not all(shape):
         return torch.zeros(*shape, dtype=dtype, device="cpu" if offload else device)
-    size = torch.empty((), dtype=dtype).element_size()
-    for n in shape:
-        size *= n
+    size = math.prod(shape) * dtype.itemsize
     with tempfile.TemporaryFile(prefix="dynmix-") as file:  # has no name: its space is freed with the mapping
         file.truncate(size)
         pages = mmap.mmap(file.fileno(), size)
