@@ -36,7 +36,7 @@ from dynmix.influence.gauss_newton import GaussNewton
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
-from dynmix.influence.sets import ProbeSet, complete, end, ratio_of_sums
+from dynmix.influence.sets import ProbeSet, end, mean_gradients, ratio_of_sums
 from dynmix.influence.storage import Offload, check_offload, let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
@@ -243,11 +243,8 @@ class _Measured:
             inverse = inverse.kept(capture.offload)
 
         towards = self._towards(inverse)
-        turns, some = Turns(capture.ranks, capture.rerun), None if keep_scores else self.how.error_sequences
-        for index, domain in enumerate(self.domains):
-            rows = slice(index, index + 1)
-            domain.sum_up(capture, turns, sums.gradients, rows, len(self.domains), towards, sums.met[index], some)
-        gradients = complete(self.domains, turns, capture, sums.gradients)
+        some = None if keep_scores else self.how.error_sequences
+        gradients = mean_gradients(self.domains, capture, sums=sums, towards=towards, varied=some)
         self.left_out.meet(gradients)
         self.scores = _products(towards, gradients, capture)
 
@@ -280,11 +277,7 @@ class _Measured:
         return joined(found, self.how.offload)
 
     def _preconditioned(self, tasks: list[ProbeSet], inverse: InverseCurvature) -> dict[str, Tensor]:
-        capture, towards = self.capture, dict[str, Tensor]()
-        turns = Turns(capture.ranks, capture.rerun)
-        for index, task in enumerate(tasks):
-            task.sum_up(capture, turns, towards, slice(2 * index, 2 * index + 2), 2 * len(tasks))
-        towards = complete(tasks, turns, capture, towards)
+        towards = mean_gradients(tasks, self.capture, draws=True)
         self._precondition(inverse, towards)
         return towards
 

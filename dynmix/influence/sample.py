@@ -27,10 +27,9 @@ from dynmix.influence.capture import (
     unwrap,
 )
 from dynmix.influence.datainf import DataInf
-from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.layers import plain_name
-from dynmix.influence.sets import ProbeSet, Products, complete
+from dynmix.influence.sets import ProbeSet, Products, mean_gradients
 from dynmix.observation import Array
 
 _CURVATURE_BATCHES = 32
@@ -140,7 +139,7 @@ class SampleScorer:
         self._capture = Capture(model, layers=replace(Layers.of(chosen), embeddings=True), loss=loss, tick=tick)
         with isolated(self._capture.model):
             inverse = curvature.fit(self._capture, curvature_batches)
-            self._towards = _task_gradients(self._capture, tasks)
+            self._towards = mean_gradients([ProbeSet("task", *task) for task in tasks.items()], self._capture)
             inverse.precondition_all(self._towards)
 
     @property
@@ -219,12 +218,3 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
 
 def _inside(layer: str, name: str) -> bool:
     return layer == name or layer.startswith(f"{name}.")
-
-
-def _task_gradients(capture: Capture, tasks: Mapping[str, Batches]) -> dict[str, Tensor]:
-    """Per layer the tasks' gradients of the mean loss per token, [n_tasks, out, in]."""
-    gradients, turns = dict[str, Tensor](), Turns(capture.ranks, capture.rerun)
-    sets = [ProbeSet("task", name, batches) for name, batches in tasks.items()]
-    for number, task in enumerate(sets):
-        task.sum_up(capture, turns, gradients, slice(number, number + 1), len(sets))
-    return complete(sets, turns, capture, gradients)

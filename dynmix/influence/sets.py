@@ -19,6 +19,7 @@ from dynmix.influence.gradients import gradients_of
 from dynmix.influence.low_rank import Held
 from dynmix.influence.probes import picked
 from dynmix.influence.storage import let_go, on
+from dynmix.influence.sums import Sums
 from dynmix.observation import Array
 
 logger = logging.getLogger(__name__)
@@ -56,17 +57,16 @@ class ProbeSet:
         gradients: dict[str, Tensor],
         rows: slice,
         n_rows: int,
-        towards: Mapping[str, Held] | None = None,
-        met: Mapping[int, tuple[Tensor, Tensor]] | None = None,
-        varied: int | None = None,
+        towards: Mapping[str, Held] | None,
+        met: Mapping[int, tuple[Tensor, Tensor]],
+        varied: int | None,
     ) -> None:
         """Add this rank's part of the loss's gradient to `gradients`, layer -> [n_rows, out, in], at the first row.
 
         In a second row, if there is one, goes the same sum with the signs of the sequences alternating. Sequences'
         gradients meet `towards` [n, out, in] in passing, those of batches enough for `varied` sequences, None: all. Of
-        the batches in `met` losses and tokens are given, and their gradients have been added. See `complete`.
+        the batches in `met` losses and tokens are given, and their gradients have been added.
         """
-        met = met or {}
         self._rows = rows
         self.found = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
         chosen = None if varied is None else _spread_batches(self.batches, met, varied)
@@ -154,12 +154,26 @@ class ProbeSet:
         return scaled
 
 
-def complete(
-    sets: Sequence[ProbeSet], turns: Turns, capture: Capture, gradients: dict[str, Tensor]
+def mean_gradients(
+    sets: Sequence[ProbeSet],
+    capture: Capture,
+    *,
+    draws: bool = False,
+    sums: Sums | None = None,
+    towards: Mapping[str, Held] | None = None,
+    varied: int | None = None,
 ) -> dict[str, Tensor]:
-    """End a pass of `ProbeSet.sum_up` over the sets: each takes what all ranks found; the gradients of mean losses."""
+    """Read all sets, or what `sums` has not met of them: each one's gradient of its mean loss, layer -> [n, out, in].
+
+    With `draws` each is followed by a draw of the noise in it. `towards` and `varied` as in `ProbeSet.sum_up`.
+    """
+    turns, each = Turns(capture.ranks, capture.rerun), 2 if draws else 1
+    sums = Sums([()] * len(sets), capture.stored) if sums is None else sums
+    for index, own in enumerate(sets):
+        rows = slice(each * index, each * (index + 1))
+        own.sum_up(capture, turns, sums.gradients, rows, each * len(sets), towards, sums.met[index], varied)
     end(sets, turns)
-    gradients = capture.ranks.sum("gradients", gradients, capture.device)
+    gradients = capture.ranks.sum("gradients", sums.gradients, capture.device)
     for own in sets:
         own.normalise(gradients)
     return gradients
