@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynmix.influence.capture import next_token_labels
+from dynmix.influence.probes import spread_rows
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 
@@ -62,7 +63,7 @@ def as_batches(
                 f"{sequence_length}; give more text"
             )
         if sequences is not None and len(source) > sequences:
-            source = [source[row] for row in _spread(len(source), sequences)]
+            source = [source[row] for row in spread_rows(len(source), sequences)]
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         # A torch Dataset has __getitem__ and __len__, and no __iter__.
         if isinstance(source, Mapping) or not hasattr(source, "__getitem__"):
@@ -87,7 +88,7 @@ def as_batches(
             raise ValueError(f"{name}: item {number} has input_ids of shape {tuple(ids.shape)}: 1-D or 2-D, not empty")
     if sequences is not None and len(examples) > sequences:
         logger.info("%s: %d of its %d sequences are used, evenly spread", name, sequences, len(examples))
-        examples = [examples[i] for i in _spread(len(examples), sequences)]
+        examples = [examples[i] for i in spread_rows(len(examples), sequences)]
     batches += [collate(examples[i : i + micro_batch]) for i in range(0, len(examples), micro_batch)]
     if not batches:
         raise ValueError(f"{name}: it is empty; give at least one sequence")
@@ -147,7 +148,3 @@ def scored_sequence(batches: Iterable[Batch], name: str) -> Batch:
             row = int(scored[0])
             return {key: value[row : row + 1] for key, value in batch.items()}
     raise ValueError(f"{name}: no sequence has a token to score: every label is -100, masked or first of its sequence")
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return [i * total // count for i in range(count)]

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dynmix.batches import Batch, collate
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits, unwrap
+from dynmix.influence.probes import spread_rows
 from dynmix.influence.sets import ratio_of_sums
 from dynmix.scores import Metric
 from dynmix.task_records import Record as Record  # part of this module's names
@@ -161,8 +162,7 @@ class Task(Sequence[dict[str, Tensor]]):
         records = read_records(path)
         if not records:
             raise ValueError(f"{path}: no examples in it")
-        if limit is not None and limit < len(records):
-            records = [records[i * len(records) // limit] for i in range(limit)]
+        records = [records[i] for i in spread_rows(len(records), limit)]
         stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
         return cls(name or stem, records, tokenizer, max_length=max_length, metric=metric)
 

@@ -29,6 +29,7 @@ from dynmix.influence.capture import (
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.layers import plain_name
+from dynmix.influence.probes import spread_rows
 from dynmix.influence.sets import ProbeSet, Products, mean_gradients
 from dynmix.observation import Array
 
@@ -90,8 +91,7 @@ def sample_influence(
     if curvature_batches is None:
         if not isinstance(samples, Sequence):
             raise ValueError("samples can be read only once: give a list, or curvature_batches beside")
-        count = min(len(samples), _CURVATURE_BATCHES)
-        curvature_batches = [samples[i * len(samples) // count] for i in range(count)]
+        curvature_batches = [samples[i] for i in spread_rows(len(samples), _CURVATURE_BATCHES)]
     scorer = SampleScorer(model, tasks, curvature_batches, curvature=curvature, layers=layers, loss=loss, tick=tick)
     parts = [scorer(batch) for batch in samples]
     if not parts:

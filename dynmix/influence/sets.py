@@ -17,7 +17,7 @@ from dynmix.influence.capture import Batches, Capture, token_mask
 from dynmix.influence.dealing import Turn, Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.low_rank import Held
-from dynmix.influence.probes import picked
+from dynmix.influence.probes import picked, spread_rows
 from dynmix.influence.storage import let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array
@@ -192,7 +192,7 @@ def _spread_batches(batches: Batches, but: Mapping[int, object], sequences: int)
         return None
     left = [number for number in range(len(batches)) if number not in but]
     for count in range(1, len(left) + 1):
-        chosen = {left[i * len(left) // count] for i in range(count)}
+        chosen = {left[i] for i in spread_rows(len(left), count)}
         if sum(len(token_mask(batches[number])) for number in chosen) >= sequences:
             return chosen
     return set(left)

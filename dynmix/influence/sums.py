@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches
+from dynmix.influence.probes import spread_rows
 from dynmix.influence.storage import on
 
 
@@ -73,7 +74,7 @@ def within_budget(batches: Batches, tokens: int | None) -> Batches:
         if sum(sizes) <= tokens:
             return batches
         for count in range(max(1, len(batches) * tokens // sum(sizes)), 0, -1):  # fewer, where large ones are met
-            chosen = [i * len(batches) // count for i in range(count)]
+            chosen = spread_rows(len(batches), count)
             if sum(sizes[i] for i in chosen) <= tokens:
                 break
         return [batches[i] for i in chosen]

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from transformers import AutoTokenizer
 
+from dynmix.influence.probes import spread_rows
 from dynmix.mixture.store import TokenStore
 from dynmix.peaks import (
     METRICS,
@@ -87,8 +88,7 @@ def some_examples(task: Examples, limit: int) -> Examples:
     """At most `limit` examples, evenly spread. Raises ValueError for a limit below 1."""
     if limit < 1:
         raise ValueError(f"--task-limit {limit}: at least 1 example")
-    count = min(limit, len(task))
-    return [task[i * len(task) // count] for i in range(count)]
+    return [task[i] for i in spread_rows(len(task), limit)]
 
 
 def find_sources(
