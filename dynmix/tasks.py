@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dynmix.batches import Batch, collate
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits, unwrap
 from dynmix.influence.probes import spread_rows
-from dynmix.influence.sets import ratio_of_sums
+from dynmix.influence.sets import mean_and_error
 from dynmix.scores import Metric
 from dynmix.task_records import Record as Record  # part of this module's names
 from dynmix.task_records import read_records
@@ -227,8 +227,8 @@ class Task(Sequence[dict[str, Tensor]]):
         tokens = np.bincount(owners, weights=[piece.scored for piece in pieces]).astype(np.float64)
         n = len(self.records)
         gold_bytes = np.array([len(record.gold.encode()) for record in self.records], dtype=np.float64)
-        loss, loss_error = _mean(nats[:n], tokens[:n])
-        bits, bits_error = _mean(nats[:n] / math.log(2), gold_bytes)
+        loss, loss_error = mean_and_error(nats[:n], tokens[:n])
+        bits, bits_error = mean_and_error(nats[:n] / math.log(2), gold_bytes)
         accuracy, accuracy_error = self._accuracy(nats) if self.has_choices else (None, None)
         return TaskScore(loss, loss_error, bits, bits_error, accuracy, accuracy_error, n)
 
@@ -246,7 +246,7 @@ class Task(Sequence[dict[str, Tensor]]):
             best = own.max()
             likeliest = own >= best - TIE * abs(best)
             credits.append(likeliest[0] / likeliest.sum() if not np.isnan(best) else math.nan)
-        return _mean(np.array(credits), np.ones(len(credits)))
+        return mean_and_error(np.array(credits), np.ones(len(credits)))
 
     @cached_property
     def _others(self) -> list[list[_Piece]]:
@@ -293,11 +293,6 @@ class Task(Sequence[dict[str, Tensor]]):
                 "BOS nor EOS: set tokenizer.bos_token"
             )
         return prefix
-
-
-def _mean(values: NDArray[np.float64], units: NDArray[np.float64]) -> tuple[float, float]:
-    mean, variance = ratio_of_sums(values[:, None], units)
-    return float(mean[0]), float(np.sqrt(variance[0]))
 
 
 def _nats(model: nn.Module, pieces: Sequence[_Piece], batch_tokens: int) -> NDArray[np.float64]:

@@ -36,7 +36,7 @@ from dynmix.influence.gauss_newton import GaussNewton
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
-from dynmix.influence.sets import ProbeSet, end, mean_gradients, ratio_of_sums
+from dynmix.influence.sets import ProbeSet, end, mean_and_error, mean_gradients
 from dynmix.influence.storage import Offload, check_offload, let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
@@ -303,14 +303,14 @@ class _Measured:
         over_domain = np.stack([domain.variance() for domain in self.domains], axis=1)
         over_task = np.stack([task.variance() for task in self.tasks])
         error = np.sqrt(_variance(over_domain, over_task, [task.tokens for task in self.tasks]))
-        losses = [ratio_of_sums(task.losses[:, None], task.tokens, task.stratum) for task in self.tasks]
+        losses = [mean_and_error(task.losses, task.tokens, task.stratum) for task in self.tasks]
         influence = Influence(
             scores=self.scores,
             tasks=[task.name for task in self.tasks],
             domains=[domain.name for domain in self.domains],
             standard_error=np.where(np.isnan(self.scores), np.nan, error),
-            task_loss=np.concatenate([value for value, _ in losses]),
-            task_loss_standard_error=np.sqrt(np.concatenate([variance for _, variance in losses])),
+            task_loss=[loss for loss, _ in losses],
+            task_loss_standard_error=[error for _, error in losses],
             left_out=None if self.how.rank is None else self.left_out.relative,
             left_out_bound=None if self.how.rank is None else self.left_out.bound,
             scored_tokens=[domain.tokens.mean() for domain in self.domains],

@@ -12,7 +12,7 @@ from torch import nn
 from dynmix.influence.batch import on_device
 from dynmix.influence.capture import Batch, Batches, isolated, next_token_loss, unwrap
 from dynmix.influence.dealing import Turns
-from dynmix.influence.sets import ratio_of_sums
+from dynmix.influence.sets import mean_and_error
 from dynmix.observation import Array
 from dynmix.ranks import Ranks
 
@@ -39,6 +39,5 @@ def task_losses(
         own = [{turn.number: run(turn.batch) for turn in turns(batches) if turn.mine} for batches in tasks.values()]
         for name, found in zip(tasks, turns.gathered("the tasks' losses", own), strict=True):
             nats, tokens = (np.concatenate(parts) for parts in zip(*found.values(), strict=True))
-            mean, variance = ratio_of_sums(nats[:, None], tokens)
-            means[name], errors[name] = float(mean[0]), float(np.sqrt(variance[0]))
+            means[name], errors[name] = mean_and_error(nats, tokens)
     return means, errors

@@ -240,6 +240,12 @@ def ratio_of_sums(values: Array, tokens: Array, stratum: int | None = None) -> t
     return ratio, n / (n - 1) * (residuals**2).sum(axis=0) / total**2
 
 
+def mean_and_error(values: Array, tokens: Array, stratum: int | None = None) -> tuple[float, float]:
+    """Sum of values [n] a token, and its standard error, as `ratio_of_sums` has its variance."""
+    mean, variance = ratio_of_sums(values[:, None], tokens, stratum)
+    return float(mean[0]), float(np.sqrt(variance[0]))
+
+
 def _signs(start: int, count: int) -> Array:
     """+1 for sequences with an even number, -1 for odd ones."""
     return np.where(np.arange(start, start + count) % 2 == 0, 1.0, -1.0)

@@ -22,7 +22,7 @@ from dynmix.influence.capture import Capture, LayerFilter, Layers, isolated, mea
 from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.layers import Layer
-from dynmix.influence.sets import ratio_of_sums
+from dynmix.influence.sets import mean_and_error
 from dynmix.influence.tensor_file import read_tensors, write_tensors
 from dynmix.observation import Array
 from dynmix.ranks import Ranks
@@ -273,8 +273,7 @@ def _numbers(
         raise ValueError(f"task {name!r} has no scored token: every label is -100 or masked")
     number = np.arange(len(tokens)) % (stratum or k) % k
     of_folds: Array = np.bincount(number, tokens, minlength=k).astype(np.float64)
-    mean, variance = ratio_of_sums(losses[:, None], tokens, stratum)
-    return of_folds, float(mean[0]), float(np.sqrt(variance[0]))
+    return of_folds, *mean_and_error(losses, tokens, stratum)
 
 
 def _by_parameter(capture: Capture, towards: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from dynmix.influence.capture import Capture, Layers, next_token_loss
 from dynmix.influence.curvature import EKFAC, KFAC, DataInf, Identity, LayerByLayer
-from dynmix.influence.group import group_influence, ratio_of_sums
+from dynmix.influence.group import group_influence
 from dynmix.influence.probes import picked, spread_rows
+from dynmix.influence.sets import ratio_of_sums
 from tests.influence.test_layers import build
 
 Models = Callable[..., Any]
