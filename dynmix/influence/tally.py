@@ -5,7 +5,7 @@ Knows arrays; nothing of where the products come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,14 +63,19 @@ class Tally:
         shape = len(gradients.tasks), len(domains)
         scores, error = np.full(shape, np.nan), np.full(shape, np.nan)
         for j, row in enumerate(self.table):
-            for i, (rows, p, of_domain) in enumerate(self._by_task(row, gradients.rows)):
-                k, share = len(p), gradients.tokens[rows] / gradients.tokens[rows].sum()
-                scores[i, j] = p.sum()
-                over_domain = of_domain(np.ones(k))
-                _, over_task = ratio_of_sums(p[:, None], share)
-                both = k / (k - 1) * sum(map(of_domain, np.eye(k) - share[:, None])) if k > 1 else 0.0
-                both = min(both, over_domain, over_task[0])
-                error[i, j] = np.sqrt(over_domain + over_task[0] - (both if np.isfinite(both) else 0.0))
+            (count,), (n,), (squares,), p, np_, *grams = np.split(row, self._ends)
+            if not n:
+                continue
+            for i, (rows, gram) in enumerate(zip(gradients.rows, grams, strict=True)):
+                k, share = self.folds[i], gradients.tokens[rows] / gradients.tokens[rows].sum()
+                seen = count, n, squares, p[rows], np_[rows], gram.reshape(k, k)
+                a_token = p[rows] / n
+                scores[i, j] = a_token.sum()
+                over_domain = _variance(np.ones(k), *seen)
+                _, (over_task,) = ratio_of_sums(a_token[:, None], share)
+                both = k / (k - 1) * sum(_variance(c, *seen) for c in np.eye(k) - share[:, None]) if k > 1 else 0.0
+                both = min(both, over_domain, over_task)
+                error[i, j] = np.sqrt(over_domain + over_task - (both if np.isfinite(both) else 0.0))
         return Influence(
             scores=scores,
             tasks=gradients.tasks,
@@ -79,22 +84,6 @@ class Tally:
             task_loss=gradients.loss,
             task_loss_standard_error=gradients.loss_standard_error,
         )
-
-    def _by_task(self, row: Array, rows: Sequence[slice]) -> Iterator[tuple[slice, Array, Callable[[Array], float]]]:
-        """Of a domain that was seen, task by task: its rows, p a token of each, and the variance of c^T p a token."""
-        count, n, squares, p, np_, *grams = np.split(row, self._ends)
-        if not n[0]:
-            return
-        for some, gram in zip(rows, grams, strict=True):
-
-            def variance(c: Array, p: Array = p[some], np_: Array = np_[some], gram: Array = gram) -> float:
-                if count[0] < 2:
-                    return np.inf
-                ratio = c @ p / n[0]
-                residuals = c @ gram.reshape(len(c), -1) @ c - 2 * ratio * (c @ np_) + ratio**2 * squares[0]
-                return float(count[0] / (count[0] - 1) * max(0.0, residuals) / n[0] ** 2)
-
-            yield some, p[some] / n[0], variance
 
     def state_dict(self) -> dict[str, Any]:
         """The rows of domains that were seen, JSON-able."""
@@ -110,3 +99,12 @@ class Tally:
                 raise ValueError(f"{rows.shape[1]} sums a domain were saved, and here there are {table.shape[1]}")
             table[state["seen"]] = rows
         self.table = table
+
+
+def _variance(c: Array, count: float, n: float, squares: float, p: Array, np_: Array, gram: Array) -> float:
+    """Of c^T p a token, over `count` units with these sums of n, n^2, p, n p and p p^T."""
+    if count < 2:
+        return np.inf
+    ratio = c @ p / n
+    residuals = float(c @ gram @ c - 2 * ratio * (c @ np_) + ratio**2 * squares)
+    return float(count / (count - 1) * max(0.0, residuals) / n**2)
