@@ -6,16 +6,18 @@ every boundary, and iterating a user's DataLoader again would draw from the rand
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dynmix.influence.capture import next_token_labels
 from dynmix.influence.probes import spread_rows
 from dynmix.mixture.packing import PackedSequences
+from dynmix.mixture.sequences import Ints
 from dynmix.mixture.store import TokenStore
 
 logger = logging.getLogger("dynmix")
@@ -129,6 +131,18 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> Batch:
     else:
         batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
     return batch
+
+
+def by_length(lengths: Ints, batch_tokens: int) -> Iterator[Ints]:
+    """Numbers of the sequences of each batch, the longest first, so that what does not fit into memory shows at once.
+
+    A batch has at most `batch_tokens` tokens, padding included, or a single sequence.
+    """
+    order, start = np.argsort(-lengths, kind="stable"), 0
+    while start < len(order):
+        stop = start + max(1, batch_tokens // int(lengths[order[start]]))
+        yield order[start:stop]
+        start = stop
 
 
 def split(batches: Iterable[Batch], size: int) -> list[Batch]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dynmix.batches import Batch, collate
+from dynmix.batches import Batch, by_length, collate
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits, unwrap
 from dynmix.influence.probes import spread_rows
 from dynmix.influence.sets import mean_and_error
@@ -299,21 +299,13 @@ def _nats(model: nn.Module, pieces: Sequence[_Piece], batch_tokens: int) -> NDAr
     """Return minus the log-likelihood of each piece's scored tokens, in the order given."""
     device = next(model.parameters()).device
     nats = np.empty(len(pieces))
+    order = np.argsort([piece.scored for piece in pieces], kind="stable")  # as many logits side by side
+    lengths = np.array([len(pieces[row].ids) for row in order])
     with isolated(model), torch.no_grad():
-        for rows in _by_length(pieces, batch_tokens):
+        for batch in by_length(lengths, batch_tokens):
+            rows = order[batch]
             nats[rows] = _summed_losses(model, collate([pieces[row].example() for row in rows]), device)
     return nats
-
-
-def _by_length(pieces: Sequence[_Piece], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield rows of batches, the longest first, so that what does not fit into memory shows at once."""
-    rows: list[int] = []
-    for row in sorted(range(len(pieces)), key=lambda row: (-len(pieces[row].ids), pieces[row].scored)):
-        if rows and (len(rows) + 1) * len(pieces[rows[0]].ids) > batch_tokens:
-            yield rows
-            rows = []
-        rows.append(row)
-    yield rows
 
 
 def _summed_losses(model: nn.Module, batch: Batch, device: torch.device) -> NDArray[np.float64]:

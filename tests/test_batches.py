@@ -2,9 +2,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dynmix.batches import as_batches, collate
+from dynmix.batches import as_batches, by_length, collate
 from dynmix.mixture.store import TokenStore
 
 
@@ -99,3 +101,14 @@ def test_a_path_that_is_no_store_is_refused_with_what_reads_it(tmp_path, file, m
     (tmp_path / "sums.jsonl").write_text('{"text": "one and one is two"}\n')
     with pytest.raises(ValueError, match=r"tasks\['x'\]: .*" + message):
         batches(str(tmp_path / file))
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 100))
+def test_batches_hold_each_sequence_once_within_the_limit(lengths, limit):
+    lengths = np.array(lengths, np.int64)
+    batches = [*by_length(lengths, limit)]
+    assert sorted(i for rows in batches for i in rows) == [*range(len(lengths))]
+    for rows in batches:
+        assert len(rows) == 1 or len(rows) * lengths[rows].max() <= limit
+    longest = [lengths[rows].max() for rows in batches]
+    assert longest == sorted(longest, reverse=True)

@@ -9,7 +9,7 @@ import hashlib
 import operator
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -208,18 +208,6 @@ def windows(lengths: Ints, length: int) -> tuple[Ints, Ints]:
     counts = -(-np.maximum(lengths - 1, 0) // length)
     owners = np.repeat(np.arange(len(lengths)), counts)
     return owners, (np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
-
-
-def by_length(lengths: Ints, batch_tokens: int) -> Iterator[Ints]:
-    """Numbers of the sequences of each batch, the longest first, so that what does not fit into memory shows at once.
-
-    A batch has at most `batch_tokens` tokens, padding included, or a single sequence.
-    """
-    order, start = np.argsort(-lengths, kind="stable"), 0
-    while start < len(order):
-        stop = start + max(1, batch_tokens // int(lengths[order[start]]))
-        yield order[start:stop]
-        start = stop
 
 
 def _documents(name: str, data: Any) -> TokenStore:

@@ -18,13 +18,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from dynmix.batches import Batch, collate
+from dynmix.batches import Batch, by_length, collate
 from dynmix.influence.capture import next_token_labels, unwrap
 from dynmix.influence.curvature import Curvature
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.layers import Layers
 from dynmix.influence.sample import SampleScorer
-from dynmix.scoring.corpus import Corpus, by_length, windows
+from dynmix.scoring.corpus import Corpus, windows
 from dynmix.scoring.cost import flops_per_token
 from dynmix.scoring.sources import Source, check_sources
 from dynmix.snapshot import load_model

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.store import TokenStore
-from dynmix.scoring.corpus import Corpus, by_length, windows
+from dynmix.scoring.corpus import Corpus, windows
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +47,6 @@ def test_windows_cover_every_token_that_has_one_to_score(sizes, length):
         lone = size % length == 1  # a last token on its own
         assert np.array_equal(covered, np.arange(size - lone))
         assert all(len(window) == length for window in own[:-1])
-
-
-@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 100))
-def test_batches_hold_each_sequence_once_within_the_limit(lengths, limit):
-    lengths = np.array(lengths, np.int64)
-    batches = [*by_length(lengths, limit)]
-    assert sorted(i for rows in batches for i in rows) == [*range(len(lengths))]
-    for rows in batches:
-        assert len(rows) == 1 or len(rows) * lengths[rows].max() <= limit
-    longest = [lengths[rows].max() for rows in batches]
-    assert longest == sorted(longest, reverse=True)
 
 
 @pytest.mark.parametrize("unit", ["sequence", "document"])
