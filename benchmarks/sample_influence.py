@@ -188,8 +188,8 @@ def precision(
 ) -> None:
     """The share of the paired domain in a task's top decile; noise and near-duplicates by joint influence."""
     from dynmix import EKFAC, DataInf, TokenStore
+    from dynmix.checkpoints import list_checkpoints, select_checkpoints
     from dynmix.mixers.regroup import blended
-    from dynmix.peaks import list_checkpoints, select_checkpoints
     from dynmix.scoring import all_sources, peak_sources, read_scores, score_corpus
 
     paths, tasks = proxy(folder, hidden, depth, steps, batch, rate), halves(0)

@@ -25,11 +25,11 @@ from rich.table import Table
 from sample_influence import TASKS, halves, llama, proxy
 
 from dynmix import MixtureDataset
+from dynmix.checkpoints import list_checkpoints, select_checkpoints
 from dynmix.mixers.regroup import group_weights, regroup
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
-from dynmix.peaks import list_checkpoints, select_checkpoints
 from dynmix.scores import SampleScores
 from dynmix.scoring import all_sources, ngram_scores, peak_sources, perplexity_scores, read_scores, score_corpus
 

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynmix.callbacks.trainer import log, model_of, trainer_on_the_stack
-from dynmix.peaks import PeakSnapshots, check_tasks, set_aside
+from dynmix.checkpoints import check_tasks
+from dynmix.peaks import PeakSnapshots, set_aside
 from dynmix.scores import Metric
 from dynmix.tasks import Task
 

@@ -131,8 +131,8 @@ def _run(path: Path) -> Inspected:
 
 
 def _checkpoint(path: Path) -> Inspected:
-    from dynmix.checkpoints import broken
     from dynmix.mixture.stream import UNKNOWN
+    from dynmix.trainer_checkpoint import broken
 
     if (why := broken(path)) is not None:
         raise ValueError(f"{path}: a half-written checkpoint ({why}); a run goes on from the one before it")

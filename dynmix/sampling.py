@@ -20,13 +20,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dynmix.batches import Batch, collate, scored_sequence
+from dynmix.checkpoints import Checkpoint, evenly_spaced, metric_of
 from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
 from dynmix.influence.curvature import Curvature
 from dynmix.influence.layers import plain_name
 from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.peaks import Checkpoint, PeakSnapshots, evenly_spaced, metric_of
+from dynmix.peaks import PeakSnapshots
 from dynmix.ranks import Ranks, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
 from dynmix.scores import Column, SamplePlan, SampleScores

@@ -23,10 +23,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from dynmix.batches import Batch
-from dynmix.checkpoints import newest_checkpoint
 from dynmix.influence.capture import isolated, next_token_labels, next_token_logits
 from dynmix.proxies.plan import Plan, new_model
 from dynmix.snapshot import write_snapshot
+from dynmix.trainer_checkpoint import newest_checkpoint
 from dynmix.whole_file import whole_file, write_json
 
 logger = logging.getLogger("dynmix.proxies")

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
 from dynmix.alone import alone
 from dynmix.callbacks import PeakCallback
-from dynmix.checkpoints import newest_checkpoint
 from dynmix.fit import FEWEST, fit_runs, write_fit
 from dynmix.groups import open_groups, write_groups
 from dynmix.laws.auto import default_laws
@@ -35,6 +34,7 @@ from dynmix.recipe.names import RecipeError
 from dynmix.recipe.schema import AutoMixerProxy, MDEProxy, Recipe
 from dynmix.scoring import peak_sources, read_scores, score_corpus
 from dynmix.tasks import Task
+from dynmix.trainer_checkpoint import newest_checkpoint
 
 logger = logging.getLogger("dynmix")
 

@@ -42,7 +42,6 @@ from transformers import (
 
 from dynmix.alone import alone
 from dynmix.callbacks import MixtureCallback
-from dynmix.checkpoints import newest_checkpoint
 from dynmix.journal import Journal
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.prepare.manifest import describe_tokenizer
@@ -61,6 +60,7 @@ from dynmix.recipe.names import RecipeError
 from dynmix.recipe.read import differences, read_recipe, structured, to_plain, to_yaml
 from dynmix.recipe.schema import Recipe, TaskFile
 from dynmix.recipe.sources import domain_sources, task_sources
+from dynmix.trainer_checkpoint import newest_checkpoint
 from dynmix.whole_file import write_json, write_whole
 
 logger = logging.getLogger("dynmix")

@@ -12,16 +12,10 @@ from typing import TypeVar
 
 from transformers import AutoTokenizer
 
+from dynmix.checkpoints import METRICS, Checkpoint, evenly_spaced, list_checkpoints, select_checkpoints
 from dynmix.influence.probes import spread_rows
 from dynmix.mixture.store import TokenStore
-from dynmix.peaks import (
-    METRICS,
-    Checkpoint,
-    PeakSnapshots,
-    evenly_spaced,
-    list_checkpoints,
-    select_checkpoints,
-)
+from dynmix.peaks import PeakSnapshots
 from dynmix.scores import Metric
 from dynmix.scoring.job import Examples
 from dynmix.scoring.sources import Source, all_sources, peak_sources

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynmix.peaks import Checkpoint
+from dynmix.checkpoints import Checkpoint
 
 _BLOCKS, _BLOCK = 64, 1 << 16
 

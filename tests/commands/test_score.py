@@ -10,9 +10,10 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from dynmix.checkpoints import list_checkpoints, select_checkpoints
 from dynmix.commands.score import score
 from dynmix.mixture.store import TokenStore
-from dynmix.peaks import PeakSnapshots, list_checkpoints, select_checkpoints
+from dynmix.peaks import PeakSnapshots
 from dynmix.scores import Column
 from dynmix.scoring import read_scores
 from dynmix.tasks import Task

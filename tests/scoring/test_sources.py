@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmix.peaks import Checkpoint
+from dynmix.checkpoints import Checkpoint
 from dynmix.scoring import Source, all_sources, peak_sources
 from dynmix.scoring.sources import check_sources
 
