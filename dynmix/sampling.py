@@ -4,26 +4,20 @@ Between boundaries it evaluates the tasks and keeps snapshots; at a boundary it 
 of the dataset. Knows the dataset, the tasks and the model that trains; nothing of what is decided from the scores.
 """
 
-import copy
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from dynmix.batches import Batch, collate, scored_sequence
 from dynmix.checkpoints import Checkpoint, evenly_spaced, metric_of
-from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
+from dynmix.influence.capture import LayerFilter, random_state_kept
 from dynmix.influence.curvature import Curvature
-from dynmix.influence.layers import plain_name
 from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
@@ -33,7 +27,7 @@ from dynmix.retry import within_memory
 from dynmix.scores import Column, SamplePlan, SampleScores
 from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
 from dynmix.scoring.folder import OtherConfiguration, discard
-from dynmix.snapshot import load_model, write_snapshot
+from dynmix.snapshot import check_like, load_like, write_snapshot
 from dynmix.tasks import Task
 
 logger = logging.getLogger("dynmix")
@@ -251,54 +245,6 @@ class Sampler:
         return [(path, int(path.name[5:])) for path in sorted((self.folder / "checkpoints").glob("step-*"))]
 
 
-def check_like(model: nn.Module) -> None:
-    """Raise ValueError if `load_like` cannot load snapshots of a model."""
-    model = unwrap(model)
-    if not isinstance(model, PreTrainedModel):
-        return
-    try:
-        with torch.device("meta"):
-            twin = type(model)(copy.deepcopy(model.config))
-    except Exception as failure:
-        raise ValueError(
-            f"snapshots of a {type(model).__name__} do not load, as it cannot be made from its configuration alone: "
-            f"{type(failure).__name__}: {failure}"
-        ) from failure
-    here, there = ({plain_name(name) for name, _ in each.named_parameters()} for each in (model, twin))
-    if here != there:
-        raise ValueError(
-            f"snapshots of this {type(model).__name__} do not load: made from its configuration, a model differs from "
-            f"it in {sorted(here ^ there)[:3]}"
-        )
-
-
-def load_like(model: nn.Module, path: Path) -> nn.Module:
-    """The model of a snapshot: a transformers model by its class and configuration, any other as a copy of `model`."""
-    model = unwrap(model)
-    if isinstance(model, PreTrainedModel):
-        return load_model(path, type(model))
-    twin = copy.deepcopy(model)
-    for own, other in zip(model.modules(), twin.modules(), strict=True):
-        if _calls(vars(other).get("forward"), own):
-            del vars(other)["forward"]  # put around the model's own, as TRL's trainers do: a copy would call that
-    twin.load_state_dict(load_file(path / "model.safetensors"))
-    return twin
-
-
-def _calls(forward: Any, module: nn.Module) -> bool:
-    """Whether a function that replaces a module's forward has in it the bound one of this very module."""
-    while forward is not None:
-        closure = getattr(getattr(forward, "__func__", forward), "__closure__", None) or ()
-        inside = [forward]
-        for cell in closure:
-            with suppress(ValueError):  # it is empty
-                inside.append(cell.cell_contents)
-        if any(each is module or getattr(each, "__self__", None) is module for each in inside):
-            return True
-        forward = getattr(forward, "__wrapped__", None)
-    return False
-
-
 def _packed(batch: Batch) -> bool:
     """Whether something other than the sequence's own end keeps its tokens apart."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
@@ -310,7 +256,7 @@ def _packed(batch: Batch) -> bool:
     return bool((jumps if mask is None else jumps & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)).any())
 
 
-def _examples(batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+def _examples(batches: list[Batch]) -> list[dict[str, Tensor]]:
     """The sequences of batches, without their padding."""
     found = []
     for batch in batches:
