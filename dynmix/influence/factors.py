@@ -247,7 +247,7 @@ class Rotation:
 
     Each side is turned where it costs less: of T tokens before they are summed into a gradient [out, in], or of the
     gradient. For the inputs that is T in^2 (once for all layers that share them) against out in^2; for the outputs
-    T out^2 against in out^2. (Turning both the same way would compare T (in^2 + out^2) with in out (in + out).)
+    T out^2 against in out^2.
     """
 
     def __init__(self, capture: Capture) -> None:

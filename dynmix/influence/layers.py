@@ -127,16 +127,12 @@ def measurable_layers(
     output = output_layer(model)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and embeddings}
     left_out = None if head or id(getattr(output, "weight", None)) in tables else output
+    unasked = {kind for kind, asked in (("embedding", embeddings), ("norm", norms)) if not asked}
     return {
         name: layer
         for path, module in model.named_modules()
         for name, layer in _layers_of(plain_name(path), module)
-        if module is not left_out
-        and (
-            layer.kind in ("linear", "router", "expert")
-            or (layer.kind == "embedding" and embeddings)
-            or (layer.kind == "norm" and norms)
-        )
+        if module is not left_out and layer.kind not in unasked
     }
 
 

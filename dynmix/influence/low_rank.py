@@ -45,15 +45,12 @@ def truncated(matrices: Tensor, rank: int, offload: Offload) -> tuple[Held, Tens
     Matrices that would not get smaller are held as they are. Found by torch's randomised SVD from a fixed seed; what is
     not finite stays so.
     """
-    _, rows, columns = matrices.shape
-    exact = matrices.new_zeros(len(matrices))
+    n, rows, columns = matrices.shape
+    exact = matrices.new_zeros(n)
     if rank * (rows + columns) >= rows * columns:
         return moved(offload, matrices), exact
     if not matrices.isfinite().all():
-        U, V = (
-            matrices.new_full((len(matrices), rows, rank), torch.nan),
-            matrices.new_zeros(len(matrices), columns, rank),
-        )
+        U, V = matrices.new_full((n, rows, rank), torch.nan), matrices.new_zeros(n, columns, rank)
         return LowRank(moved(offload, U), moved(offload, V)), exact
     with random_state_kept():
         torch.manual_seed(0)

@@ -184,10 +184,9 @@ class SampleScorer:
 def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
     """The vocabulary's matrix where it predicts, and the linear layers of the last `blocks` transformer blocks.
 
-    AutoMixer takes "the embedding and the last layers". A vocabulary's matrix can be measured where it embeds and where
-    it predicts; with tied weights, as in the paper's models, the two are one parameter. This is the latter: the other
-    use is at the very bottom, and its gradient would take a backward pass through the whole model, twice the cost of
-    all the rest. A pattern that names the embedding (`layers="embed_tokens|..."`) pays it.
+    AutoMixer takes "the embedding and the last layers", of models where both uses of the vocabulary's matrix are one
+    parameter. Where it embeds is at the very bottom: its gradient there takes a backward pass through the whole model,
+    twice the cost of all the rest. A pattern that names the embedding (`layers="embed_tokens|..."`) pays it.
 
     The blocks are the longest `nn.ModuleList` or `nn.Sequential` that holds linear layers and is in no other one; what
     predicts is any linear layer that is in none.
