@@ -78,11 +78,10 @@ class Corpus:
         if sequence_length is not None and operator.index(sequence_length) < 2:
             raise ValueError(f"sequence_length={sequence_length}: at least 2, a token to score and one before it")
         self.names, self.unit = tuple(domains), unit
-        self._parts: list[Any] = []
-        for name, data in domains.items():
-            self._parts.append(
-                _documents(name, data) if unit == "document" else as_sequences(name, data, sequence_length)
-            )
+        self._parts: list[Any] = [
+            _documents(name, data) if unit == "document" else as_sequences(name, data, sequence_length)
+            for name, data in domains.items()
+        ]
         if unit == "sequence":
             named = {f"domain {name!r}": rows for name, rows in zip(self.names, self._parts, strict=True)}
             sequence_length = common_length(named, sequence_length)

@@ -169,23 +169,20 @@ def read_scores(out: str | os.PathLike[str]) -> SampleScores:
     Raises:
         ValueError: no folder of scores, or shards are missing or damaged.
     """
+    folder = ScoreFolder(out)
     columns = [
         (f"score/{task}/{checkpoint['name']}", Column(task, checkpoint["name"], checkpoint["step"]))
-        for checkpoint in ScoreFolder(out).config["checkpoints"]
+        for checkpoint in folder.config["checkpoints"]
         for task in checkpoint["tasks"]
     ]
-    return _frame(out, columns)
+    return _frame(folder, columns)
 
 
 def read_losses(out: str | os.PathLike[str], task: str = "loss") -> SampleScores:
     """As `read_scores`, the samples' losses under each checkpoint, nats per token, in columns of this pseudo-task."""
-    return _frame(
-        out,
-        [
-            (f"loss/{checkpoint['name']}", Column(task, checkpoint["name"], checkpoint["step"]))
-            for checkpoint in ScoreFolder(out).config["checkpoints"]
-        ],
-    )
+    folder = ScoreFolder(out)
+    columns = [(f"loss/{one['name']}", Column(task, one["name"], one["step"])) for one in folder.config["checkpoints"]]
+    return _frame(folder, columns)
 
 
 def discard(out: str | os.PathLike[str]) -> None:
@@ -197,8 +194,7 @@ def discard(out: str | os.PathLike[str]) -> None:
     (folder / "scoring.json").unlink(missing_ok=True)
 
 
-def _frame(out: str | os.PathLike[str], columns: list[tuple[str, Column]]) -> SampleScores:
-    folder = ScoreFolder(out)
+def _frame(folder: ScoreFolder, columns: list[tuple[str, Column]]) -> SampleScores:
     names = [domain["name"] for domain in folder.config["domains"]]
     n = sum(domain["samples"] for domain in folder.config["domains"])
     domain, row, tokens = np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n, np.int64)

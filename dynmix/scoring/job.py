@@ -264,8 +264,6 @@ def make_job(
     shard_samples: int | None,
 ) -> Job:
     """The job of these tasks' examples; DataInf's curvature if none is given. Raises ValueError, as `Job` does."""
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens={batch_tokens}: at least 1")
     if shard_samples is None:
         shard_samples = max(1, _SHARD_TOKENS * len(corpus) // max(1, int(corpus.tokens.sum())))
     return Job(
