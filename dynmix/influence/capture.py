@@ -9,6 +9,7 @@ DDP, FSDP2 and ZeRO never fire. This module knows torch and the models; it knows
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -199,9 +200,8 @@ class Capture:
         if not self.layers:
             raise NothingMeasuredError(f"no linear layer can be measured: {left_out}")
         self._settled = True
-        everything = {id(p): p.numel() for p in self.model.parameters()}
-        measured = sum(rows * columns for rows, columns in (layer.shape for layer in self.layers.values()))
-        self.coverage = measured / sum(everything.values())
+        measured = sum(math.prod(layer.shape) for layer in self.layers.values())
+        self.coverage = measured / sum(p.numel() for p in self.model.parameters())
         logger.info("measuring %d layers, %.1f%% of the parameters", len(self.layers), 100 * self.coverage)
         told = _named.setdefault(self.model, set())
         if new := {name: reason for name, reason in left_out.items() if name not in told}:
