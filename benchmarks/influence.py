@@ -32,7 +32,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynmix import EKFAC, Identity, Layers, group_influence
-from dynmix.influence.capture import measurable_layers
+from dynmix.influence.layers import measurable_layers
 from dynmix.influence.memory import peak_memory
 
 DOMAINS, DOMAIN_SEQUENCES, TASKS, TASK_SEQUENCES, LENGTH, MICRO_BATCH, VOCAB = 8, 64, 4, 32, 256, 8, 4096

@@ -31,7 +31,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dynmix.influence.capture import Capture, next_token_loss
+from dynmix.influence.batch import next_token_loss
+from dynmix.influence.capture import Capture
 from dynmix.influence.sample import SampleScorer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)

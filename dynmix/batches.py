@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynmix.influence.capture import next_token_labels
+from dynmix.influence.batch import next_token_labels
 from dynmix.influence.probes import spread_rows
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.sequences import Ints

@@ -25,8 +25,9 @@ from dynmix.ahead import Ahead
 from dynmix.budget import EpochBudget
 from dynmix.decider import Decider, Evidence
 from dynmix.in_run import InRun, InRunInfluence
-from dynmix.influence.capture import LayerFilter, unwrap
 from dynmix.influence.curvature import EKFAC, Curvature
+from dynmix.influence.isolation import unwrap
+from dynmix.influence.layers import LayerFilter
 from dynmix.influence.memory import PeakMemory
 from dynmix.influence.storage import Offload
 from dynmix.measurement import Measurement, Probes

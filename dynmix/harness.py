@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dynmix.influence.capture import isolated, unwrap
+from dynmix.influence.isolation import isolated, unwrap
 from dynmix.ranks import from_rank_0
 
 

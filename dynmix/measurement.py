@@ -17,12 +17,12 @@ from tqdm import tqdm
 from dynmix.batches import Batch, as_batches, collate, scored_sequence, split
 from dynmix.drawn import DrawnMixtures
 from dynmix.influence.base import check_curvature
-from dynmix.influence.capture import LayerFilter, random_state_kept, unwrap
 from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import AdamDiagonal, Curvature, Identity
 from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.group import group_influence, scored_groups
-from dynmix.influence.layers import Layers
+from dynmix.influence.isolation import random_state_kept, unwrap
+from dynmix.influence.layers import LayerFilter, Layers
 from dynmix.influence.losses import task_losses
 from dynmix.influence.memory import PeakMemory, peak_memory
 from dynmix.influence.storage import Offload, check_offload

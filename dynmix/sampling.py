@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dynmix.batches import Batch, collate, scored_sequence
 from dynmix.checkpoints import Checkpoint, evenly_spaced, metric_of
-from dynmix.influence.capture import LayerFilter, random_state_kept
 from dynmix.influence.curvature import Curvature
+from dynmix.influence.isolation import random_state_kept
+from dynmix.influence.layers import LayerFilter
 from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset

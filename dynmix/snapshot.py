@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dynmix.influence.capture import unwrap
+from dynmix.influence.isolation import unwrap
 from dynmix.influence.layers import plain_name
 from dynmix.ranks import is_rank_0
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dynmix.batches import Batch, by_length, collate
-from dynmix.influence.capture import isolated, next_token_labels, next_token_logits, unwrap
+from dynmix.influence.batch import next_token_labels, next_token_logits
+from dynmix.influence.isolation import isolated, unwrap
 from dynmix.influence.probes import spread_rows
 from dynmix.influence.sets import mean_and_error
 from dynmix.scores import Metric

@@ -12,7 +12,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from dynmix.influence.capture import Batches, Capture
+from dynmix.influence.batch import Batches
+from dynmix.influence.capture import Capture
 from dynmix.influence.sums import Sums
 
 

@@ -18,42 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.influence import storage
-from dynmix.influence.batch import (
-    Batch,
-    Batches,
-    Loss,
-    checked,
-    checked_loss,
-    next_token_labels,
-    next_token_logits,
-    next_token_loss,
-    on_device,
-    token_mask,
-)
-from dynmix.influence.isolation import isolated, random_state_kept, unwrap
+from dynmix.influence.batch import Batch, Loss, checked, checked_loss, next_token_loss, on_device, token_mask
+from dynmix.influence.isolation import isolated as isolated  # part of this module's names
+from dynmix.influence.isolation import unwrap
 from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers, output_layer, unmeasurable
 from dynmix.influence.one_pass import Consume, OnePass
 from dynmix.influence.storage import Offload
 from dynmix.ranks import Ranks
-
-__all__ = [
-    "Batch",
-    "Batches",
-    "Capture",
-    "Consume",
-    "LayerFilter",
-    "Layers",
-    "Loss",
-    "NothingMeasuredError",
-    "isolated",
-    "measurable_layers",
-    "next_token_labels",
-    "next_token_logits",
-    "next_token_loss",
-    "random_state_kept",
-    "token_mask",
-    "unwrap",
-]
 
 logger = logging.getLogger(__name__)
 

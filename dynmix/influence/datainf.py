@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dynmix.influence.capture import Batches, Capture
+from dynmix.influence.batch import Batches
+from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.storage import let_go, on

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches
-from dynmix.influence.capture import Capture, Consume
+from dynmix.influence.capture import Capture
 from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.factors import FittedFactors, Moments, Rotation, finite_sequences
+from dynmix.influence.one_pass import Consume
 from dynmix.influence.storage import on
 from dynmix.influence.sums import Sums
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches, next_token_loss
-from dynmix.influence.capture import Capture, Consume
+from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turns
 from dynmix.influence.factors import Factors, FittedFactors, Moments, eigenbases
 from dynmix.influence.labels import label_generator, sampled_labels
+from dynmix.influence.one_pass import Consume
 from dynmix.influence.sums import Sums, within_budget
 
 logger = logging.getLogger(__name__)

@@ -17,22 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, SummingCurvature, check_curvature
-from dynmix.influence.capture import (
-    Batch,
-    Batches,
-    Capture,
-    LayerFilter,
-    Loss,
-    NothingMeasuredError,
-    isolated,
-    next_token_loss,
-)
+from dynmix.influence.batch import Batch, Batches, Loss, next_token_loss
+from dynmix.influence.capture import Capture, NothingMeasuredError
 from dynmix.influence.carried import Carried
 from dynmix.influence.datainf import FittedDataInf
 from dynmix.influence.dealing import Turns
 from dynmix.influence.ekfac import EKFAC
 from dynmix.influence.factors import FittedFactors
 from dynmix.influence.gauss_newton import GaussNewton
+from dynmix.influence.isolation import isolated
+from dynmix.influence.layers import LayerFilter
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dynmix.influence.batch import logits_of, token_mask
-from dynmix.influence.capture import unwrap
 from dynmix.influence.gradients import gradients_of
+from dynmix.influence.isolation import unwrap
 from dynmix.influence.kinds import norm_gradients
 from dynmix.influence.scale import Scale
 from dynmix.influence.task_gradients import TaskGradients, names_of, uses_of

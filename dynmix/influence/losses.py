@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynmix.influence.batch import on_device
-from dynmix.influence.capture import Batch, Batches, isolated, next_token_loss, unwrap
+from dynmix.influence.batch import Batch, Batches, next_token_loss, on_device
 from dynmix.influence.dealing import Turns
+from dynmix.influence.isolation import isolated, unwrap
 from dynmix.influence.sets import mean_and_error
 from dynmix.observation import Array
 from dynmix.ranks import Ranks

@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 from torch import nn
 
-from dynmix.influence.capture import Capture, LayerFilter, Layers
+from dynmix.influence.capture import Capture
+from dynmix.influence.layers import LayerFilter, Layers
 
 
 def layer_parts(model: nn.Module, layers: LayerFilter, count: int) -> list[LayerFilter]:

@@ -14,21 +14,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature, check_curvature
-from dynmix.influence.capture import (
-    Batch,
-    Batches,
-    Capture,
-    LayerFilter,
-    Layers,
-    Loss,
-    isolated,
-    measurable_layers,
-    next_token_loss,
-    unwrap,
-)
+from dynmix.influence.batch import Batch, Batches, Loss, next_token_loss
+from dynmix.influence.capture import Capture
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.gradients import gradients_of
-from dynmix.influence.layers import plain_name
+from dynmix.influence.isolation import isolated, unwrap
+from dynmix.influence.layers import LayerFilter, Layers, measurable_layers, plain_name
 from dynmix.influence.probes import spread_rows
 from dynmix.influence.sets import ProbeSet, Products, mean_gradients
 from dynmix.observation import Array

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynmix.influence.capture import Batches, Capture, token_mask
+from dynmix.influence.batch import Batches, token_mask
+from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turn, Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.low_rank import Held

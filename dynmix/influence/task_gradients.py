@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature
 from dynmix.influence.batch import Batches, token_mask
-from dynmix.influence.capture import Capture, LayerFilter, Layers, isolated, measurable_layers, unwrap
+from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
-from dynmix.influence.layers import Layer
+from dynmix.influence.isolation import isolated, unwrap
+from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers
 from dynmix.influence.sets import mean_and_error
 from dynmix.influence.tensor_file import read_tensors, write_tensors
 from dynmix.observation import Array

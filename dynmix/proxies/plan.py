@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from dynmix.batches import Batch, as_batches, scored_sequence
-from dynmix.influence.capture import next_token_labels
+from dynmix.influence.batch import next_token_labels
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.store import TokenStore
 from dynmix.whole_file import write_json, write_whole

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from dynmix.batches import Batch
-from dynmix.influence.capture import isolated, next_token_labels, next_token_logits
+from dynmix.influence.batch import next_token_labels, next_token_logits
+from dynmix.influence.isolation import isolated
 from dynmix.proxies.plan import Plan, new_model
 from dynmix.snapshot import write_snapshot
 from dynmix.trainer_checkpoint import newest_checkpoint

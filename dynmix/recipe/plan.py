@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from dynmix.decider import Evidence
-from dynmix.influence.capture import measurable_layers
+from dynmix.influence.layers import measurable_layers
 from dynmix.influence.memory import peak_memory, size_in_words
 from dynmix.influence.sample import last_layers
 from dynmix.measurement import HELD_OUT

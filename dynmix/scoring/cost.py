@@ -10,8 +10,8 @@ from datetime import timedelta
 
 from torch import nn
 
-from dynmix.influence.capture import measurable_layers, unwrap
-from dynmix.influence.layers import Layer
+from dynmix.influence.isolation import unwrap
+from dynmix.influence.layers import Layer, measurable_layers
 
 
 def flops_per_token(model: nn.Module, layers: Collection[str], tasks: int, sequence_length: int) -> float:

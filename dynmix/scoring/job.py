@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.batches import Batch, by_length, collate
-from dynmix.influence.capture import next_token_labels, unwrap
+from dynmix.influence.batch import next_token_labels
 from dynmix.influence.curvature import Curvature
 from dynmix.influence.datainf import DataInf
+from dynmix.influence.isolation import unwrap
 from dynmix.influence.layers import Layers
 from dynmix.influence.sample import SampleScorer
 from dynmix.scoring.corpus import Corpus, windows

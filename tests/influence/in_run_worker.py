@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynmix.influence.capture import next_token_loss
+from dynmix.influence.batch import next_token_loss
 from dynmix.influence.curvature import Identity
 from dynmix.influence.in_run import ParameterProducts, Seen
 from dynmix.influence.task_gradients import TaskGradients, task_gradients

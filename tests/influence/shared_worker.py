@@ -17,11 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from dynmix.influence.capture import Layers, next_token_loss
+from dynmix.influence.batch import next_token_loss
 from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import EKFAC, KFAC, AdamDiagonal, DataInf, Identity
 from dynmix.influence.dealing import Turns
 from dynmix.influence.group import group_influence, scored_groups
+from dynmix.influence.layers import Layers
 from dynmix.influence.losses import task_losses
 from dynmix.observation import Influence
 from dynmix.ranks import Ranks, from_rank_0

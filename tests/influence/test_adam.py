@@ -7,9 +7,11 @@ import transformers
 from torch import Tensor
 
 from dynmix.influence.batch import next_token_loss
-from dynmix.influence.capture import Capture, Layers, isolated
+from dynmix.influence.capture import Capture
 from dynmix.influence.curvature import AdamDiagonal
 from dynmix.influence.group import group_influence
+from dynmix.influence.isolation import isolated
+from dynmix.influence.layers import Layers
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]

@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from transformers import BartForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from dynmix.influence.capture import (
-    Batch,
-    Capture,
-    Layers,
-    isolated,
-    next_token_labels,
-    next_token_loss,
-    token_mask,
-    unwrap,
-)
+from dynmix.influence.batch import Batch, next_token_labels, next_token_loss, token_mask
+from dynmix.influence.capture import Capture
+from dynmix.influence.isolation import isolated, unwrap
+from dynmix.influence.layers import Layers
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]

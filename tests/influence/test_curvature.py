@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.influence import factors
-from dynmix.influence.capture import Batches, Capture, isolated, next_token_labels, next_token_loss
+from dynmix.influence.batch import Batches, next_token_labels, next_token_loss
+from dynmix.influence.capture import Capture
 from dynmix.influence.curvature import EKFAC, KFAC, Identity
 from dynmix.influence.factors import FittedFactors
+from dynmix.influence.isolation import isolated
 from dynmix.influence.labels import sampled_labels
 
 Models = Callable[..., Any]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynmix.influence.capture import Capture, isolated
+from dynmix.influence.capture import Capture
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.group import group_influence
+from dynmix.influence.isolation import isolated
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]

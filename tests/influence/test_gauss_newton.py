@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dynmix.influence.batch import next_token_labels, next_token_logits
-from dynmix.influence.capture import Capture, Layers, isolated
+from dynmix.influence.capture import Capture
 from dynmix.influence.curvature import EKFAC, KFAC, GaussNewton, Identity
 from dynmix.influence.group import group_influence
+from dynmix.influence.isolation import isolated
+from dynmix.influence.layers import Layers
 from tests.influence.test_layers import build
 
 Models = Callable[..., Any]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dynmix.influence.capture import Capture, Layers, next_token_loss
+from dynmix.influence.batch import next_token_loss
+from dynmix.influence.capture import Capture
 from dynmix.influence.curvature import EKFAC, KFAC, DataInf, Identity, LayerByLayer
 from dynmix.influence.group import group_influence
+from dynmix.influence.layers import Layers
 from dynmix.influence.probes import picked, spread_rows
 from dynmix.influence.sets import ratio_of_sums
 from tests.influence.test_layers import build

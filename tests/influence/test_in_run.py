@@ -13,7 +13,7 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 
 from dynmix import EKFAC, Identity, Layers, group_influence
-from dynmix.influence.capture import next_token_loss
+from dynmix.influence.batch import next_token_loss
 from dynmix.influence.in_run import ParameterProducts, TokenProducts
 from dynmix.influence.tally import Tally
 from dynmix.influence.task_gradients import TaskGradients, sequence_products, task_gradients

@@ -22,8 +22,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dynmix.influence.capture import Capture, Layers, isolated, next_token_loss
+from dynmix.influence.batch import next_token_loss
+from dynmix.influence.capture import Capture
 from dynmix.influence.gradients import gradients_of
+from dynmix.influence.isolation import isolated
+from dynmix.influence.layers import Layers
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.task_gradients import with_tied_table
 

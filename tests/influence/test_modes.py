@@ -11,7 +11,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint as co
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynmix.influence.capture import next_token_loss
+from dynmix.influence.batch import next_token_loss
 from dynmix.influence.curvature import EKFAC
 from dynmix.influence.group import group_influence
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.capture import Capture, Layers, isolated, next_token_loss
+from dynmix.influence.batch import next_token_loss
+from dynmix.influence.capture import Capture
+from dynmix.influence.isolation import isolated
+from dynmix.influence.layers import Layers
 
 Batcher = Callable[..., list[dict[str, Tensor]]]
 

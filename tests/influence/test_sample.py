@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.capture import Batches, next_token_loss
+from dynmix.influence.batch import Batches, next_token_loss
 from dynmix.influence.curvature import EKFAC, Identity
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.group import group_influence

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dynmix import Identity, Layers, group_influence
-from dynmix.influence.capture import next_token_loss
+from dynmix.influence.batch import next_token_loss
 from dynmix.influence.task_gradients import TaskGradients, sequence_products, task_gradients
 
 
