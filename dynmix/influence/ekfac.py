@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches
 from dynmix.influence.capture import Capture
-from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.factored import FactoredCurvature, add_squares
 from dynmix.influence.factors import FittedFactors, Moments, Rotation, finite_sequences
-from dynmix.influence.one_pass import Consume
 from dynmix.influence.storage import on
 from dynmix.influence.sums import Sums
 
@@ -35,23 +33,15 @@ class EKFAC(FactoredCurvature):
 
     def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
         moments = Moments(capture, self.largest_basis)
-        total, length = self._read(capture, batches, lambda batch: moments.add)
+        total, length = self._read(capture, batches, lambda batch, *caught: moments.add(*caught))
         moments.add_up()
         factors = self._bases(capture, moments, previous)
         rotation = Rotation(capture)
 
-        def eigenvalues(batch: Batch) -> Consume:
-            waiting = sums.waits_for(batch)
-
-            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
-                a, g, finite = finite_sequences(a, g)
-                f = factors[layer]
-                gradient = torch.zeros_like(f.Lambda) if waiting else None
-                rotation(layer, a, g, f).add_squares(f.Lambda, gradient)
-                if gradient is not None:
-                    sums.add(layer, batch, gradient if bool(finite.all()) else gradient.fill_(torch.nan))
-
-            return consume
+        def eigenvalues(batch: Batch, layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+            a, g, finite = finite_sequences(a, g)
+            f = factors[layer]
+            add_squares(rotation(layer, a, g, f), f.Lambda, finite, sums, layer, batch)
 
         self._read(capture, batches, eigenvalues, sums)
         for layer, stack in sums.gradients.items():

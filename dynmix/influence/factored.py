@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, SupportsFloat
 
 import torch
@@ -19,8 +20,8 @@ from dynmix.influence.batch import Batch, Batches, next_token_loss
 from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turns
 from dynmix.influence.factors import Factors, FittedFactors, Moments, eigenbases
+from dynmix.influence.gradients import SequenceGradients
 from dynmix.influence.labels import label_generator, sampled_labels
-from dynmix.influence.one_pass import Consume
 from dynmix.influence.sums import Sums, within_budget
 
 logger = logging.getLogger(__name__)
@@ -112,9 +113,16 @@ class FactoredCurvature(ABC):
         """Factors with averaged covariances and bases, and the batches' own eigenvalues in them."""
 
     def _read(
-        self, capture: Capture, batches: Batches, consumer: Callable[[Batch], Consume], sums: Sums | None = None
+        self,
+        capture: Capture,
+        batches: Batches,
+        consume: Callable[[Batch, str, Tensor, Tensor, Tensor], None],
+        sums: Sums | None = None,
     ) -> tuple[int, float]:
-        """One pass; return the number of sequences, and the scored tokens of a finite one."""
+        """One pass, with the batch in front of what `Consume` is given.
+
+        Returns the number of sequences, and the scored tokens of a finite one.
+        """
 
         def labelled(batch: Batch, number: int) -> Batch:
             # Drawn anew in each pass, and the same ones.
@@ -127,7 +135,7 @@ class FactoredCurvature(ABC):
         for turn in turns(batches):
             if turn.mine:
                 batch = labelled(turn.batch, turn.number)
-                own[turn.number] = capture.run(batch, consumer(batch))
+                own[turn.number] = capture.run(batch, partial(consume, batch))
             if sums is not None:
                 sums.added(turn.batch, turn.number)
         [found] = turns.gathered("the curvature's pass", [own])
@@ -175,6 +183,16 @@ class FactoredCurvature(ABC):
         wide = [layer for layer, f in factors.items() if f.QA is None or f.QS is None]
         if wide:
             logger.info("curvature: identity basis on the wide side of %s", ", ".join(wide))
+
+
+def add_squares(gradients: SequenceGradients, to: Tensor, finite: Tensor, sums: Sums, layer: str, batch: Batch) -> None:
+    """Add the squares of the gradients of a batch's sequences; and their sum to `sums`, if it waits for the batch."""
+    if not sums.waits_for(batch):
+        gradients.add_squares(to)
+        return
+    total = torch.zeros_like(to)
+    gradients.add_squares(to, total)
+    sums.add(layer, batch, total if bool(finite.all()) else total.fill_(torch.nan))
 
 
 def _add_idle_experts(capture: Capture, factors: dict[str, Factors]) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches
 from dynmix.influence.capture import Capture
-from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.factored import FactoredCurvature, add_squares
 from dynmix.influence.factors import FittedFactors, Moments, finite_sequences
 from dynmix.influence.gradients import gradients_of
-from dynmix.influence.one_pass import Consume
 from dynmix.influence.sums import Sums
 
 
@@ -38,19 +37,11 @@ class KFAC(FactoredCurvature):
         moments = Moments(capture, self.largest_basis)
         second: dict[str, Tensor] = {}  # moments of the sequences' gradients, summed, [out, in]
 
-        def covariances(batch: Batch) -> Consume:
-            waiting = sums.waits_for(batch)
-
-            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
-                moments.add(layer, a, g, mask)
-                a, g, finite = finite_sequences(a, g)
-                to = second.setdefault(layer, capture.zeros(layer, 1)[0])
-                gradient = torch.zeros_like(to) if waiting else None
-                gradients_of(a, g).add_squares(to, gradient)
-                if gradient is not None:
-                    sums.add(layer, batch, gradient if bool(finite.all()) else gradient.fill_(torch.nan))
-
-            return consume
+        def covariances(batch: Batch, layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+            moments.add(layer, a, g, mask)
+            a, g, finite = finite_sequences(a, g)
+            to = second.setdefault(layer, capture.zeros(layer, 1)[0])
+            add_squares(gradients_of(a, g), to, finite, sums, layer, batch)
 
         total, length = self._read(capture, batches, covariances, sums)
         moments.add_up()
