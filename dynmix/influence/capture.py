@@ -151,20 +151,19 @@ class Capture:
         return self.zeros(layer, n, self.offload)
 
     def _settle(self, caught: OnePass) -> None:
+        """After a forward pass: which layers are measured, by the first batch."""
         lost, called = caught.lost, caught.called
         if self._settled:
             if lost:
                 name, reason = next(iter(lost.items()))
                 raise ValueError(f"layer {name!r} cannot be measured: {reason}; leave it out with `layers=`")
             return
-        # An expert that no token came to may see some in the next batch.
-        kept = {name for name in self.layers if name in called or self.layers[name].kind == "expert"}
-        silent = {
+        left_out = lost | {
             name: "called without gradients" if name in caught.blind else "never called"
-            for name in self.layers
-            if name not in kept and name not in lost
+            for name, layer in self.layers.items()
+            # An expert that no token came to may see some in the next batch.
+            if name not in called and name not in lost and layer.kind != "expert"
         }
-        left_out = lost | silent
         left_out |= {name: f"{owner} is not" for name, (_, owner) in self.tied.items() if owner in left_out}
         self.layers = {name: layer for name, layer in self.layers.items() if name not in left_out}
         self.tied = {name: tied for name, tied in self.tied.items() if name not in left_out}
@@ -174,6 +173,10 @@ class Capture:
         measured = sum(math.prod(layer.shape) for layer in self.layers.values())
         self.coverage = measured / sum(p.numel() for p in self.model.parameters())
         logger.info("measuring %d layers, %.1f%% of the parameters", len(self.layers), 100 * self.coverage)
+        self._tell(left_out)
+
+    def _tell(self, left_out: dict[str, str]) -> None:
+        """Name what is not measured in warnings, once a model."""
         told = _named.setdefault(self.model, set())
         if new := {name: reason for name, reason in left_out.items() if name not in told}:
             logger.warning(
