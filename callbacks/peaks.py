@@ -1,6 +1,6 @@
 """The adapter that records where tasks peak, for any run of transformers' `Trainer`; it needs no mixture.
 
-Knows the Trainer's events; what a peak is and which snapshots stay is `dynmix.peaks`'.
+Knows the Trainer's events; where tasks peak and which snapshots stay is `dynmix.peaks`'.
 """
 
 from collections.abc import Mapping

@@ -165,18 +165,15 @@ class FittedGaussNewton:
         return [(names[f"{prefix}.{keys[id(p)]}"], p) for p in own.parameters]
 
     def _tangents(self, vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A vector over the layers as directions of the parameters."""
-        found: dict[str, Tensor] = {}
+        """A vector over the layers as directions of the parameters; none where no gradient reached."""
+        found = {name: torch.zeros_like(p) for layer in self.capture.layers for name, p in self._names(layer)}
         for layer, matrix in vector.items():
             own = self.capture.layers[layer]
-            for (name, parameter), (_, part) in zip(self._names(layer), own.split(matrix), strict=True):
+            for (name, _), (_, part) in zip(self._names(layer), own.split(matrix), strict=True):
                 if own.expert is None:
                     found[name] = part
                 else:
-                    found.setdefault(name, torch.zeros_like(parameter, dtype=part.dtype))[own.expert] = part
-        for layer in self.capture.layers:  # that no gradient reached
-            for name, parameter in self._names(layer):
-                found.setdefault(name, torch.zeros_like(parameter))
+                    found[name][own.expert] = part
         return found
 
     def _matrix(self, layer: str, found: dict[str, Tensor]) -> Tensor:
