@@ -25,8 +25,7 @@ class EKFAC(FactoredCurvature):
     Lambda is the mean over sequences of (QS^T G QA)^2, where G is the gradient of a sequence's summed loss. Two passes
     over the batches: covariances, whose eigenvectors are the bases, then eigenvalues.
 
-    Args: as in `FactoredCurvature`: damping, labels, seed, largest_basis, factor_tokens, ema, refresh_every,
-        eigh_dtype.
+    Args: as in `FactoredCurvature`.
     """
 
     passes: ClassVar[int] = 2

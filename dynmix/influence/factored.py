@@ -150,19 +150,13 @@ class FactoredCurvature(ABC):
     def _bases(self, capture: Capture, moments: Moments, previous: FittedFactors | None) -> dict[str, Factors]:
         """Averaged covariances, and their eigenvectors; eigenvalues of the curvature are yet to come."""
         before = {} if previous is None or not self.ema else previous.factors
-        averaged: dict[tuple[int, int], Tensor] = {}
-        matrices: dict[str, Tensor] = {}  # each once, by the first of its layers and the side
-        names: dict[int, str] = {}
+        averaged: dict[tuple[int, int], tuple[str, Tensor]] = {}  # each once, with the first of its layers and the side
 
-        def side(name: str, new: Tensor, old: Tensor | None) -> Tensor:
-            key = id(new), id(old)  # once for layers that share it
+        def side(name: str, new: Tensor, old: Tensor | None) -> tuple[str, Tensor]:
+            key = id(new), id(old)
             if key not in averaged:
-                averaged[key] = new if old is None or old.shape != new.shape else old.lerp(new, 1 - self.ema)
-            matrix = averaged[key]
-            name = names.setdefault(id(matrix), name)
-            if matrix.ndim == 2:
-                matrices[name] = matrix
-            return matrix
+                averaged[key] = name, new if old is None or old.shape != new.shape else old.lerp(new, 1 - self.ema)
+            return averaged[key]
 
         sides = {}
         for layer, (A, S) in moments.sides().items():
@@ -171,10 +165,11 @@ class FactoredCurvature(ABC):
                 side(f"inputs of {layer!r}", A, None if old is None else old.A),
                 side(f"outputs of {layer!r}", S, None if old is None else old.S),
             )
+        matrices = {name: matrix for name, matrix in averaged.values() if matrix.ndim == 2}
         bases = eigenbases(capture.ranks, matrices, getattr(torch, self.eigh_dtype))
         return {
-            layer: Factors(A, S, A.new_zeros(S.shape[0], A.shape[0]), bases.get(names[id(A)]), bases.get(names[id(S)]))
-            for layer, (A, S) in sides.items()
+            layer: Factors(A, S, A.new_zeros(S.shape[0], A.shape[0]), bases.get(inputs), bases.get(outputs))
+            for layer, ((inputs, A), (outputs, S)) in sides.items()
         }
 
     def _report(self, factors: dict[str, Factors], moments: Moments, total: int) -> None:

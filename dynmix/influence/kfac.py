@@ -23,12 +23,11 @@ from dynmix.influence.sums import Sums
 class KFAC(FactoredCurvature):
     """Kronecker-factored curvature (Martens & Grosse 2015, arXiv 1503.05671) with the Fisher's own trace in each layer.
 
-    Lambda = r s a^T, where s and a are the eigenvalues of S and A and r = E|G|^2 / (tr S tr A): factors that are means
-    over tokens make the curvature of a token, which is about as many times too small for the gradient G of a whole
-    sequence as that has tokens, by how much exactly depends on the layer. One pass over the batches.
+    Lambda = r s a^T, where s and a are the eigenvalues of S and A and r = E|G|^2 / (tr S tr A): as S and A are means
+    over tokens, s a^T alone is the curvature of a token, too small for the gradient G of a whole sequence. One pass
+    over the batches.
 
-    Args: as in `FactoredCurvature`: damping, labels, seed, largest_basis, factor_tokens, ema, refresh_every,
-        eigh_dtype.
+    Args: as in `FactoredCurvature`.
     """
 
     passes: ClassVar[int] = 1
