@@ -21,7 +21,6 @@ from dynmix.influence.batch import Batch, Batches, Loss, next_token_loss
 from dynmix.influence.capture import Capture, NothingMeasuredError
 from dynmix.influence.carried import Carried
 from dynmix.influence.datainf import FittedDataInf
-from dynmix.influence.dealing import Turns
 from dynmix.influence.ekfac import EKFAC
 from dynmix.influence.factors import FittedFactors
 from dynmix.influence.gauss_newton import GaussNewton
@@ -30,7 +29,7 @@ from dynmix.influence.layers import LayerFilter
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
-from dynmix.influence.sets import ProbeSet, end, mean_and_error, mean_gradients
+from dynmix.influence.sets import ProbeSet, mean_and_error, mean_gradients, products_of
 from dynmix.influence.storage import Offload, check_offload, let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
@@ -244,10 +243,10 @@ class _Measured:
 
         wanted = self.how.error_sequences
         spread = [(domain, spread_rows(len(domain.tokens), wanted)) for domain in self.domains]
-        self._vary([(domain, rows) for domain, rows in spread if len(domain.products) < len(rows)], towards)
+        products_of([(domain, rows) for domain, rows in spread if len(domain.products) < len(rows)], capture, towards)
         towards.clear()
         self._precondition(inverse, gradients)
-        self._vary([(t, spread_rows(len(t.tokens), wanted, t.stratum)) for t in self.tasks], gradients)
+        products_of([(t, spread_rows(len(t.tokens), wanted, t.stratum)) for t in self.tasks], capture, gradients)
 
     def add(self, other: _Measured) -> None:
         """Take in the measurement of other layers."""
@@ -284,13 +283,6 @@ class _Measured:
         for layer, stack in stacks.items():
             with on(stack, self.capture.device(layer)) as there:
                 there.copy_(inverse.precondition(layer, there))
-
-    def _vary(self, sets: list[tuple[ProbeSet, list[int]]], towards: Mapping[str, Held]) -> None:
-        """Read some sequences of each set once more, for their products."""
-        turns = Turns(self.capture.ranks, self.capture.rerun)
-        for own, rows in sets:
-            own.products_of(self.capture, turns, rows, towards)
-        end([own for own, _ in sets], turns)
 
     def influence(self) -> Influence:
         """Scores, errors and losses as arrays."""

@@ -102,15 +102,6 @@ class ProbeSet:
         loss, count = capture.run(turn.batch, consume)
         return Found(loss.numpy(), count.numpy(), None if towards is None else product.total(len(loss)))
 
-    def products_of(self, capture: Capture, turns: Turns, rows: list[int], towards: Mapping[str, Held]) -> None:
-        """Read this rank's share of these of the sequences again, for their products with `towards` alone."""
-        for turn in turns(picked(self.batches, self.sizes, rows)):
-            if not turn.mine:
-                continue
-            product = Products(towards)
-            loss, count = capture.run(turn.batch, product.meet)
-            self.found[turn.number] = Found(loss.numpy(), count.numpy(), product.total(len(loss)))
-
     def take(self, found: Mapping[int, Found]) -> None:
         """End a pass: what was found in it, by the number of the batch, in order."""
         if not found:
@@ -173,14 +164,26 @@ def mean_gradients(
     for index, own in enumerate(sets):
         rows = slice(each * index, each * (index + 1))
         own.sum_up(capture, turns, sums.gradients, rows, each * len(sets), towards, sums.met[index], varied)
-    end(sets, turns)
+    _end(sets, turns)
     gradients = capture.ranks.sum("gradients", sums.gradients, capture.device)
     for own in sets:
         own.normalise(gradients)
     return gradients
 
 
-def end(sets: Sequence[ProbeSet], turns: Turns) -> None:
+def products_of(sets: Sequence[tuple[ProbeSet, list[int]]], capture: Capture, towards: Mapping[str, Held]) -> None:
+    """Read these of each set's sequences again, for their products with `towards` alone."""
+    turns = Turns(capture.ranks, capture.rerun)
+    for own, rows in sets:
+        for turn in turns(picked(own.batches, own.sizes, rows)):
+            if turn.mine:
+                product = Products(towards)
+                loss, count = capture.run(turn.batch, product.meet)
+                own.found[turn.number] = Found(loss.numpy(), count.numpy(), product.total(len(loss)))
+    _end([own for own, _ in sets], turns)
+
+
+def _end(sets: Sequence[ProbeSet], turns: Turns) -> None:
     """End a pass over the sets: each takes what all ranks found in it."""
     what = f"the pass over {', '.join(f'{own.kind} {own.name!r}' for own in sets)}"
     for own, found in zip(sets, turns.gathered(what, [own.found for own in sets]), strict=True):
