@@ -1,4 +1,4 @@
-"""What `dynmix prepare` costs over its floor: the tokenizer's own encode_batch on the same texts, in memory.
+"""What `dynmix prepare` costs over its floor: the tokenizer's own encode_batch_fast on the same texts.
 
     python benchmarks/prepare.py TEXTS TOKENIZER [--megabytes 24] [--workers 1 2]
 
@@ -77,7 +77,7 @@ def main() -> None:
 
         def floor() -> None:
             for first in range(0, len(texts), 1000):
-                tokenizer.backend_tokenizer.encode_batch(texts[first : first + 1000], add_special_tokens=False)
+                tokenizer.backend_tokenizer.encode_batch_fast(texts[first : first + 1000], add_special_tokens=False)
 
         def prepared(workers: int) -> None:
             output = Path(folder) / "stores"
@@ -91,12 +91,12 @@ def main() -> None:
             for workers, found in ratios.items():
                 its = seconds(lambda workers=workers: prepared(workers))  # type: ignore[misc]
                 found.append((own[0] / its[0], own[1] / its[1]))
-    table = Table("what", "documents/s over encode_batch's", "per second of processor time")
+    table = Table("what", "documents/s over encode_batch_fast's", "per second of processor time")
     for workers, found in ratios.items():
         medians = (f"{statistics.median(column):.2f}" for column in zip(*found, strict=True))
         table.add_row(f"prepare, workers={workers}", *medians)
     Console().print(table)
-    Console().print(f"encode_batch alone: {statistics.median(rates):,.0f} documents/s, {len(texts):,} documents")
+    Console().print(f"encode_batch_fast alone: {statistics.median(rates):,.0f} documents/s, {len(texts):,} documents")
 
 
 if __name__ == "__main__":
