@@ -30,7 +30,8 @@ from dynmix import Influence, TiKMiXD
 Array = NDArray[np.float64]
 Random = np.random.Generator
 
-TASKS, EPS, FEASIBLE, OPTIMAL = 9, 1e-8, 1e-6, 1e-6
+TASKS, EPS, FEASIBLE = 9, 1e-8, 1e-6
+OPTIMAL = 1e-4  # of plain SLSQP, which ends where it gains less than 1e-6: a stricter limit would only find that
 SLSQP_SECONDS = 5.0  # after which the paper's solver is stopped where it stands
 # Domains, seeds of a pair of kind and prior, and every how many-th of these cases the exact solver and SLSQP get.
 SIZES = ((26, 4, 1, 7), (200, 2, 1, 33), (1000, 2, 3, 0), (5000, 1, 7, 0))
@@ -308,7 +309,7 @@ def without_errors(sizes: tuple[tuple[int, int, int, int], ...]) -> tuple[Table,
         "ms: median / 95 % / worst", "exact: ms, median", "solvers", title="TiKMiX-D",
     )  # fmt: skip
     slsqp_table = Table(
-        "domains", "cases", "infeasible", "suboptimal", "either", "out of time", "time / ours, median",
+        "domains", "cases", "infeasible", f"over exact by {OPTIMAL:g}", "either", "out of time", "time / ours, median",
         title=f"plain SLSQP from the uniform mixture, {SLSQP_SECONDS:.0f} s at most",
     )  # fmt: skip
     for m, seeds, every_exact, every_slsqp in sizes:
