@@ -1,14 +1,15 @@
 """MDE (arXiv 2502.15950) on a small corpus: how well it ranks mixtures, alone and as features; and what it costs.
 
-    python benchmarks/mde.py CACHE [--only-timing]     (corpus: $DYNMIX_SHARED/corpus, or ../shared/corpus)
+    python benchmarks/mde.py CACHE            (corpus: $DYNMIX_SHARED/corpus, or ../shared/corpus)
+    python benchmarks/mde.py --only-timing    (its cost alone, which needs no corpus)
 
 Trains proxies, Llamas of 0.4M parameters: an expert a domain, 25 mixtures to fit laws to and 24 to test them on,
 sampled as in the paper's appendix B.4. Each run is kept in the folder CACHE as soon as it is done, so that an
 interrupted benchmark goes on where it was; CACHE/runs.csv is input for `dynmix fit`. About 25 minutes of one core.
 """
 
+import argparse
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -20,9 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pretraining.kept import check_settings, write_text
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
+from shared import shared
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader
@@ -74,11 +77,7 @@ class Proxies:
 
     def __init__(self, corpus: Path, cache: Path, settings: Settings):
         self.cache, self.settings = cache, settings
-        cache.mkdir(parents=True, exist_ok=True)
-        known, own = cache / "settings.json", json.dumps(asdict(settings))
-        if known.exists() and known.read_text() != own:
-            raise SystemExit(f"{known} is of other settings: choose another folder, or delete this one")
-        write(known, own)
+        check_settings(cache, asdict(settings))
         tokenizer = corpus / "tokenizers" / settings.tokenizer
         self.stores = {name: self._store(corpus / f"domains/{name}.jsonl.gz", tokenizer) for name in DOMAINS}
         self.sets = {name: self._sequences(corpus, name, tokenizer) for name in (*DOMAINS, *END_TASKS)}
@@ -164,12 +163,6 @@ class Proxies:
         return np.concatenate(parts)
 
 
-def write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.rename(path)
-
-
 class Measured(NamedTuple):
     experts: Experts
     W: Array
@@ -192,7 +185,7 @@ def measure(proxies: Proxies) -> Measured:
     experts = Experts.open(folder) if folder.exists() else Experts.write(folder, alone, tokens)
     names = [f"weight/{name}" for name in DOMAINS] + [f"loss/{name}" for name in proxies.sets]
     rows = [",".join(f"{x:.8g}" for x in row) for row in np.hstack([mixtures, L])]
-    write(proxies.cache / "runs.csv", "\n".join([",".join(names), *rows]) + "\n")
+    write_text(proxies.cache / "runs.csv", "\n".join([",".join(names), *rows]) + "\n")
     return Measured(experts, mixtures, L)
 
 
@@ -315,14 +308,16 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path, nargs="?")
+    parser.add_argument("--only-timing", action="store_true")
+    given = parser.parse_args()
+    if (given.cache is None) != given.only_timing:
+        parser.error("give the folder CACHE, or --only-timing, which needs none")
     torch.set_num_threads(1)
-    arguments = [a for a in sys.argv[1:] if a != "--only-timing"]
     console = Console(width=180)
-    if "--only-timing" not in sys.argv:
-        if len(arguments) != 1:
-            raise SystemExit(__doc__)
-        shared = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[2] / "shared"))
-        experts, W, L = measure(Proxies(shared / "corpus", Path(arguments[0]), Settings()))
+    if given.cache:
+        experts, W, L = measure(Proxies(shared("corpus"), given.cache, Settings()))
         console.print(ranking(experts, W, L))
         console.print(mixture(experts))
     console.print(timing())

@@ -7,7 +7,7 @@ second time, and so is an exact solver: Clarabel, with a bound from its multipli
 for. Times are of one process; each row of a table compares runs on the same cases.
 """
 
-import sys
+import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -293,7 +293,9 @@ def milliseconds(seconds: list[float]) -> str:
 
 
 def main() -> None:
-    sizes = QUICK if "--quick" in sys.argv else SIZES
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    sizes = QUICK if parser.parse_args().quick else SIZES
     console = Console(width=160)
     for case in cases(26, 1):  # nothing is timed before it has run once
         propose(case, TiKMiXD(), case.influence())

@@ -8,8 +8,7 @@ validation domains / of their average loss; `covered`: share of the 1M test loss
 deviations. Takes about ten minutes of one core; `--quick` leaves the single laws out.
 """
 
-import os
-import sys
+import argparse
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +18,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
+from shared import shared
 
 from dynmix.laws import DML, GP, AutoLaw, BiMix, Law, LightGBM, PowerLaw, Ridge
 
 Array = NDArray[np.float64]
-FOLDER = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[2] / "shared")) / "reference/regmix"
 SUBSETS = 5
 
 
@@ -51,12 +50,15 @@ def pair(values: list[tuple[float, float]]) -> str:
 
 
 def main() -> None:
-    arguments = [a for a in sys.argv[1:] if a != "--quick"]
-    folder = Path(arguments[0]) if arguments else FOLDER
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    folder = given.folder or shared("reference/regmix")
     train = read(folder / "regmix_train_1m.csv")
     tests = {path.stem.removeprefix("regmix_test_"): read(path) for path in sorted(folder.glob("regmix_test_*.csv"))}
     laws: dict[str, Law] = {"AutoLaw": AutoLaw()}
-    if "--quick" not in sys.argv:
+    if not given.quick:
         laws |= {
             "PowerLaw": PowerLaw(),
             "GP": GP(),

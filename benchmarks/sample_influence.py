@@ -15,7 +15,6 @@ of that domain, beside its share of all and the most that there can be; and the 
 has. And it prints how much of each domain is in the top half by joint influence.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import typer
 from pretraining.kept import check_settings
 from rich.console import Console
 from rich.table import Table
+from shared import shared
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -36,9 +36,7 @@ from dynmix.influence.capture import Capture
 from dynmix.influence.sample import SampleScorer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-SHARED = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[2] / "shared"))
 TASKS = ("gsm8k", "humaneval", "arc_easy", "piqa", "hellaswag", "blimp")
-TOKENIZER = SHARED / "corpus/tokenizers/bpe4096"
 LENGTH = 256
 PAIRED = {"gsm8k": "math_word", "humaneval": "code_python"}
 LINEAR = r"^(?!.*embed)"
@@ -139,8 +137,9 @@ def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: f
 
     own = {"hidden": hidden, "depth": depth, "steps": steps, "batch": batch, "rate": rate}
     check_settings(folder, own)
+    corpus = shared("corpus")
     if not (folder / "stores/prepared").exists():
-        prepare([SHARED / "corpus/domains"], folder / "stores", str(TOKENIZER), overwrite=True)
+        prepare([corpus / "domains"], folder / "stores", str(corpus / "tokenizers/bpe4096"), overwrite=True)
         (folder / "stores/prepared").touch()
     paths = {path.stem: path for path in sorted((folder / "stores").glob("*.idx"))}
     dataset = MixtureDataset(paths, num_samples=steps * batch, sequence_length=LENGTH, block=batch)
@@ -159,8 +158,9 @@ def halves(half: int) -> dict[str, Any]:
     """Up to 200 examples a task: the even ones (half 0) make scores and peaks, the odd ones (1) are for judging."""
     from dynmix import Task
 
-    whole = {t: Task.from_jsonl(SHARED / f"corpus/tasks/{t}.jsonl", str(TOKENIZER), max_length=256) for t in TASKS}
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    corpus = shared("corpus")
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizers/bpe4096")
+    whole = {t: Task.from_jsonl(corpus / f"tasks/{t}.jsonl", tokenizer, max_length=256) for t in TASKS}
     return {t: Task(t, task.records[half::2][:200], tokenizer, max_length=256) for t, task in whole.items()}
 
 
@@ -180,7 +180,7 @@ def precision(
     unit: Annotated[
         str, typer.Option(help="document (its first 256 tokens) or sequence (of 256 tokens).")
     ] = "document",
-    curvature: str = "datainf",
+    curvature: Annotated[str, typer.Option(help="datainf or ekfac.")] = "datainf",
     layers: str | None = None,
     at: Annotated[
         int | None, typer.Option(help="Score all tasks by the checkpoint of this step, not their peaks.")
@@ -193,6 +193,11 @@ def precision(
     from dynmix.mixers.regroup import blended
     from dynmix.scoring import all_sources, peak_sources, read_scores, score_corpus
 
+    curvatures = {"datainf": DataInf, "ekfac": EKFAC}
+    if curvature not in curvatures or unit not in ("document", "sequence"):
+        raise SystemExit(f"--curvature {curvature} --unit {unit}: datainf or ekfac, and document or sequence are known")
+    if at is not None and at not in range(steps // 10, steps + 1, steps // 10):
+        raise SystemExit(f"--at {at}: there are checkpoints every {steps // 10} steps, up to {steps}")
     paths, tasks = proxy(folder, hidden, depth, steps, batch, rate), halves(0)
     chosen = select_checkpoints(folder / "run", tasks)
     sources = peak_sources(chosen)
@@ -212,10 +217,9 @@ def precision(
         folder
         / f"scores-{unit}-{every}-{documents}-{curvature}-{at}-{'last' if layers is None else layers.encode().hex()}"
     )
-    how = EKFAC() if curvature == "ekfac" else DataInf()
     score_corpus(
-        some, tasks, sources, out, unit="document", sequence_length=256, layers=layers, curvature=how,
-        curvature_sequences=256, batch_tokens=batch_tokens,
+        some, tasks, sources, out, unit="document", sequence_length=256, layers=layers,
+        curvature=curvatures[curvature](), curvature_sequences=256, batch_tokens=batch_tokens,
     )  # fmt: skip
     scores = read_scores(out)
     by_task, joint = blended(scores, "step")

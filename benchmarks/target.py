@@ -34,7 +34,7 @@ from dynmix.scores import SampleScores
 from dynmix.scoring import all_sources, ngram_scores, peak_sources, perplexity_scores, read_scores, score_corpus
 
 LENGTH = 256
-ARMS = ("natural", "uniform", "perplexity", "n-gram", "automixer", "last")
+ARMS = ("natural", "uniform", "perplexity", "n-gram", "automixer", "last")  # and `ten`
 
 
 def thinned(path: Path, every: int, out: Path) -> Path:
@@ -140,6 +140,8 @@ def main(
     every: Annotated[int, typer.Option(help="The raw corpus of all arms is every so many sequence of the texts.")] = 1,
     batch_tokens: int = 8192,
 ) -> None:
+    if unknown := {*arms.split(",")} - {*ARMS, "ten"}:
+        raise SystemExit(f"--arms {arms}: no {', '.join(sorted(unknown))}, there are {', '.join(ARMS)} and ten")
     paths = proxy(folder, proxy_hidden, proxy_depth, proxy_steps, proxy_batch, proxy_rate)
     if every > 1:
         paths = {name: thinned(path, every, folder / f"every-{every}" / name) for name, path in paths.items()}

@@ -44,7 +44,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if file.exists() and read_json(file) != own and not any(path != file for path in folder.iterdir()):
         file.unlink(missing_ok=True)  # of a call that failed before it began with a result
     if changed := differences(kept(file, lambda: own), own):
-        raise SystemExit(f"{folder} has results of other settings ({changed}): choose another --output, or delete it")
+        raise SystemExit(f"{folder} has results of other settings ({changed}): choose another folder, or delete it")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

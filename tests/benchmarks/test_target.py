@@ -39,3 +39,21 @@ def test_a_cell_is_of_its_learning_rate_and_seed(script: Any, tmp_path: Path, mo
     with pytest.raises(LookupError):
         target.cell(tmp_path, rate=1e-3, **given)
     assert asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "given"),
+    [
+        ("target", "main", {"arms": "natural,tenn"}),
+        ("sample_influence", "precision", {"curvature": "EKFAC"}),
+        ("sample_influence", "precision", {"unit": "sequences"}),
+        ("sample_influence", "precision", {"at": 100}),
+    ],
+)
+def test_a_name_that_is_not_known_is_refused_before_anything_is_trained(
+    script: Any, name: str, command: str, given: dict[str, Any], tmp_path: Path
+) -> None:
+    (value,) = given.values()
+    with pytest.raises(SystemExit, match=str(value)):
+        getattr(script(name), command)(tmp_path, **given)
+    assert not [*tmp_path.iterdir()]

@@ -12,7 +12,7 @@ def test_a_folder_is_of_the_settings_that_its_first_result_had(tmp_path: Path) -
     check_settings(tmp_path, {"steps": 20, "split": ("a", "b")})  # there was none
     (tmp_path / "natural").mkdir()
     check_settings(tmp_path, {"steps": 20, "split": ("a", "b")})
-    with pytest.raises(SystemExit, match=r"other settings \(steps was 20 and is 10\): choose another --output"):
+    with pytest.raises(SystemExit, match=r"other settings \(steps was 20 and is 10\): choose another folder"):
         check_settings(tmp_path, {"steps": 10, "split": ("a", "b")})
 
 

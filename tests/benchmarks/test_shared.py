@@ -1,0 +1,32 @@
+"""Benchmarks of a corpus say where they look for it, before they begin."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("script", "given"), [("mde", ["runs/mde"]), ("regmix", []), ("sample_influence", ["precision", "runs/precision"])]
+)
+def test_a_missing_corpus_is_named(
+    script: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.setenv("DYNMIX_SHARED", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("sys.argv", [script, *given])
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as ended:
+        (module.app if script == "sample_influence" else module.main)()
+    assert "elsewhere has no" in str(ended.value)
+    assert "set $DYNMIX_SHARED" in str(ended.value)
+
+
+def test_help_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["mde.py", "--help"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        importlib.import_module("mde").main()
+    assert not [*tmp_path.iterdir()]
