@@ -2,8 +2,9 @@
 
     python benchmarks/in_run.py [--rounds 15] [--sequences 64] [--folds 4] [--agreement]
 
-A Llama of hidden size 256 and 4 layers trains on 8 domains in micro-batches of 8 sequences of 256 tokens; 4 tasks of 32
-sequences, EK-FAC factors from 64. Steps with and without alternate in one process, in processor time: the mean ratio of
+A Llama of hidden size 256 and 4 layers trains on 8 domains in micro-batches of 8 sequences of 256 tokens, all of one
+domain (`homogeneous=8`; mixed ones, with `InRun(every=5)`, are not timed here); 4 tasks of 32 sequences, EK-FAC factors
+from 64. Steps with and without alternate in one process with one thread, in processor time: the mean ratio of
 neighbours with its standard error, and what of it was spent in the hooks themselves, which varies less. What is
 measured before the window (factors, the tasks' gradients) is counted over a stage of 200 steps, whose window is all of
 it or its last 50 steps.
@@ -189,6 +190,9 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=4)
     parser.add_argument("--agreement", action="store_true")
     given = parser.parse_args()
+    if given.rounds < 2 or given.sequences % MICRO_BATCH:
+        parser.error(f"--rounds of 2 at least, and --sequences in micro-batches of {MICRO_BATCH}")
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if given.agreement:
             agreement(Path(folder))

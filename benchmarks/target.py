@@ -4,11 +4,12 @@
 
 Begins with the checkpoints of `sample_influence.py precision` (same folder and sizes, made where they are missing).
 They score every sequence of the corpus (packed, 256 tokens); each arm then trains the same small Llama from the seed's
-initial weights and order for the same number of tokens. Arms: the natural and the uniform mixture of the raw domains;
-the half of the tokens with the lowest perplexity under the last checkpoint; the half with the best n-gram importance
-for the tasks; AutoMixer with the tasks' peak checkpoints, and with the last one alone (its ablation); `ten` adds ten
-evenly spaced checkpoints. A cell (arm, seed) is kept in `target/`, so that a second call goes on. Printed: each task's
-loss in nats a token on examples that no score has seen, and their mean.
+initial weights and order for the same number of tokens. What an arm spends on choosing is not counted: for AutoMixer
+that is more than the run. Arms: the natural and the uniform mixture of the raw domains; the half of the tokens with the
+lowest perplexity under the last checkpoint; AutoMixer's regrouping by n-gram importance for the tasks in place of
+influence; AutoMixer with the tasks' peak checkpoints, and with the last one alone (its ablation); `ten` adds ten evenly
+spaced checkpoints. A cell (arm, seed) is kept in `target/`, so that a second call goes on. Printed: each task's loss in
+nats a token on examples that no score has seen, and the tasks' mean, also of each seed.
 """
 
 import json
@@ -145,13 +146,15 @@ def main(
     paths = proxy(folder, proxy_hidden, proxy_depth, proxy_steps, proxy_batch, proxy_rate)
     if every > 1:
         paths = {name: thinned(path, every, folder / f"every-{every}" / name) for name, path in paths.items()}
-    table = Table("arm", *TASKS, "mean", title=f"{steps * batch * LENGTH:,} tokens, {seeds} seeds, nats a token")
+    title = f"loss in nats a token after {steps * batch * LENGTH:,} tokens, mean over {seeds} seeds"
+    table = Table("arm", *TASKS, "mean", "of each seed", title=title)
     for arm in arms.split(","):
         runs = [
             cell(folder, arm, seed, steps, batch, hidden, depth, rate, paths, batch_tokens) for seed in range(seeds)
         ]
         means = [statistics.mean(run[task] for run in runs) for task in TASKS]
-        table.add_row(arm, *(f"{value:.3f}" for value in means), f"{statistics.mean(means):.4f}")
+        each = " ".join(f"{statistics.mean(run.values()):.3f}" for run in runs)
+        table.add_row(arm, *(f"{value:.3f}" for value in means), f"{statistics.mean(means):.3f}", each)
     Console().print(table)
 
 
