@@ -37,7 +37,11 @@ def main(
     vocab: int = 32_000,
     ways: str = "identity,adam,ekfac",
 ) -> None:
+    if unknown := {*ways.split(",")} - {"identity", "adam", "ekfac"}:
+        raise SystemExit(f"--ways {ways}: no {', '.join(sorted(unknown))}, there are identity, adam and ekfac")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        print("no GPU: on CPUs the model of 1B takes days; to try it, --hidden 128 --width 256 --tokens 20000")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     config = LlamaConfig(
