@@ -4,11 +4,14 @@
 
 A Llama of hidden size 256 and 4 layers, 8 domains x 64 and 4 tasks x 32 sequences of 256 tokens. F is a training step's
 forward and backward pass without its optimizer. The lines are ratios to F in processor time, measured in turn in one
-process, beside the ratio that the matrix products alone would have. `--shrink 4` takes a quarter of the sequences.
+process with one thread, beside the ratio that the matrix products alone would have. `--shrink 4` takes a quarter of
+the sequences.
 
 `--kronfluence` runs kronfluence instead, where it can be imported, and the measurement beside it, on the blocks' linear
-layers alone (it would take the covariance of the whole vocabulary), with the same damping and, for "the same factors",
-with eigenvectors sought in float64 as it does: how long each takes, and how far the scores are apart.
+layers alone (it would take the covariance of the whole vocabulary), with the same sequences for the factors, the same
+damping, and eigenvectors sought in float64 as it does: how long each takes, and how far the scores are apart. It holds
+all queries' gradients, so that it reads the domains once a call; summed, each task is a call. It gives no standard
+errors.
 
 `--memory` prints peaks of the resident set instead, over what there was before, each of a process of its own: what is
 said before the start, what is measured with as many sequences and with a quarter of them, and with `--kronfluence` what
@@ -24,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,7 +81,7 @@ def products(model: LlamaForCausalLM, share: float, again: float) -> float:
     Args:
         model: what is measured.
         share: of the domains' sequences that the factors are fitted on.
-        again: sequences that are read for the standard errors alone, over all.
+        again: what is read for the standard errors alone, as a share of all sequences.
     """
     P = covariances = rotations = 0.0
     shapes = {name: layer.shape for name, layer in measurable_layers(model).items()}
@@ -100,17 +104,19 @@ def products(model: LlamaForCausalLM, share: float, again: float) -> float:
 
 
 def kronfluence_scores(
-    model: LlamaForCausalLM, domains: Sets, tasks: Sets, folder: str, aggregate: bool, query_batch: int = MICRO_BATCH
-) -> torch.Tensor:
+    model: LlamaForCausalLM, domains: Sets, tasks: Sets, fit_on: Batches, folder: str, aggregate: bool,
+    queries_held: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Mean over pairs of sequences of its score, [n_tasks, n_domains].
 
     Args:
         model: whose modules it wraps: a copy.
-        domains: all of them are one dataset, on which the factors are fitted.
+        domains: all of them are one dataset.
         tasks: all of them are the queries.
+        fit_on: what the factors are fitted on.
         folder: for its files.
         aggregate: whether it sums the queries' gradients, which it can do of a whole task alone: a call each.
-        query_batch: queries whose gradients it holds at once; for each so many it reads the training data anew.
+        queries_held: gradients that it holds at once; for each so many it reads the domains anew. None: all of a call.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -143,8 +149,7 @@ def kronfluence_scores(
     analyzer = Analyzer("pairs", prepared, task, cpu=True, output_dir=folder, disable_tqdm=True)
     train = Rows([batch for own in domains.values() for batch in own])
     factors = FactorArguments(use_empirical_fisher=True)
-    analyzer.fit_all_factors("factors", train, MICRO_BATCH, factor_args=factors, overwrite_output_dir=True)
-    arguments = ScoreArguments(aggregate_query_gradients=aggregate, damping_factor=None)
+    analyzer.fit_all_factors("factors", Rows(fit_on), MICRO_BATCH, factor_args=factors, overwrite_output_dir=True)
     sets = (
         {name: Rows(own) for name, own in tasks.items()}
         if aggregate
@@ -152,8 +157,13 @@ def kronfluence_scores(
     )
     scores = []
     for name, queries in sets.items():
+        arguments = ScoreArguments(
+            aggregate_query_gradients=aggregate,
+            damping_factor=None,
+            query_gradient_accumulation_steps=(queries_held or len(queries)) // MICRO_BATCH,
+        )
         analyzer.compute_pairwise_scores(
-            name, "factors", queries, train, query_batch, MICRO_BATCH, score_args=arguments, overwrite_output_dir=True
+            name, "factors", queries, train, MICRO_BATCH, MICRO_BATCH, score_args=arguments, overwrite_output_dir=True
         )
         found = analyzer.load_pairwise_scores(name)["all_modules"].double()
         scores.append(found / len(queries) if aggregate else found)
@@ -172,13 +182,14 @@ def beside_kronfluence(domains: Sets, tasks: Sets, shrink: int) -> None:
     def timed(name: str, action: Callable[[], torch.Tensor]) -> None:
         spent[name] = seconds(lambda: scores.setdefault(name, action()))
 
-    def ours(fit_on: Batches, curvature: EKFAC) -> torch.Tensor:
+    def ours(fit_on: Batches) -> torch.Tensor:
+        curvature = EKFAC(eigh_dtype="float64")
         found = group_influence(build(shrink)[0], domains, tasks, curvature, layers=blocks, curvature_batches=fit_on)
         return torch.from_numpy(found.scores * (LENGTH - 1))  # of sums over tokens, by the curvature of sequences
 
-    def theirs(aggregate: bool) -> torch.Tensor:
+    def theirs(fit_on: Batches, aggregate: bool) -> torch.Tensor:
         with tempfile.TemporaryDirectory() as folder:
-            return kronfluence_scores(build(shrink)[0], domains, tasks, folder, aggregate)
+            return kronfluence_scores(build(shrink)[0], domains, tasks, fit_on, folder, aggregate)
 
     def floor() -> torch.Tensor:
         model = build(shrink)[0]
@@ -189,12 +200,12 @@ def beside_kronfluence(domains: Sets, tasks: Sets, shrink: int) -> None:
 
     floor()
     timed("F", floor)
-    timed("kronfluence, all pairs of sequences", lambda: theirs(False))
-    timed("kronfluence, a task's queries summed", lambda: theirs(True))
-    timed("dynmix, the same factors", lambda: ours(batches, EKFAC(eigh_dtype="float64")))
-    timed("dynmix, factors from 128 sequences", lambda: ours(few, EKFAC()))
-    exact = scores["kronfluence, all pairs of sequences"]
-    table = Table("blocks' linear layers, EK-FAC", "time / F", "largest difference / largest score")
+    for fitted, fit_on in (("every sequence", batches), ("128 sequences", few)):
+        timed(f"kronfluence, all pairs of sequences, factors from {fitted}", lambda: theirs(fit_on, False))  # noqa: B023
+        timed(f"kronfluence, a task's queries summed, factors from {fitted}", lambda: theirs(fit_on, True))  # noqa: B023
+        timed(f"dynmix, factors from {fitted}", lambda: ours(fit_on))  # noqa: B023
+    exact = scores["kronfluence, all pairs of sequences, factors from every sequence"]
+    table = Table("blocks' linear layers, EK-FAC", "time / F", "largest difference to the first / largest score")
     for name, found in scores.items():
         apart = f"{((found - exact).abs().max() / exact.abs().max()).item():.1e}" if found.ndim else ""
         table.add_row(name, f"{spent[name] / spent['F']:.2f}", apart)
@@ -225,9 +236,9 @@ def peak_of(what: str, shrink: int) -> float:
     if what == "dynmix":
         group_influence(model, domains, tasks, layers=blocks)
     else:
-        queries = MICRO_BATCH if what.endswith("a batch") else TASKS * TASK_SEQUENCES // shrink
+        held = MICRO_BATCH if what.endswith("a batch") else None
         with tempfile.TemporaryDirectory() as folder:
-            kronfluence_scores(model, domains, tasks, folder, aggregate=False, query_batch=queries)
+            kronfluence_scores(model, domains, tasks, batches, folder, aggregate=False, queries_held=held)
     return (resident("VmHWM") - before) / 1024
 
 
@@ -252,6 +263,9 @@ def main() -> None:
     parser.add_argument("--kronfluence", action="store_true")
     parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
+    if arguments.kronfluence and not find_spec("kronfluence"):
+        parser.error("kronfluence cannot be imported: pip install kronfluence, or leave --kronfluence out")
+    torch.set_num_threads(1)
     if arguments.memory:
         memory(arguments.shrink, arguments.kronfluence)
         return
@@ -271,11 +285,14 @@ def main() -> None:
         return lambda: group_influence(model, domains, tasks, EKFAC(), curvature_batches=few)
 
     total = DOMAINS * DOMAIN_SEQUENCES
+    # For standard errors, eight sequences of each task are read again; of each domain too, where all fit the factors.
+    sequences = MICRO_BATCH * (len(batches) + sum(map(len, tasks.values())))
+    tasks_again, all_again = 8 * TASKS / sequences, 8 * (TASKS + DOMAINS) / sequences
     ways: dict[str, tuple[Callable[[], object], float]] = {
-        "no curvature": (lambda: group_influence(model, domains, tasks, Identity()), products(model, 0.0, 32 / 640)),
-        "EK-FAC, factors from 64 sequences": (ekfac(64), products(model, 64 / total, 32 / 640)),
-        "EK-FAC, factors from 128 sequences (a run's default)": (ekfac(128), products(model, 128 / total, 32 / 640)),
-        "EK-FAC, factors from every sequence": (ekfac(total), products(model, 1.0, (32 + 64) / 640)),
+        "no curvature": (lambda: group_influence(model, domains, tasks, Identity()), products(model, 0.0, tasks_again)),
+        "EK-FAC, factors from 64 sequences": (ekfac(64), products(model, 64 / total, tasks_again)),
+        "EK-FAC, factors from 128 sequences (a run's default)": (ekfac(128), products(model, 128 / total, tasks_again)),
+        "EK-FAC, factors from every sequence": (ekfac(total), products(model, 1.0, all_again)),
     }
     floor()
     ratios: dict[str, list[float]] = {name: [] for name in ways}
