@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from influence import seconds
 from numpy.typing import NDArray
 from pretraining.kept import check_settings, write_text
 from rich.console import Console
@@ -271,10 +272,10 @@ def timing() -> Table:
         rng.dirichlet(np.full(k, 0.3), 64),
     )
     weights = W.astype(np.float32)
-    logs = seconds(lambda: np.log(values))
-    read = seconds(lambda: p.sum())
+    logs = least(lambda: np.log(values))
+    read = least(lambda: p.sum())
     with threadpool_limits(1):
-        product = seconds(lambda: weights @ p[:, : n // 50]) * 50 / len(W)
+        product = least(lambda: weights @ p[:, : n // 50]) * 50 / len(W)
     title = (
         f"MDE of {n:,} tokens, {k} experts, one thread. np.log of {n:,} float32: {1e3 * logs:.1f} ms, matrix product: "
         f"{1e3 * product:.1f} ms, reading {4e-6 * n * k:.0f} MB: {1e3 * read:.1f} ms"
@@ -291,20 +292,15 @@ def timing() -> Table:
     for where, memory in (("in memory", 1 << 30), ("float16 from the cache", 0)):
         experts = Experts(log_p, {"one": n}, memory=memory)
         for count in (1, 8, 64):
-            each = seconds(lambda e=experts, c=count: e.losses(W[:c])) / count  # type: ignore[misc]
+            each = least(lambda e=experts, c=count: e.losses(W[:c])) / count  # type: ignore[misc]
             ratios = (f"{each / floor:.1f}" for floor in (logs, product, read))
             table.add_row(str(count), where, f"{1e3 * each:.1f}", *ratios)
     return table
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """The least of three."""
-    found = []
-    for _ in range(3):
-        start = time.perf_counter()
-        action()
-        found.append(time.perf_counter() - start)
-    return min(found)
+def least(action: Callable[[], object]) -> float:
+    """Processor seconds, of three times."""
+    return min(seconds(action) for _ in range(3))
 
 
 def main() -> None:

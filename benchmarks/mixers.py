@@ -4,7 +4,7 @@
 
 Nine tasks, ten kinds of influence matrices, five kinds of priors, alpha = beta = gamma = 1. Eq. 7 is written here a
 second time, and so is an exact solver: Clarabel, with a bound from its multipliers that no solver has to be trusted
-for. Times are of one process; each row of a table compares runs on the same cases.
+for. Times are those of the processor, in one process; each row of a table compares runs on the same cases.
 """
 
 import argparse
@@ -182,7 +182,7 @@ class Exact:
 
 def exact(case: Case) -> Exact:
     """The best that Clarabel finds, in other units of w where it ends early: those decide whether it converges."""
-    start, value, bound = time.perf_counter(), np.inf, -np.inf
+    start, value, bound = time.process_time(), np.inf, -np.inf
     for unit in (1.0, 1 / len(case.p), len(case.p) ** -0.5):
         w, its_bound = conic(case, unit)
         bound = max(bound, its_bound)
@@ -190,7 +190,7 @@ def exact(case: Case) -> Exact:
             value = min(value, case.objective(w))
         if value <= bound + 1e-8:
             break
-    return Exact(max(value, bound), bound, time.perf_counter() - start)
+    return Exact(max(value, bound), bound, time.process_time() - start)
 
 
 def conic(case: Case, unit: float) -> tuple[Array, float]:
@@ -237,11 +237,11 @@ def conic(case: Case, unit: float) -> tuple[Array, float]:
 
 def plain_slsqp(case: Case) -> tuple[Array, float]:
     """The paper's solver: SciPy's SLSQP from the uniform mixture, all else at its default; returns (w, seconds)."""
-    m, start = case.S.shape[1], time.perf_counter()
+    m, start = case.S.shape[1], time.process_time()
     last = np.full(m, 1 / m)
 
     def objective(w: Array) -> float:
-        if time.perf_counter() - start > SLSQP_SECONDS:
+        if time.process_time() - start > SLSQP_SECONDS:
             raise TimeoutError
         return case.objective(np.maximum(w, 0))
 
@@ -260,7 +260,7 @@ def plain_slsqp(case: Case) -> tuple[Array, float]:
             ],
             callback=remember,
         ).x
-    return np.asarray(last, dtype=np.float64), time.perf_counter() - start
+    return np.asarray(last, dtype=np.float64), time.process_time() - start
 
 
 def relative(value: float, reference: float) -> float:
@@ -277,9 +277,9 @@ class Ours:
 
 def propose(case: Case, mixer: TiKMiXD, influence: Influence) -> Ours:
     prior = dict(zip(influence.domains, case.p.tolist(), strict=True))
-    start = time.perf_counter()
+    start = time.process_time()
     proposal = mixer.propose(influence, prior)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return Ours(np.array(list(proposal.weights.values())), seconds, proposal.solver)
 
 

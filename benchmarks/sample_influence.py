@@ -5,8 +5,10 @@
 
 `cost`: a Llama of hidden size 384 with 8 layers over a vocabulary of 4,096, six tasks, sequences of 256 tokens. F is a
 forward pass with its loss, F + B a training step's forward and backward pass without its optimizer, over the same
-sequences and measured in turn in this process; beside each ratio stands the one of the FLOPs that cannot be saved. The
-reference way takes every sequence's gradient by autograd and multiplies it with the tasks' preconditioned ones.
+sequences and measured in turn in this process, in processor time with one thread; beside each ratio stands the one of
+the FLOPs that cannot be saved. The reference way takes each sequence's gradient by autograd, one at a time, and
+multiplies it with the tasks' preconditioned ones. What is made once, the tasks' gradients and the curvature, is not
+timed.
 
 `precision` needs the test corpus (`$DYNMIX_SHARED`, default ../shared): it trains a small Llama on all 14 domains with
 a checkpoint every 10th of the way (resumed where it was stopped) and lets the checkpoint where each of six tasks peaks
@@ -16,14 +18,13 @@ has. And it prints how much of each domain is in the top half by joint influence
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from influence import seconds
 from pretraining.kept import check_settings
 from rich.console import Console
 from rich.table import Table
@@ -56,15 +57,10 @@ def llama(hidden: int, layers: int, length: int, seed: int = 0) -> LlamaForCausa
     )
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 @app.command()
 def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
     """Time over a forward pass, and over forward and backward; beside the ratio of the FLOPs."""
+    torch.set_num_threads(1)
     model = llama(384, 8, length)
     generator = torch.Generator().manual_seed(0)
 
