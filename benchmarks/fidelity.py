@@ -13,9 +13,10 @@ Printed: Pearson and Spearman correlation over the domains, mean over tasks ("wi
 linear datamodeling score, the rank correlation over the windows without half of the domains, mean over tasks; and what
 a perfect prediction could reach, by how far two windows with other data agree. Every window and every influence is kept
 in the folder as soon as it is there: the same command goes on. `--kronfluence` adds kronfluence's scores by EK-FAC, on
-the blocks' layers alone, to the folder, where that can be imported; they are shown from then on, beside ours for the
-same layers. `--gauss-newton` adds the exact matrix, by eight conjugate gradient steps a solve, which leave a residual
-that a solver would go on with; its processor time stands beside the others'.
+the blocks' layers alone and with all examples' gradients held, which takes 2 GB, to the folder, where that can be
+imported; they are shown from then on, beside ours for the same layers. `--gauss-newton` adds the exact matrix, by eight
+conjugate gradient steps a solve, which leave a residual that a solver would go on with; its processor time stands
+beside the others'.
 """
 
 import os
@@ -90,8 +91,11 @@ def within(measure: Any, predicted: Array, found: Array) -> float:
     return float(np.mean([measure(p, r).statistic for p, r in zip(predicted, found, strict=True)]))
 
 
-def kronfluence(windows: Windows) -> Array:
-    """Kronfluence's EK-FAC scores, summed over the sequences of domain and task, by mean loss a token."""
+def kronfluence(windows: Windows) -> dict[str, Any]:
+    """Kronfluence's EK-FAC scores, summed over the sequences of domain and task, by mean loss a token; and their time.
+
+    Processor seconds, as of ours, begin where the model and the sequences are there.
+    """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
@@ -131,23 +135,23 @@ def kronfluence(windows: Windows) -> Array:
             return layers
 
     domains, tasks = windows.probes(s.probes, 1001), windows.task_batches()
-    task, found = NextToken(), []
+    train, queries = (Rows([batch for own in sets.values() for batch in own]) for sets in (domains, tasks))
+    fit_on = Rows(windows.sequences("natural", s.curvature_sequences, 2001))
+    task = NextToken()
+    start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         model = prepare_model(training.model, task)
         analyzer = Analyzer("fidelity", model, task, cpu=windows.device == "cpu", output_dir=folder, disable_tqdm=True)
-        fit_on = Rows(windows.sequences("natural", s.curvature_sequences, 2001))
         analyzer.fit_all_factors("factors", fit_on, 16, factor_args=FactorArguments(use_empirical_fisher=True))
-        train = Rows([batch for own in domains.values() for batch in own])
-        arguments = ScoreArguments(aggregate_query_gradients=True, damping_factor=None)
-        for name, own in tasks.items():
-            queries = Rows(own)
-            analyzer.compute_pairwise_scores(
-                name, "factors", queries, train, min(16, len(queries)), 16, score_args=arguments
-            )
-            scores = analyzer.load_pairwise_scores(name)["all_modules"].double().flatten()
-            scored = sum(int((row[1, 1:] != -100).sum()) for row in queries.rows)
-            found.append(scores.view(len(domains), -1).sum(1) / scored / (s.probes * (length - 1)))
-    return torch.stack(found).numpy()
+        # All queries' gradients are held, so that the domains are read once.
+        held = ScoreArguments(damping_factor=None, query_gradient_accumulation_steps=len(queries))
+        analyzer.compute_pairwise_scores("pairs", "factors", queries, train, 16, 16, score_args=held)
+        pairs = analyzer.load_pairwise_scores("pairs")["all_modules"].double()
+    found = []
+    for own, scores in zip(tasks.values(), pairs.split([len(Rows(own)) for own in tasks.values()]), strict=True):
+        scored = sum(int((row[1, 1:] != -100).sum()) for row in Rows(own).rows)
+        found.append(scores.sum(0).view(len(domains), -1).sum(1) / scored / (s.probes * (length - 1)))
+    return {"scores": torch.stack(found).tolist(), "seconds": time.process_time() - start}
 
 
 def foreseen(windows: Windows, gauss_newton: bool) -> dict[str, tuple[Array, float]]:
@@ -182,8 +186,7 @@ def main(
     data = Corpus(corpus, output, length=settings.size.length)
     windows = Windows(data, output, settings, device)
     if kron:
-        start, file = time.process_time(), output / "influence/kronfluence.json"
-        kept(file, lambda: {"scores": kronfluence(windows).tolist(), "seconds": time.process_time() - start})
+        kept(output / "influence/kronfluence.json", lambda: kronfluence(windows))
         return
     domains, natural = data.domains, windows.natural
     predictions = foreseen(windows, gauss_newton)
