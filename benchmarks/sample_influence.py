@@ -232,7 +232,7 @@ def precision(
     for name in sorted(scores.domains, key=lambda name: -joint[domain == name].mean()):
         own_half, own_mean = half[domain == name].mean(), joint[domain == name].mean()
         ranks.add_row(name, f"{own_half:.0%}", f"{own_mean:+.2f}")
-    Console().print(table, ranks)
+    Console(width=120).print(table, ranks)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main(
         means = [statistics.mean(run[task] for run in runs) for task in TASKS]
         each = " ".join(f"{statistics.mean(run.values()):.3f}" for run in runs)
         table.add_row(arm, *(f"{value:.3f}" for value in means), f"{statistics.mean(means):.3f}", each)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
