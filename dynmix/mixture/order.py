@@ -34,13 +34,13 @@ class Order(NamedTuple):
     def counts(self, stage: StageRow, position: int) -> Ints:
         """Draws of each domain before `position`, which lies in `stage` or at its end, int64[n_domains]."""
         number, inside = divmod(position - stage.start, self.group)
-        edges, quota = self._parts(number, number + 1), self._quota(stage)
-        drawn = quota.before(int(edges[0]))
-        counts = drawn * self.group
+        edges, (live, quota) = self._parts(number, number + 1), self._quota(stage)
+        drawn, counts = quota.before(int(edges[0])), stage.base.copy()
+        counts[live] += drawn * self.group
         if skipped := (number - int(edges[0])) * self.group + inside:
-            domain = self._scattered(stage, edges, quota.domains(int(edges[0]), int(edges[1]), drawn)[0])
+            domain = self._scattered(stage, edges, live[quota.domains(int(edges[0]), int(edges[1]), drawn)[0]])
             counts += np.bincount(domain[:skipped], minlength=len(counts))
-        return stage.base + counts
+        return counts
 
     def domains(self, stage: StageRow, start: int, stop: int) -> Ints:
         """Domain of each of the positions [start, stop), all in `stage`."""
@@ -53,14 +53,15 @@ class Order(NamedTuple):
         Yields draws of each domain before the first of them, int64[n_domains], and the domain of each.
         """
         first, last = start - stage.start, stop - stage.start
-        quota, size = self._quota(stage), self.group
+        (live, quota), size = self._quota(stage), self.group
         edge = int(self._parts(first // size, first // size + 1)[0]) if start < stop else 0
         drawn = quota.before(edge)
         while first < last:
             edges = self._parts(first // size, min(first // size + max(1, _CHUNK // size), -(-last // size)))
-            before = stage.base + drawn * size
+            before = stage.base.copy()
+            before[live] += drawn * size
             of_draws, drawn = quota.domains(int(edges[0]), int(edges[-1]), drawn)
-            found = self._scattered(stage, edges, of_draws)
+            found = self._scattered(stage, edges, live[of_draws])
             skipped = first - int(edges[0]) * size
             before += np.bincount(found[:skipped], minlength=len(before))
             yield before, found[skipped : skipped + last - first]
@@ -74,9 +75,11 @@ class Order(NamedTuple):
         number, within = divmod(part, parts)
         return number * block + np.arange(within, within + last - part + 2) * block // parts
 
-    def _quota(self, stage: StageRow) -> Quota:
+    def _quota(self, stage: StageRow) -> tuple[Ints, Quota]:
+        """Numbers of the domains that the stage draws, and how it draws them."""
         units = np.diff(stage.cdf, prepend=0)
-        return Quota(units, mix(self.seed, _DOMAIN_KEY, stage.number, np.arange(len(units))), stage.owed)
+        live = np.flatnonzero(units)
+        return live, Quota(units[live], mix(self.seed, _DOMAIN_KEY, stage.number, live), stage.owed[live])
 
     def _scattered(self, stage: StageRow, edges: Ints, drawn: Ints) -> Ints:
         """The domains `drawn`, in the order of their draws, in that of the positions of the parts between `edges`."""

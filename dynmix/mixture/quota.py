@@ -20,8 +20,6 @@ UInts = npt.NDArray[np.uint64]
 
 TOTAL = 1 << 32
 
-_ESTIMATES = 5  # of a moment by what is in excess, which mostly are enough
-
 
 class Quota(NamedTuple):
     """Draws of domains by weight.
@@ -39,22 +37,8 @@ class Quota(NamedTuple):
 
     def before(self, number: int) -> Ints:
         """How many of the first `number` draws are of each domain, int64[n_domains]; exact for any below 2**62."""
-        # One draw per moment, give or take one per domain and what is owed. Before moment 0 there is none.
-        off = len(self.units) + (int(np.abs(self.owed).sum()) >> 32) + 2
-        low, high, guess = max(-1, number - off), number + off, number
-        by: dict[int, Ints] = {}
-        while high - low > 1:
-            # Where many domains have one weight their draws come in bursts, and what is in excess says little of where
-            # the moment is: then by halving.
-            guess = min(max(guess, low + 1), high - 1) if len(by) < _ESTIMATES else (low + high) // 2
-            by[guess] = self._by(guess)
-            excess = int(by[guess].sum()) - number
-            low, high = (low, guess) if excess > 0 else (guess, high)
-            guess -= excess
-        counts, after = (by[moment] if moment in by else self._by(moment) for moment in (low, high))
-        there = after - counts  # of the moment that draw `number` belongs to
-        counts += np.clip(number - counts.sum() - np.cumsum(there) + there, 0, there)
-        return counts
+        counts = self._near(number, -1)
+        return self.domains(int(counts.sum()), number, counts)[1]
 
     def domains(self, start: int, stop: int, before: Ints) -> tuple[Ints, Ints]:
         """Domain of each draw from `start` to `stop - 1`, and `self.before(stop)`.
@@ -67,9 +51,8 @@ class Quota(NamedTuple):
         Returns:
             int64[stop - start] and int64[n_domains].
         """
-        after = self.before(stop)
-        times = after - before
-        domain, index = np.repeat(np.arange(len(times)), times), np.arange(stop - start)
+        times = self._near(stop, 1) - before  # those wanted, and some behind them
+        domain, index = np.repeat(np.arange(len(times)), times), np.arange(int(times.sum()))
         first = before - np.cumsum(times) + times  # index + first is the number among its domain's draws
         place = _place(np.repeat(self.keys + first.view(np.uint64), times), index)
         # Draw j is of the first moment t with t * unit >= j * TOTAL + place. Counted from the moment `start` all of it
@@ -79,7 +62,20 @@ class Quota(NamedTuple):
         moment = np.maximum(np.ceil(late / np.repeat(self.units.astype(np.float64), times)), -start)
         moment -= moment.min(initial=0)
         order = np.argsort(moment.astype(np.min_scalar_type(int(moment.max(initial=0)))), kind="stable")  # small: radix
-        return domain[order], after
+        found = domain[order[: stop - start]]
+        return found, before + np.bincount(found, minlength=len(before))
+
+    def _near(self, number: int, side: int) -> Ints:
+        """Draws of each domain up to a moment near draw `number`: not more than `number` for side -1, not less for 1.
+
+        One draw a moment, give or take one a domain and what is owed. Where many domains have one weight their draws
+        come in bursts, and what is in excess says little of where the moment is: then by doubling.
+        """
+        moment, step = number, 0
+        while side * (excess := int((counts := self._by(moment)).sum()) - number) < 0:
+            step = max(abs(excess), 2 * step)
+            moment += side * step
+        return counts
 
     def _by(self, moment: int) -> Ints:
         """Draws of each domain up to a moment."""

@@ -115,4 +115,4 @@ def test_a_count_takes_few_steps_where_all_weights_are_one(monkeypatch: pytest.M
     quota = Quota(units, rng.integers(0, 2**64, 5000, np.uint64), np.zeros(5000, np.int64))
     for number in rng.integers(0, 10**12, 20).tolist():
         assert quota.before(number).sum() == number
-    assert len(looked) < 20 * 25
+    assert len(looked) < 20 * 6
