@@ -576,8 +576,11 @@ class MixtureController:
 
 
 def _stages_of(dataset: Mixture) -> dict[str, Any]:
-    # Where a stream is in its sources is its loader's to keep, which knows what it has read ahead.
-    return {key: value for key, value in dataset.state_dict().items() if key != "reading"}
+    if isinstance(dataset, MixtureDataset):
+        return dataset.state_dict()
+    # Where a stream is in its sources is its loader's to keep, which knows what it has read ahead. The Trainer's reads
+    # from the start again, through all stages.
+    return {"schedule": dataset.schedule.state_dict(since=0), "sequence_length": dataset.sequence_length}
 
 
 def _files_of(factors: str | None, window: Mapping[str, Any] | None) -> set[str]:

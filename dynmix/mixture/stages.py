@@ -33,7 +33,7 @@ class StageRow(NamedTuple):
         """The same stage with `width` domains, at least as many as it has."""
         more = width - len(self.cdf)
         cdf, base, owed = (
-            np.pad(x, (0, more), constant_values=y) for x, y in zip(self[3:], (TOTAL, 0, 0), strict=True)
+            np.concatenate([x, np.full(more, y)]) for x, y in zip(self[3:], (TOTAL, 0, 0), strict=True)
         )
         return self._replace(cdf=cdf, base=base, owed=owed)
 

@@ -6,6 +6,7 @@ domain's source. This module must not know of models, optimizers or how weights 
 
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -25,6 +26,7 @@ from dynmix.mixture.sequences import Item
 from dynmix.mixture.steered import Steered
 from dynmix.mixture.weights import matched
 
+_STAGES = 32  # after so many a state is made anew, which takes time, and is asked for after every batch
 UNKNOWN = 1 << 40  # rows of a domain of unknown size: domains and counts of positions do not depend on it
 _WAITING = (
     " A measurement or an evaluation may be under way. If nothing is, the loader has read further than the optimizer"
@@ -159,7 +161,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
         self._progress = Progress()
         self._reading: _Reading | None = None
         self._resume: dict[str, Any] | None = None
-        self._stages: tuple[tuple[int, int | None], dict[str, Any]] | None = None
+        self._stages: tuple[tuple[int, int | None, int], dict[str, Any]] | None = None
         self._probes: tuple[KeptAside, ...] = ()
         if probe_sequences:
             self._probes = tuple(
@@ -214,12 +216,16 @@ class MixtureStream(Steered, IterableDataset[Item]):
         """The stages, and under "reading" where this process is in its sources (None before it reads).
 
         JSON-able, if the states of the sources are. With workers the main process reads nothing: `StatefulDataLoader`
-        gathers their states, and this one has only the stages.
+        gathers their states, and this one has only the stages: all of them, as it may be read from the start again. If
+        there are very many, a state of where a process is leaves out the oldest, which are behind it.
         """
-        now = self.schedule.generation, self.schedule.end
-        if self._stages is None or self._stages[0] != now:  # asked for after every batch
-            self._stages = now, self.schedule.state_dict(since=0)  # all, as the Trainer reads from the start again
         reading = self._reading.state_dict() if self._reading is not None else self._resume
+        position = 0 if reading is None else _Place(*reading["place"]).position(reading["taken"])
+        starts = self.schedule.starts
+        first = max(0, bisect_right(starts, position) - 1) // _STAGES * _STAGES
+        now = self.schedule.generation, self.schedule.end, first
+        if self._stages is None or self._stages[0] != now:
+            self._stages = now, self.schedule.state_dict(since=starts[first])
         return {"schedule": self._stages[1], "sequence_length": self.sequence_length, "reading": reading}
 
     def load_state_dict(self, state: Mapping[str, Any], views: object = None) -> None:
@@ -324,7 +330,7 @@ class _Reading(Iterator[Item]):
             # Checked for a whole batch: one that cannot be finished is not begun.
             stop = min(self._place.batch_end(self._taken), stream.num_samples)
             stream._progress.wait(stream.schedule, stop, _WAITING)
-            stream.schedule.check_decided(0, stop)
+            stream.schedule.check_decided(position, stop)
             # Noted before the stages are read: a publisher either sees the note, or its stage is seen here.
             stream._progress.note(self._place.batch_size, stop)
             self._begun = True

@@ -19,7 +19,9 @@ from torch.utils.data._utils.fetch import _IterableDatasetFetcher
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dynmix import MixtureDataset, MixtureStream
+from dynmix.mixture import packed
 from dynmix.mixture.schedule import Undecided
+from dynmix.mixture.weights import integer_cdf
 
 LENGTH, BATCH = 4, 4
 WEIGHTS, SWAPPED = {"a": 0.3, "b": 0.7}, {"a": 0.8, "b": 0.2}
@@ -149,6 +151,52 @@ def test_a_stateful_loader_resumes_exactly(workers: int, left: int) -> None:
     got = samples(islice(first, left))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert got + samples(second) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_where_a_process_is_leaves_out_the_stages_behind_it(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_ROOM", 0)  # which leaves the newest four, and those ahead
+    stream, resumed = make(), make()
+    for number in range(1, 80):
+        stream.publish(SWAPPED if number % 2 else WEIGHTS, number)
+    whole = reference(stream, BATCH, max(1, workers))
+    first, second = (StatefulDataLoader(each, batch_size=BATCH, num_workers=workers) for each in (stream, resumed))
+    batches = iter(first)
+    got = samples(islice(batches, 9))
+    state = json.loads(json.dumps(first.state_dict()))
+    if workers:
+        assert len(stream.state_dict()["schedule"]["stages"]["starts"]) == 80
+        resumed.load_state_dict(stream.state_dict())
+        kept = [each["dataset_state"] for each in state["_snapshot"]["_worker_snapshots"].values()]
+    else:
+        kept = [state["dataset_state"]]
+    assert {each["schedule"]["stages"]["starts"][0] for each in kept} == {32}  # the next position is 36 or 40
+    second.load_state_dict(state)
+    assert got + samples(second) == got + samples(batches) == whole
+
+
+def test_a_state_stays_small_after_1000_stages_of_50_domains() -> None:
+    rng, names = np.random.default_rng(0), [f"domain{number}" for number in range(50)]
+
+    def make() -> MixtureStream:
+        sources = {name: lambda: ({"input_ids": [row] * 9} for row in count()) for name in names}
+        return MixtureStream(sources, num_samples=8000, sequence_length=8)
+
+    stream, resumed = make(), make()
+    for number in range(1, 1000):
+        stream.publish(integer_cdf(rng.dirichlet(np.ones(50))), 8 * number)
+    items = iter(stream)
+    list(islice(items, 7900))
+    state = json.dumps(stream.state_dict())
+    assert len(state) < 100_000
+    resumed.load_state_dict(json.loads(state))
+    assert len(json.dumps(resumed.state_dict())) == len(state)
+    rest = [item["input_ids"].tolist() for item in items]
+    assert [item["input_ids"].tolist() for item in resumed] == rest
+    with pytest.raises(LookupError, match="position 0 was left out of the state"):
+        next(iter(resumed))
 
 
 def test_one_worker_goes_on_where_the_main_process_was() -> None:
