@@ -17,7 +17,9 @@ from dynmix.mixture.quota import TOTAL, Ints
 from dynmix.mixture.stages import StageRow
 
 _ROOM = 72_000  # characters of weights that a state has
-_ALWAYS = 4  # newest stages that are kept in any case: the one that is read, and those that are published ahead
+# Newest stages that are kept in any case: the one that is read, and those that are published ahead. So many are kept up
+# to the one at `since` too: a loader may have read further than the step that a state is of, into a later stage.
+_ALWAYS = 4
 
 
 class Unpacked(NamedTuple):
@@ -35,11 +37,11 @@ class Unpacked(NamedTuple):
 
 
 def pack(rows: Sequence[StageRow], since: int | None) -> dict[str, Any]:
-    """The newest of `rows` that fit, and those that hold at `since` or later, as JSON-able values."""
+    """The newest of `rows` that fit, and those that hold at `since` or later and a few before, as JSON-able values."""
     weights: list[str] = []
     room = _ROOM
     for k, row in reversed(list(enumerate(rows))):
-        needed = len(rows) - k <= _ALWAYS or (since is not None and rows[k + 1].start > since)
+        needed = len(rows) - k <= _ALWAYS or (since is not None and rows[k + _ALWAYS].start > since)
         packed = _packed(row.cdf)
         room -= len(packed)
         if room < 0 and not needed:

@@ -330,7 +330,7 @@ class MixtureSchedule:
         If there are very many stages (some 300 of 50 domains) the oldest are left out; what was drawn in them is kept.
 
         Args:
-            since: keep every stage that positions from here on need, however many; 0 keeps all.
+            since: keep every stage that positions from here on need, however many, and the three before; 0 keeps all.
         """
         domains = self._roster.now
         return {

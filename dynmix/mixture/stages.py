@@ -32,9 +32,7 @@ class StageRow(NamedTuple):
     def widened(self, width: int) -> "StageRow":
         """The same stage with `width` domains, at least as many as it has."""
         more = width - len(self.cdf)
-        cdf, base, owed = (
-            np.concatenate([x, np.full(more, y)]) for x, y in zip(self[3:], (TOTAL, 0, 0), strict=True)
-        )
+        cdf, base, owed = (np.concatenate([x, np.full(more, y)]) for x, y in zip(self[3:], (TOTAL, 0, 0), strict=True))
         return self._replace(cdf=cdf, base=base, owed=owed)
 
 

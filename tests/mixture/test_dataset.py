@@ -12,6 +12,7 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader  # typ
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from dynmix.mixture import packed
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.schedule import Undecided
@@ -340,6 +341,24 @@ def test_a_state_continues_the_stream_through_json() -> None:
     assert (twin.read_until, twin.read_size) == (0, 0)
     assert [item["input_ids"][0] for item in twin.__getitems__(list(range(480, 1000)))] == rest
     assert json.dumps(twin.state_dict()) == text
+
+
+def test_a_state_keeps_the_stage_of_the_step_though_a_loader_read_into_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "_ROOM", 0)  # as if there were very many stages, all published at the start
+    dataset, twin = make(), make()
+    for number in range(1, 60):
+        dataset.publish({"a": 1 / number, "b": 1 - 1 / number}, 16 * number)
+    dataset.__getitems__(list(range(320, 336)))
+    dataset.__getitems__(list(range(336, 352)))  # read ahead, and not trained on
+    state = dataset.state_dict()
+    assert len(state["schedule"]["stages"]["starts"]) < 60
+    twin.load_state_dict(state)
+    ahead = list(range(320, 352))
+    assert [row["input_ids"].tolist() for row in twin.__getitems__(ahead)] == [
+        row["input_ids"].tolist() for row in dataset.look(320, 352)
+    ]
 
 
 def test_a_loaded_state_reaches_workers() -> None:
