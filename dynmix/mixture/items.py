@@ -81,7 +81,8 @@ class Items:
     def state_dict(self) -> dict[str, Any]:
         """Where this reader is, JSON-able if the source's own state is."""
         asked = self._stateful is not None and self._left_at is None and self._seen
-        found = self._stateful.state_dict() if asked else self._left_at
+        # A copy: many sources give what they go on to change.
+        found = copy.deepcopy(self._stateful.state_dict()) if asked else self._left_at
         return {"epoch": self.epoch, "seen": self._seen, "number": self._number, "source": found}
 
     def _open(self) -> Iterator[Any]:

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -75,6 +76,31 @@ def test_a_state_stays_small_whatever_the_item() -> None:
     for _ in range(1000):
         one.sequence()
     assert len(json.dumps(one.state_dict())) < 200
+
+
+def test_a_source_may_give_the_state_that_it_goes_on_to_change() -> None:
+    class Source:
+        def __init__(self) -> None:
+            self.state = {"row": 0}
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            while True:
+                self.state["row"] += 1
+                yield {"input_ids": [self.state["row"]] * 7}
+
+        def state_dict(self) -> dict[str, int]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.state = state
+
+    one = reader(Source(), 4)
+    for _ in range(9):
+        one.sequence()
+        state = one.state_dict()
+    rest = [one.sequence().tolist() for _ in range(9)]
+    again = reader(Source(), 4, state=state)
+    assert [again.sequence().tolist() for _ in range(9)] == rest
 
 
 def test_texts_are_tokenised() -> None:
