@@ -300,7 +300,7 @@ def _nats(model: nn.Module, pieces: Sequence[_Piece], batch_tokens: int) -> NDAr
     """Return minus the log-likelihood of each piece's scored tokens, in the order given."""
     device = next(model.parameters()).device
     nats = np.empty(len(pieces))
-    order = np.argsort([piece.scored for piece in pieces], kind="stable")  # as many logits side by side
+    order = np.argsort([piece.scored for piece in pieces], kind="stable")  # so of one length, as many logits
     lengths = np.array([len(pieces[row].ids) for row in order])
     with isolated(model), torch.no_grad():
         for batch in by_length(lengths, batch_tokens):

@@ -37,9 +37,8 @@ class Source:
     def fingerprint(self) -> str:
         """Hash of the configuration and the weights, or of all files where no weights are in safetensors.
 
-        Of each file that is its size, and 4 MiB spread over it.
-
-        An optimizer step changes nearly every byte of the weights, so reading them all would tell no more.
+        Of each file that is its size, and 4 MiB spread over it: an optimizer step changes nearly every byte of the
+        weights, so reading them all would tell no more.
 
         Raises:
             ValueError: there is no such file or folder, or nothing in it.
@@ -57,9 +56,10 @@ class Source:
         for file in files:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}\n".encode())
+            blocks = min(_BLOCKS, -(-size // _BLOCK))
             with open(file, "rb") as stream:
-                for block in range(min(_BLOCKS, -(-size // _BLOCK))):
-                    stream.seek(block * max(0, size - _BLOCK) // max(1, min(_BLOCKS, -(-size // _BLOCK)) - 1))
+                for block in range(blocks):
+                    stream.seek(block * max(0, size - _BLOCK) // max(1, blocks - 1))
                     digest.update(stream.read(_BLOCK))
         return digest.hexdigest()
 
