@@ -300,7 +300,8 @@ def timing() -> Table:
 
 def least(action: Callable[[], object]) -> float:
     """Processor seconds, of three times."""
-    return min(seconds(action) for _ in range(3))
+    found: float = min(seconds(action) for _ in range(3))
+    return found
 
 
 def main() -> None:
