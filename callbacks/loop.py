@@ -12,8 +12,8 @@ from torch import nn
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.stream import Mixture
-from dynmix.ranks import Ranks
+from dynmix.mixture.stream import Mixture, MixtureStream
+from dynmix.ranks import Ranks, is_rank_0
 
 
 class MixtureHook:
@@ -179,7 +179,11 @@ def check_read(dataset: Mixture, steps: int, batch_size: int, remedy: str) -> No
 
     One step of grace: a rank whose share comes first in a step has not read up to the step's end. Of a short last step
     it may have no share, or samples from the stream's start again. A dataset read through a wrapper shows nothing.
+    Where accelerate sends what process 0 reads (`dispatch_batches`, its default for a `MixtureStream`), workers of the
+    others read some batches ahead, and no more.
     """
+    if isinstance(dataset, MixtureStream) and (dataset.world_size or 1) == 1 and not is_rank_0():
+        return
     short = (steps - 1) * batch_size < len(dataset) < steps * batch_size
     if 0 < dataset.read_until < (steps - 1 - short) * batch_size:
         if dataset.read_until >= len(dataset):

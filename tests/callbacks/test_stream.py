@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,18 @@ def test_with_workers_each_takes_its_share_of_the_rows(training, stream, tmp_pat
     trained = training.run(tmp_path, steps=8, dataloader_num_workers=2, mixer=Staged(GIVEN))
     assert trained.order == expected(training, trained.train_dataset, readers=2)[: 8 * training.BATCH]
     assert [stage.start for stage in trained.train_dataset.schedule.stages] == [0, 40]
+
+
+def test_workers_of_ranks_that_are_sent_what_the_first_one_reads_have_read_ahead_at_most(training, launch, tmp_path):
+    launch(tmp_path, ranks=2, script=Path(__file__).with_name("streamed.py"))
+    first, second = (json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2))
+    half = training.BATCH // 2
+    found = [
+        domain
+        for start in range(0, 8 * half, half)
+        for domain, _ in first["order"][start : start + half] + second["order"][start : start + half]
+    ]
+    assert found == first["domains"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
