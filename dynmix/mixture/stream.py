@@ -248,7 +248,8 @@ class MixtureStream(Steered, IterableDataset[Item]):
             if self.read_until or not self.schedule.continues(schedule):
                 self.schedule.load_state_dict(schedule)
             self._progress.forget()
-            self._reading = None
+            if state.get("reading") is not None or (self._reading is not None and self._reading.begun):
+                self._reading = None  # or what a loader has made of its own state by now goes on
         self._resume = state.get("reading")
 
     def _place(self) -> "_Place":
@@ -315,7 +316,7 @@ class _Reading(Iterator[Item]):
         self._left: dict[str, Any] = {} if state is None else dict(state["domains"])  # and not opened yet
         self._opened: dict[int, DomainReader] = {}
         self._ahead = ReadAhead(stream.schedule)
-        self._begun = False
+        self.begun = False
 
     def __iter__(self) -> Self:
         return self
@@ -324,16 +325,16 @@ class _Reading(Iterator[Item]):
         stream, position = self._stream, self._place.position(self._taken)
         if position >= stream.num_samples:
             raise StopIteration
-        if not self._begun and self._place.readers > 1:
+        if not self.begun and self._place.readers > 1:
             _check_batch(sys._getframe(1), self._place.batch_size)
-        if not self._begun or self._taken % self._place.batch_size == 0:
+        if not self.begun or self._taken % self._place.batch_size == 0:
             # Checked for a whole batch: one that cannot be finished is not begun.
             stop = min(self._place.batch_end(self._taken), stream.num_samples)
             stream._progress.wait(stream.schedule, stop, _WAITING)
             stream.schedule.check_decided(position, stop)
             # Noted before the stages are read: a publisher either sees the note, or its stage is seen here.
             stream._progress.note(self._place.batch_size, stop)
-            self._begun = True
+            self.begun = True
         number = int(self._ahead.assigned(range(position, position + 1), stream.__len__)[0][0])
         try:
             sequence = self._reader(number).sequence()

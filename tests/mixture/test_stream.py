@@ -199,6 +199,21 @@ def test_a_state_stays_small_after_1000_stages_of_50_domains() -> None:
         next(iter(resumed))
 
 
+def test_stages_may_be_loaded_once_the_loader_has_made_its_iterator() -> None:
+    """As a hook does whose state is loaded after that of the loader."""
+    stream = make()
+    loader = StatefulDataLoader(stream, batch_size=BATCH, num_workers=0)
+    got = samples(islice(loader, 5))
+    again, last = make(), make()
+    second, third = (StatefulDataLoader(each, batch_size=BATCH, num_workers=0) for each in (again, last))
+    second.load_state_dict(loader.state_dict())
+    batches = iter(second)
+    again.load_state_dict(stream.state_dict() | {"reading": None})
+    got += samples(islice(batches, 5))
+    third.load_state_dict(second.state_dict())
+    assert got + samples(third) == reference(stream, BATCH, 1)
+
+
 def test_one_worker_goes_on_where_the_main_process_was() -> None:
     first, second = make(), make()
     got = [item["input_ids"].tolist() for item in islice(first, 10)]
