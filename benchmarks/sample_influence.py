@@ -14,7 +14,8 @@ timed.
 a checkpoint every 10th of the way (resumed where it was stopped) and lets the checkpoint where each of six tasks peaks
 score every 12th document. For the two tasks that have a domain of their own it prints what share of the top decile is
 of that domain, beside its share of all and the most that there can be; and the same of as many documents as the domain
-has. And it prints how much of each domain is in the top half by joint influence.
+has. And it prints how much of each domain is in the top half by joint influence. With `--at` checkpoints of any steps
+score all tasks, and are blended.
 """
 
 import statistics
@@ -179,8 +180,9 @@ def precision(
     curvature: Annotated[str, typer.Option(help="datainf or ekfac.")] = "datainf",
     layers: str | None = None,
     at: Annotated[
-        int | None, typer.Option(help="Score all tasks by the checkpoint of this step, not their peaks.")
+        str | None, typer.Option(help="Score all tasks by the checkpoints of these steps, by commas, not their peaks.")
     ] = None,
+    blend: Annotated[str, typer.Option(help="Of several checkpoints: step, early or equal.")] = "step",
     batch_tokens: int = 8192,
 ) -> None:
     """The share of the paired domain in a task's top decile; noise and near-duplicates by joint influence."""
@@ -190,15 +192,23 @@ def precision(
     from dynmix.scoring import all_sources, peak_sources, read_scores, score_corpus
 
     curvatures = {"datainf": DataInf, "ekfac": EKFAC}
-    if curvature not in curvatures or unit not in ("document", "sequence"):
-        raise SystemExit(f"--curvature {curvature} --unit {unit}: datainf or ekfac, and document or sequence are known")
-    if at is not None and at not in range(steps // 10, steps + 1, steps // 10):
-        raise SystemExit(f"--at {at}: there are checkpoints every {steps // 10} steps, up to {steps}")
+    known = {
+        "curvature": (curvature, [*curvatures]),
+        "unit": (unit, ["document", "sequence"]),
+        "blend": (blend, ["step", "early", "equal"]),
+    }
+    for option, (value, values) in known.items():
+        if value not in values:
+            raise SystemExit(f"--{option} {value}: one of {', '.join(values)}")
+    kept = [str(step) for step in range(steps // 10, steps + 1, steps // 10)]
+    if at is not None and not set(at.split(",")) <= set(kept):
+        raise SystemExit(f"--at {at}: there are checkpoints of the steps {','.join(kept)}")
     paths, tasks = proxy(folder, hidden, depth, steps, batch, rate), halves(0)
     chosen = select_checkpoints(folder / "run", tasks)
     sources = peak_sources(chosen)
     if at is not None:
-        sources = all_sources([found for found in list_checkpoints(folder / "run") if found.step == at], tasks)
+        some_of = [found for found in list_checkpoints(folder / "run") if str(found.step) in at.split(",")]
+        sources = all_sources(some_of, tasks)
     some = {}
     for name, path in paths.items():
         store = TokenStore.open(path)
@@ -218,7 +228,7 @@ def precision(
         curvature=curvatures[curvature](), curvature_sequences=256, batch_tokens=batch_tokens,
     )  # fmt: skip
     scores = read_scores(out)
-    by_task, joint = blended(scores, "step")
+    by_task, joint = blended(scores, blend)  # type: ignore[arg-type]
     domain = np.array(scores.domains)[scores.domain]
     table = Table("task", "scored at", "its domain", "of the top", "is of it", "by chance", "at most", title=out.name)
     for task, own in PAIRED.items():
@@ -226,7 +236,7 @@ def precision(
         for what, n in (("decile", len(domain) // 10), (f"{has}", has)):
             share, most = (domain[order[:n]] == own).mean(), min(1.0, has / n)
             row = (f"{share:.0%}", f"{has / len(domain):.0%}", f"{most:.0%}")
-            table.add_row(task, chosen[task].path.name if at is None else str(at), own, what, *row)
+            table.add_row(task, chosen[task].path.name if at is None else f"{at}, {blend}", own, what, *row)
     half = joint > np.median(joint)
     ranks = Table("domain", "in the top half by joint influence", "mean joint influence")
     for name in sorted(scores.domains, key=lambda name: -joint[domain == name].mean()):

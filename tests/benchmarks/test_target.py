@@ -47,7 +47,8 @@ def test_a_cell_is_of_its_learning_rate_and_seed(script: Any, tmp_path: Path, mo
         ("target", "main", {"arms": "natural,tenn"}),
         ("sample_influence", "precision", {"curvature": "EKFAC"}),
         ("sample_influence", "precision", {"unit": "sequences"}),
-        ("sample_influence", "precision", {"at": 100}),
+        ("sample_influence", "precision", {"blend": "late"}),
+        ("sample_influence", "precision", {"at": "240,100"}),
     ],
 )
 def test_a_name_that_is_not_known_is_refused_before_anything_is_trained(
