@@ -67,15 +67,17 @@ class Seen:
 
 
 class _Watch:
-    """What both forms share: the forward passes, and which of them a gradient belongs to."""
+    """What both forms share: training's forward passes, and the backward passes that come to their logits.
+
+    A form adds what it does when a forward pass is followed and when its backward pass begins.
+    """
 
     def __init__(self, model: nn.Module, gradients: TaskGradients) -> None:
         self.model, self.gradients = model, gradients
         self.active = True
         self.problem: Exception | None = None
         self.skipped = 0  # micro-batches whose gradient was not finite
-        self._elsewhere = False  # whether the last forward pass was none of training
-        self._seen: list[_Forward] = []
+        self._seen: list[_Forward] = []  # whose backward passes have begun
         self._hooks: list[Any] = [model.register_forward_hook(self._forward_ended, with_kwargs=True)]
 
     def detach(self) -> None:
@@ -113,7 +115,6 @@ class _Watch:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_ended(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._elsewhere = not model.training
         if self._looks(model):
             self._try(lambda: self._follow({"input_ids": args[0]} | kwargs if args else kwargs, output))
 
@@ -128,7 +129,8 @@ class _Watch:
                 "input_ids or returned no logits with a gradient (a fused loss, such as Liger's, keeps none): switch "
                 "that off, or leave in_run= out"
             )
-        forward = self._begun(batch["input_ids"].detach(), Scale(logits.detach(), batch))
+        forward = _Forward(batch["input_ids"].detach(), Scale(logits.detach(), batch))
+        self._followed(forward)
         node, index = logits.grad_fn, logits.output_nr
         while type(node).__name__ == "ToCopyBackward0":  # of mixed precision: the loss may be made of what was copied
             [(before, index)] = node.next_functions
@@ -136,16 +138,16 @@ class _Watch:
             node = before
         node.register_prehook(lambda gradients: self._try(lambda: self._backward_begins(forward, gradients[index])))
 
-    def _begun(self, input_ids: Tensor, scale: Scale) -> _Forward:
-        return _Forward(input_ids, scale)
+    def _followed(self, forward: _Forward) -> None:
+        """A forward pass has ended, and its backward pass is waited for."""
 
     def _backward_begins(self, forward: _Forward, gradient: Tensor | None) -> None:
+        """A backward pass has come to the logits of a forward pass, and to nothing before them yet."""
         if gradient is None:
             raise ValueError(_NO_GRADIENT)
         if forward in self._seen:
             raise ValueError(_COMBINED)
         forward.scale.arrived(gradient)
-        self._elsewhere = False
         self._seen.append(forward)
 
     def _finish(self) -> None:
@@ -165,6 +167,14 @@ class ParameterProducts(_Watch):
 
     Reading the tasks' is what it costs, so a few micro-batches' gradients meet them at once.
 
+    A parameter's gradient does not say which forward pass it is of. The last of these events before it does:
+
+        a training forward pass has ended       nobody's: an error, for gradients come to the logits first
+        an evaluation's forward pass has ended  the evaluation's: passed over
+        a backward pass is at the logits of F   F's
+
+    If F has none when a backward pass is at the logits of another, the two have one backward pass: an error as well.
+
     Also where the parameters are sharded by FSDP2: what is looked at is the whole parameter that a forward pass has.
     """
 
@@ -173,7 +183,8 @@ class ParameterProducts(_Watch):
         self._flat = {name: stack.flatten(1) for name, stack in gradients.parameters.items()}
         self._held: dict[str, _Held] = {}
         self._silent = set(self._flat)
-        self._current: _Forward | None = None  # whose backward pass is on
+        self._current: _Forward | None = None  # whose the gradients are that reach parameters; None: nobody's
+        self._evaluating = False  # whether they are an evaluation's instead
         inner = unwrap(model)
         self._known: dict[str, Tensor] = {}  # parameters that are looked at
         for name, parameter in inner.named_parameters():
@@ -185,16 +196,6 @@ class ParameterProducts(_Watch):
                 self._hooks.append(module.register_forward_pre_hook(partial(self._unsharded, name, own)))
             else:
                 self._look_at(name, parameter)
-
-    def _begun(self, input_ids: Tensor, scale: Scale) -> _Forward:
-        self._current = None
-        return super()._begun(input_ids, scale)
-
-    def _backward_begins(self, forward: _Forward, gradient: Tensor | None) -> None:
-        if self._current is not None and not self._current.reached:
-            raise ValueError(_COMBINED)
-        super()._backward_begins(forward, gradient)
-        self._current = forward
 
     @property
     def silent(self) -> list[str]:
@@ -211,8 +212,22 @@ class ParameterProducts(_Watch):
         hook = partial(self._gradient, name)
         self._hooks.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_ended(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._evaluating = not model.training
+        super()._forward_ended(model, args, kwargs, output)
+
+    def _followed(self, forward: _Forward) -> None:
+        self._current = None
+
+    def _backward_begins(self, forward: _Forward, gradient: Tensor | None) -> None:
+        if self._current is not None and not self._current.reached:
+            raise ValueError(_COMBINED)
+        super()._backward_begins(forward, gradient)
+        self._current, self._evaluating = forward, False
+
     def _gradient(self, name: str, gradient: Tensor) -> None:
-        if self.active and self.problem is None and not self._elsewhere:
+        if self.active and self.problem is None and not self._evaluating:
             self._try(lambda: self._meet(name, gradient))
 
     def _meet(self, name: str, gradient: Tensor) -> None:
@@ -251,6 +266,9 @@ class TokenProducts(_Watch):
 
     It costs about as much as the gradients of the measured weights do, in each step that it looks at.
 
+    A layer's use belongs to the forward pass that began last, or, where checkpointing runs layers again in a backward
+    pass, to the one whose backward pass that is.
+
     Raises ValueError for layers other than linear ones, embeddings and norms, and for a compiled or sharded model.
     """
 
@@ -267,8 +285,9 @@ class TokenProducts(_Watch):
                 "layers out with layers=, or let micro-batches hold one domain each"
             )
         super().__init__(model, gradients)
-        self._names, self._mask = names_of(inner), torch.empty(0)
-        self._products: list[Tensor] = []  # of the forward pass that began last
+        self._names = names_of(inner)
+        # Of the forward pass that layers are used in now: its real tokens, and where its products go.
+        self._mask, self._products = torch.empty(0), list[Tensor]()
         for name, layer in self._layers.items():
             hook = partial(self._layer_ended, name)
             self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
@@ -281,12 +300,12 @@ class TokenProducts(_Watch):
     def _note(self, batch: dict[str, Any]) -> None:
         self._mask, self._products = token_mask(batch), []
 
-    def _begun(self, input_ids: Tensor, scale: Scale) -> _Forward:
-        return _Forward(input_ids, scale, self._products, mask=self._mask)
+    def _followed(self, forward: _Forward) -> None:
+        forward.products, forward.mask = self._products, self._mask
 
     def _backward_begins(self, forward: _Forward, gradient: Tensor | None) -> None:
         super()._backward_begins(forward, gradient)
-        if forward.mask is not None:  # layers that run again in this backward pass are its own
+        if forward.mask is not None:
             self._mask, self._products = forward.mask, forward.products
 
     def _layer_ended(
