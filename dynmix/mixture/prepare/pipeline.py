@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class Group:
         number: of the group.
         inputs: by number among all inputs.
         domains: of the inputs, by number; none where a field says them.
+        shards: of its pieces, as far as they are cut.
+        summary: of the pieces that are done.
+        at_work: pieces that are cut and not done.
+        place: of its stores in the order of reading, once all its pieces are cut.
+        refused: whether a name of its domains is, so that its stores are not written.
     """
 
     number: int
@@ -41,8 +47,9 @@ class Group:
     domains: dict[int, str]
     shards: list[Path] = field(default_factory=list)
     summary: Summary = field(default_factory=Summary)
-    waiting: int = 1  # for pieces, and to have been cut to the end
-    order: int = 0  # of its stores
+    at_work: int = 0
+    place: int | None = None
+    refused: bool = False
 
     @property
     def size(self) -> int:
@@ -52,31 +59,37 @@ class Group:
 
 @dataclass
 class _Task:
-    """A piece or a group's stores, at work somewhere; `order` is that of reading."""
+    """A piece or a group's stores, at work somewhere."""
 
-    order: int
+    place: int
     inputs: dict[int, str]
     then: Callable[[Any], None]
 
 
+_Failure = tuple[Exception, dict[int, str]]  # what is wrong, and in which inputs, names by number
+
+
 class Pipeline:
-    """Pieces to workers in order, a few ahead; each group's stores as soon as its pieces are done."""
+    """Pieces to workers in order, a few ahead; each group's stores as soon as its pieces are done.
+
+    Whatever can fail has a place in the order of reading: a piece takes the next one when it is cut, or cannot be, and
+    a group's stores the one behind its last piece. After a failure no more pieces are handed out, but what is at work
+    is waited for, and of all failures the one with the first place is raised. All before it had been handed out by
+    then, so it is the same one however many workers there are.
+    """
 
     def __init__(self, groups: list[Group], work: Work, pool: Workers, bar: Bar, job: Job) -> None:
         self.groups, self.work, self.pool, self.bar, self.job = groups, work, pool, bar, job
         self.facts: dict[int, Json] = {}
         self._tasks: dict[Future[Any], _Task] = {}
-        self._failures: dict[int, tuple[Exception, dict[int, str]]] = {}
-        self._order = 0
+        self._places = count()
+        self._failures: dict[int, _Failure] = {}  # by place
         self._names: Names | None = None
         if job.fields.domain is not None:
             self._names = Names(job.fields.domain, bool(job.held_out), work.existing)
 
     def run(self) -> Json:
-        """Do everything; return the facts of the stores, by name in order.
-
-        Of several things that are wrong, the first in the order of the inputs is raised, whoever met it first.
-        """
+        """Do everything; return the facts of the stores, by name in order. Or raise the first failure."""
         for group in self.groups:
             if (facts := self.work.finished(group.number)) is not None and self._holds(group, facts):
                 self.facts[group.number] = facts
@@ -102,91 +115,99 @@ class Pipeline:
         return same and all((self.work.output / f"{name}{end}").exists() for name in facts for end in (".bin", ".idx"))
 
     def _read(self, group: Group) -> None:
+        """Cut the inputs into pieces and hand them out, unless something is wrong, here or elsewhere."""
         for number, each in group.inputs.items():
             domain = group.domains.get(number, "")
             self.bar.reading(domain or Path(each.name).name)
             try:
                 for index, piece in enumerate(each.pieces(self.job.fields, self.work.piece)):
-                    shard = self.work.shard(number, index)
+                    place, shard = next(self._places), self.work.shard(number, index)
                     group.shards.append(shard)
-                    self._order += 1
                     if shard.exists() and (found := read_summary(shard)) is not None:
                         self.bar.found(piece.size, found.tokens)
-                        self._arrived(group, self._order, found)
+                        self._add(group, place, found)
                         continue
                     while len(self._tasks) > self.pool.count and not self._failures:
                         self._collect()
                     if self._failures:
                         return
                     self.bar.working()
-                    group.waiting += 1
+                    group.at_work += 1
                     task = self.pool.submit(f"it read {each.name}", tokenise, piece, domain, shard)
-                    then = partial(self._read_piece, group, self._order, piece.size)
-                    self._tasks[task] = _Task(self._order, {number: each.name}, then)
+                    then = partial(self._tokenised, group, place, piece.size)
+                    self._tasks[task] = _Task(place, {number: each.name}, then)
             except (PrepareError, OSError) as error:
-                self._failures[self._order + 1] = error, {number: each.name}
+                self._failures[next(self._places)] = error, {number: each.name}
                 return
-        self._order += 1
-        group.order = self._order
-        self._one_less(group)
+        group.place = next(self._places)
+        self._write_if_complete(group)
 
     def _collect(self) -> None:
+        """Wait until something that is at work is done, and go on with it."""
         for future in wait(self._tasks, return_when=FIRST_COMPLETED).done:
             task = self._tasks.pop(future)
             try:
                 task.then(future.result())
             except Exception as error:
-                self._failures[task.order] = error, task.inputs
+                self._failures[task.place] = error, task.inputs
 
-    def _read_piece(self, group: Group, order: int, size: int, summary: Summary) -> None:
+    def _tokenised(self, group: Group, place: int, size: int, summary: Summary) -> None:
+        """A piece is done."""
         self.bar.done(size, summary.tokens)
-        self._arrived(group, order, summary)
-        self._one_less(group)
+        group.at_work -= 1
+        self._add(group, place, summary)
+        self._write_if_complete(group)
 
-    def _arrived(self, group: Group, order: int, summary: Summary) -> None:
+    def _add(self, group: Group, place: int, summary: Summary) -> None:
+        """Count a piece that is done, now or by an earlier call."""
         group.summary.add(summary)
         try:
             if self._names is not None:
                 self._names.add({*summary.documents, *summary.empty})
         except PrepareError as error:
-            self._failures[order] = error, {}
-            group.waiting += 1  # for ever: its stores are not written
+            self._failures[place] = error, {}
+            group.refused = True
 
-    def _one_less(self, group: Group) -> None:
-        group.waiting -= 1
-        if group.waiting:
+    def _write_if_complete(self, group: Group) -> None:
+        """Have the stores written once all pieces are cut and done."""
+        if group.place is None or group.at_work or group.refused:
             return
-        for number, each in group.inputs.items():
-            try:
-                each.check()
-            except (PrepareError, OSError) as problem:
-                self._failures[group.order] = problem, {number: each.name}
-                return
-        documents, empty = group.summary.documents, group.summary.empty
-        which = list(dict.fromkeys(group.domains.values())) or sorted({*documents, *empty}) or [""]
-        for domain in which:
-            if not documents[domain]:
-                files = {n: each.name for n, each in group.inputs.items() if group.domains.get(n, domain) == domain}
-                what = f"all {empty[domain]} documents are empty" if empty[domain] else "no documents"
-                error = PrepareError(f"domain {domain!r}: {what} in {', '.join(files.values())}")
-                self._failures[group.order] = error, files
-                return
-            _log.info("%s: %d documents, and %d empty ones skipped", domain, documents[domain], empty[domain])
+        summary = group.summary
+        domains = list(dict.fromkeys(group.domains.values())) or sorted({*summary.documents, *summary.empty}) or [""]
+        if (failure := _why_not(group, domains)) is not None:
+            self._failures[group.place] = failure
+            return
         sides = (False, True) if self.job.held_out else (False,)
-        stores = [_name(self.job, domain, side) for domain in which for side in sides]
-        drop_from_manifest(self.work.output, stores)
+        drop_from_manifest(self.work.output, [_name(self.job, domain, side) for domain in domains for side in sides])
         task = self.pool.submit(
-            f"it wrote the stores of {which[0]} and {len(which) - 1} more",
+            f"it wrote the stores of {domains[0]} and {len(domains) - 1} more",
             make_stores,
             group.shards,
             self.work.output,
             self.work.scratch(group.number),
         )
-        self._tasks[task] = _Task(group.order, {}, partial(self._finish, group))
+        self._tasks[task] = _Task(group.place, {}, partial(self._finish, group))
 
     def _finish(self, group: Group, facts: Json) -> None:
         self.work.finish(group.number, group.shards, facts)
         self.facts[group.number] = facts
+
+
+def _why_not(group: Group, domains: list[str]) -> _Failure | None:
+    """Why the stores of a group that has been read are not written: an input has changed, or a domain is empty."""
+    for number, each in group.inputs.items():
+        try:
+            each.check()
+        except (PrepareError, OSError) as problem:
+            return problem, {number: each.name}
+    documents, empty = group.summary.documents, group.summary.empty
+    for domain in domains:
+        if not documents[domain]:
+            files = {n: each.name for n, each in group.inputs.items() if group.domains.get(n, domain) == domain}
+            what = f"all {empty[domain]} documents are empty" if empty[domain] else "no documents"
+            return PrepareError(f"domain {domain!r}: {what} in {', '.join(files.values())}"), files
+        _log.info("%s: %d documents, and %d empty ones skipped", domain, documents[domain], empty[domain])
+    return None
 
 
 def _warn_of_sides(facts: Json) -> None:
