@@ -29,7 +29,7 @@ from dynmix.influence.layers import LayerFilter
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
 from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
-from dynmix.influence.sets import ProbeSet, mean_and_error, mean_gradients, products_of
+from dynmix.influence.sets import DRAWS, MEANS, ProbeSet, mean_and_error, mean_gradients, products_of
 from dynmix.influence.storage import Offload, check_offload, let_go, on
 from dynmix.influence.sums import Sums
 from dynmix.observation import Array, Influence
@@ -144,7 +144,7 @@ def scored_groups(
     ranks = Ranks(over_ranks)
     with ranks.together():
         measured = _measured(model, domains, tasks, curvature, how, ranks, keep_scores=True)
-        scores = {domain.name: domain.products[:, ::2] for domain in measured.domains}
+        scores = {domain.name: domain.products[:, MEANS] for domain in measured.domains}
         return ScoredGroups(measured.influence(), scores, {domain.name: domain.tokens for domain in measured.domains})
 
 
@@ -256,7 +256,7 @@ class _Measured:
             own.products = theirs.products + own.products
 
     def _towards(self, inverse: InverseCurvature) -> dict[str, Held]:
-        """The tasks' preconditioned gradients by layer, [2 * n_tasks, ...]: each one's, and a draw of its noise."""
+        """The tasks' preconditioned gradients by layer, [2 * n_tasks, ...]: `MEANS` and `DRAWS`."""
         if self.how.rank is None:
             return dict(self._preconditioned(self.tasks, inverse))
         found = []
@@ -286,8 +286,8 @@ class _Measured:
 
     def influence(self) -> Influence:
         """Scores, errors and losses as arrays."""
-        over_domain = np.stack([domain.variance() for domain in self.domains], axis=1)
-        over_task = np.stack([task.variance() for task in self.tasks])
+        over_domain = np.stack([domain.variance() for domain in self.domains], axis=1)  # [2 * n_tasks, n_domains]
+        over_task = np.stack([task.variance() for task in self.tasks])  # [n_tasks, n_domains]
         error = np.sqrt(_variance(over_domain, over_task, [task.tokens for task in self.tasks]))
         losses = [mean_and_error(task.losses, task.tokens, task.stratum) for task in self.tasks]
         influence = Influence(
@@ -305,14 +305,14 @@ class _Measured:
 
 
 def _products(towards: Mapping[str, Held], gradients: Mapping[str, Tensor], capture: Capture) -> Array:
-    """<towards_2i, gradients_j> summed over the layers, float64[n_tasks, n_domains]."""
+    """<`MEANS` of towards, gradients> summed over the layers, float64[n_tasks, n_domains]."""
     n_tasks, n_domains = len(next(iter(towards.values()))) // 2, len(next(iter(gradients.values())))
     total: Array = np.zeros((n_tasks, n_domains))
     for layer, gradient in gradients.items():
         if layer in towards:
             device = capture.device(layer)
             # Row by row of the matrices, and the rows in float64: a single sum in float32 is that of a million terms.
-            rows = torch.einsum("toi,doi->otd", towards[layer].to(device)[::2], gradient.to(device))
+            rows = torch.einsum("toi,doi->otd", towards[layer].to(device)[MEANS], gradient.to(device))
             total += rows.cpu().double().sum(0).numpy()
             let_go(towards[layer])
             let_go(gradient)
@@ -322,11 +322,13 @@ def _products(towards: Mapping[str, Held], gradients: Mapping[str, Tensor], capt
 def _variance(over_domain: Array, over_task: Array, task_tokens: list[Array]) -> Array:
     """Variance of the scores [n_tasks, n_domains] over the sequences of both sides.
 
-    With independent noises x and y, (G + x)(g + y) varies by Gy, xg and xy. The variance over one side's sequences is
-    seen with the other side's noise in it, so xy is in both: the contrasts' part of `over_domain` says how much.
+    With independent noises x of a task and y of a domain, (G + x)(g + y) varies by Gy, xg and xy. The variance over one
+    side's sequences is seen with the other side's noise in it, so xy is in both, and is to count once. How much it is
+    says the variance over a domain's sequences of their products with a draw of x, in which there is no G.
     """
     n = np.array([[np.count_nonzero(tokens)] for tokens in task_tokens], dtype=np.float64)
-    over_domain, both = over_domain[::2], over_domain[1::2] * n / np.maximum(n - 1, 1)
+    # What n sequences deviate by from their own mean varies by (n - 1) / n of the noise.
+    over_domain, both = over_domain[MEANS], over_domain[DRAWS] * n / np.maximum(n - 1, 1)
     both = np.where(np.isfinite(both), both, 0.0)
     return over_domain + over_task - np.minimum(both, np.minimum(over_domain, over_task))
 

@@ -1,5 +1,10 @@
 """One domain or task in a measurement: what is read of its sequences, and what that says about their spread.
 
+A mean over a few sequences has noise in it. How far a product with it varies for that is seen from a *draw of the
+noise*: the sequences' deviations from the mean sum to zero, but with alternating signs to something that is as large as
+the noise and independent of it. Where draws are asked for, each stands behind its mean, in a stack of gradients as in
+the products with it: these are its `MEANS` and `DRAWS`.
+
 Knows batches and arrays; nothing of what the other side is, nor of the curvature.
 """
 
@@ -25,6 +30,8 @@ from dynmix.observation import Array
 
 logger = logging.getLogger(__name__)
 
+MEANS, DRAWS = slice(0, None, 2), slice(1, None, 2)  # rows of a stack that has both, or columns of products with it
+
 
 class Found(NamedTuple):
     """Of one batch's sequences: losses and scored tokens, float64[B], and products, float64[B, n_towards]."""
@@ -49,7 +56,7 @@ class ProbeSet:
         self.products = np.zeros((0, 0))
         self.sizes: list[int] = []
         self.found: dict[int, Found] = {}
-        self._rows = slice(0)
+        self._rows = slice(0)  # of the gradients: its mean's, and its draw's if there is one
 
     def sum_up(
         self,
@@ -62,11 +69,11 @@ class ProbeSet:
         met: Mapping[int, tuple[Tensor, Tensor]],
         varied: int | None,
     ) -> None:
-        """Add this rank's part of the loss's gradient to `gradients`, layer -> [n_rows, out, in], at the first row.
+        """Add this rank's part of the loss's gradient to `gradients`, layer -> [n_rows, out, in], at `rows`.
 
-        In a second row, if there is one, goes the same sum with the signs of the sequences alternating. Sequences'
-        gradients meet `towards` [n, out, in] in passing, those of batches enough for `varied` sequences, None: all. Of
-        the batches in `met` losses and tokens are given, and their gradients have been added.
+        The second of them, if there is one, gets the same with alternating signs. Sequences' gradients meet `towards`
+        [n, out, in] in passing, those of batches enough for `varied` sequences, None: all. Of the batches in `met`
+        losses and tokens are given, and their gradients have been added.
         """
         self._rows = rows
         self.found = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
@@ -118,7 +125,7 @@ class ProbeSet:
             self.tokens = np.concatenate([own.tokens for own in found.values()])
 
     def normalise(self, gradients: Mapping[str, Tensor]) -> None:
-        """Make the sum a mean over the tokens, and of the signed sum, less that mean, one draw of the noise in it."""
+        """Make the sum a mean over the tokens, and of the one with alternating signs a draw of the noise in it."""
         scored = self.tokens.sum()
         if scored == 0:
             raise ValueError(f"{self.kind} {self.name!r} has no scored token: every label is -100 or masked")
@@ -127,8 +134,8 @@ class ProbeSet:
         for stack in gradients.values():
             own = stack[self._rows]
             own[0] /= scored
-            for contrast in own[1:]:
-                contrast.sub_(own[0] * signed).div_(scored)
+            if len(own) > 1:
+                own[1].sub_(own[0] * signed).div_(scored)
             finite = finite and bool(own[0].isfinite().all())
             let_go(stack)
         if not finite:
@@ -157,7 +164,8 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Read all sets, or what `sums` has not met of them: each one's gradient of its mean loss, layer -> [n, out, in].
 
-    With `draws` each is followed by a draw of the noise in it. `towards` and `varied` as in `ProbeSet.sum_up`.
+    With `draws` these are `MEANS` of what is returned, and draws of the noise in them its `DRAWS`. `towards` and
+    `varied` are as in `ProbeSet.sum_up`.
     """
     turns, each = Turns(capture.ranks, capture.rerun), 2 if draws else 1
     sums = Sums([()] * len(sets), capture.stored) if sums is None else sums
@@ -251,5 +259,5 @@ def mean_and_error(values: Array, tokens: Array, stratum: int | None = None) -> 
 
 
 def _signs(start: int, count: int) -> Array:
-    """+1 for sequences with an even number, -1 for odd ones."""
+    """Of the sequences in a draw of the noise: +1 for those with an even number, -1 for odd ones."""
     return np.where(np.arange(start, start + count) % 2 == 0, 1.0, -1.0)
