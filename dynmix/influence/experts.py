@@ -49,7 +49,7 @@ def experts_forward(module: Any, watch: Watch) -> Callable[[Tensor, Tensor, Tens
 
 
 def by_sequence(x: Tensor, tokens: Tensor, sequences: int, length: int) -> Tensor:
-    """Rows [n, k] of tokens numbered through a batch, laid out as [sequences, most tokens of one, k], zeros behind."""
+    """Rows [n, ...] of tokens numbered through a batch, as [sequences, most tokens of one, ...] with zeros behind."""
     of = tokens // length
     counts = torch.bincount(of, minlength=sequences)
     starts = counts.cumsum(0) - counts

@@ -41,6 +41,14 @@ class _Uses:
 class OnePass:
     """What is caught of one batch: `forward()`, then `keep`, then the backward pass, then `finish`.
 
+    A layer goes through these steps:
+
+        _called    it is used in the forward pass, itself or as what is tied to it: can that be measured?
+        _follow    the use's input is noted, and its output's gradient will come in
+        keep       the forward pass is over: is the layer measured, and which others have its input?
+        _arrived   the gradient of a use's output is there, and both are made what they would be of a linear layer
+        _deliver   those of all uses are there, or no more will come (`finish`): they are joined and handed over
+
     Args:
         layers: those to be measured, by name.
         tied: modules by name whose uses are uses of one of them, with what they are and its name.
@@ -66,7 +74,7 @@ class OnePass:
         self._tied, self._mask, self._consume, self._check = tied, mask, consume, check
         self._uses = {name: _Uses(layer) for name, layer in layers.items()}
         self._sources: dict[str, Tensor] = {}  # inputs as the model has them, kept while a second layer may get one
-        self._ready: dict[tuple[str, ...], tuple[Tensor, set[str]]] = {}  # shared inputs, and who still needs them
+        self._ready: dict[tuple[str, ...], tuple[Tensor, set[str]]] = {}  # inputs of a group, and who still needs them
         self.lost: dict[str, str] = {}
         self.blind: set[str] = set()
         self.sharing: dict[str, tuple[str, ...]] = {}
@@ -106,10 +114,14 @@ class OnePass:
         for name in [name for name, use in self._uses.items() if use.gradients]:
             self._deliver(name)
 
+    def _owner(self, name: str) -> tuple[Layer, str]:
+        """What a module is on its own, and the name of the layer whose uses its uses are."""
+        return self._tied.get(name) or (self._uses[name].layer, name)
+
     def _called(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook: what the model is to go on with in place of the output; None: the output."""
         a: Tensor = args[0] if args else next(iter(kwargs.values()))
-        layer, owner = self._tied.get(name) or (self._uses[name].layer, name)
+        layer, owner = self._owner(name)
         if not torch.is_grad_enabled():  # the model itself has no gradient through this use
             self.blind.add(name)
             return None
@@ -148,15 +160,9 @@ class OnePass:
         return f"input of shape {list(a.shape)} for {sequences} sequences of {length} tokens"
 
     def _follow(self, name: str, a: Tensor, output: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Note a use's input, and have its output's gradient come in."""
-        if not output.requires_grad:
-            # Nothing before this layer is measured. A zero that requires a gradient starts the graph here, so the
-            # backward pass stops here; the output itself as a leaf would forbid the model to change it in place.
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        elif output._is_view():
-            output = output.clone()  # a change in place rewrites a view's history and would lose the hook below
-        layer, owner = self._tied.get(name) or (self._uses[name].layer, name)
-        use = self._uses[owner]
+        """Note a use's input, and have its output's gradient come in; return the output that it will come in for."""
+        layer, owner = self._owner(name)
+        use, output = self._uses[owner], _hookable(output)
         arrived = partial(self._arrived, owner, layer, len(use.inputs), a._version)
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
         use.inputs.append(a.detach())
@@ -165,56 +171,67 @@ class OnePass:
         return output
 
     def _arrived(self, owner: str, layer: Layer, index: int, version: int, gradient: Tensor) -> None:
-        """The gradient of a use's output is there; `version` is what its input was in when it was used."""
+        """The gradient of a use's output is there; `version` was its input's when it was used."""
         if (use := self._uses.get(owner)) is None:  # left out since, for another of its uses
             return
         a = use.inputs[index]
         if a._version != version:
             raise ValueError(f"layer {owner!r}: its input is changed in place after it; leave it out with `layers=`")
-        if layer.kind == "embedding" and use.layer is not layer:  # of a head whose weight is the table
-            use.inputs[index], gradient = gradient, one_hot(layer.module, a.squeeze(-1)).to(gradient)
+        if layer.kind == "embedding" and use.layer is not layer:  # the table is a head's weight, and is seen as that
+            a, gradient = gradient, one_hot(layer.module, a.squeeze(-1)).to(gradient)
         elif layer.kind == "norm":
-            use.inputs[index], gradient = norm_gradients(layer, a, gradient, self._mask)
-        use.gradients[index] = gradient
+            a, gradient = norm_gradients(layer, a, gradient, self._mask)
+        use.inputs[index], use.gradients[index] = a, gradient
         if len(use.gradients) == len(use.inputs):
             self._deliver(owner)
 
     @torch.no_grad()
     def _deliver(self, name: str) -> None:
+        """Join the uses that have a gradient, in the order of the calls, and hand the layer over."""
         use = self._uses.pop(name)
-        layer, order = use.layer, sorted(use.gradients)
+        order = sorted(use.gradients)
         inputs, gradients = [use.inputs[i] for i in order], [use.gradients[i] for i in order]
-        reals = [self._mask.to(gradients[0].device)] * len(order)
-        if layer.kind == "expert":
+        mask = self._mask.to(gradients[0].device)
+        reals = [mask] * len(order)
+        if use.layer.kind == "expert":
             tokens = [use.tokens[i] for i in order]
             inputs, gradients, reals = (
-                [by_sequence(x, at, *self._mask.shape) for x, at in zip(some, tokens, strict=True)]
-                for some in (inputs, gradients, [reals[0].flatten()[at, None] for at in tokens])
+                [by_sequence(x, at, *mask.shape) for x, at in zip(rows, tokens, strict=True)]
+                for rows in (inputs, gradients, [mask.flatten()[at] for at in tokens])
             )
-            reals = [real.squeeze(-1) for real in reals]
-        a = self._inputs(name, layer, inputs, reals)
-        g = _joined(gradients, reals)
+        a, g = self._inputs(name, use.layer, inputs, reals), _joined(gradients, reals)
         if a.is_floating_point():  # a router may compute in another type than the model's
             g = g.to(a.dtype)
-        if isinstance(layer.module, nn.Embedding):
+        if isinstance(use.layer.module, nn.Embedding):
             a = a.squeeze(-1)
-            if layer.module.padding_idx is not None:  # a row that never trains
-                g = g.masked_fill((a == layer.module.padding_idx)[..., None], 0)
+            if (padding := use.layer.module.padding_idx) is not None:  # a row that never trains
+                g = g.masked_fill((a == padding)[..., None], 0)
         with torch.autocast(a.device.type, enabled=False):
             self._consume(name, a, g, torch.cat(reals, dim=1))
 
     def _inputs(self, name: str, layer: Layer, inputs: list[Tensor], reals: list[Tensor]) -> Tensor:
         """All uses' inputs, [B, k * T, in (+1)]; made by the first of the layers that share them, for all of them."""
         group = self.sharing[name]
-        if group in self._ready:
-            a, waiting = self._ready.pop(group)
-        else:
-            a, waiting = _joined(inputs, reals), set(group)
+        if group not in self._ready:
+            a = _joined(inputs, reals)
             if layer.bias is not None and layer.kind != "norm":
                 a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
-        if waiting := waiting - {name}:
-            self._ready[group] = a, waiting
+            self._ready[group] = a, set(group)
+        a, waiting = self._ready[group]
+        waiting.remove(name)
+        if not waiting:
+            del self._ready[group]
         return a
+
+
+def _hookable(output: Tensor) -> Tensor:
+    """The output of a layer, or another with the same values, so that its gradient comes to a hook whatever follows."""
+    if not output.requires_grad:
+        # Nothing before this layer is measured. A zero that requires a gradient starts the graph here, so the backward
+        # pass stops here; the output itself as a leaf would forbid the model to change it in place.
+        return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+    # A change in place rewrites a view's history, and would lose its hooks.
+    return output.clone() if output._is_view() else output
 
 
 def _joined(parts: list[Tensor], masks: list[Tensor]) -> Tensor:
