@@ -229,42 +229,67 @@ class TiKMiXD(Mixer):
         lower: Mapping[str, float] | None,
         present: Mapping[str, float] | None = None,
     ) -> "_Posed":
-        domains = influence.domains
-        wanted = normalized(prior, domains)
-        low = bounds(domains, _for_all(self.lower, domains), lower, lower=True)
-        high = bounds(domains, _for_all(self.upper, domains), upper)
-        if crossed := [f"{n!r} ({a:.4g} > {b:.4g})" for n, a, b in zip(domains, low, high, strict=True) if a > b]:
-            raise ValueError(f"lower bounds above the upper ones: {', '.join(crossed)}")
-        inside = cap(wanted, high, low)
-        widest = low, high
-        if self.max_change is not None:  # of where the bounds leave the mixture, so that the two always fit together
-            now = inside if present is None else cap(normalized(present, domains), high, low)
-            low, high = np.maximum(low, now - self.max_change), np.minimum(high, now + self.max_change)
-            inside = inside if present is None else cap(wanted, high, low)
+        """Return the problem, or why there is none: first what may move, then whether the scores say anything of it."""
+        wanted = normalized(prior, influence.domains)
+        widest = self._bounds(influence.domains, upper, lower)
+        reach, inside = self._reach(influence.domains, widest, wanted, present)
         if bad := influence.not_finite:
             return _Posed(None, wanted, inside, widest, f"influence not finite on {bad}")
         self._warn_of_flips(influence)
-        S, weight = influence.scores, np.where(influence.optimised, 1.0, self.guard_weight)
-        scale = np.abs(S).max(axis=1)
-        E = self._uncertainty(influence)
-        unknown = ~np.isfinite(E).all(axis=0)
-        low, high, E = np.where(unknown, inside, low), np.where(unknown, inside, high), np.where(unknown, 0.0, E)
-        held = [domains[j] for j in np.flatnonzero(unknown)]
-        note = f"; weights kept, for want of a finite standard error: {', '.join(held)}" if held else ""
-        moving = high > low
-        if uninformed := [t for t, s, e in zip(influence.tasks, S, E, strict=True) if self._is_noise(s, e, moving)]:
+        errors = self._uncertainty(influence)
+        known = np.isfinite(errors).all(axis=0)  # the other domains keep their weights
+        low, high = (np.where(known, bound, inside) for bound in reach)
+        E = np.where(known, errors, 0.0)
+        if uninformed := self._uninformed(influence, E, high > low):
             why = (
                 f"the influence on {', '.join(uninformed)} cannot be told from its noise (more probe_sequences and "
                 "task_sequences, or less confidence)"
             )
             return _Posed(None, wanted, inside, widest, why)
-        # Below Eq. 6's eps an influence does not count. The slack is of second order in eps: a row of ordinary scale
-        # must hold up to rounding, and a row at eps must not decide the mixture for all others.
-        slack = (EPS / np.maximum(scale, EPS)) ** 2 + self._guard_slack(influence)
+        held = [influence.domains[j] for j in np.flatnonzero(~known)]
+        note = f"; weights kept, for want of a finite standard error: {', '.join(held)}" if held else ""
+        slack = self._slack(influence)
+        problem, repair = _repaired(self._eq_7(influence, E, slack, wanted, inside, low, high), slack)
+        return _Posed(problem, wanted, inside, widest, note + repair)
+
+    def _bounds(
+        self, domains: tuple[str, ...], upper: Mapping[str, float] | None, lower: Mapping[str, float] | None
+    ) -> tuple[Array, Array]:
+        """Return the lower and the upper bounds, the tightest of these and the constructor's; without `max_change`."""
+        low = bounds(domains, _for_all(self.lower, domains), lower, lower=True)
+        high = bounds(domains, _for_all(self.upper, domains), upper)
+        if crossed := [f"{n!r} ({a:.4g} > {b:.4g})" for n, a, b in zip(domains, low, high, strict=True) if a > b]:
+            raise ValueError(f"lower bounds above the upper ones: {', '.join(crossed)}")
+        return low, high
+
+    def _reach(
+        self,
+        domains: tuple[str, ...],
+        widest: tuple[Array, Array],
+        wanted: Array,
+        present: Mapping[str, float] | None,
+    ) -> tuple[tuple[Array, Array], Array]:
+        """Return the `widest` bounds narrowed by `max_change`, and the prior `wanted` moved inside them."""
+        low, high = widest
+        inside = cap(wanted, high, low)
+        if self.max_change is None:
+            return widest, inside
+        # Counted from where the bounds leave the present mixture, so that the two always fit together.
+        now = inside if present is None else cap(normalized(present, domains), high, low)
+        narrow_low, narrow_high = np.maximum(low, now - self.max_change), np.minimum(high, now + self.max_change)
+        if present is not None:
+            inside = cap(wanted, narrow_high, narrow_low)
+        return (narrow_low, narrow_high), inside
+
+    def _eq_7(
+        self, influence: Influence, E: Array, slack: Array, wanted: Array, inside: Array, low: Array, high: Array
+    ) -> Problem:
+        """Return Eq. 7 within the bounds. Where they moved the prior, its start `inside` may miss the floor."""
+        S, weight = influence.scores, np.where(influence.optimised, 1.0, self.guard_weight)
+        scale, divisor = np.abs(S).max(axis=1), row_scales(S, self.normalization)
         divided = np.maximum(scale, np.finfo(np.float64).tiny)[:, None]
         C = S / divided
-        divisor = row_scales(S, self.normalization)
-        problem = Problem(
+        return Problem(
             A=(weight[:, None] * S / divisor[:, None])[weight > 0],
             C=C,
             floor=C @ wanted - slack,
@@ -274,24 +299,10 @@ class TiKMiXD(Mixer):
             alpha=self.alpha,
             beta=self.beta,
             gamma=self.gamma,
-            R=self._radius(int(moving.sum())) * E / divided,
+            R=self._radius(int((high > low).sum())) * E / divided,
             cost=self.beta * weight * scale / np.abs(divisor),
             centre=wanted,
         )
-        if problem.violation(inside) > 0:
-            best, room = slackest(problem)
-            if room >= 0:
-                # No further from the prior than it takes: what noise may do to a move is counted from here.
-                missing, gained = problem.floor - C @ inside, C @ (best - inside)
-                short = missing > ROUNDING
-                way = (missing[short] / np.maximum(gained, missing)[short]).max(initial=0.0)
-                start = inside + way * (best - inside)
-                problem = replace(problem, start=start, centre=start)
-                note += "; the bounds cut the prior: gains are counted from where that is made up for"
-            else:
-                problem = replace(problem, floor=C @ inside - slack, centre=inside)
-                note += "; the bounds leave no mixture as good as the prior on every task"
-        return _Posed(problem, wanted, inside, widest, note)
 
     def _uncertainty(self, influence: Influence) -> Array:
         """Return the standard errors that count, float64[n_rows, n_domains]: 0 for guards, and without confidence."""
@@ -300,13 +311,17 @@ class TiKMiXD(Mixer):
             return np.zeros_like(influence.scores)
         return np.where(influence.optimised[:, None], np.where(np.isnan(E), np.inf, E), 0.0)
 
-    def _is_noise(self, scores: Array, errors: Array, moving: NDArray[np.bool_]) -> bool:
-        """Whether no move between the domains has a gain beyond the bound, by a chi-squared test of equal scores.
+    def _uninformed(self, influence: Influence, errors: Array, moving: NDArray[np.bool_]) -> list[str]:
+        """Return the tasks on which no move between the `moving` domains has a gain beyond the bound."""
+        rows = zip(influence.tasks, influence.scores, errors, strict=True)
+        return [task for task, s, e in rows if e.any() and self._is_noise(s[moving], e[moving])]
+
+    def _is_noise(self, s: Array, e: Array) -> bool:
+        """Whether scores cannot be told from equal ones, by a chi-squared test.
 
         Its statistic is the largest square of (s d) / |e * d| over all d that sum to 0, in closed form.
         """
-        s, e = scores[moving], errors[moving]
-        if not errors.any() or len(s) < 2:
+        if len(s) < 2:
             return False
         precision = 1 / np.maximum(e, 1e-9 * e.max()) ** 2
         common = precision @ s / precision.sum()
@@ -317,12 +332,18 @@ class TiKMiXD(Mixer):
         level = norm.cdf(max(1.0, self.confidence))
         return min(1.0, self.confidence) * float(np.sqrt(chi2.ppf(level, max(1, domains - 1))))
 
-    def _guard_slack(self, influence: Influence) -> Array:
+    def _slack(self, influence: Influence) -> Array:
+        """Return how far each row may fall below the prior's influence, row-scaled.
+
+        Below Eq. 6's eps an influence does not count. That slack is of second order in eps: a row of ordinary scale
+        must hold up to rounding, and a row at eps must not decide the mixture for all others.
+        """
         given = self.guard_slack
         if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(influence.guards))):
             raise ValueError(f"guard_slack: no guard {unknown[0]!r}; the guards are {list(influence.guards)}")
-        slack = [given.get(name, 0.0) if isinstance(given, Mapping) else given for name in influence.tasks]
-        return np.where(influence.optimised, 0.0, slack)
+        of_guards = [given.get(name, 0.0) if isinstance(given, Mapping) else given for name in influence.tasks]
+        scale = np.abs(influence.scores).max(axis=1)
+        return np.asarray((EPS / np.maximum(scale, EPS)) ** 2 + np.where(influence.optimised, 0.0, of_guards))
 
     def _solve(self, problem: Problem) -> tuple[Array, Array, str]:
         solvers = {"dual": solve_dual} if self.gamma > 0 and not problem.robust else {}
@@ -394,6 +415,24 @@ class _Posed:
     def kept(self) -> str:
         """What becomes of the prior where nothing better is found."""
         return "kept" if np.array_equal(self.inside, self.wanted) else "moved inside the bounds and no further"
+
+
+def _repaired(problem: Problem, slack: Array) -> tuple[Problem, str]:
+    """Return the problem with a feasible start, and what to say if that took other than where the bounds put it."""
+    inside, C = problem.start, problem.C
+    if not problem.violation(inside) > 0:
+        return problem, ""
+    best, room = slackest(problem)
+    if room < 0:
+        lowered = replace(problem, floor=C @ inside - slack, centre=inside)
+        return lowered, "; the bounds leave no mixture as good as the prior on every task"
+    # No further from the prior than it takes: what noise may do to a move is counted from here.
+    missing, gained = problem.floor - C @ inside, C @ (best - inside)
+    short = missing > ROUNDING
+    way = (missing[short] / np.maximum(gained, missing)[short]).max(initial=0.0)
+    start = inside + way * (best - inside)
+    moved = replace(problem, start=start, centre=start)
+    return moved, "; the bounds cut the prior: gains are counted from where that is made up for"
 
 
 def of_sequences(influence: Influence, prior: Mapping[str, float]) -> Influence:
