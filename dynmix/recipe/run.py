@@ -90,9 +90,9 @@ _OF_DECISION = {
     *(f"proxy.{name}" for name in ("blend", "criterion", "keep", "law", "max_epochs", "mixtures")),
 }
 
-# Nor on these, but for the run's length and the tokenizer that a model brings: they may change until the run has begun.
+# Sections that neither of the two depends on, but for `training.max_steps` above and for `model.path`, which may bring
+# the tokenizer: they may change until the run has begun.
 _OF_RUN = {"model", "guards", "mixer", "reference", "stages", "measurement", "training"}
-_OF_BOTH = {"training.max_steps", "model.path"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -284,24 +284,33 @@ def _check_folder(recipe: Recipe) -> None:
         )
     if not trained and not (folder / "proxy").exists():  # a call that failed as it began, and may have been mended
         return
-    before = to_plain(read_recipe(file))  # what an older version did not know has its default
     decided = any((folder / "proxy" / name).exists() for name in ("fit.json", "groups/groups.json"))
-    free = set() if trained or decided else _OF_DECISION
-
-    def may_change(key: str) -> bool:
-        return (
-            key.removeprefix("proxy.") in _FREE
-            or key in _FREE | free
-            or (not trained and key.partition(".")[0] in _OF_RUN and key not in _OF_BOTH)
-        )
-
-    found = [each for each in differences(before, to_plain(recipe)) if not may_change(each.partition(" was ")[0])]
+    before = to_plain(read_recipe(file))  # what an older version did not know has its default
+    changes = [(each.partition(" was ")[0], each) for each in differences(before, to_plain(recipe))]
+    found = [each for key, each in changes if not _may_change(key, decided=decided, trained=bool(trained))]
     if found:
         raise RecipeError(
             f"output: {folder} has a run of another recipe: {'; '.join(found[:5])}"
             + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             + ". Give another output, or the recipe as it was"
         )
+
+
+def _may_change(key: str, *, decided: bool, trained: bool) -> bool:
+    """Whether a value may differ from an earlier call's, which left small runs at least.
+
+    Args:
+        key: of the value.
+        decided: whether something was decided from the small runs.
+        trained: whether the run itself has begun.
+    """
+    if key in _FREE or key.removeprefix("proxy.") in _FREE:
+        return True
+    if trained:
+        return False
+    if key in _OF_DECISION:
+        return not decided
+    return key.partition(".")[0] in _OF_RUN and key != "model.path"
 
 
 def _write_recipe(recipe: Recipe) -> None:
