@@ -11,7 +11,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -122,8 +123,23 @@ def _draws(epochs: float, size: int) -> int:
     return NEVER if math.isinf(epochs) else min(NEVER, math.floor(Fraction(repr(float(epochs))) * size))
 
 
+class _Stretch(NamedTuple):
+    """Positions [start, stop) of a stage, over which one row of integers holds.
+
+    `drawn_at_stop` are draws of each domain before `stop`, of no meaning where that is `NEVER`.
+    """
+
+    start: int
+    stop: int
+    row: StageRow
+    drawn_at_stop: Ints
+
+
 class Course:
     """How one stage goes on under limits: which row of integers holds from which position on.
+
+    There is more than one row under "redistribute" alone: one for each stretch between two positions at which domains
+    reach their limits. Every one follows from the one before; they are found when they are first asked for, and kept.
 
     Args:
         stage: the stage as it was published.
@@ -147,31 +163,25 @@ class Course:
         self._stage, self._limit, self._counts, self._domains = stage, limit, counts, domains
         self._units = np.diff(stage.cdf, prepend=0)
         self._weighted = self._units > 0
-        self._rows, self._starts, self._stops = [stage], [stage.start], [NEVER]
-        self.dry = NEVER
+        begins_used_up = bool((self._weighted & (stage.base >= limit)).any())
         if policy == "repeat":
-            return
-        reached = stage.base >= limit
-        if policy == "redistribute":
-            if (limit[self._weighted] < NEVER).all():
-                self.dry = stage.start + int(np.maximum(0, limit - stage.base)[self._weighted].sum())
-            if (reached & self._weighted).any() and self.dry > stage.start:
-                self._rows[0] = self._row_from(stage.start, stage.base)
-            self._stops[0], self._drawn = self._stop(self._rows[0], stage.start, stage.base)
+            self.dry, first = NEVER, _Stretch(stage.start, NEVER, stage, stage.base)
+        elif policy == "redistribute":
+            self.dry = self._all_used_up()
+            some_left = stage.start < self.dry
+            row = self._row_from(stage.start, stage.base) if begins_used_up and some_left else stage
+            first = self._stretch(row, stage.start, stage.base)
+        elif begins_used_up:
+            self.dry, first = stage.start, _Stretch(stage.start, stage.start, stage, stage.base)
         else:
-            over = (reached & self._weighted).any()
-            self.dry = self._stops[0] = stage.start if over else self._stop(stage, stage.start, stage.base)[0]
+            first = self._stretch(stage, stage.start, stage.base)
+            self.dry = first.stop
+        self._found = [first]
 
     def at(self, position: int) -> tuple[StageRow, int]:
         """The row that holds at `position`, and the first position at which it does not any more."""
-        while self._stops[-1] <= position and self._stops[-1] < self.dry:
-            start, row = self._stops[-1], self._row_from(self._stops[-1], self._drawn)
-            stop, self._drawn = self._stop(row, start, self._drawn)
-            self._rows.append(row)
-            self._starts.append(start)
-            self._stops.append(stop)
-        index = bisect_right(self._starts, position) - 1
-        return self._rows[index], self._stops[index]
+        stretch = self._found[self._index(position)]
+        return stretch.row, stretch.stop
 
     def counts(self, position: int) -> Ints:
         """Draws of each domain before `position`, which lies in the stage, or at its end."""
@@ -187,11 +197,12 @@ class Course:
             drawn: `counts(position)`.
             group: of the order.
         """
-        self.at(position)
         owed = self._stage.owed - ((drawn - self._stage.base) // group << 32)
-        for row, start, stop in zip(self._rows, self._starts, [*self._starts[1:], position], strict=True):
+        stretches = self._found[: self._index(position) + 1]
+        stops = [*(stretch.start for stretch in stretches[1:]), position]
+        for (start, _, row, _), stop in zip(stretches, stops, strict=True):
             # Modulo 2**64, as the draws before; what is left of both is small.
-            owed = owed + np.diff(row.cdf, prepend=0) * (max(0, min(stop, position) - start) // group)
+            owed = owed + np.diff(row.cdf, prepend=0) * ((stop - start) // group)
         return owed
 
     def used_up(self, position: int) -> list[int]:
@@ -199,28 +210,49 @@ class Course:
         found: list[int] = np.flatnonzero(self._weighted & (self.counts(position) >= self._limit)).tolist()
         return found
 
+    def _index(self, position: int) -> int:
+        """Which of the stretches found has `position`, or ends there with the stage; finds those up to it first."""
+        last = self._found[-1]
+        while last.stop <= position and last.stop < self.dry:
+            row = self._row_from(last.stop, last.drawn_at_stop)
+            last = self._stretch(row, last.stop, last.drawn_at_stop)
+            self._found.append(last)
+        return bisect_right(self._found, position, key=attrgetter("start")) - 1
+
+    def _all_used_up(self) -> int:
+        """Where every domain of the stage has reached its limit: in whatever order, all that they may give is drawn."""
+        limit = self._limit[self._weighted]
+        if not (limit < NEVER).all():
+            return NEVER
+        return self._stage.start + int(np.maximum(0, limit - self._stage.base[self._weighted]).sum())
+
     def _row_from(self, start: int, drawn: Ints) -> StageRow:
+        """The row that holds from `start` on, before which `drawn` was drawn: of the domains below their limits."""
         left = np.where(drawn < self._limit, self._units, 0)
         row = self._stage._replace(cdf=redistributed(left), base=np.zeros_like(drawn))
         return row._replace(base=drawn - self._counts(row, start))
 
-    def _stop(self, row: StageRow, start: int, drawn: Ints) -> tuple[int, Ints]:
-        """First position beyond `start` before which a domain of the row has reached its limit, and draws before it."""
+    def _stretch(self, row: StageRow, start: int, drawn: Ints) -> _Stretch:
+        """The positions from `start` on, before which `drawn` was drawn, until a domain of the row reaches its limit.
+
+        Counts far away are closed-form, but take many steps to lead to a position; near by it is quicker to walk. And
+        of many domains near their limits the first one reaches it long before it is to be expected of each.
+        """
         units = np.diff(row.cdf, prepend=0)
         live = np.flatnonzero((units > 0) & (drawn < self._limit) & (self._limit < NEVER))
-        if not live.size:
-            return NEVER, drawn
         limit = self._limit[live]
-        wait = float(((limit - drawn[live]) / units[live]).min()) * TOTAL
+        # Positions until it is to be expected of the first of them.
+        wait = float(((limit - drawn[live]) / units[live]).min(initial=math.inf)) * TOTAL
         if wait >= NEVER >> 1:
-            return NEVER, drawn
-        # Of many that are near their limits the first one reaches it long before it is to be expected of each.
-        guess, low, near = start + math.ceil(wait), start, _NEAR + (2 * math.ceil(wait) if wait < _WALKED else 0)
-        if (found := self._walk(row, live, start, start + min(_WALKED, near), drawn)) is None:
-            low, high = bracket(lambda g: bool((self._counts(row, g)[live] >= limit).any()), low, guess, _WALKED)
+            return _Stretch(start, NEVER, row, drawn)
+        guess = start + math.ceil(wait)
+        near = min(_WALKED, _NEAR + 2 * (guess - start)) if wait < _WALKED else _NEAR
+        if (found := self._walk(row, live, start, start + near, drawn)) is None:
+            low, high = bracket(lambda g: bool((self._counts(row, g)[live] >= limit).any()), start, guess, _WALKED)
             found = self._walk(row, live, low, high, self._counts(row, low))
             assert found is not None
-        return found
+        stop, then = found
+        return _Stretch(start, stop, row, then)
 
     def _walk(self, row: StageRow, live: Ints, low: int, high: int, drawn: Ints) -> tuple[int, Ints] | None:
         """First position up to `high` before which one of the `live` domains has reached its limit, if there is one.
@@ -229,7 +261,8 @@ class Course:
         """
         domain = self._domains(row, low, high)
         order = np.argsort(domain, kind="stable")
-        last = np.searchsorted(domain[order], live) + (self._limit - drawn)[live] - 1  # of a domain, in that order
+        # Where in that order the draw is that takes a domain to its limit, if there are so many draws of it here.
+        last = np.searchsorted(domain[order], live) + (self._limit - drawn)[live] - 1
         reached = (last < len(domain)) & (domain[order[np.minimum(last, len(domain) - 1)]] == live)
         if not reached.any():
             return None
