@@ -24,6 +24,9 @@ TOTAL = 1 << 32
 class Quota(NamedTuple):
     """Draws of domains by weight.
 
+    At moment t a domain has come `units` * t + `owed` along. Its draw j stands at j * 2**32 + a random place in that
+    stretch, and is of the first moment, from 0 on, at which the domain has come so far.
+
     Attributes:
         units: weights in units of 2**-32, int64[n_domains] >= 0 with a sum of 2**32.
         keys: what is random, uint64[n_domains].
@@ -55,8 +58,8 @@ class Quota(NamedTuple):
         domain, index = np.repeat(np.arange(len(times)), times), np.arange(int(times.sum()))
         first = before - np.cumsum(times) + times  # index + first is the number among its domain's draws
         place = _place(np.repeat(self.keys + first.view(np.uint64), times), index)
-        # Draw j is of the first moment t with t * unit >= j * TOTAL + place. Counted from the moment `start` all of it
-        # is below 2**53, and no quotient is nearer to the next whole number than 2**-32: floats are exact.
+        # Counted from the moment `start` all of it is below 2**53, and no quotient is nearer to the next whole number
+        # than 2**-32: floats are exact.
         stretch, passed = self._stretch(start)
         late = np.repeat((first - stretch) * TOTAL - passed, times) + index * TOTAL + place
         moment = np.maximum(np.ceil(late / np.repeat(self.units.astype(np.float64), times)), -start)
@@ -82,7 +85,7 @@ class Quota(NamedTuple):
         if moment < 0:
             return np.zeros_like(self.units)
         stretch, passed = self._stretch(moment)
-        return np.maximum(0, stretch + (passed >= _place(self.keys, stretch)))
+        return np.maximum(0, stretch + (passed >= _place(self.keys, stretch)))  # of whole stretches, and of this one
 
     def _stretch(self, moment: int) -> tuple[Ints, Ints]:
         """Number of the stretch each domain is in at a moment, and how much has passed of it, in parts of 2**-32."""
