@@ -153,6 +153,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         )
         self.boundaries = boundaries
         self._tokenizer, self._cache_dir = tokenizer, cache_dir
+        # What is listed stays. With a state that is loaded, the first domains become those that its run began with.
         self._given, self._listed = dict(domains), self._open(domains, sequence_length)
         self._first = tuple(self._listed.values())
         if (packing != "concat" or bos_token_id not in (None, "auto")) and not any(
@@ -425,27 +426,18 @@ class MixtureDataset(Steered, Dataset[Item]):
         saved = late.relocated(schedule_of(state), views)
         then, joined = domains_of(saved)
         schedule = self.schedule.like(then)
-        found = schedule.differences(saved, self._listed)
-        drawn = {} if found else last_shares(saved)
-        found += late.unlike(then, joined, self._listed, drawn)
-        if state["sequence_length"] != self.sequence_length:
-            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
-        found += self.options.differences(state.get("options", {}))
-        if not found:
-            here = [name for name in then if name in self._listed]
-            changed = [name for name in here if self._content_of(name) != state["fingerprint"][name]]
-            found += [f"domain {name!r} has as many rows, but their content changed" for name in changed]
-        if found:
+        if found := self._differences(state, saved, schedule):
             raise ValueError("this state belongs to other data: " + "; ".join(found))
         if self._is_of_worker(saved):
             return
         first = late.first_rows(then, self._listed, self.sequence_length, state["fingerprint"])
+        drawn = last_shares(saved)
         opened = {
             domain.source["hash"]: late.rows_of(domain, first, self._listed, self._open, self.sequence_length, drawn)
             for domain in joined
         }
         if list(then) == list(self.schedule.sizes)[: len(self._first)]:
-            self.schedule.load_state_dict(saved, self._listed)
+            self.schedule.load_state_dict(saved, self._listed)  # the same schedule still: workers that run share it
         elif self._progress.by_workers:
             raise ValueError("workers read already, and this state has other domains: load it before the loader starts")
         else:
@@ -457,6 +449,27 @@ class MixtureDataset(Steered, Dataset[Item]):
         if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:
             self._join(self._given, new)
             logger.warning("%s joined: nothing is drawn of it until a stage is published that gives it some", list(new))
+
+    def _differences(self, state: Mapping[str, Any], saved: Mapping[str, Any], schedule: MixtureSchedule) -> list[str]:
+        """In words, why this dataset cannot go on from a state; none if it can.
+
+        Args:
+            state: the state.
+            saved: its schedule's part.
+            schedule: one of the state's first domains, with the settings of this one.
+        """
+        then, joined = domains_of(saved)
+        found = schedule.differences(saved, self._listed)
+        # Where settings differ, stages may be written in another way: they are not looked into.
+        found += late.unlike(then, joined, self._listed, {} if found else last_shares(saved))
+        if state["sequence_length"] != self.sequence_length:
+            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
+        found += self.options.differences(state.get("options", {}))
+        if found:  # contents take long to look at
+            return found
+        here = [name for name in then if name in self._listed]
+        changed = [name for name in here if self._content_of(name) != state["fingerprint"][name]]
+        return [f"domain {name!r} has as many rows, but their content changed" for name in changed]
 
     def _decided(self, runs: Sequence[range]) -> list[range]:
         """What of a request is in the stream, once its stages are decided; raises as `__getitems__` does."""

@@ -1,8 +1,13 @@
 """Domains that join a dataset while it is read, and those of a state that the run which loads it does not list.
 
+The domains of a run are the *first* ones, with which it began, and behind them those that *joined*; a domain's number
+is its place in that order. A run that goes on from a state has the state's domains under their numbers, but *lists*
+domains of its own, known by their names. What the run lists and the state has not, joins. What the state has and the
+run neither lists nor finds is *gone*, if the state's last stage does not draw it: its rows count, and cannot be read.
+
 What joins is told by the `source` of its `JoinedDomain`: the `hash` of its content, and the `file` of an index
 (`dynmix.mixture.index`) on the rows of the first domains, of which it is a view, or the `path` of its data, which has
-none if it is in memory.
+none if it is in memory. Opened rows are kept by that hash, since after another state a name may stand for others.
 
 Knows files, views and rows; nothing of stages or of when a domain joins.
 """
@@ -146,7 +151,7 @@ def rows_of(
     Raises:
         ValueError: they are not there any more, or others; the message says what to do.
     """
-    found = view(domain, parts) if "file" in domain.source else None
+    found = view(domain, parts) if "file" in domain.source else None  # its index must be there, whatever is gone
     try:
         if found is not None:
             _check_there(domain.name, found.where(np.arange(len(found)))[0], parts)
