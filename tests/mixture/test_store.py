@@ -399,6 +399,18 @@ def test_checks_see_the_same_in_chunks_of_any_size(chunk: int, at: int) -> None:
                 TokenStore.open(path)
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_tokens_and_index_are_on_the_disk_before_either_is_renamed(sync, tmp_path, monkeypatch):
+    events, (fsync, replace) = [], (os.fsync, os.replace)
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.path.getsize(file)) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append(paths[1].suffix) or replace(*paths))
+    (tmp_path / "raw").write_bytes(bytes(20))
+    TokenStore.adopt(tmp_path / "s", tmp_path / "raw", np.array([4, 6], np.int32), np.uint16, sync=sync)
+    sizes = [(tmp_path / f"s{suffix}").stat().st_size for suffix in (".bin", ".idx")] if sync else []
+    assert events[: len(sizes) + 2] == [*sizes, ".bin", ".idx"]
+    assert len(events) == (5 if sync else 2)  # last of all the folder
+
+
 def test_a_file_of_tokens_is_adopted_as_a_store(tmp_path):
     tokens = np.arange(10, dtype=np.uint16)
     for sync in (True, False):
