@@ -420,6 +420,19 @@ def test_multipliers_of_tasks_are_the_slopes_of_their_floors():
     assert multiplier == pytest.approx(slope, rel=2e-2)
 
 
+def test_where_no_solver_answers_the_prior_stays_and_nothing_is_said_to_bind(monkeypatch, caplog):
+    def fails(problem):
+        raise ArithmeticError("it stalls")
+
+    for name in ("solve_dual", "solve_clarabel", "solve_slsqp"):
+        monkeypatch.setattr(dynmix.mixers.tikmix_d, name, fails)
+    S, prior = np.array([[1.0, 0.0, 0.2, -0.5], [-0.6, 0.2, 0.1, 0.1]]), named([0.1, 0.5, 0.2, 0.2])
+    proposal = TiKMiXD(upper={"domain0": 0.1}).propose(observed(S), prior=prior)
+    assert proposal.weights == pytest.approx(prior)
+    assert (proposal.solver, proposal.multipliers) == ("prior", {})
+    assert "no solver answered: dual: it stalls; clarabel: it stalls; slsqp: it stalls" in caplog.text
+
+
 def test_without_clarabel_slsqp_answers_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "clarabel", None)
     answers = []
