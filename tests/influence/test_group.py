@@ -240,9 +240,10 @@ class Poisoned(nn.Module):
         return logits * torch.where(input_ids[:, :1] == 96, math.nan, 1.0)[..., None]
 
 
+@pytest.mark.parametrize("of", ["au", "abtu"])  # the latter: what the factors met is not read again
 @pytest.mark.parametrize("curvature", [EKFAC(), Identity()])
 def test_what_is_not_finite_is_nan_and_named(
-    tiny_lm: Models, token_batches: Batcher, curvature: EKFAC | Identity, caplog: pytest.LogCaptureFixture
+    tiny_lm: Models, token_batches: Batcher, curvature: EKFAC | Identity, of: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Poisoned(tiny_lm("llama"))
     sets = {name: token_batches(4, seed=seed) for seed, name in enumerate("abtu")}
@@ -254,7 +255,8 @@ def test_what_is_not_finite_is_nan_and_named(
     assert not caplog.records
     sets["b"][0]["input_ids"][2, 0] = sets["t"][0]["input_ids"][0, 0] = 96
     with caplog.at_level(logging.WARNING):
-        influence = group_influence(model, domains, tasks, curvature, curvature_batches=sets["a"] + sets["u"])
+        factors_of = [batch for name in of for batch in sets[name]]
+        influence = group_influence(model, domains, tasks, curvature, curvature_batches=factors_of)
     assert not influence.finite
     assert np.isnan(influence.scores).tolist() == [[True, True], [False, True]]
     assert influence.standard_error is not None
