@@ -205,10 +205,11 @@ def precision(
         raise SystemExit(f"--at {at}: there are checkpoints of the steps {','.join(kept)}")
     paths, tasks = proxy(folder, hidden, depth, steps, batch, rate), halves(0)
     chosen = select_checkpoints(folder / "run", tasks)
-    sources = peak_sources(chosen)
-    if at is not None:
-        some_of = [found for found in list_checkpoints(folder / "run") if str(found.step) in at.split(",")]
-        sources = all_sources(some_of, tasks)
+    if at is None:
+        sources, scored_at = peak_sources(chosen), {task: peak.path.name for task, peak in chosen.items()}
+    else:
+        asked = [found for found in list_checkpoints(folder / "run") if str(found.step) in at.split(",")]
+        sources, scored_at = all_sources(asked, tasks), dict.fromkeys(tasks, f"{len(asked)} steps, {blend}")
     some = {}
     for name, path in paths.items():
         store = TokenStore.open(path)
@@ -236,7 +237,7 @@ def precision(
         for what, n in (("decile", len(domain) // 10), (f"{has}", has)):
             share, most = (domain[order[:n]] == own).mean(), min(1.0, has / n)
             row = (f"{share:.0%}", f"{has / len(domain):.0%}", f"{most:.0%}")
-            table.add_row(task, chosen[task].path.name if at is None else f"{at}, {blend}", own, what, *row)
+            table.add_row(task, scored_at[task], own, what, *row)
     half = joint > np.median(joint)
     ranks = Table("domain", "in the top half by joint influence", "mean joint influence")
     for name in sorted(scores.domains, key=lambda name: -joint[domain == name].mean()):
