@@ -420,7 +420,7 @@ class _Posed:
 def _repaired(problem: Problem, slack: Array) -> tuple[Problem, str]:
     """Return the problem with a feasible start, and what to say if that took other than where the bounds put it."""
     inside, C = problem.start, problem.C
-    if not problem.violation(inside) > 0:
+    if not problem.violation(inside) > 0:  # NaN, where squares of errors overflow, is not to blame on the bounds
         return problem, ""
     best, room = slackest(problem)
     if room < 0:

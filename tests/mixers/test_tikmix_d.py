@@ -342,6 +342,15 @@ def test_a_domain_without_a_finite_error_keeps_its_weight():
     np.testing.assert_allclose(array(nothing.weights), prior, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_errors_so_large_that_their_squares_overflow_are_not_blamed_on_bounds():
+    S, E = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 0.5]]), np.full((2, 3), 1e200)
+    E[:, 0] = 0.01
+    proposal = TiKMiXD().propose(observed(S, E), prior=named([0.6, 0.2, 0.2]))
+    np.testing.assert_allclose(array(proposal.weights), [0.6, 0.2, 0.2], atol=1e-12)
+    assert "bounds" not in proposal.message
+
+
 # -- guards ----------------------------------------------------------------------------------------------------------
 
 
