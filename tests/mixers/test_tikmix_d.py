@@ -120,6 +120,22 @@ def test_a_prior_cut_by_a_bound_is_still_not_done_worse_than_where_that_is_possi
     np.testing.assert_allclose(list(proposal.predicted_gain.values()), S @ (w - prior), atol=1e-12)
 
 
+def test_what_a_bound_takes_from_a_task_is_made_up_for_and_no_more():
+    S = np.array([[1.0, 0.0, 0.5], [-1.0, 0.1, 0.0]])  # the second has more than enough, and loses by it
+    problem = TiKMiXD().problem(observed(S), named([0.6, 0.2, 0.2]), upper={"domain0": 0.5})
+    assert problem is not None
+    np.testing.assert_allclose(problem.start, [0.5, 0.1, 0.4], atol=1e-6)
+    np.testing.assert_array_equal(problem.centre, problem.start)
+
+
+def test_where_bounds_leave_nothing_as_good_as_the_prior_moves_count_from_where_they_put_it():
+    problem = TiKMiXD().problem(observed(np.array([[1.0, 0.0]])), named([0.5, 0.5]), upper={"domain0": 0.25})
+    assert problem is not None
+    np.testing.assert_allclose(problem.start, [0.25, 0.75])
+    np.testing.assert_array_equal(problem.centre, problem.start)
+    assert problem.violation(problem.start) == 0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_bound_a_hair_below_the_prior_changes_a_noisy_decision_by_a_hair(seed):
     # As where a domain sits at what `max_epochs` leaves of it, which is a little less at the next boundary.
@@ -338,6 +354,9 @@ def test_a_domain_without_a_finite_error_keeps_its_weight():
     assert proposal.weights["domain2"] == pytest.approx(0.4, abs=1e-9)
     assert proposal.weights["domain0"] > 0.25
     assert "want of a finite standard error: domain2" in proposal.message
+    bound = TiKMiXD().propose(observed(S, E), prior=named(prior), upper={"domain2": 0.25})
+    assert bound.weights["domain2"] == pytest.approx(0.25, abs=1e-9)
+    assert bound.solver != "prior"
     nothing = TiKMiXD().propose(observed(S, np.full((2, 4), np.inf)), prior=named(prior))
     np.testing.assert_allclose(array(nothing.weights), prior, atol=1e-12)
 
@@ -488,6 +507,14 @@ def test_the_largest_change_is_named_where_it_binds_and_counts_from_where_bounds
     assert w[0] == pytest.approx(0.1, abs=1e-9)
     assert np.abs(w - [0.1, 0.3, 0.3, 0.3]).max() <= 0.05 + 1e-9
     assert "upper:domain0" in moved.multipliers
+
+
+@pytest.mark.parametrize("error", [None, 1e3])
+def test_the_largest_change_counts_from_the_present_mixture_where_that_is_not_the_prior(error):
+    S, now = np.array([[1.0, 0.0, -3.0]]), np.array([0.2, 0.3, 0.5])
+    influence = observed(S, None if error is None else np.full((1, 3), error))
+    proposal = TiKMiXD(max_change=0.05).decide(influence, named([0.5, 0.3, 0.2]), present=named(now))
+    assert np.abs(array(proposal.weights) - now).max() <= 0.05 + 1e-9
 
 
 def test_where_nothing_does_better_the_message_says_that_weights_are_kept():
