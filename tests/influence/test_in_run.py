@@ -166,6 +166,18 @@ def test_two_forward_passes_before_their_backward_passes(tiny_lm: Any, token_bat
     np.testing.assert_allclose(found, singles, atol=2e-5 * np.abs(singles).max())
 
 
+def test_a_gradient_that_did_not_come_by_the_logits_is_not_of_the_forward_pass_before(
+    tiny_lm: Any, token_batches: Any
+) -> None:
+    model = tiny_lm("gpt2")
+    watch = ParameterProducts(model, gradients_for(model, token_batches))
+    first, second = token_batches(8, seed=5)
+    model(**with_labels(first)).loss.backward()
+    model(**with_labels(second), output_hidden_states=True).hidden_states[-1].sum().backward()
+    with pytest.raises(ValueError, match="logits"):
+        watch.take()
+
+
 def test_positions_looked_up_once_for_all_sequences_are_refused(tiny_lm: Any, token_batches: Any) -> None:
     model = tiny_lm("gpt2")
     [batch] = token_batches(3, seed=5)
