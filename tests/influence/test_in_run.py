@@ -178,6 +178,17 @@ def test_a_gradient_that_did_not_come_by_the_logits_is_not_of_the_forward_pass_b
         watch.take()
 
 
+def test_an_evaluation_may_come_between_a_forward_pass_and_its_backward_pass(tiny_lm: Any, token_batches: Any) -> None:
+    model = tiny_lm("gpt2")
+    watch = ParameterProducts(model, gradients_for(model, token_batches))
+    first, second = token_batches(8, seed=5)
+    loss = model(**with_labels(first)).loss
+    model.eval()(**second)
+    model.train()
+    loss.backward()
+    assert [one.input_ids.tolist() for one in watch.take()] == [first["input_ids"].tolist()]
+
+
 def test_positions_looked_up_once_for_all_sequences_are_refused(tiny_lm: Any, token_batches: Any) -> None:
     model = tiny_lm("gpt2")
     [batch] = token_batches(3, seed=5)
