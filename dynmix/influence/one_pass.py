@@ -43,7 +43,8 @@ class OnePass:
 
     A layer goes through these steps:
 
-        _called    it is used in the forward pass, itself or as what is tied to it: can that be measured?
+        _called    it is used in the forward pass, itself or as what is tied to it: can that be measured? (Experts come
+                   by _expert_called.)
         _follow    the use's input is noted, and its output's gradient will come in
         keep       the forward pass is over: is the layer measured, and which others have its input?
         _arrived   the gradient of a use's output is there, and both are made what they would be of a linear layer
