@@ -225,6 +225,15 @@ def test_bad_lines_are_named(tmp_path: Path, content: bytes, message: str) -> No
     assert os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_several_bad_inputs_the_first_one_is_named(tmp_path: Path, workers: int) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_bytes(jsonl(["a long way to what is wrong"] * 10_000) + b"{")
+    second.write_bytes(b"{")  # found out long before
+    with pytest.raises(PrepareError, match="a.jsonl, line 10001: not JSON"):
+        prepare({"a": first, "b": second}, tmp_path / "out", TOKENIZER, workers=workers)
+
+
 def test_bad_parquet_is_named(tmp_path: Path) -> None:
     def check(message: str) -> None:
         with pytest.raises(PrepareError, match=message):
