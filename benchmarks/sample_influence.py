@@ -121,7 +121,7 @@ def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
     Console().print(table)
 
 
-def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: float) -> dict[str, Path]:
+def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: float, seed: int = 0) -> dict[str, Path]:
     """Stores of the 14 domains, by name, and a small Llama trained on them with ten checkpoints, in `folder/run`.
 
     What is there already is used, and a training that was stopped goes on; one of other sizes is refused.
@@ -132,7 +132,7 @@ def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: f
     from dynmix import MixtureDataset
     from dynmix.mixture.prepare import prepare
 
-    own = {"hidden": hidden, "depth": depth, "steps": steps, "batch": batch, "rate": rate}
+    own = {"hidden": hidden, "depth": depth, "steps": steps, "batch": batch, "rate": rate, "seed": seed}
     check_settings(folder, own)
     corpus = shared("corpus")
     if not (folder / "stores/prepared").exists():
@@ -147,7 +147,7 @@ def proxy(folder: Path, hidden: int, depth: int, steps: int, batch: int, rate: f
     )  # fmt: skip
     last: str | None = get_last_checkpoint(str(folder / "run")) if (folder / "run").is_dir() else None  # type: ignore[no-untyped-call]
     if last is None or int(last.rsplit("-", 1)[1]) < steps:
-        Trainer(llama(hidden, depth, 512), arguments, train_dataset=dataset).train(resume_from_checkpoint=last)
+        Trainer(llama(hidden, depth, 512, seed), arguments, train_dataset=dataset).train(resume_from_checkpoint=last)
     return paths
 
 
@@ -172,6 +172,7 @@ def precision(
     hidden: int = 128,
     depth: int = 4,
     rate: float = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of the parameters.")] = 0,
     every: Annotated[int, typer.Option(help="So many documents of a domain, one is scored.")] = 12,
     documents: Annotated[int, typer.Option(help="So many documents of each domain instead; 0: as many as come.")] = 0,
     unit: Annotated[
@@ -203,7 +204,7 @@ def precision(
     kept = [str(step) for step in range(steps // 10, steps + 1, steps // 10)]
     if at is not None and not set(at.split(",")) <= set(kept):
         raise SystemExit(f"--at {at}: there are checkpoints of the steps {','.join(kept)}")
-    paths, tasks = proxy(folder, hidden, depth, steps, batch, rate), halves(0)
+    paths, tasks = proxy(folder, hidden, depth, steps, batch, rate, seed), halves(0)
     chosen = select_checkpoints(folder / "run", tasks)
     if at is None:
         sources, scored_at = peak_sources(chosen), {task: peak.path.name for task, peak in chosen.items()}
