@@ -254,7 +254,8 @@ def _digest(config: Config) -> bytes:
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """The leaves of nested dicts and lists by dotted names, but for paths: what was moved is still the same."""
     if isinstance(value, Mapping):
-        items = [(str(key), item) for key, item in value.items() if key != "path"]
+        # A domain, a task or a checkpoint of this name is no path: `_named` has it under its name.
+        items = [(str(key), item) for key, item in value.items() if key != "path" or isinstance(item, Mapping)]
     elif isinstance(value, list):
         items = [(str(number), item) for number, item in enumerate(value)]
     else:

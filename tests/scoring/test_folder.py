@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dynmix.scoring.folder import ScoreFolder, read_losses, read_scores
+from dynmix.scoring.folder import OtherConfiguration, ScoreFolder, read_losses, read_scores
 
 CONFIG = {
     "shard_samples": 3,
@@ -45,6 +45,18 @@ def test_what_is_written_is_read_in_order(tmp_path):
     assert losses.scores[:, 1].tolist() == pa.concat_tables(parts["y.0"])["loss/y.0"].to_pylist()
     assert found.domain.tolist() == [0, 0, 1, 1]
     assert found.row.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["domains", "tasks", "checkpoints"])
+def test_what_is_called_path_is_compared_as_anything_else(tmp_path, kind):
+    def config(fingerprint):
+        named = {"name": "path", "samples": 1, "path": "anywhere", "fingerprint": fingerprint}
+        return CONFIG | {kind: [*CONFIG.get(kind, []), named]}
+
+    folder = ScoreFolder.begin(tmp_path, config("old"))
+    folder.write("x", 0, part("x", ["t"], 0))
+    with pytest.raises(OtherConfiguration, match=f"{kind[:-1]}.path.fingerprint was 'old' and is 'new'"):
+        ScoreFolder.begin(tmp_path, config("new"))
 
 
 @pytest.mark.parametrize("moment", range(6))
