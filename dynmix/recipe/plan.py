@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from dynmix.decider import Evidence
-from dynmix.influence.layers import measurable_layers
+from dynmix.influence.layers import Layers, measurable_layers
 from dynmix.influence.memory import peak_memory, size_in_words
 from dynmix.influence.sample import last_layers
 from dynmix.measurement import HELD_OUT
@@ -78,7 +78,8 @@ class RunPlan:
         memory: what is known of the memory, in bytes: `training` (parameters, gradients and two moments), and at a
             boundary `gradients` and `factors` of the measurement, `fitting` (what making the factors takes besides)
             and how much of all is `elsewhere`, by `offload`. Activations come on top of both.
-        scoring: FLOPs over `flops` of scoring the corpus for every task, for mixers that do.
+        scoring: FLOPs over `flops` of scoring the corpus for every task, by as many checkpoints as the mixer may take,
+            for mixers that do.
     """
 
     model: str
@@ -225,11 +226,17 @@ def _rows(run: RecipeRun) -> int:
 
 
 def _scoring(run: RecipeRun, model: Any, flops: float) -> float:
-    wanted, length = last_layers(model), run.dataset.sequence_length
-    layers = [name for name in measurable_layers(model) if wanted(name)]
+    controller, length = run.callback.controller, run.dataset.sequence_length
+    assert controller.sampler is not None
+    chosen = Layers.of(last_layers(model) if controller.sampler.layers is None else controller.sampler.layers)
+    layers = [name for name in measurable_layers(model, embeddings=True) if chosen(name)]
+    if not layers:
+        raise ValueError(f"measurement.layers={controller.sampler.layers!r} selects no layer of the model")
+    n_tasks, asked = len(controller.measurement.sets), controller.sampler.plan.checkpoints
+    # At most: several tasks may peak in one checkpoint, and fewer may be there than are asked for.
+    passes, tasks = (n_tasks, 1) if asked == "peak" else (1 if asked == "last" else asked, n_tasks)
     tokens = sum(run.dataset.sizes.values()) * length
-    n_tasks = len(run.callback.controller.measurement.sets)
-    return flops_per_token(model, layers, 1, length) * tokens * n_tasks / flops
+    return flops_per_token(model, layers, tasks, length) * tokens * passes / flops
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:
@@ -276,7 +283,7 @@ def print_plan(plan: RunPlan, console: Console) -> None:
     elif plan.scoring is None:
         say(f"nothing is measured at the boundaries but the task losses: {plan.mixer} needs nothing else")
     if plan.scoring is not None:
-        say(f"scoring the corpus for every task adds about {100 * plan.scoring:.1f} % to the training's FLOPs")
+        say(f"scoring the corpus for every task adds up to about {100 * plan.scoring:.1f} % to the training's FLOPs")
     sizes = {name: size_in_words(size) for name, size in plan.memory.items()}
     offloaded = f", of it {sizes.pop('elsewhere')} offloaded" if "elsewhere" in sizes else ""
     training, *measuring = (f"{name} {size}" for name, size in sizes.items())

@@ -137,6 +137,19 @@ def test_the_plan_of_a_static_mixer_has_weights_that_another_may_begin_from(reci
     assert {name: each.weight for name, each in begun.domains.items()} == pytest.approx(weights)
 
 
+def test_scoring_costs_as_much_as_its_checkpoints_and_layers_take(recipe):
+    def scoring(*words):
+        named = "mixer.name=automixer", "guards=null", "tasks.more=stores/web.valid", "model.config.num_hidden_layers=4"
+        return make_plan(build_run(recipe(*named, *words))).scoring
+
+    last = scoring("mixer.checkpoints=last")
+    assert scoring("mixer.checkpoints=5") == pytest.approx(5 * last)
+    assert last < scoring() < 2 * last  # two tasks may peak in two checkpoints, each to score one of them
+    assert scoring("measurement.layers=.", "mixer.checkpoints=last") > 1.2 * last
+    with pytest.raises(ValueError, match="measurement.layers='nothing' selects no layer"):
+        scoring("measurement.layers=nothing")
+
+
 def test_it_is_printed_with_every_domain_and_boundary_and_trains_nothing(recipe):
     def printed(word):
         done = CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", word])
@@ -153,4 +166,4 @@ def test_it_is_printed_with_every_domain_and_boundary_and_trains_nothing(recipe)
     assert json.loads(CliRunner().invoke(app, ["train", "recipe.yaml", "--dry-run", "--json"]).stdout)["tokens"] == 256
     out = StringIO()
     print_plan(make_plan(build_run(recipe("mixer=automixer", "guards=null"))), Console(file=out, width=200))
-    assert "scoring the corpus for every task adds about" in out.getvalue()
+    assert "scoring the corpus for every task adds up to about" in out.getvalue()
