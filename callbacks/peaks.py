@@ -65,8 +65,7 @@ class PeakCallback(TrainerCallback):
         if not state.global_step:
             set_aside(folder)
         self.snapshots = PeakSnapshots(folder, metric=self.metric, min_delta=self.min_delta, keep=self.keep)
-        if state.global_step:
-            self.snapshots.rewind(state.global_step)
+        self.snapshots.rewind(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate, record and log, if it is time or the last step."""

@@ -357,7 +357,7 @@ class MixtureController:
             self.folder.write_config(self._describe(model))
             if self.sampler is not None:
                 from_rank_0(None)  # what an earlier run left is out of the way
-                self.sampler.begin(self.folder.path, step)
+                self.sampler.begin(self.folder.path, 0)
                 if not self._samples_wanted():
                     logger.warning(
                         "%s asks for the corpus to be scored at no boundary of this run, so its mixture stays as it is:"

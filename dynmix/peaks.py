@@ -124,9 +124,16 @@ class PeakSnapshots:
         """Forget what was recorded after `step`, from which the run resumes, and delete those snapshots.
 
         If the snapshot of a task's peak is gone, because the run goes back further than the last durable step, its peak
-        becomes the best recorded step whose snapshot still exists, with a warning. Every rank calls it.
+        becomes the best recorded step whose snapshot still exists, with a warning. A fresh run goes back to step 0, so
+        that of one that goes on the folder has a record, and a warning says if not. Every rank calls it.
         """
         if is_rank_0():
+            if step and not self._file.exists():
+                logger.warning(
+                    "%s is not there: how the tasks did up to step %d is not known, and peaks are those from there on; "
+                    "a run that goes on in another folder needs what it recorded in the one before",
+                    self._file, step,
+                )  # fmt: skip
             self.curves = {task: [p for p in curve if p[0] <= step] for task, curve in self.curves.items()}
             self.curves = {task: curve for task, curve in self.curves.items() if curve}
             self._lost = {lost for lost in self._lost if lost <= step}

@@ -151,6 +151,14 @@ def test_going_back_past_the_last_checkpoint_falls_back_on_what_is_there(tmp_pat
     assert again.selected == {}
 
 
+def test_going_on_in_another_folder_says_that_what_was_before_is_not_known(tmp_path, caplog):
+    PeakSnapshots(tmp_path / "first").rewind(0)
+    PeakSnapshots(tmp_path / "first").rewind(2)  # before the first evaluation
+    assert caplog.text == ""
+    PeakSnapshots(tmp_path / "other").rewind(2)
+    assert "other/peaks.json is not there: how the tasks did up to step 2 is not known" in caplog.text
+
+
 def test_a_lost_snapshot_leaves_no_task_with_a_peak_that_was_never_saved(tmp_path):
     """Without step 2, step 3 of task b would have been a peak, and step 4 none."""
     peaks = PeakSnapshots(tmp_path, min_delta=0.5)

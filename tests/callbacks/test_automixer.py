@@ -246,7 +246,7 @@ def test_checkpoints_by_step_alone(training, tmp_path, checkpoints):
     assert all(c["tasks"] == ["web", "code"] for c in config["checkpoints"])
 
 
-def test_in_a_loop_of_your_own(training, tmp_path):
+def test_in_a_loop_of_your_own(training, tmp_path, caplog):
     def steps(hook, model, data, until):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for batch in DataLoader(data, batch_size=training.BATCH, sampler=range(hook.position, len(data))):
@@ -266,6 +266,7 @@ def test_in_a_loop_of_your_own(training, tmp_path):
     hook, model, data = parts(tmp_path / "whole")
     steps(hook, model, data, None)
     assert any(name.startswith("group:") for name in data.domains)
+    assert "peaks.json is not there" not in caplog.text
     again, twin, _ = parts(tmp_path / "parts")
     steps(again, twin, again.dataset, 8)
     state = json.loads(json.dumps(again.state_dict()))

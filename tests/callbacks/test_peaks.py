@@ -102,6 +102,18 @@ def test_killed_and_resumed_it_ends_with_the_same_peaks(training, tmp_path, task
     assert len(list((tmp_path / "whole/peaks").glob("step-*"))) <= 2 * (len(tasks) + 1)
 
 
+def test_a_run_that_goes_on_in_another_folder_says_what_it_does_not_know(training, tmp_path, tasks, caplog):
+    def run(folder, every, **options):
+        extra = (PeakCallback(tasks, every=every, folder=tmp_path / folder),)
+        training.run(tmp_path, callback=False, extra=extra, save_strategy="steps", save_steps=2, **options)
+
+    run("first", every=5, steps=2)
+    run("first", every=5, steps=4, resume=True)
+    assert "peaks.json" not in caplog.text
+    run("second", every=5, steps=6, resume=True)
+    assert "second/peaks.json is not there: how the tasks did up to step 4 is not known" in caplog.text
+
+
 def test_a_fresh_run_moves_an_earlier_ones_peaks_aside(training, tmp_path, tasks):
     for metric in ("loss", "bits_per_byte"):
         training.run(tmp_path, callback=False, steps=2, extra=(PeakCallback(tasks, every=1, metric=metric),))
