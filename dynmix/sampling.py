@@ -23,7 +23,7 @@ from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.peaks import PeakSnapshots
-from dynmix.ranks import Ranks, is_rank_0, on_every_rank
+from dynmix.ranks import Ranks, from_rank_0, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
 from dynmix.scores import Column, SamplePlan, SampleScores
 from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
@@ -161,7 +161,10 @@ class Sampler:
         """
         if (last := self.peaks.last_step) is None or last < step:
             self._evaluate(model, step, wanted=True)
-        sources = self._sources()
+        sources: list[Source] = []
+        # Rank 0's, which has written the last snapshot by then: the others may not see it yet.
+        on_every_rank(lambda: sources.extend(self._sources()) if is_rank_0() else None)
+        sources = from_rank_0(sources)
         out = self.folder / "scores" / f"step-{step:07d}"
         logger.info("scoring the corpus by %s", ", ".join(f"{s.name} for {'/'.join(s.tasks)}" for s in sources))
         on_every_rank(lambda: self._score(model, sources, out))

@@ -45,3 +45,42 @@ def test_items_that_draw_random_numbers_leave_the_training_its_own():
     before = torch.get_rng_state()
     hook.controller.sampler.rehearse(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+TWO_RANKS = """
+import sys, time, torch, torch.distributed as dist
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+import dynmix.sampling
+from dynmix import AutoMixer, MixtureDataset
+from dynmix.callbacks import MixtureHook
+dist.init_process_group("gloo")
+rank, folder, written = dist.get_rank(), Path(sys.argv[1]), dynmix.sampling.write_snapshot
+
+def slowly(*args):
+    time.sleep(rank == 0)
+    written(*args)
+
+def scored(dataset, tasks, sources, out, **options):
+    (folder / f"rank-{rank}").write_text(repr([source.step for source in sources]))
+    raise ValueError("that is all")
+
+dynmix.sampling.write_snapshot, dynmix.sampling.score_corpus = slowly, scored
+model = LlamaForCausalLM(LlamaConfig(**TINY))
+dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
+task = {"code": [{"input_ids": torch.arange(6)[None]}]}
+sampler = MixtureHook(model, dataset, task, AutoMixer(checkpoints=2), stage_steps=4).controller.sampler
+sampler.begin(folder, 0)
+sampler.evaluate(model, 2, wanted=True)
+try:
+    sampler.scores(model, 3, 64)
+except ValueError as problem:
+    assert str(problem) == "that is all", problem
+"""
+
+
+def test_every_rank_scores_by_the_checkpoint_that_rank_0_has_just_written(processes, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_RANKS.replace("**TINY", f"**{TINY}"))
+    status, printed = processes.run(tmp_path / "two.py", tmp_path, ranks=2)
+    assert status == 0, printed
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["[2, 3]"] * 2
