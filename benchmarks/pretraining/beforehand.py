@@ -26,7 +26,7 @@ from .loop import step_flops, train
 from .methods import NO_TASKS, Bench
 from .training import Training
 
-MAX_EPOCHS = 4.0  # of a domain in the target run
+MAX_EPOCHS = 4.0  # of a domain in the target run, or as many for each that it makes of the whole corpus
 
 
 def weights_of(bench: Bench, method: str, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
@@ -108,10 +108,12 @@ def _mde(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float)
 
 
 def _best(bench: Bench, law: Any, runs: Any) -> dict[str, float]:
-    tokens = bench.tokens
+    own = bench.tokens
+    tokens = np.array([own[name] for name in runs.domains], dtype=np.float64)
+    wanted = bench.budget.steps * bench.budget.size.step_tokens
     best = best_mixture(
-        law, tokens=np.array([tokens[name] for name in runs.domains], dtype=np.float64),
-        total_tokens=bench.budget.steps * bench.budget.size.step_tokens, max_epochs=MAX_EPOCHS, compare=runs.W,
+        law, tokens=tokens, total_tokens=wanted, max_epochs=MAX_EPOCHS * max(1.0, wanted / tokens.sum()),
+        compare=runs.W,
     )  # fmt: skip
     return dict(zip(runs.domains, best.weights.tolist(), strict=True))
 

@@ -11,6 +11,7 @@ from benchmarks.pretraining import beforehand
 from benchmarks.pretraining.cost import Counter, Spent
 from benchmarks.pretraining.settings import BUDGETS
 from dynmix import TokenStore
+from dynmix.laws import Ridge
 from dynmix.proxies.plan import Plan
 from dynmix.proxies.train import train_run
 
@@ -42,3 +43,14 @@ def test_proxies_are_charged_what_they_cost(tmp_path: Path, monkeypatch: pytest.
     assert spent.flops["before"] == 4 * counter.total
     assert spent.flops["before"] <= 2e8
     assert spent.seconds["before"] == 4 * (7 - 1) / 3
+
+
+@pytest.mark.parametrize(("corpus", "epochs"), [(4.0, 4.0), (0.1, 40.0)])
+def test_the_best_mixture_repeats_no_domain_often_but_as_the_whole_corpus_is(corpus: float, epochs: float) -> None:
+    budget, W = BUDGETS["tiny"], np.array([[0.8, 0.2], [0.5, 0.5], [0.2, 0.8]])
+    wanted = budget.steps * budget.size.step_tokens
+    few = 0.01 * corpus * wanted
+    bench = SimpleNamespace(budget=budget, tokens={"few": few, "many": corpus * wanted - few})
+    law, runs = Ridge().fit(W, 5 - W[:, :1]), SimpleNamespace(domains=["few", "many"], W=W)
+    weights = beforehand._best(bench, law, runs)  # type: ignore[arg-type]
+    assert weights["few"] * wanted / few == pytest.approx(epochs)
