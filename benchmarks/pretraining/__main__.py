@@ -150,12 +150,11 @@ def _run(
     from .cells import run_cell
     from .corpus import Corpus
     from .criteria import Judges, Split
-    from .methods import Bench, Method, make_dataset
+    from .methods import Bench, Method, make_dataset, tasks_of
     from .training import check_device
 
     chosen, wanted = _budget(budget), _seeds(seeds)
-    for name in methods:
-        Method.parse(name)
+    parsed = [Method.parse(name) for name in methods]
     check_device(device)
     data = Corpus(corpus, output, length=chosen.size.length, without=_names(unseen_domains))
     split = Split.of(data, _names(unseen_tasks))
@@ -163,6 +162,8 @@ def _run(
     try:  # all that is read, before the settings stand and hours are spent
         Judges(data, split, chosen)
         make_dataset(bench, Method("natural"), "natural", 1, 0)
+        for which in dict.fromkeys(method.options.get("tasks", "all") for method in parsed):
+            tasks_of(bench, which)
     except ValueError as problem:
         raise SystemExit(str(problem)) from None
     check_settings(output / budget, asdict(chosen) | {"corpus": data.facts, "split": asdict(split), "device": device})

@@ -146,7 +146,10 @@ class Corpus:
                 documents, share = self._held_out(domain, characters)
                 if rests := [replace(d, gold=d.gold[share:]) for d in documents if d.gold[share:].strip()]:
                     return Task("one-document", rests[:1], self.tokenizer, max_length=self.length)
-        raise ValueError(f"{self.root}/tasks has no .valid.jsonl.gz of a document that is longer than what judges")
+        raise ValueError(
+            f"{self.root}/tasks has no .valid.jsonl.gz of a document that is longer than what judges, for the task "
+            "one-document: put one there, or leave out what asks for it (`sweep --which` without traps)"
+        )
 
     def _held_out(self, domain: str, characters: int) -> tuple[list[Record], int]:
         """All held-out documents of a domain, and how much of each makes so many characters together."""

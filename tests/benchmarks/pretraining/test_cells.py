@@ -367,6 +367,11 @@ def test_the_document_of_a_trap_is_no_text_that_judges(corpus: Path, tmp_path: P
     assert len(text.records[0].gold) == characters // 6
     with pytest.raises(ValueError, match="no .valid.jsonl.gz of a document"):
         found.rest_of_a_document(found.domains, 10**6)
+    for file in (other / "tasks").glob("*.valid.jsonl.gz"):
+        file.unlink()
+    shown = bench(other, tmp_path / "bench", "natural,tikmix-d[tasks=one-document]")
+    assert "leave out what asks for it" in str(shown.exception)
+    assert not (tmp_path / "bench/tiny").exists()
 
 
 def test_the_page_of_variants_alone(run: Path, tmp_path: Path) -> None:
