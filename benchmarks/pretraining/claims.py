@@ -80,44 +80,47 @@ def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int,
     """Influence of samples of mixtures against the weighted sum of the domains' (Appendix D).
 
     A set's influence is the sum of its sequences' scores over the sum of their tokens, so that one pass measures
-    samples of any mixture. The domains' own influences are of `pool` sequences a domain, or of half of the smallest
-    domain where that is less; the samples are drawn from as many others, with replacement: what is on both sides agrees
-    with itself, and no small corpus holds samples as large as the paper's.
+    samples of any mixture. A domain's own influence is of `pool` of its sequences, or of half of them where that is
+    less; the samples are drawn from as many others, with replacement: what is on both sides agrees with itself, and no
+    small corpus holds samples as large as the paper's.
     """
     domains, length = list(windows.corpus.domains), windows.settings.size.length
-    pool = min(pool, *(len(TokenStore.open(windows.corpus.stores[name]).tokens) // length // 2 for name in domains))
+    stores = windows.corpus.stores
+    pools = [max(1, min(pool, len(TokenStore.open(stores[name]).tokens) // length // 2)) for name in domains]
     recipe = TiKMiXD(confidence=0).propose(windows.influence(curvature)[0], windows.natural).weights
     drawn = np.array([[w[name] for name in domains] for w in perturbed(recipe, mixtures, 0)])
 
     def measure() -> dict[str, Any]:
         training, s = windows.checkpoint(), windows.settings
+        both = {name: windows.sequences({name: 1.0}, 2 * n, 5000) for name, n in zip(domains, pools, strict=True)}
         found = scored_groups(
-            training.model, windows.probes(2 * pool, 5000), windows.task_batches(),
-            curvature_maker(curvature)(training),
+            training.model, both, windows.task_batches(), curvature_maker(curvature)(training),
             curvature_batches=windows.sequences("natural", s.curvature_sequences, 2001),
         )  # fmt: skip
         return {name: [found.scores[name].tolist(), found.tokens[name].tolist()] for name in domains}
 
     scored = kept(windows.folder / f"influence/pools-{curvature}-{pool}.json", measure)
-    scores, tokens = (np.array([scored[name][part] for name in domains]) for part in (0, 1))
-    own = scores[:, :pool].sum(axis=1) / tokens[:, :pool].sum(axis=1)[:, None]
+    read = [[np.array(part) for part in scored[name]] for name in domains]
+    own = np.array([s[:n].sum(axis=0) / t[:n].sum() for (s, t), n in zip(read, pools, strict=True)])
     predicted = (drawn @ own).T
-    scores, tokens = scores[:, pool:], tokens[:, pool:]
+    others = [(s[n:], t[n:]) for (s, t), n in zip(read, pools, strict=True)]
     by_size = []
     for size in sizes:
         generator = np.random.default_rng(size)
         measured = np.zeros_like(predicted)
         for k, counts in enumerate(generator.multinomial(size, drawn)):
-            rows = [(d, generator.integers(pool, size=n)) for d, n in enumerate(counts)]
-            measured[:, k] = sum(scores[at].sum(axis=0) for at in rows) / sum(tokens[at].sum() for at in rows)
+            rows = [generator.integers(pools[d], size=n) for d, n in enumerate(counts)]
+            parts = [(s[at].sum(axis=0), t[at].sum()) for (s, t), at in zip(others, rows, strict=True)]
+            measured[:, k] = sum(s for s, _ in parts) / sum(t for _, t in parts)
         each = [float(pearsonr(p, m).statistic) for p, m in zip(predicted, measured, strict=True)]
         by_task = ", ".join(f"{task} {r:.3f}" for task, r in zip(windows.tasks, each, strict=True))
         by_size.append(f"{size:,} sequences: {by_task}")
+    many = f"{min(pools):,} to {max(pools):,}" if min(pools) < max(pools) else f"{pools[0]:,}"
     return {
         "claim": f"Appendix D: influence of a mixed sample against the weighted sum ({curvature})",
         "here": "Pearson of samples of " + "; of ".join(by_size),
         "paper": "Pearson ARC 0.845, HellaSwag 0.848, TriviaQA 0.931",
-        "on": f"{mixtures} mixtures, drawn from {pool:,} sequences a domain; domains from as many others",
+        "on": f"{mixtures} mixtures, drawn from {many} sequences a domain; domains from as many others",
     }
 
 

@@ -69,9 +69,8 @@ def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         natural=dict.fromkeys(names, 1 / 3),
         influence=lambda curvature: (Influence(own.T, ("qa", "arc"), names), 0.0),
         checkpoint=lambda: SimpleNamespace(model=None),
-        probes=lambda count, seed: dict.fromkeys(names, count),
         task_batches=lambda: None,
-        sequences=lambda weights, count, seed: None,
+        sequences=lambda weights, count, seed: count,
     )
 
 
@@ -80,8 +79,11 @@ def test_samples_share_no_sequence_with_what_foretells_them(pools: SimpleNamespa
     assert all(float(part.split()[1]) < -0.8 for part in found["here"].split("sequences: ")[1].split(", "))
 
 
-def test_a_pool_is_half_of_the_smallest_domain_at_most(pools: SimpleNamespace) -> None:
+def test_a_pool_is_half_of_its_domain_at_most(pools: SimpleNamespace) -> None:
     assert "drawn from 200 sequences a domain" in additivity(pools, 32, [150], 10**6, "EKFAC:1")["on"]
+    TokenStore.write(pools.corpus.stores["web"], [np.zeros(LENGTH, np.uint16)])
+    found = additivity(pools, 32, [150], 10**5, "EKFAC:1")
+    assert "drawn from 1 to 200 sequences a domain" in found["on"]
 
 
 def test_the_overhead_says_which_budget_it_is_of() -> None:
