@@ -3,6 +3,7 @@
 Knows nothing of the loop but the model and that a step ended; everything a boundary does is the controller's.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,14 @@ class MixtureHook:
     def state_dict(self) -> dict[str, Any]:
         """Return the state, JSON-able; keep it in your own checkpoint.
 
+        In a checkpoint of `torch.distributed.checkpoint` the hook itself may stand, beside the model's state.
+
         By the next step it counts as saved: snapshots that a mixer kept for an earlier state, and that neither this one
         nor the run so far needs, are then deleted.
         """
         self._saving = self.steps if self._begun else None
-        return {"steps": self.steps, "controller": self.controller.state_dict()}
+        # In one string: torch.distributed.checkpoint would leave out the keys that a fresh run does not have yet.
+        return {"steps": self.steps, "controller": json.dumps(self.controller.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state`: call it after loading the model, before the loader reads, which starts at `position`.
@@ -127,7 +131,7 @@ class MixtureHook:
         """
         if not state["steps"]:
             return
-        self.controller.load_state_dict(state["controller"])
+        self.controller.load_state_dict(json.loads(state["controller"]))
         self._saving = None
         self.steps = int(state["steps"])
         self.batch_size = self.controller.batch_size

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
+from torch.distributed import checkpoint
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import dynmix.mixture.progress
@@ -125,6 +126,16 @@ def test_state_resumes_bit_for_bit(training, tmp_path):
     assert first.order + second.order == whole.order
     assert second.dataset.schedule.state_dict() == whole.dataset.schedule.state_dict()
     assert all(torch.equal(value, whole.state()[name]) for name, value in second.state().items())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")  # a checkpoint of one process
+@pytest.mark.parametrize("given", [{"mixer": "tikmix-d"}, {"in_run": InRun(3, every=1)}])
+def test_a_distributed_checkpoint_holds_what_a_fresh_hook_has_not_yet(given, training, tmp_path):
+    first = Loop(training, output=tmp_path / "run", batch_size=8, **given).run(steps=12)
+    checkpoint.save({"hook": first.hook}, checkpoint_id=tmp_path / "checkpoint")
+    second = Loop(training, output=tmp_path / "run", batch_size=8, **given)
+    checkpoint.load({"hook": second.hook}, checkpoint_id=tmp_path / "checkpoint")
+    assert second.hook.state_dict() == first.hook.state_dict()
 
 
 @pytest.mark.parametrize("given", [{"mixer": "odm"}, {"curvature": EKFAC(ema=0.5)}, {"in_run": InRun(2, every=1)}])
