@@ -13,7 +13,7 @@ from torch import nn
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.stream import Mixture, MixtureStream
+from dynmix.mixture.stream import Mixture
 from dynmix.ranks import Ranks, is_rank_0
 
 
@@ -179,14 +179,15 @@ def check_micro_batch(dataset: MixtureDataset, sequences: int) -> None:
 
 
 def check_read(dataset: Mixture, steps: int, batch_size: int, remedy: str) -> None:
-    """Raise ValueError if a loader has read less than so many steps take, so that steps are not positions.
+    """Raise ValueError on rank 0 if its loader has read less than so many steps take, so that steps are not positions.
+
+    Rank 0 speaks for all: where accelerate sends what process 0 reads (`dispatch_batches`), the others read nothing, or
+    their workers some batches ahead and no more.
 
     One step of grace: a rank whose share comes first in a step has not read up to the step's end. Of a short last step
     it may have no share, or samples from the stream's start again. A dataset read through a wrapper shows nothing.
-    Where accelerate sends what process 0 reads (`dispatch_batches`, its default for a `MixtureStream`), workers of the
-    others read some batches ahead, and no more.
     """
-    if isinstance(dataset, MixtureStream) and (dataset.world_size or 1) == 1 and not is_rank_0():
+    if not is_rank_0():
         return
     short = (steps - 1) * batch_size < len(dataset) < steps * batch_size
     if 0 < dataset.read_until < (steps - 1 - short) * batch_size:

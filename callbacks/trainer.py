@@ -100,14 +100,13 @@ class MixtureCallback(TrainerCallback):
         Raises:
             ValueError: the loader of a Trainer subclass has read less than the steps take.
         """
-        if not (args.process_index and getattr(args.accelerator_config, "dispatch_batches", None)):
-            check_read(
-                self.dataset,
-                state.global_step,
-                self.controller.batch_size,
-                "let get_train_dataloader make batches of per_device_train_batch_size, and each process its part of "
-                "them (self.accelerator.prepare)",
-            )
+        check_read(
+            self.dataset,
+            state.global_step,
+            self.controller.batch_size,
+            "let get_train_dataloader make batches of per_device_train_batch_size, and each process its part of them "
+            "(self.accelerator.prepare)",
+        )
         if logs := self.controller.step_ended(model_of(kwargs), state.global_step):
             log(self._trainer, logs, control)
             if not self._can_go_back:

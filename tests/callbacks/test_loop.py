@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+import dynmix.callbacks.loop
 import dynmix.mixture.progress
 from dynmix import EKFAC, AdamDiagonal, Identity, InRun, Static, TiKMiXD
 from dynmix.callbacks import MixtureHook
@@ -263,6 +264,16 @@ def test_a_rank_without_a_share_of_the_short_last_step_is_no_loader_of_other_bat
     assert step == 5
     with pytest.raises(ValueError, match="7 steps of 8 samples"):
         check_read(data, 7, 8, "")
+
+
+def test_workers_of_ranks_that_are_sent_what_the_first_one_reads_have_read_ahead_at_most(training, monkeypatch):
+    """As with accelerate's `dispatch_batches`."""
+    data = training.dataset()
+    next(iter(DataLoader(data, batch_size=4, num_workers=1)))
+    with pytest.raises(ValueError, match="4 steps of 8 samples"):
+        check_read(data, 4, 8, "")
+    monkeypatch.setattr(dynmix.callbacks.loop, "is_rank_0", lambda: False)
+    check_read(data, 4, 8, "")
 
 
 def test_a_loop_that_reads_without_a_loader_must_say_its_batch(training):
