@@ -28,12 +28,12 @@ HEAD = """# Results
 
 Written by `python -m benchmarks.pretraining results` from what was run; only "Reading" is typed by hand. Losses are
 nats a token (lower is better), mean over seeds; in brackets the difference to the natural mixture with the same seed
-and its 95 % interval over the seeds (Student's t). All runs of a table had the same number of floating-point operations
-to spend, those of proxies, references, probes and measurements included: a method that pays for its mixture trains on
-fewer tokens; what was bought last may have gone over, and where that is more than 1 % it is said below the costs. Only
-where a name says `free=yes` are measurements not charged, and only one with `share=` has less to spend. Mixers saw one
-half of the examples of the optimised tasks; all figures are of the other half, of tasks that no mixer was told of, and
-of text that nothing was trained on.
+and its 95 % interval (Student's t), over the seeds that both have. All runs of a table had the same number of
+floating-point operations to spend, those of proxies, references, probes and measurements included: a method that pays
+for its mixture trains on fewer tokens; what was bought last may have gone over, and where that is more than 1 % it is
+said below the costs. Only where a name says `free=yes` are measurements not charged, and only one with `share=` has
+less to spend. Mixers saw one half of the examples of the optimised tasks; all figures are of the other half, of tasks
+that no mixer was told of, and of text that nothing was trained on.
 """
 
 
