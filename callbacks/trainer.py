@@ -181,6 +181,11 @@ class MixtureCallback(TrainerCallback):
                 "sequence parallelism several of them share samples, and a model that is split so is not measured "
                 "rightly here; use DDP or FSDP"
             )
+        if state.global_step and isinstance(self.dataset, MixtureDataset) and _skips_too_few(args):
+            raise ValueError(
+                "dispatch_batches=True: as it resumes, accelerate would skip but a part of the samples already taken; "
+                "set it to False, the samples of the run are the same"
+            )
         if args.ignore_data_skip and state.global_step:
             raise ValueError("ignore_data_skip=True would start the data again from its first sample: set it to False")
         if state.max_steps > -(-len(self.dataset) // batch_size):
@@ -202,6 +207,12 @@ def _check_stream(stream: MixtureStream, args: TrainingArguments) -> None:
     size = args.train_batch_size * (args.world_size if dispatched is False and not split else 1)
     if args.dataloader_num_workers > 1 and stream.batch_size != size:
         raise ValueError(f"batch_size={stream.batch_size} of the MixtureStream: with these arguments it must be {size}")
+
+
+def _skips_too_few(args: TrainingArguments) -> bool:
+    """Whether accelerate (1.15) takes the batches that are dealt out together for one as it counts what to skip."""
+    split, dispatched = (getattr(args.accelerator_config, key, None) for key in ("split_batches", "dispatch_batches"))
+    return args.world_size > 1 and bool(dispatched) and not split
 
 
 def _check_tokenizer(dataset: Mixture, tokenizer: PreTrainedTokenizerBase) -> None:

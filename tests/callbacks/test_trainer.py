@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import dynmix.controller
 import dynmix.measurement
@@ -205,6 +205,14 @@ def test_processes_that_share_samples_are_refused(training, tmp_path, monkeypatc
     monkeypatch.setattr(Trainer, "get_total_train_batch_size", lambda self, args: 2)
     with pytest.raises(ValueError, match="1 processes take 2 samples a step and not 8: in tensor, context and"):
         training.run(tmp_path)
+
+
+def test_a_loader_that_would_go_on_at_another_sample_is_refused(training, tmp_path, monkeypatch):
+    """Of batches that process 0 sends to two processes accelerate skips half as many as were taken."""
+    training.run(tmp_path, steps=6, mixer=Static(), save_strategy="steps", save_steps=6)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="dispatch_batches=True: as it resumes.*set it to False"):
+        training.run(tmp_path, resume=True, accelerator_config={"dispatch_batches": True})
 
 
 def test_a_second_callback_is_refused(training, tmp_path, monkeypatch):
