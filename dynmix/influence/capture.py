@@ -58,8 +58,8 @@ class Capture:
 
     Create it before `isolated(model)`, which hides what is frozen, and run it inside.
 
-    Raises ValueError if no layer is left, if a measured layer loses its sequences in a later batch, or if a layer's
-    input is changed in place after it.
+    Raises ValueError if no layer is left, if a process has but a piece of one, if a measured layer loses its sequences
+    in a later batch, or if a layer's input is changed in place after it.
     """
 
     def __init__(
@@ -86,6 +86,11 @@ class Capture:
         self.layers: dict[str, Layer] = {
             name: layer for name, layer in known.items() if wanted(name) and (frozen or layer.weight.requires_grad)
         }
+        if flat := [name for name, layer in self.layers.items() if layer.kind != "norm" and layer.weight.ndim < 2]:
+            raise ValueError(
+                f"layer {flat[0]!r} has no matrix but a flat piece of one, as FSDP1 and ZeRO-3 cut them: shard the "
+                "model with FSDP2 (accelerate's fsdp_version 2), or leave it whole"
+            )
         self._unknown = [name for name in unmeasurable(self.model) if wanted(name)]
         heads = {
             id(layer.weight): name

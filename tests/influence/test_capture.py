@@ -153,6 +153,14 @@ def test_frozen_layers_are_left_out_unless_all_are(tiny_lm: Models) -> None:
     assert set(Capture(model.requires_grad_(False)).layers) == everything
 
 
+def test_a_layer_that_was_cut_into_flat_pieces_is_named(tiny_lm: Models) -> None:
+    model = tiny_lm("llama")
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(7))
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.up_proj' has no matrix but a flat piece .* with FSDP2"):
+        Capture(model)
+    assert "model.layers.1.mlp.up_proj" not in Capture(model, layers=Layers(exclude="up_proj")).layers
+
+
 def test_loss_is_that_of_transformers(tiny_lm: Models, token_batches: Batcher) -> None:
     model = tiny_lm("llama").eval()
     [batch] = token_batches(4, ragged=True)
