@@ -15,11 +15,12 @@ from dynmix.influence.layers import Layer, measurable_layers
 
 
 def flops_per_token(model: nn.Module, layers: Collection[str], tasks: int, sequence_length: int) -> float:
-    """Floating-point operations that a scored token takes at least, 2 (W + B + M + n M / L).
+    """Floating-point operations that a scored token takes, 2 (W + B + M + n M / L).
 
     W: weights of all linear layers (forward); B: of those behind the lowest measured layer, in the model's order
     (gradients of their inputs); M: of the measured ones (a sequence's gradient, and its products with n tasks, which
-    the L tokens of the sequence share). Attention's own products, and the fitting of the curvature, come on top.
+    the L tokens of the sequence share). Attention's own products, and the fitting of the curvature, come on top; of a
+    mixture of experts all are counted, of which a token meets some.
 
     Args:
         model: the model.
@@ -40,7 +41,7 @@ def flops_per_token(model: nn.Module, layers: Collection[str], tasks: int, seque
 def describe(tokens: int, flops_per_token: float, speed: float) -> str:
     """A line for people: what is to be done, and about how long it takes at `speed` tokens a second."""
     return (
-        f"{tokens:,} tokens to score, at least {flops_per_token * tokens:.2g} FLOPs; at {speed:,.0f} tokens/s "
+        f"{tokens:,} tokens to score, about {flops_per_token * tokens:.2g} FLOPs; at {speed:,.0f} tokens/s "
         f"{timedelta(seconds=round(tokens / max(speed, 1e-9)))} h"
     )
 
