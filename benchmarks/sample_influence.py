@@ -12,10 +12,10 @@ timed.
 
 `precision` needs the test corpus (`$DYNMIX_SHARED`, default ../shared): it trains a small Llama on all 14 domains with
 a checkpoint every 10th of the way (resumed where it was stopped) and lets the checkpoint where each of six tasks peaks
-score every 12th document. For the two tasks that have a domain of their own it prints what share of the top decile is
-of that domain, beside its share of all and the most that there can be; and the same of as many documents as the domain
-has. And it prints how much of each domain is in the top half by joint influence. With `--at` checkpoints of any steps
-score all tasks, and are blended.
+score every 12th document as a whole, in windows of 256 tokens. For the two tasks that have a domain of their own it
+prints what share of the top decile is of that domain, beside its share of all and the most that there can be; and the
+same of as many documents as the domain has. And it prints how much of each domain is in the top half by joint
+influence. With `--at` checkpoints of any steps score all tasks, and are blended.
 """
 
 import statistics
@@ -175,9 +175,7 @@ def precision(
     seed: Annotated[int, typer.Option(help="Of the parameters.")] = 0,
     every: Annotated[int, typer.Option(help="So many documents of a domain, one is scored.")] = 12,
     documents: Annotated[int, typer.Option(help="So many documents of each domain instead; 0: as many as come.")] = 0,
-    unit: Annotated[
-        str, typer.Option(help="document (its first 256 tokens) or sequence (of 256 tokens).")
-    ] = "document",
+    unit: Annotated[str, typer.Option(help="document (a whole one) or sequence (256 tokens in a row).")] = "document",
     curvature: Annotated[str, typer.Option(help="datainf or ekfac.")] = "datainf",
     layers: str | None = None,
     at: Annotated[
@@ -219,7 +217,7 @@ def precision(
             numbers = range(0, store.num_tokens // 256, every)
         if documents:
             numbers = range(0, numbers.stop, max(1, numbers.stop // documents))[:documents]
-        texts = (store[i][:256] if unit == "document" else store.tokens[256 * i : 256 * (i + 1)] for i in numbers)
+        texts = (store[i] if unit == "document" else store.tokens[256 * i : 256 * (i + 1)] for i in numbers)
         some[name] = TokenStore.write(folder / f"{unit}s-{every}-{documents}" / name, texts)
     out = (
         folder
