@@ -7,9 +7,10 @@ They score every sequence of the corpus (packed, 256 tokens); each arm then trai
 initial weights and order for the same number of tokens. What an arm spends on choosing is not counted: for AutoMixer
 that is more than the run. Arms: the natural and the uniform mixture of the raw domains; the half of the tokens with the
 lowest perplexity under the last checkpoint; AutoMixer's regrouping by n-gram importance for the tasks in place of
-influence; AutoMixer with the tasks' peak checkpoints, and with the last one alone (its ablation); `ten` adds ten evenly
-spaced checkpoints. A cell (arm, seed) is kept in `target/`, so that a second call goes on. Printed: each task's loss in
-nats a token on examples that no score has seen, and the tasks' mean, also of each seed.
+influence; AutoMixer with the tasks' peak checkpoints, and with the last one alone (its ablation). Two more, if named:
+`ten` evenly spaced checkpoints, and `early`, five of them blended with `"early"`, by EK-FAC. A cell (arm, seed) is
+kept in `target/`, so that a second call goes on. Printed: each task's loss in nats a token on examples that no score
+has seen, and the tasks' mean, also of each seed.
 """
 
 import json
@@ -25,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from sample_influence import TASKS, halves, llama, proxy
 
-from dynmix import MixtureDataset
-from dynmix.checkpoints import list_checkpoints, select_checkpoints
+from dynmix import EKFAC, MixtureDataset
+from dynmix.checkpoints import evenly_spaced, list_checkpoints, select_checkpoints
 from dynmix.mixers.regroup import group_weights, regroup
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
@@ -35,7 +36,8 @@ from dynmix.scores import SampleScores
 from dynmix.scoring import all_sources, ngram_scores, peak_sources, perplexity_scores, read_scores, score_corpus
 
 LENGTH = 256
-ARMS = ("natural", "uniform", "perplexity", "n-gram", "automixer", "last")  # and `ten`
+ARMS = ("natural", "uniform", "perplexity", "n-gram", "automixer", "last")
+MORE = ("ten", "early")
 
 
 def thinned(path: Path, every: int, out: Path) -> Path:
@@ -57,11 +59,12 @@ def scored(
         "last": lambda: all_sources(found[-1:], tasks),
         "perplexity": lambda: all_sources(found[-1:], tasks),
         "ten": lambda: all_sources(found, tasks),
+        "early": lambda: all_sources(evenly_spaced(found, 5), tasks),
     }[arm]()
     out = folder / f"corpus-{next(iter(paths.values())).parent.name}-{'last' if arm == 'perplexity' else arm}"
     score_corpus(
-        paths, tasks, sources, out, unit="sequence", sequence_length=LENGTH, curvature_sequences=256,
-        batch_tokens=batch_tokens,
+        paths, tasks, sources, out, unit="sequence", sequence_length=LENGTH,
+        curvature=EKFAC() if arm == "early" else None, curvature_sequences=256, batch_tokens=batch_tokens,
     )  # fmt: skip
     return perplexity_scores(out) if arm == "perplexity" else read_scores(out)
 
@@ -85,7 +88,7 @@ def mixed(
         members = {"low": order[: int(np.searchsorted(np.cumsum(scores.tokens[order]), scores.tokens.sum() / 2))]}
         weights = {"low": 1.0}
     else:
-        groups = regroup(scores)
+        groups = regroup(scores, blend="early" if arm == "early" else "step")
         found = group_weights(groups, max_epochs=4.0, tokens=samples * LENGTH)
         assert found is not None
         members, weights = {group.name: group.members for group in groups}, found
@@ -141,8 +144,8 @@ def main(
     every: Annotated[int, typer.Option(help="The raw corpus of all arms is every so many sequence of the texts.")] = 1,
     batch_tokens: int = 8192,
 ) -> None:
-    if unknown := {*arms.split(",")} - {*ARMS, "ten"}:
-        raise SystemExit(f"--arms {arms}: no {', '.join(sorted(unknown))}, there are {', '.join(ARMS)} and ten")
+    if unknown := {*arms.split(",")} - {*ARMS, *MORE}:
+        raise SystemExit(f"--arms {arms}: no {', '.join(sorted(unknown))}, there are {', '.join(ARMS + MORE)}")
     paths = proxy(folder, proxy_hidden, proxy_depth, proxy_steps, proxy_batch, proxy_rate)
     if every > 1:
         paths = {name: thinned(path, every, folder / f"every-{every}" / name) for name, path in paths.items()}
