@@ -146,7 +146,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         self.num_samples, seed, block = whole("num_samples", num_samples), whole("seed", seed), whole("block", block)
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-        if sequence_length is not None and whole("sequence_length", sequence_length) < 1:
+        sequence_length = None if sequence_length is None else whole("sequence_length", sequence_length)
+        if sequence_length is not None and sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
         self.options = SequenceOptions.checked(
             packing, boundaries, bos_token_id, pad_token_id, ignore_token_ids, tokenizer

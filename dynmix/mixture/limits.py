@@ -65,8 +65,8 @@ class Limits:
                 fits = False
             if not fits:
                 raise ValueError(f"max_epochs{'' if name is None else f'[{name!r}]'}={limit!r}: a number, at least 0")
-        if isinstance(self.max_epochs, Mapping):
-            object.__setattr__(self, "max_epochs", {n: x for n, x in self.max_epochs.items() if x is not None})
+        numbers = {n: x if isinstance(x, int) else float(x) for n, x in given.items() if x is not None}  # for JSON
+        object.__setattr__(self, "max_epochs", numbers if isinstance(self.max_epochs, Mapping) else numbers.get(None))
         policy = self.when_exhausted or ("repeat" if self.max_epochs is None else "redistribute")
         if policy not in ("repeat", "stop", "redistribute"):
             raise ValueError(f"when_exhausted={policy!r}: 'repeat', 'stop' or 'redistribute'")

@@ -154,7 +154,8 @@ class MixtureStream(Steered, IterableDataset[Item]):
             seed=whole("seed", seed),
             block=whole("block", block),
         )
-        self.num_samples, self.sequence_length, self.batch_size = num_samples, sequence_length, batch_size
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.sequence_length = whole("sequence_length", sequence_length)
         self.rank, self.world_size, self.sized, self._policy = rank, world_size, sizes is not None, when_exhausted
         self._place()
         self._encode = Encoder(tokenizer, text_field)
@@ -347,7 +348,7 @@ class _Reading(Iterator[Item]):
         """Where this reader is."""
         names = self._stream.domains
         domains = {names[number]: reader.state_dict() for number, reader in self._opened.items()}
-        return {"place": list(self._place), "taken": self._taken, "domains": self._left | domains}
+        return {"place": [*map(int, self._place)], "taken": self._taken, "domains": self._left | domains}
 
     def _reader(self, number: int) -> DomainReader:
         if number not in self._opened:

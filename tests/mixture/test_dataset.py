@@ -343,6 +343,16 @@ def test_a_state_continues_the_stream_through_json() -> None:
     assert json.dumps(twin.state_dict()) == text
 
 
+@pytest.mark.parametrize("limits", [np.float32(2), {"a": np.float32(2), "b": np.int64(3)}])
+def test_a_state_goes_through_json_where_arguments_are_numbers_of_numpy(limits: Any) -> None:
+    dataset = make(
+        weights={"a": np.float32(0.25), "b": np.float32(0.75)}, num_samples=np.int64(90),
+        sequence_length=np.int64(LENGTH), seed=np.int64(3), block=np.int64(16), homogeneous=np.int64(2),
+        max_epochs=limits,
+    )  # fmt: skip
+    assert json.loads(json.dumps(dataset.state_dict())) == dataset.state_dict()
+
+
 def test_a_state_keeps_the_stage_of_the_step_though_a_loader_read_into_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -39,7 +39,7 @@ def b() -> Iterator[dict[str, Any]]:
 
 def make(**options: Any) -> MixtureStream:
     options = {"num_samples": 80, "batch_size": BATCH, "block": 8, "weights": WEIGHTS, **options}
-    return MixtureStream({"a": a, "b": b}, sequence_length=LENGTH, **options)
+    return MixtureStream({"a": a, "b": b}, **({"sequence_length": LENGTH} | options))
 
 
 def samples(loader: Any) -> list[tuple[int, list[int]]]:
@@ -151,6 +151,13 @@ def test_a_stateful_loader_resumes_exactly(workers: int, left: int) -> None:
     got = samples(islice(first, left))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert got + samples(second) == whole
+
+
+def test_a_state_goes_through_json_where_arguments_are_numbers_of_numpy() -> None:
+    numbers = {"num_samples": 8, "sequence_length": LENGTH, "batch_size": BATCH, "rank": 0, "world_size": 1, "seed": 3}
+    stream = make(**{name: np.int64(number) for name, number in numbers.items()})
+    samples(StatefulDataLoader(stream, batch_size=BATCH))
+    assert json.loads(json.dumps(stream.state_dict())) == stream.state_dict()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
