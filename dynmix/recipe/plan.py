@@ -232,7 +232,7 @@ def _scoring(run: RecipeRun, model: Any, flops: float) -> float:
     layers = [name for name in measurable_layers(model, embeddings=True) if chosen(name)]
     if not layers:
         raise ValueError(f"measurement.layers={controller.sampler.layers!r} selects no layer of the model")
-    n_tasks, asked = len(controller.measurement.sets), controller.sampler.plan.checkpoints
+    n_tasks, asked = len(controller.sampler.sets), controller.sampler.plan.checkpoints
     # At most: several tasks may peak in one checkpoint, and fewer may be there than are asked for.
     passes, tasks = (n_tasks, 1) if asked == "peak" else (1 if asked == "last" else asked, n_tasks)
     tokens = sum(run.dataset.sizes.values()) * length

@@ -144,6 +144,7 @@ def test_scoring_costs_as_much_as_its_checkpoints_and_layers_take(recipe):
 
     last = scoring("mixer.checkpoints=last")
     assert scoring("mixer.checkpoints=5") == pytest.approx(5 * last)
+    assert scoring("mixer.checkpoints=last", "guards={kept: stores/web.valid}") == last  # a guard scores nothing
     assert last < scoring() < 2 * last  # two tasks may peak in two checkpoints, each to score one of them
     assert scoring("measurement.layers=.", "mixer.checkpoints=last") > 1.2 * last
     with pytest.raises(ValueError, match="measurement.layers='nothing' selects no layer"):
