@@ -15,7 +15,7 @@ a checkpoint every 10th of the way (resumed where it was stopped) and lets the c
 score every 12th document as a whole, in windows of 256 tokens. For the two tasks that have a domain of their own it
 prints what share of the top decile is of that domain, beside its share of all and the most that there can be; and the
 same of as many documents as the domain has. And it prints how much of each domain is in the top half by joint
-influence. With `--at` checkpoints of any steps score all tasks, and are blended.
+influence, and its mean influence on each task. With `--at` checkpoints of any steps score all tasks, and are blended.
 """
 
 import statistics
@@ -238,10 +238,11 @@ def precision(
             row = (f"{share:.0%}", f"{has / len(domain):.0%}", f"{most:.0%}")
             table.add_row(task, scored_at[task], own, what, *row)
     half = joint > np.median(joint)
-    ranks = Table("domain", "in the top half by joint influence", "mean joint influence")
+    ranks = Table("domain", "in the top half", "joint", *scores.tasks, title="by joint influence; mean influence")
     for name in sorted(scores.domains, key=lambda name: -joint[domain == name].mean()):
-        own_half, own_mean = half[domain == name].mean(), joint[domain == name].mean()
-        ranks.add_row(name, f"{own_half:.0%}", f"{own_mean:+.2f}")
+        own = domain == name
+        means = (joint[own].mean(), *by_task[own].mean(axis=0))
+        ranks.add_row(name, f"{half[own].mean():.0%}", *(f"{mean:+.2f}" for mean in means))
     Console(width=120).print(table, ranks)
 
 
