@@ -24,7 +24,7 @@ def stage_table(row: Row) -> Table:
     # Narrow, because seven domains and four tasks should fit into 80 columns.
     table = Table(
         title=f"{kind}, from sample {row['start']:,}",
-        caption=f"task losses, nats/token: {losses}",
+        caption=escape(f"task losses, nats/token: {losses}"),
         box=box.SIMPLE_HEAD,
         padding=(0, 0),
         pad_edge=False,
@@ -46,7 +46,7 @@ def stage_table(row: Row) -> Table:
     if influence is not None:
         table.caption = f"{table.caption}\ninfluence: nats/token per unit of weight ± standard error"
     if words := row["error"] or row["message"]:
-        table.caption = f"{table.caption}\n{words}"
+        table.caption = f"{table.caption}\n{escape(words)}"
     return table
 
 
@@ -130,7 +130,7 @@ def comparison_table(dynamic: Sequence[Row], static: Sequence[Row]) -> Table:
             losses += [] if loss is None else [loss]
         if len(losses) == 2 and task not in dynamic[-1]["guards"]:
             differences.append(losses[0] - losses[1])
-        table.add_row(task, *cells, f"{losses[0] - losses[1]:+.4f}" if len(losses) == 2 else "-")
+        table.add_row(escape(task), *cells, f"{losses[0] - losses[1]:+.4f}" if len(losses) == 2 else "-")
     if differences:
         table.add_row("mean", "", "", f"{sum(differences) / len(differences):+.4f}")
     return table

@@ -39,6 +39,11 @@ def test_names_of_domains_and_tasks_are_no_markup():
     assert all(name in shown for name in (*names, "[/i]"))
 
 
+def test_losses_and_words_are_no_markup():
+    shown = text(stage_table(row(task_loss={"mmlu[five]": 2.5}, error="no file [/data/x] of shape [batch, 3]")))
+    assert all(part in shown for part in ("mmlu[five] 2.5000", "no file [/data/x] of shape [batch, 3]"))
+
+
 def test_the_first_stage_and_the_end_have_less_to_show():
     first = text(stage_table(row(weights_before=None, influence=None, standard_error=None)))
     assert "75.0%" in first
@@ -53,3 +58,5 @@ def test_comparison_has_an_honest_sign():
     assert "-0.5000" in text(comparison_table([better], [worse]))
     assert "+0.5000" in text(comparison_table([worse], [better]))
     assert "-" in text(comparison_table([row(task_loss=None)], [worse]))
+    named = row(tasks=["t[en]"], task_loss={"t[en]": 2.0}, task_loss_standard_error={"t[en]": 0.1})
+    assert "t[en]" in text(comparison_table([named], [named]))

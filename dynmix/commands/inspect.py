@@ -38,7 +38,7 @@ def inspect(
             continue
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for name, value in rows[0].items():
-            table.add_column(name, justify="right" if isinstance(value, int | float) else "left")
+            table.add_column(escape(name), justify="right" if isinstance(value, int | float) else "left")
         for row in rows:
             table.add_row(*(escape(cell(value)) for value in row.values()))
         console.print(table)

@@ -135,7 +135,7 @@ class TokenBar(Progress):
 
     def __init__(self, tokens: int, visible: bool) -> None:
         super().__init__(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
             TimeRemainingColumn(),

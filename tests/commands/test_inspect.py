@@ -89,3 +89,11 @@ def test_a_checkpoint_of_a_stream_and_a_damaged_one(tmp_path):
     done = call(checkpoint(tmp_path, {}))
     assert done.exit_code == 1
     assert "checkpoint-11 is damaged: KeyError: 'schedule'" in done.output.replace("\n", " ")
+
+
+def test_names_of_tasks_are_no_markup(tmp_path):
+    file = tmp_path / "influence.json"
+    file.write_text(json.dumps({"scores": [[0.1], [0.2]], "tasks": ["mmlu[five]", "[/b]"], "domains": ["web"]}))
+    shown = call(file).output
+    assert "mmlu[five]" in shown
+    assert "[/b]" in shown

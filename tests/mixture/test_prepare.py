@@ -313,13 +313,14 @@ def test_existing_stores_are_kept_unless_overwritten(tmp_path: Path) -> None:
 
 
 def test_progress_shows_the_tokens_of_all_domains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for name in ("web", "code"):
+    for name in ("web", "code[en]"):
         (tmp_path / f"{name}.jsonl.gz").write_bytes(gz(jsonl(DOCUMENTS)))
-    inputs = [tmp_path / "web.jsonl.gz", tmp_path / "code.jsonl.gz"]
+    inputs = [tmp_path / "web.jsonl.gz", tmp_path / "code[en].jsonl.gz"]
     make(inputs, tmp_path / "out", TOKENIZER)
     shown = capfd.readouterr().err
-    tokens = sum(TokenStore.open(tmp_path / "out" / name).num_tokens for name in ("web", "code"))
+    tokens = sum(TokenStore.open(tmp_path / "out" / name).num_tokens for name in ("web", "code[en]"))
     assert f"{tokens:,} tokens, " in shown.replace("\n", " ")
     assert "/s" in shown
+    assert "code[en]" in shown
     prepare(inputs, tmp_path / "quiet", TOKENIZER)
     assert capfd.readouterr().err == ""

@@ -13,7 +13,7 @@ class Bar:
 
     def __init__(self, total: int, visible: bool) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TextColumn("{task.fields[tokens]}"),
