@@ -36,7 +36,7 @@ class Split:
             raise SystemExit(f"{corpus.root} has no task to optimise: add one, or take it out of --unseen-tasks")
         return cls(
             optimised,
-            tasks,
+            tuple(name for name in corpus.tasks if name in tasks),
             tuple(corpus.domains),
             tuple(name for name in corpus.texts if name not in corpus.domains),
         )
