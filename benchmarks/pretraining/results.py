@@ -17,6 +17,7 @@ from .tables import (
     by_set,
     costs,
     efficiency,
+    line,
     markdown,
     overspent,
     overview,
@@ -176,7 +177,7 @@ def _fidelity(found: dict[str, Any]) -> str:
 
 def _claims(found: list[dict[str, Any]], drawn: Path) -> str:
     lines = ["| claim | here | the paper | on |", "|---|---|---|---|"]
-    lines += [f"| {c['claim']} | {c['here']} | {c['paper']} | {c['on']} |" for c in found]
+    lines += [line([c[key] for key in ("claim", "here", "paper", "on")]) for c in found]
     for number, claim in enumerate(c for c in found if "points" in c):
         name = f"figure4-{number}.svg"
         x, y = claim["points"]

@@ -134,8 +134,12 @@ def share_of_tokens(cell: Cell, prior: Cell, names: Sequence[str]) -> float:
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table."""
     head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([line(head), "|" + "---|" + "---:|" * (len(head) - 1), *map(line, rows)])
+
+
+def line(cells: Iterable[str]) -> str:
+    """A row of a table, whose cells may have a `|` in the name of a domain or a task."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def order(cells: Cells) -> list[str]:

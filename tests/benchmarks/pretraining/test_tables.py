@@ -12,6 +12,7 @@ from benchmarks.pretraining.tables import (
     difference,
     efficiency,
     interval,
+    markdown,
     overspent,
     share_of_tokens,
     sweeps,
@@ -91,3 +92,7 @@ def test_what_went_over_the_budget_is_said() -> None:
     assert overspent(found) == "Over the budget, by what was bought last: `dear` 12 %.\n"
     del found.cells["dear"]
     assert overspent(found) == ""
+
+
+def test_a_bar_in_a_name_is_no_end_of_a_cell() -> None:
+    assert markdown(["set", "`a|b`"], [["`c|d`", "1"]]) == "| set | `a\\|b` |\n|---|---:|\n| `c\\|d` | 1 |"
