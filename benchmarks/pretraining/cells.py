@@ -1,6 +1,6 @@
 """A cell: one method, one seed, one budget. It is trained, judged and written down once."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any
     operations = share * budget.steps * a_step
 
     def before() -> dict[str, Any]:
-        spent = Spent()
-        weights = weights_of(bench, method.name, seed, folder, spent, budget.proxy_share * operations)
+        spent, own = Spent(), replace(bench, budget=replace(budget, steps=steps))  # the target run of its share
+        weights = weights_of(own, method.name, seed, folder, spent, budget.proxy_share * operations)
         return {"weights": weights, "flops": spent.flops["before"], "seconds": spent.seconds["before"]}
 
     spent, steps = Spent(), max(1, round(share * budget.steps))

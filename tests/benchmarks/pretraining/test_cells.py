@@ -12,7 +12,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-from benchmarks.pretraining import beforehand
+from benchmarks.pretraining import beforehand, cells
 from benchmarks.pretraining.__main__ import app
 from benchmarks.pretraining.corpus import Corpus
 from benchmarks.pretraining.hindsight import Law
@@ -101,6 +101,21 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
 
     monkeypatch.setattr(beforehand, "train", watched)
     return found
+
+
+def test_proxies_look_for_the_mixture_of_a_run_as_long_as_its_share(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many epochs as a domain may have are more of a shorter run."""
+    steps = []
+
+    def weights_of(bench: Any, *_: Any) -> dict[str, float]:
+        steps.append(bench.budget.steps)
+        return {"one": 0.5, "two": 0.5}
+
+    monkeypatch.setattr(cells, "weights_of", weights_of)
+    assert bench(corpus, tmp_path, "mde,regmix[share=0.5]").exit_code == 0
+    assert steps == [48, 24]
 
 
 def test_methods_that_read_no_task_are_not_charged_for_any(
