@@ -46,7 +46,10 @@ class Law:
         """
         pairs, domains = _pairs(cells), list(cells.settings["split"]["domains"])
         if not pairs:
-            raise SystemExit(f"{HINDSIGHT} looks back on runs of other methods beside {PRIOR}: run some first")
+            raise SystemExit(
+                f"{HINDSIGHT} looks back on runs of other methods beside {PRIOR} in which every domain has some tokens "
+                f"in both, and at least {100 * FEWEST:.0f} % of {PRIOR}'s: there is none, so run others first"
+            )
         sets = [name for group in cells.groups.values() for name in group]
         X = np.log([[_tokens(cell, d) / _tokens(base, d) for d in domains] for cell, base in pairs])
         Y = np.array([[cell["final"][s]["loss"] - base["final"][s]["loss"] for s in sets] for cell, base in pairs])

@@ -75,7 +75,7 @@ def test_runs_that_do_not_compare_are_left_out(cells: Cells) -> None:
         "hindsight": {0: alone},
     }
     assert Law.fit(Cells(cells.settings, cells.cells | more)).slopes == pytest.approx(law.slopes)
-    with pytest.raises(SystemExit, match="run some first"):
+    with pytest.raises(SystemExit, match="run others first"):
         Law.fit(Cells(cells.settings, {"natural": cells.cells["natural"], **more}))
 
 
@@ -95,3 +95,10 @@ def test_no_mixture_that_holds_the_own_text_is_better(cells: Cells) -> None:
     for w in np.random.default_rng(1).dirichlet(np.ones(3), 3000):
         mean, text = losses(w)
         assert text > 0 or mean >= gain
+
+
+def test_a_domain_that_the_prior_never_samples_is_said_to_be_why_there_is_no_law(cells: Cells) -> None:
+    for run in cells.cells["natural"].values():
+        run["sampled"]["noise"] = 0.0
+    with pytest.raises(SystemExit, match="every domain has some tokens in both"):
+        Law.fit(cells)
