@@ -27,8 +27,8 @@ def draw_influence(influence: Influence, paths: list[Path]) -> None:
     errors = influence.standard_error
     settings: Any = {"font.size": 8, "text.parse_math": False, "svg.hashsalt": "dynmix", "svg.fonttype": "none"}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(max(3.4, 1.6 + 0.95 * n_domains), 0.9 + 0.38 * n_tasks), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(0.95 * n_domains, 0.38 * n_tasks))  # of the cells; names take what they need beside
+        axes = figure.add_axes((0, 0, 1, 1))
         known = np.where(np.isfinite(influence.scores), influence.scores, 0.0)
         shade = known / np.maximum(np.abs(known).max(axis=1, keepdims=True), 1e-300)
         colours = matplotlib.colors.LinearSegmentedColormap.from_list("influence", [HURTS, "#ffffff", HELPS])
@@ -49,4 +49,4 @@ def draw_influence(influence: Influence, paths: list[Path]) -> None:
             kind = path.suffix[1:]
             metadata = {"Date": None} if kind == "svg" else None
             with whole_file(path) as beside:
-                figure.savefig(beside, format=kind, dpi=200, metadata=metadata)
+                figure.savefig(beside, format=kind, dpi=200, metadata=metadata, bbox_inches="tight")
