@@ -241,6 +241,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         if (end is not None and end < stop) or not self._ahead.holds(start, stop):
             runs = self._decided(runs)
             start, stop = _bounds(runs)
+        if not runs[0].start:  # and not where a sampler fills its last batch up from the stream's start
+            self._progress.note_begin(self.ends_at)
         # Noted before the stages are read: a publisher either sees the note, or its stage is seen here.
         self._progress.note(len(positions), stop, runs[0].step)
         items = self._items(runs)

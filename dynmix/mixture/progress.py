@@ -18,7 +18,7 @@ _POLL_SECONDS = 0.005
 _WARN_SECONDS, _GIVE_UP_SECONDS = 30.0, 1800.0  # without a sign of life from the main process
 _SLOTS = 1024  # of the reading counters, one per worker
 # Cells; the last two, and those that follow, are ends of reading.
-_PULSE, _SIZE, _SPAN, _STEP, _MAIN, _WORKERS = range(6)
+_PULSE, _SIZE, _SPAN, _STEP, _BEGUN, _MAIN, _WORKERS = range(7)
 
 
 class Progress:
@@ -56,6 +56,17 @@ class Progress:
         """Say how many samples an optimizer step takes."""
         self._cells.array[_STEP] = samples
 
+    def note_begin(self, end: int) -> None:
+        """Note that a reader begins at position 0, and warn, once, if the stream of `end` samples was read before."""
+        begun = int(self._cells.array[_BEGUN])
+        if again := begun == 1 and self.read_until > end - self.read_span:
+            logger.warning(
+                "position 0 is read again, after all of the %d samples: a second pass gives the same ones in the same"
+                " order, whatever max_epochs says; to train for longer raise num_samples: each domain is reshuffled",
+                end,
+            )
+        self._cells.array[_BEGUN] = max(1, begun, 2 * again)
+
     def note(self, size: int, stop: int, stride: int = 1) -> None:
         """Say that a request of so many positions, each `stride`-th, was read, and so all positions before `stop`."""
         worker, cells = get_worker_info(), self._cells.array
@@ -79,7 +90,7 @@ class Progress:
 
     def forget(self) -> None:
         """Start again from zero, but keep what a step takes."""
-        self._cells.array[[_PULSE, _SIZE, _SPAN]], self._cells.array[_MAIN:] = 0, 0
+        self._cells.array[[_PULSE, _SIZE, _SPAN, _BEGUN]], self._cells.array[_MAIN:] = 0, 0
 
     def pulse(self) -> None:
         """Say that the main process is alive, so that workers that wait for a stage go on waiting."""

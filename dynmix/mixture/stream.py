@@ -333,6 +333,8 @@ class _Reading(Iterator[Item]):
             stop = min(self._place.batch_end(self._taken), stream.num_samples)
             stream._progress.wait(stream.schedule, stop, _WAITING)
             stream.schedule.check_decided(position, stop)
+            if not position:
+                stream._progress.note_begin(stream.num_samples)
             # Noted before the stages are read: a publisher either sees the note, or its stage is seen here.
             stream._progress.note(self._place.batch_size, stop)
             self.begun = True

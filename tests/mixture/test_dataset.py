@@ -1,4 +1,5 @@
 import json
+import logging
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,10 @@ def stores(tmp_path: Path) -> dict[str, TokenStore]:
         name: TokenStore.write(tmp_path / name, [rng.integers(0, 5000, n) for n in rng.integers(1, 90, documents)])
         for name, documents in (("a", 20), ("b", 45))
     }
+
+
+def logged_to_stderr(worker: int) -> None:
+    logging.getLogger("dynmix.mixture").addHandler(logging.StreamHandler())
 
 
 def first_tokens(loader: Any) -> list[int]:
@@ -207,6 +212,20 @@ def test_the_order_is_the_same_for_all_batches_and_workers() -> None:
     ]
     assert orders[0] == orders[1] == orders[2] == orders[3]
     assert len(set(orders[0])) == 130
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_that_gives_the_same_samples_again_is_said(workers: int, caplog: Any, capfd: Any) -> None:
+    for read in (make(num_samples=42), MixtureStream({"a": plain(9)}, num_samples=40, sequence_length=6, batch_size=4)):
+        loader = DataLoader(read, batch_size=4, num_workers=workers, drop_last=True, worker_init_fn=logged_to_stderr)
+        next(iter(loader))  # a look at the first batch
+        first = first_tokens(loader)
+        assert "is read again" not in caplog.text + capfd.readouterr().err
+        assert first_tokens(loader) == first
+        assert "position 0 is read again, after all of the 4" in caplog.text + capfd.readouterr().err
+        caplog.clear()
+        first_tokens(loader)  # as an evaluation does, which is to read the same: said once
+        assert "is read again" not in caplog.text + capfd.readouterr().err
 
 
 def swap_at(dataset: MixtureDataset, boundary: int, **options: Any) -> list[int]:
