@@ -87,7 +87,7 @@ class Items:
 
     def _open(self) -> Iterator[Any]:
         made, self._splits_itself = self._made()
-        made = _own(made)
+        made = _own(made)  # or whoever reads the source next would begin where this reader left it
         if hasattr(made, "set_epoch"):
             made.set_epoch(self.epoch)
         self._stateful = made if _has_state(made) else None
@@ -160,7 +160,7 @@ def check_shared(domains: Mapping[str, ItemSource]) -> None:
     owners: dict[int, str] = {}
     for name, source in domains.items():
         first = owners.setdefault(id(source), name)
-        if first != name and hasattr(source, "state_dict") and _own(source) is source:
+        if first != name and hasattr(source, "state_dict") and not hasattr(source, "_ex_iterable"):
             raise ValueError(
                 f"domains {first!r} and {name!r} are one {type(source).__name__}, which is at one place at a time: give"
                 " each an object of its own, or a function that makes one"
@@ -172,12 +172,13 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
 
 
 def _own(made: Any) -> Any:
-    """A copy of an HF dataset, which keeps its epoch and its place for all who iterate it; others as they are.
+    """A copy of an iterable that keeps its place for all who iterate it; others as they are.
 
-    Only what is iterated is copied, and no data and no functions, which need not be made for that.
+    Of an HF dataset all that is iterated is copied, and no data and no functions, which need not be made for that; of
+    others only the object itself.
     """
     if not hasattr(made, "_ex_iterable"):
-        return made
+        return copy.copy(made) if _has_state(made) else made
     own = object.__new__(type(made))  # `copy` would give it the very same attributes
     own.__dict__ |= made.__dict__ | {"_ex_iterable": _own_part(made._ex_iterable), "_epoch": int(made._epoch)}
     return own

@@ -34,13 +34,13 @@ class Stateful:
 
     def __init__(self) -> None:
         self.start = self.row = 0
-        self.read = 0
+        self.read: list[int] = []  # of all copies
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.row, self.start = self.start, 0
         while self.row < ROWS:
             self.row += 1
-            self.read += 1
+            self.read.append(self.row)
             yield {"row": self.row - 1}
 
     def state_dict(self) -> dict[str, int]:
@@ -48,6 +48,19 @@ class Stateful:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.start = state["row"]
+
+
+class GoesOn(Stateful):
+    """Is at one place, whoever begins to read it."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self.row < ROWS:
+            self.row += 1
+            yield {"row": self.row - 1}
+        self.row = 0
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.row = state["row"]
 
 
 def hf(shards: int, shuffle: bool = False) -> Any:
@@ -65,6 +78,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "function of a part": lambda: parts,
     "function of the epoch": lambda: shuffled,
     "with a state": Stateful,
+    "at one place": GoesOn,
     "function of one with a state": lambda: lambda: Stateful(),
     "hf": lambda: hf(1),
     "hf in shards": lambda: hf(4),
@@ -155,7 +169,7 @@ def test_a_state_spares_reading_again() -> None:
     items = Items("a", first)
     taken(items, 9)
     assert taken(Items("a", second, state=items.state_dict()), 1) == [9]
-    assert second.read == 1
+    assert second.read == [10]
 
 
 def test_what_has_no_state_is_read_again_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -195,6 +209,12 @@ def test_a_second_epoch_is_told_of_once(caplog: pytest.LogCaptureFixture) -> Non
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
         "domain 'a' ended and starts again: this is epoch 2"
     ]
+
+
+def test_who_read_a_source_before_does_not_matter() -> None:
+    for source in (Stateful(), GoesOn()):
+        taken(Items("a", source), 4)
+        assert taken(Items("a", source), 12) == [*range(ROWS), 0]
 
 
 @pytest.mark.parametrize(
