@@ -108,9 +108,20 @@ class Items:
             taken = {key: value for key, value in given.items() if key in _parameters(self._source)}
             return self._source(**taken), "shard" in taken
         source: Any = self._source
-        if self._readers > 1 and hasattr(source, "num_shards") and source.num_shards % self._readers == 0:
-            return source.shard(num_shards=self._readers, index=self._reader, contiguous=False), True
-        return source, False
+        if self._readers == 1 or not hasattr(source, "num_shards") or source.num_shards % self._readers:
+            return source, False
+        if any(type(part).__name__ in ("TakeExamplesIterable", "SkipExamplesIterable") for part in _parts(source)):
+            # Its parts leave out so many items of each one's own shards, and not the first ones: a text that was held
+            # out in this way would be trained on.
+            if self._reader == 0 and not self.epoch:
+                logger.warning(
+                    "domain %r has .take or .skip, which counts from its start on: each of the %d readers reads all of"
+                    " it; to read a part each, leave items out with .filter",
+                    self.name,
+                    self._readers,
+                )
+            return source, False
+        return source.shard(num_shards=self._readers, index=self._reader, contiguous=False), True
 
     def _skip(self, iterator: Iterator[Any], count: int) -> None:
         logger.info("domain %r keeps no state: skipping the %d items that were read before", self.name, count)
@@ -193,18 +204,22 @@ def _own_part(part: Any) -> Any:
     return own
 
 
+def _parts(source: Any) -> Iterator[Any]:
+    """The iterables that an HF dataset is made of; None for anything else."""
+    parts: list[Any] = [getattr(source, "_ex_iterable", None)]
+    while parts:
+        yield (part := parts.pop())
+        parts += [part.ex_iterable] if hasattr(part, "ex_iterable") else list(getattr(part, "ex_iterables", ()))
+
+
 def _has_state(opened: Any) -> bool:
     """Whether it says by itself where its next item is.
 
     The state of an HF dataset does not hold its shuffle buffer; datasets of litdata and Mosaic have to be told how far
     they were read.
     """
-    parts: list[Any] = [getattr(opened, "_ex_iterable", None)]
-    while parts:
-        part = parts.pop()
-        if type(part).__name__ == "BufferShuffledExamplesIterable":
-            return False
-        parts += [part.ex_iterable] if hasattr(part, "ex_iterable") else list(getattr(part, "ex_iterables", ()))
+    if any(type(part).__name__ == "BufferShuffledExamplesIterable" for part in _parts(opened)):
+        return False
     if not (hasattr(opened, "state_dict") and hasattr(opened, "load_state_dict")):
         return False
     parameters = inspect.signature(opened.state_dict).parameters.values()

@@ -66,8 +66,8 @@ class MixtureStream(Steered, IterableDataset[Item]):
 
     Sources must yield the same items in the same order on every rank each time they are opened (for the same epoch).
     They are split here: each of n readers keeps every n-th item and skips the others. A function with the parameters
-    `shard` and `num_shards`, and an HF dataset whose number of shards is a multiple of the readers, yield only their
-    part, which saves reading the rest.
+    `shard` and `num_shards`, and an HF dataset without `take` and `skip` whose number of shards is a multiple of the
+    readers, yield only their part, which saves reading the rest.
 
     Loaders: torch's `DataLoader` and torchdata's `StatefulDataLoader` on each rank, with `rank` and `world_size`. The
     Trainer and accelerate split batches themselves: `world_size=1`. They resume by reading everything again up to that

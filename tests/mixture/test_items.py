@@ -72,6 +72,11 @@ def doubled(shards: int) -> Any:
     return hf(shards).map(lambda batch: {"row": [r for r in batch["row"] for _ in "12"]}, batched=True, batch_size=3)
 
 
+def without_ends(shards: int) -> Any:
+    rows = range(-3, ROWS + 5)
+    return datasets.Dataset.from_dict({"row": rows}).to_iterable_dataset(num_shards=shards).skip(3).take(ROWS)
+
+
 SOURCES: dict[str, Callable[[], Any]] = {
     "list": lambda: list(rows()),
     "function": lambda: rows,
@@ -84,6 +89,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "hf in shards": lambda: hf(4),
     "hf shuffled": lambda: hf(4, shuffle=True),
     "hf mapped": lambda: doubled(2),
+    "hf without ends": lambda: without_ends(4),
 }
 
 
@@ -139,7 +145,9 @@ def test_readers_deal_out_the_passes(size: int, readers: int, left: int) -> None
         assert taken(again, 10) == endless[reader::readers][left : left + 10]
 
 
-@pytest.mark.parametrize("kind", ["function of a part", "hf in shards", "hf", "hf shuffled", "with a state"])
+@pytest.mark.parametrize(
+    "kind", ["function of a part", "hf in shards", "hf", "hf shuffled", "hf without ends", "with a state"]
+)
 def test_readers_share_a_pass_without_overlap(kind: str) -> None:
     found: list[int] = []
     for reader in range(2):
