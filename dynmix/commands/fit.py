@@ -50,6 +50,6 @@ def fit(
     if json:
         print_json(fit_facts(found))
         return
-    print_fit(found, Console())
+    print_fit(found, Console(emoji=False))
     for path in paths:
         typer.echo(str(path))

@@ -49,6 +49,6 @@ def influence(
     if json:
         print_json(content)
         return
-    Console().print(influence_table(found))
+    Console(emoji=False).print(influence_table(found))
     file = quote(str(out / "influence.json"))
     typer.echo(f"saved in {out}: influence.json, .png, .svg; weights from it: dynmix propose {file}")

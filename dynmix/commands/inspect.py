@@ -30,7 +30,7 @@ def inspect(
     if json:
         print_json(asdict(found))
         return
-    console = Console()
+    console = Console(emoji=False)
     console.print(f"{found.kind}: {found.path}", markup=False, highlight=False)
     console.print(in_yaml(found.facts), markup=False, highlight=False)
     for title, rows in found.tables.items():

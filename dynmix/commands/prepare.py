@@ -66,4 +66,4 @@ def _print_table(counts: dict[str, dict[str, int]], total: dict[str, int]) -> No
         table.add_column(key if key != "bytes" else "bytes of text", f"{total[key]:,}", justify="right", no_wrap=True)
     for name, each in counts.items():
         table.add_row(escape(name), *(f"{count:,}" for count in each.values()))
-    Console().print(table)
+    Console(emoji=False).print(table)

@@ -57,7 +57,7 @@ def propose(
     if json:
         print_json(content)
         return
-    console = Console()
+    console = Console(emoji=False)
     console.print(proposal_table(found, before))
     for task, gain in found.predicted_gain.items():
         error = found.predicted_gain_standard_error.get(task)

@@ -68,9 +68,9 @@ def train(
         if dry_run:
             plan = make_plan(run)
             if is_rank_0():
-                print_json(asdict(plan)) if json else print_plan(plan, Console())
+                print_json(asdict(plan)) if json else print_plan(plan, Console(emoji=False))
         elif not only_proxy:
-            steps = runs.train(run, None if json else Console(stderr=True))
+            steps = runs.train(run, None if json else Console(stderr=True, emoji=False))
             journal = quote(str(run.folder / "dynmix"))
             facts = {"output": asked.output, "steps": steps, "model": str(run.folder / "model")}
             if is_rank_0():

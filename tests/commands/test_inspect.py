@@ -93,7 +93,7 @@ def test_a_checkpoint_of_a_stream_and_a_damaged_one(tmp_path):
 
 def test_names_of_tasks_are_no_markup(tmp_path):
     file = tmp_path / "influence.json"
-    file.write_text(json.dumps({"scores": [[0.1], [0.2]], "tasks": ["mmlu[five]", "[/b]"], "domains": ["web"]}))
+    tasks = ["mmlu[five]", "[/b]", "mmlu:books:1"]
+    file.write_text(json.dumps({"scores": [[0.1], [0.2], [0.3]], "tasks": tasks, "domains": ["pile:books:1"]}))
     shown = call(file).output
-    assert "mmlu[five]" in shown
-    assert "[/b]" in shown
+    assert all(name in shown for name in (*tasks, "pile:books:1"))
