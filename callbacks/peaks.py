@@ -76,18 +76,33 @@ class PeakCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Delete the snapshots that neither this run needs nor one that goes on from the new checkpoint."""
+        self._record_if_stopped(args, state, control, kwargs)
         assert self.snapshots is not None
         self.snapshots.prune(state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the end of a run that an evaluation stopped."""
+        self._record_if_stopped(args, state, control, kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate and record the end of a run that was stopped after its last step had ended, as by an evaluation."""
+        """Record the end of a run, if nobody has by now, as where it was stopped after its last epoch had ended."""
         assert self.snapshots is not None
         # With load_best_model_at_end the model is by now another one.
         if self.snapshots.last_step != state.global_step and not args.load_best_model_at_end:
-            self._record(args, state, kwargs)
+            self._record(args, state, kwargs)  # the trackers have closed their files
         self._trainer = None
+
+    def _record_if_stopped(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: Mapping[str, Any]
+    ) -> None:
+        """Evaluate, record and log, if the run was stopped after its last step had ended, as by an evaluation."""
+        assert self.snapshots is not None
+        if control.should_training_stop and self.snapshots.last_step != state.global_step:
+            log(self._trainer, self._record(args, state, kwargs), control)
 
     def _record(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> dict[str, float]:
         assert self.snapshots is not None

@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -133,6 +134,44 @@ def test_the_end_of_a_stopped_run_is_recorded(training, tmp_path, tasks, event):
     training.run(tmp_path, callback=False, extra=(stopping, callback))
     assert [step for step, _ in callback.snapshots.curves["web"]] == [5, 7]
     assert (tmp_path / "elsewhere/peaks.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"eval_strategy": "steps"}, {"eval_strategy": "epoch", "num_train_epochs": 3}])
+def test_the_end_of_an_early_stop_is_recorded_before_the_best_model_is_put_back(training, tmp_path, tasks, arguments):
+    kept = {}
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_worse"] = state.global_step  # the first is the best
+        control.should_training_stop = state.global_step > 8
+
+    def on_save(self, args, state, control, model, **kwargs):
+        kept[state.global_step] = {name: t.clone() for name, t in model.state_dict().items()}
+
+    stopping = type("Stopping", (TrainerCallback,), {"on_evaluate": on_evaluate, "on_save": on_save})()
+    callback = PeakCallback(tasks, every=5)
+    steps = {} if "num_train_epochs" in arguments else {"eval_steps": 4, "save_steps": 4}
+    trainer = training.run(
+        tmp_path,
+        callback=False,
+        extra=(callback, stopping),
+        steps=training.STEPS if steps else -1,
+        data_options={"samples": 8 * training.BATCH} if not steps else None,
+        evaluated=lambda data: training.sequences(0, 4, salt=1),
+        save_strategy=arguments["eval_strategy"],
+        load_best_model_at_end=True,
+        metric_for_best_model="worse",
+        greater_is_better=False,
+        **steps,
+        **arguments,
+    )
+    end = trainer.state.global_step
+    assert end < trainer.state.max_steps
+    assert trainer.state.best_global_step < end
+    assert callback.snapshots.last_step == end
+    assert [e["step"] for e in trainer.state.log_history if "dynmix/task_loss/web" in e][-1] == end
+    assert max(peak.step for peak in callback.snapshots.selected.values()) == end
+    saved = load_file(tmp_path / f"peaks/step-{end:07d}/model.safetensors")
+    assert all(torch.equal(tensor, kept[end][name]) for name, tensor in saved.items())
 
 
 def test_what_cannot_work_is_refused_before_training(training, tmp_path, tasks):
