@@ -157,9 +157,10 @@ class MixtureHook:
         # The last request before the end may be a short one.
         if read and self.dataset.read_until < len(self.dataset) and batch_size % (read * ranks):
             raise ValueError(
-                f"batch_size={batch_size}, but the loader reads {read} samples at once on each of {ranks} ranks: pass "
-                "what an optimizer step takes over all ranks and accumulation steps, and keep it when a run goes on "
-                "with other ranks or batches"
+                f"batch_size={batch_size}, but the loader reads {read} samples at once, for one of {ranks} ranks: pass "
+                "what an optimizer step takes over all ranks and accumulation steps, keep it when a run goes on with "
+                "other ranks or batches, and set accelerate's split_batches to False where dispatch_batches is True, "
+                "as then it reads for all ranks at once"
             )
         if read and isinstance(self.dataset, MixtureDataset) and self.dataset.read_until < len(self.dataset):
             check_micro_batch(self.dataset, self.dataset.read_span)

@@ -1,6 +1,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_a_run_that_goes_on_with_another_batch_is_refused(training):
     loop = Loop(training, Static(), batch=16)
     loop.hook.load_state_dict(saved)
     with pytest.raises(
-        ValueError, match="the loader reads 16 samples at once on each of 1 ranks: pass what .* keep it"
+        ValueError, match="the loader reads 16 samples at once, for one of 1 ranks: pass what .* keep it"
     ):
         loop.run()
 
@@ -237,6 +238,13 @@ def test_micro_batches_of_ranks_that_take_samples_in_turn_are_of_one_domain(trai
     else:
         with pytest.raises(ValueError, match="micro-batches of 8 sequences would hold several domains"):
             hook.step()
+
+
+def test_one_rank_that_reads_for_all_at_once_is_told_what_is_wrong(training, monkeypatch):
+    """As with accelerate's `dispatch_batches` and `split_batches`: every rank's share looks like a step of its own."""
+    monkeypatch.setattr(dynmix.callbacks.loop, "Ranks", lambda shared: SimpleNamespace(rank=0, size=2))
+    with pytest.raises(ValueError, match="8 samples at once, for one of 2 ranks: .* split_batches to False"):
+        Loop(training, batch_size=8).run(steps=1)
 
 
 def test_a_resumed_loader_that_starts_from_the_beginning_is_caught(training):
