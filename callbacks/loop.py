@@ -69,7 +69,7 @@ class MixtureHook:
         self.controller.watch(model)  # before the first step, which ends when it is too late
         self.batch_size = batch_size
         self.steps = 0
-        self._begun = self._checked = False
+        self._begun = self._checked = self._finished = False
         self._logs: dict[str, float] | None = None  # of a stage that was decided as a state was loaded
         self._saving: int | None = None  # step of a state that was asked for, and is on the disk by the next step
         if batch_size is not None:
@@ -88,9 +88,14 @@ class MixtureHook:
             had the tasks evaluated; else None.
 
         Raises:
-            ValueError: it is not known what a step takes, or the loader has read something else; whatever the rehearsal
-                of the measurement refuses at the first step.
+            ValueError: it is not known what a step takes, or the loader has read something else; the run is finished;
+                whatever the rehearsal of the measurement refuses at the first step.
         """
+        if self._finished:
+            raise ValueError(
+                f"a step after finish(), which closed the run of {self.steps} steps: load a state to go on from there, "
+                "or make dataset, hook and loader anew for another run"
+            )
         if self._saving is not None:
             self.controller.saved(self._saving)
             self._saving = None
@@ -109,7 +114,13 @@ class MixtureHook:
         return {**(logs or {}), **(self.controller.step_ended(self.model, self.steps) or {})} or None
 
     def finish(self) -> dict[str, float]:
-        """Close the journal with the final task losses; returns what a tracker should log."""
+        """Close the journal with the final task losses; returns what a tracker should log.
+
+        Nothing is done where no step was taken, as in a loop that failed before, or where it is closed already.
+        """
+        if self._finished or not self._begun:
+            return {}
+        self._finished = True
         return self.controller.finish(self.model, self.steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,7 +147,7 @@ class MixtureHook:
         self.steps = int(state["steps"])
         self.batch_size = self.controller.batch_size
         self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
-        self._begun = True
+        self._begun, self._finished = True, False
         self._logs = self.controller.begin(self.model, self.steps)
 
     def _begin(self) -> dict[str, float] | None:

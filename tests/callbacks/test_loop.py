@@ -350,6 +350,26 @@ def test_ranks_of_a_sharded_model_decide_alike_and_save_it_whole(training, launc
     assert {name: value.shape for name, value in saved.items()} == {name: value.shape for name, value in whole.items()}
 
 
+def test_a_run_is_closed_once_and_only_if_it_began(training, tmp_path):
+    """As by the `finally` of a loop that failed at once, in the folder of a run before."""
+    loop = Loop(training, Static(), output=tmp_path, batch_size=8).run(steps=12)
+    state = loop.hook.state_dict()
+    loop.run()
+    assert loop.hook.finish()
+    written = (tmp_path / "journal.jsonl").read_bytes()
+    assert loop.hook.finish() == {}
+    assert Loop(training, Static(), output=tmp_path, batch_size=8).hook.finish() == {}
+    assert (tmp_path / "journal.jsonl").read_bytes() == written
+    with pytest.raises(ValueError, match="closed the run of 20 steps: load a state"):
+        loop.hook.step()
+    loop = Loop(training, Static(), output=tmp_path, batch_size=8)
+    loop.hook.finish()
+    loop.hook.load_state_dict(state)
+    loop.run()
+    assert loop.hook.finish()
+    assert [row["kind"] for row in Journal(tmp_path / "journal.jsonl").rows()] == ["stage"] * 4 + ["final"]
+
+
 def test_without_an_output_folder_nothing_is_written(training, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Loop(training).run().hook.finish()
