@@ -50,7 +50,8 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     if logits is None:
         raise TypeError(
             f"{type(unwrap(model)).__name__}.forward returned {type(output).__name__} without logits [B, T, V]: let it "
-            "return them, alone, as output.logits or first in a tuple, or outside of a run give a loss="
+            "return them, alone, as output.logits or output['logits'], or first in a tuple, or outside of a run give a "
+            "loss="
         )
     ids = inputs.get("input_ids")
     if ids is not None and "logits_to_keep" not in inputs and logits.shape[:2] != ids.shape:
@@ -66,8 +67,11 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
 def logits_of(output: Any) -> Tensor | None:
     """The logits [B, T, V] in what a causal LM returned, if it returned them: of a tuple first, or after the loss."""
     if isinstance(output, tuple):
-        loss_first = len(output) > 1 and isinstance(output[0], Tensor) and output[0].ndim == 0
+        # A loss of None, where there are no labels.
+        loss_first = len(output) > 1 and (output[0] is None or (isinstance(output[0], Tensor) and output[0].ndim == 0))
         output = output[1 if loss_first else 0]
+    if isinstance(output, Mapping):
+        output = output.get("logits")
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     return found if isinstance(found, Tensor) and found.ndim == 3 else None
 

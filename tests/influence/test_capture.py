@@ -500,6 +500,21 @@ def test_models_of_another_interface(
         captured(Odd(), token_batches(3)[0])
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [lambda logits: {"loss": None, "logits": logits}, lambda logits: (None, logits), lambda logits: (logits,)],
+)
+def test_logits_are_found_in_whatever_the_trainer_takes(
+    token_batches: Batcher, monkeypatch: pytest.MonkeyPatch, returned: Any
+) -> None:
+    [batch] = token_batches(3)
+    model, forward = Odd(), Odd.forward
+    expected = captured(model, batch)
+    monkeypatch.setattr(Odd, "forward", lambda self, input_ids: returned(forward(self, input_ids)))
+    found = captured(model, batch)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("kind", [BartForConditionalGeneration, T5ForConditionalGeneration])
 def test_an_encoder_decoder_is_refused(token_batches: Batcher, kind: type[PreTrainedModel]) -> None:
     sizes = {"vocab_size": 97, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
