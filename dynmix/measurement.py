@@ -176,10 +176,12 @@ class Measurement:
 
     @random_state_kept()  # a domain's items may draw from it, here as in what follows
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError for a token outside the model's vocabulary in a task, a guard or a domain.
+        """Raise ValueError for a task or guard without a token to score, or a token outside the model's vocabulary.
 
         Of a domain only a few sequences are read, evenly spread: with the wrong tokenizer, most have such a token.
         """
+        for name, own in self.sets.items():
+            scored_sequence(own, self._called(name))
         vocabulary = getattr(getattr(unwrap(model), "config", None), "vocab_size", None)
         if not isinstance(vocabulary, int):
             return
