@@ -109,10 +109,17 @@ def check_like(model: nn.Module) -> None:
 
 
 def load_like(model: nn.Module, path: Path) -> nn.Module:
-    """The model of a snapshot: a transformers model by its class and configuration, any other as a copy of `model`."""
+    """The model of a snapshot: a transformers model by its class and configuration, any other as a copy of `model`.
+
+    What is frozen in `model` is frozen in it.
+    """
     model = unwrap(model)
     if isinstance(model, PreTrainedModel):
-        return load_model(path, type(model))
+        loaded = load_model(path, type(model))
+        trains = {plain_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
+        for name, parameter in loaded.named_parameters():
+            parameter.requires_grad_(trains[name])
+        return loaded
     twin = copy.deepcopy(model)
     for own, other in zip(model.modules(), twin.modules(), strict=True):
         if _calls(vars(other).get("forward"), own):

@@ -97,11 +97,13 @@ def test_snapshots_become_models_of_the_class_that_trains(make, tmp_path):
 def test_layers_that_checkpoint_their_activations_are_no_other_model(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    model.lm_head.requires_grad_(False)  # and what does not train is not measured in it either
     check_like(model)
     write_snapshot(model, tmp_path / "snapshot", {})
     ids = torch.arange(20)[None]
     twin = load_like(model, tmp_path / "snapshot").eval()
     assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert [name for name, parameter in twin.named_parameters() if not parameter.requires_grad] == ["lm_head.weight"]
 
 
 @pytest.mark.parametrize("around", [functools.wraps(torch.nn.Sequential.forward), torch.autocast("cpu", enabled=False)])
