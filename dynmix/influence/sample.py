@@ -183,7 +183,7 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
     predicts is any linear layer that is in none.
 
     Raises:
-        ValueError: the model has no such list: name the layers.
+        ValueError: the model has no such list, or all of these are frozen and others are not: name the layers.
     """
     model = unwrap(model)
     linear = measurable_layers(model)
@@ -203,6 +203,12 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
         for layer in linear
         if any(_inside(layer, block) for block in last) or not any(_inside(layer, name) for name in lists)
     }
+    trained = {name for name, layer in linear.items() if layer.weight.requires_grad}
+    if trained and not trained & chosen:
+        raise ValueError(
+            f"the layers that are measured by default, the head and those of {' and '.join(last)}, are frozen: name "
+            f"others with layers=, as of {sorted(trained)[-1]!r}"
+        )
     return chosen.__contains__
 
 

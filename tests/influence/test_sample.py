@@ -119,6 +119,11 @@ def test_layers_by_default_are_the_head_and_the_last_block(tiny_lm: Models) -> N
         assert sum(everything(name) for name, _ in model.named_modules()) == 2 * len(chosen) - 1
     with pytest.raises(ValueError, match="name the layers"):
         last_layers(nn.Linear(2, 2))
+    model.requires_grad_(False)
+    last_layers(model)  # of a model that does not train at all, everything is measured
+    model.transformer.h[0].attn.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"the head and those of transformer.h.1, are frozen: .*h.0.attn"):
+        last_layers(model)
 
 
 def test_the_backward_pass_ends_where_the_chosen_layers_end(tiny_lm: Models, token_batches: Batcher) -> None:
