@@ -449,6 +449,7 @@ class MixtureDataset(Steered, Dataset[Item]):
             self._ahead = ReadAhead(schedule)
         self._late = opened
         self._progress.forget()
+        self._reading = InOrder(self.num_samples)  # to read again from there is no step back
         if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:
             self._join(self._given, new)
             logger.warning("%s joined: nothing is drawn of it until a stage is published that gives it some", list(new))

@@ -51,6 +51,18 @@ def first_tokens(loader: Any) -> list[int]:
     return [int(row[0]) for batch in loader for row in batch["input_ids"]]
 
 
+def test_a_run_that_goes_back_to_its_state_again_and_again_is_no_shuffle() -> None:
+    """As one in a notebook, which is interrupted and resumed."""
+    dataset = make()
+    for start in range(0, 96, 32):
+        dataset.__getitems__(list(range(start, start + 32)))
+    state = dataset.state_dict()
+    for _ in range(4):
+        dataset.load_state_dict(state)
+        for start in (96, 128):
+            dataset.__getitems__(list(range(start, start + 32)))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_micro_batches_of_one_domain(ranks: int) -> None:
     """However accelerate deals them to ranks, and in the proportions of the weights."""
