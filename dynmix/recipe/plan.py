@@ -24,7 +24,7 @@ from dynmix.mixers.tikmix_d import TiKMiXD
 from dynmix.mixers.tikmix_m import TiKMiXM
 from dynmix.observation import Influence
 from dynmix.recipe.run import RecipeRun
-from dynmix.scoring.cost import flops_per_token
+from dynmix.scoring.cost import flops_per_token, parameters_met
 
 SHOWN = 12  # stages
 
@@ -71,7 +71,7 @@ class RunPlan:
     Attributes:
         parameters: of the model.
         tokens, steps, batch_size, processes, accumulation: of the run; the batch is over all processes.
-        flops: of the training, 6 a parameter and token.
+        flops: of the training, 6 a token and parameter that it meets, which of a mixture of experts are not all.
         measurement_tokens: that one boundary takes through the model, forward and backward.
         measurement_share: FLOPs of all boundaries over `flops`.
         in_run: whether the training's own backward passes measure the domains; what that takes is in the share.
@@ -115,8 +115,8 @@ def make_plan(run: RecipeRun) -> RunPlan:
     measurement, measures = controller.measurement, controller.decider.measures
     measured = _measured_tokens(run) if measures else 0
     # A measurement takes the gradients of layers' outputs, and products with their inputs: no more than training does.
-    of_boundary = 6.0 * parameters * measured + (_in_run_flops(run, model) if measures else 0.0)
-    flops = 6.0 * parameters * total * length
+    of_boundary = 6.0 * parameters_met(model) * measured + (_in_run_flops(run, model) if measures else 0.0)
+    flops = 6.0 * parameters_met(model) * total * length
     size = torch.empty(0, dtype=getattr(torch, recipe.model.dtype)).element_size()
     return RunPlan(
         model=type(model).__name__,

@@ -9,18 +9,19 @@ from collections.abc import Collection
 from datetime import timedelta
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from dynmix.influence.isolation import unwrap
 from dynmix.influence.layers import Layer, measurable_layers
 
 
 def flops_per_token(model: nn.Module, layers: Collection[str], tasks: int, sequence_length: int) -> float:
-    """Floating-point operations that a scored token takes, 2 (W + B + M + n M / L).
+    """Floating-point operations that a scored token takes, 2 (W + B + M + n M' / L).
 
     W: weights of all linear layers (forward); B: of those behind the lowest measured layer, in the model's order
-    (gradients of their inputs); M: of the measured ones (a sequence's gradient, and its products with n tasks, which
-    the L tokens of the sequence share). Attention's own products, and the fitting of the curvature, come on top; of a
-    mixture of experts all are counted, of which a token meets some.
+    (gradients of their inputs); M: of the measured ones (a sequence's gradient). Of a mixture of experts these are the
+    weights that a token meets; M' is all of M, for a sequence's products with n tasks, which its L tokens share.
+    Attention's own products, and the fitting of the curvature, come on top.
 
     Args:
         model: the model.
@@ -30,12 +31,21 @@ def flops_per_token(model: nn.Module, layers: Collection[str], tasks: int, seque
         sequence_length: tokens of a sequence.
     """
     model = unwrap(model)
-    linear = {name: _weights(layer) for name, layer in measurable_layers(model).items()}
+    linear = measurable_layers(model)
+    met = {name: _weights(layer) * _share_met(model, layer) for name, layer in linear.items()}
     order = list(measurable_layers(model, embeddings=True))
     lowest = min(order.index(name) for name in layers)
-    behind = sum(linear.get(name, 0) for name in order[lowest + 1 :])
-    measured = sum(linear.get(name, 0) for name in layers)
-    return 2.0 * (sum(linear.values()) + behind + measured * (1 + tasks / sequence_length))
+    behind = sum(met.get(name, 0) for name in order[lowest + 1 :])
+    measured = sum(met.get(name, 0) for name in layers)
+    products = sum(_weights(linear[name]) for name in layers if name in linear) * tasks / sequence_length
+    return 2.0 * (sum(met.values()) + behind + measured + products)
+
+
+def parameters_met(model: nn.Module) -> float:
+    """Parameters that a token meets: all but those of the experts that it does not come to."""
+    model = unwrap(model)
+    passed_by = (_weights(layer) * (1 - _share_met(model, layer)) for layer in measurable_layers(model).values())
+    return sum(p.numel() for p in model.parameters()) - sum(passed_by)
 
 
 def describe(tokens: int, flops_per_token: float, speed: float) -> str:
@@ -44,6 +54,14 @@ def describe(tokens: int, flops_per_token: float, speed: float) -> str:
         f"{tokens:,} tokens to score, about {flops_per_token * tokens:.2g} FLOPs; at {speed:,.0f} tokens/s "
         f"{timedelta(seconds=round(tokens / max(speed, 1e-9)))} h"
     )
+
+
+def _share_met(model: nn.Module, layer: Layer) -> float:
+    """Share of the tokens that come to a layer: of E experts to each k / E, where the configuration says k."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if isinstance(config, PretrainedConfig) else config
+    per_token = getattr(config, "num_experts_per_tok", None)
+    return 1.0 if layer.kind != "expert" or per_token is None else min(1.0, per_token / len(layer.weight))
 
 
 def _weights(layer: Layer) -> int:

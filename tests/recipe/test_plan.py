@@ -99,6 +99,19 @@ def test_memory_is_of_the_parameters_and_of_the_measured_layers(recipe):
     assert plan.memory["factors"] > 0
 
 
+def test_of_a_mixture_of_experts_only_what_a_token_meets_is_in_the_price(recipe):
+    experts = "model.config={model_type: mixtral, vocab_size: 30, hidden_size: 16, intermediate_size: 32, "
+    experts += "num_hidden_layers: 1, num_attention_heads: 2, num_local_experts: 4, num_experts_per_tok: %d}"
+    scored = "mixer={name: automixer, checkpoints: last}"
+    one, all_four = (make_plan(build_run(recipe(experts % met, scored))) for met in (1, 4))
+    assert one.parameters == all_four.parameters
+    assert all_four.flops == 6 * all_four.parameters * all_four.tokens
+    passed_by = 3 * (3 * 16 * 32)
+    assert all_four.flops - one.flops == pytest.approx(6 * passed_by * one.tokens)
+    # Forward, backward, and the sequences' gradients of 60 sequences; the products with the task's are of all.
+    assert all_four.scoring * all_four.flops - one.scoring * one.flops == pytest.approx(2 * 3 * passed_by * 60 * 8)
+
+
 def test_ways_to_take_less_memory_reach_the_measurement_and_its_price(recipe):
     whole = make_plan(build_run(recipe()))
     run = build_run(recipe("measurement={offload: disk, layer_groups: 2, rank: 1, probe_sequences: 6}"))
