@@ -3,24 +3,31 @@
 Knows the Trainer's events; where tasks peak and which snapshots stay is `dynmix.peaks`'.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynmix.callbacks.trainer import log, model_of, trainer_on_the_stack
 from dynmix.checkpoints import check_tasks
 from dynmix.peaks import PeakSnapshots, set_aside
+from dynmix.ranks import on_every_rank
+from dynmix.retry import within_memory
 from dynmix.scores import Metric
 from dynmix.tasks import Task
+
+logger = logging.getLogger("dynmix")
 
 
 class PeakCallback(TrainerCallback):
     """Evaluates tasks during a run and keeps, for each, the snapshot of the model where it peaks.
 
     Logs `dynmix/task_loss/<task>` in nats per token and `dynmix/task_accuracy/<task>`. The run itself stays the same
-    bit for bit. Resumed from a Trainer's checkpoint, it goes on from what was recorded up to there.
+    bit for bit. Resumed from a Trainer's checkpoint, it goes on from what was recorded up to there. Where memory runs
+    out in an evaluation, it starts again with smaller batches; one that fails after the first is logged and left out.
 
     Args:
         tasks: by name.
@@ -107,12 +114,32 @@ class PeakCallback(TrainerCallback):
     def _record(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> dict[str, float]:
         assert self.snapshots is not None
         model, step = model_of(kwargs), state.global_step
-        scores = {name: task.evaluate(model, batch_tokens=self.batch_tokens) for name, task in self.tasks.items()}
-        values = {name: score.metric(self.snapshots.metric_of(name)) for name, score in scores.items()}
+        logs: dict[str, float] = {}
+        values: dict[str, float] = {}
+        try:
+            on_every_rank(lambda: within_memory(lambda: self._evaluate(model, logs, values), self._halve))
+        except Exception as failure:
+            if self.snapshots.last_step is None:
+                raise  # a mistake in the set-up; later on a run must not end because one evaluation did
+            logger.warning("the tasks were not evaluated after step %d: %s: %s", step, type(failure).__name__, failure)
+            return {}
         self.snapshots.record(model, step, values)
         if args.save_strategy == "no":
             self.snapshots.prune(step)  # without checkpoints nobody can go on from an earlier step
-        accuracy = {name: score.accuracy for name, score in scores.items() if score.accuracy is not None}
-        return {f"dynmix/task_loss/{name}": score.loss for name, score in scores.items()} | {
-            f"dynmix/task_accuracy/{name}": value for name, value in accuracy.items()
-        }
+        return logs
+
+    def _evaluate(self, model: nn.Module, logs: dict[str, float], values: dict[str, float]) -> None:
+        assert self.snapshots is not None
+        for name, task in self.tasks.items():
+            score = task.evaluate(model, batch_tokens=self.batch_tokens)
+            values[name] = score.metric(self.snapshots.metric_of(name))
+            logs[f"dynmix/task_loss/{name}"] = score.loss
+            if score.accuracy is not None:
+                logs[f"dynmix/task_accuracy/{name}"] = score.accuracy
+
+    def _halve(self) -> int | None:
+        longest = max(task.max_length for task in self.tasks.values())
+        if self.batch_tokens <= longest:
+            return None
+        self.batch_tokens //= 2
+        return max(1, self.batch_tokens // longest)

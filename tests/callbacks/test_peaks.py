@@ -174,6 +174,29 @@ def test_the_end_of_an_early_stop_is_recorded_before_the_best_model_is_put_back(
     assert all(torch.equal(tensor, kept[end][name]) for name, tensor in saved.items())
 
 
+def test_an_evaluation_that_fails_does_not_end_the_run_unless_it_is_the_first(training, tmp_path, tasks, caplog):
+    real, asked = tasks["web"].evaluate, []
+
+    def evaluate(model, *, batch_tokens):
+        asked.append(batch_tokens)
+        if failure := failing.get(len(asked)):
+            raise failure
+        return real(model, batch_tokens=batch_tokens)
+
+    tasks["web"].evaluate = evaluate
+    failing = {2: torch.OutOfMemoryError("too little"), 4: RuntimeError("no kernel for it")}
+    callback = PeakCallback(tasks, every=2, batch_tokens=64)
+    trainer = training.run(tmp_path, callback=False, extra=(callback,), steps=8)
+    assert trainer.state.global_step == 8
+    assert asked == [64, 64, 32, 32, 32]
+    assert [step for step, _ in callback.snapshots.curves["web"]] == [2, 4, 8]
+    assert "the tasks were not evaluated after step 6: RuntimeError: no kernel for it" in caplog.text
+    asked.clear()
+    failing = {1: RuntimeError("no kernel for it")}
+    with pytest.raises(RuntimeError, match="no kernel"):
+        training.run(tmp_path, callback=False, extra=(PeakCallback(tasks, every=2),), steps=4)
+
+
 def test_what_cannot_work_is_refused_before_training(training, tmp_path, tasks):
     for arguments, message in (
         ({"every": 0}, "every=0"),
