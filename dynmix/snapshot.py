@@ -118,7 +118,7 @@ def load_like(model: nn.Module, path: Path) -> nn.Module:
         loaded = load_model(path, type(model))
         trains = {plain_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
         for name, parameter in loaded.named_parameters():
-            parameter.requires_grad_(trains[name])
+            parameter.requires_grad_(trains.get(name, True))  # under FSDP1 names are others
         return loaded
     twin = copy.deepcopy(model)
     for own, other in zip(model.modules(), twin.modules(), strict=True):
