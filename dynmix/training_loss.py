@@ -32,6 +32,8 @@ class TrainingLoss:
         ValueError: a path that holds no model.
     """
 
+    _hook: torch.utils.hooks.RemovableHandle | None = None
+
     def __init__(self, dataset: MixtureDataset, reference: nn.Module | str | os.PathLike[str] | None = None):
         self.dataset = dataset
         self.reference = _loaded(reference) if isinstance(reference, str | os.PathLike) else reference
@@ -40,7 +42,11 @@ class TrainingLoss:
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._device = torch.device("cpu")
         self._warned = False
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model, as for an average of its weights, has a copy of the hook: it takes neither the dataset
+        # nor the reference model with it, and watches nothing.
+        return {}
 
     def attach(self, model: nn.Module) -> None:
         """Watch this model from now on; a second call changes nothing."""
@@ -56,8 +62,8 @@ class TrainingLoss:
         self._seen = []
 
     def _forward_ended(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not model.training or not torch.is_grad_enabled():
-            return  # an evaluation or a measurement
+        if self._hook is None or not model.training or not torch.is_grad_enabled():
+            return  # a copy of the model, an evaluation or a measurement
         batch = {"input_ids": args[0]} | kwargs if args else kwargs
         if "labels" not in batch and self.dataset.masks_labels and not self._warned:
             self._warned = True

@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,20 @@ def test_evaluations_are_not_training_and_after_detaching_nothing_is_seen():
     watch.detach()
     model(batch)
     assert watch.take(1, BATCH) is None
+
+
+def test_a_copy_of_the_model_is_not_watched_and_holds_no_data(tmp_path):
+    data = dataset()
+    model, losses = Bigram(), TrainingLoss(data, reference=Bigram())
+    losses.attach(model)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        [hook] = twin._forward_hooks.values()
+        assert not vars(hook.__self__)
+        twin.train()(input_ids=torch.stack([data[i]["input_ids"] for i in range(4)]))
+    assert losses.take(1, 4) is None
+    model.train()(input_ids=torch.stack([data[i]["input_ids"] for i in range(4)]))
+    assert losses.take(1, 4) is not None
 
 
 def test_a_sequence_of_another_step_is_refused():
