@@ -15,7 +15,7 @@ from torch import nn
 from dynmix.influence.carried import Carried
 from dynmix.influence.task_gradients import TaskGradients
 from dynmix.journal import Journal, Row
-from dynmix.ranks import is_rank_0
+from dynmix.ranks import from_rank_0, is_rank_0
 from dynmix.snapshot import save_snapshot
 from dynmix.whole_file import write_json
 
@@ -69,7 +69,7 @@ class RunFolder:
         if is_rank_0():
             try:
                 self._journal.append(row)
-            except OSError as failure:
+            except Exception as failure:
                 logger.error("a row of %s was not written, training goes on: %s", self._journal.path, failure)
 
     def rewind(self, stages: int) -> None:
@@ -88,31 +88,45 @@ class RunFolder:
                         file.unlink()
 
     def save_factors(self, carried: Carried, stage: int, keep: int) -> str | None:
-        """Save the curvature's factors under a stage's number, keep the newest few; return the file's name, if any."""
-        return None if carried.fitted is None else self._save(carried.save, self.factors, stage, keep)
+        """Save the curvature's factors under a stage's number and keep the newest few.
+
+        Returns the file's name; None if there are no factors, or if they could not be written: a run that goes on from
+        there fits them anew. Every rank calls it.
+        """
+        if carried.fitted is None:
+            return None
+        name = _name(stage)
+        return name if from_rank_0(self._save(carried.save, self.factors / name, keep)) else None
 
     def save_task_gradients(self, gradients: TaskGradients, stage: int, keep: int) -> str:
         """Save the tasks' gradients of an in-run influence and keep the newest few; return the file's name."""
-        return self._save(gradients.save, self.in_run, stage, keep)
+        self._save(gradients.save, self.in_run / _name(stage), keep)
+        return _name(stage)
 
-    def _save(self, save: Callable[[Path], None], folder: Path, stage: int, keep: int) -> str:
-        name = f"stage-{stage:04d}.safetensors"
-        if is_rank_0():
-            try:
-                save(folder / name)
-            except OSError as failure:
-                logger.error("%s of stage %d was not saved, training goes on: %s", folder.name, stage, failure)
-            for old in _by_stage(folder)[: -max(2, keep)]:
+    def _save(self, save: Callable[[Path], None], file: Path, keep: int) -> bool:
+        """Whether it was written; on rank 0, which writes."""
+        if not is_rank_0():
+            return False
+        try:
+            save(file)
+            for old in _by_stage(file.parent)[: -max(2, keep)]:
                 if old.name not in self.needed:
                     old.unlink()
-        return name
+        except Exception as failure:  # of a full disk safetensors raises what is no OSError
+            logger.error("%s was not saved, training goes on: %s", file, failure)
+            return False
+        return True
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:
         """Save the model under a stage's number and keep the newest few; every rank calls it."""
         try:
             save_snapshot(model, self.path / "snapshots", stage, facts, keep)
-        except OSError as failure:
+        except Exception as failure:  # of a full disk safetensors raises what is no OSError
             logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
+
+
+def _name(stage: int) -> str:
+    return f"stage-{stage:04d}.safetensors"
 
 
 def _by_stage(folder: Path) -> list[Path]:

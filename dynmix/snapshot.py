@@ -53,15 +53,19 @@ def write_snapshot(model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
         return
     beside = path.with_name(f".{path.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(beside, state_dict=state)
-    else:
-        # Cloned, because safetensors refuses tensors that share memory (tied weights).
-        save_file({name: t.detach().clone().contiguous() for name, t in state.items()}, beside / "model.safetensors")
-    (beside / "snapshot.json").write_text(json.dumps(facts, indent=1) + "\n")
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(beside, path)
+    try:
+        beside.mkdir(parents=True)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(beside, state_dict=state)
+        else:
+            # Cloned, because safetensors refuses tensors that share memory (tied weights).
+            whole = {name: t.detach().clone().contiguous() for name, t in state.items()}
+            save_file(whole, beside / "model.safetensors")
+        (beside / "snapshot.json").write_text(json.dumps(facts, indent=1) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # on a full disk, half of it would be in the way of what comes next
 
 
 def load_model(path: Path, kind: Any = AutoModelForCausalLM) -> nn.Module:
