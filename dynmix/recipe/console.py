@@ -3,14 +3,19 @@
 Knows the Trainer's events and the journal's rows; a tracker gets all figures, a terminal those that are read there.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dynmix.journal import Journal, Row
+from dynmix.journal import Journal
 from dynmix.tables import stage_table
+
+logger = logging.getLogger("dynmix")
 
 
 class QuietProgress(ProgressCallback):
@@ -27,7 +32,8 @@ class QuietProgress(ProgressCallback):
         """Echo what is left of them."""
         left = {name: value for name, value in (logs or {}).items() if not name.startswith("dynmix/")}
         if left.keys() - {"epoch"}:
-            super().on_log(args, state, control, logs=left, **kwargs)  # type: ignore[no-untyped-call]
+            with _only_shown():
+                super().on_log(args, state, control, logs=left, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class PrintStages(TrainerCallback):
@@ -36,6 +42,7 @@ class PrintStages(TrainerCallback):
     def __init__(self, journal: Journal, console: Console):
         self.journal, self.console = journal, console
         self.printed: int | None = None
+        self._size = -1  # of the journal, when it was read last
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         """Print the rows of this call so far."""
@@ -51,8 +58,22 @@ class PrintStages(TrainerCallback):
         self._print()
 
     def _print(self) -> None:
-        rows: list[Row] = self.journal.rows()
-        for row in rows[self.printed :]:
-            with tqdm.external_write_mode():  # or the table would start on the bar's line
-                self.console.print(stage_table(row))
-        self.printed = len(rows)
+        with _only_shown():
+            file = self.journal.path
+            size = file.stat().st_size if file.exists() else 0
+            if size == self._size:
+                return  # asked at every step, and a long journal takes long to read
+            self._size, rows = size, self.journal.rows()
+            new, self.printed = rows[self.printed :], len(rows)
+            for row in new:
+                with tqdm.external_write_mode():  # or the table would start on the bar's line
+                    self.console.print(stage_table(row))
+
+
+@contextmanager
+def _only_shown() -> Iterator[None]:
+    """Let no failure to show something end a run, such as that of a terminal which was closed."""
+    try:
+        yield
+    except (Exception, SystemExit) as failure:  # rich exits where a pipe is closed
+        logger.warning("what is in the journal and the log was not shown: %s: %s", type(failure).__name__, failure)
