@@ -26,7 +26,7 @@ from dynmix.budget import EpochBudget
 from dynmix.decider import Decider, Evidence
 from dynmix.in_run import InRun, InRunInfluence
 from dynmix.influence.curvature import EKFAC, Curvature
-from dynmix.influence.isolation import unwrap
+from dynmix.influence.isolation import random_state_kept, unwrap
 from dynmix.influence.layers import LayerFilter
 from dynmix.influence.memory import PeakMemory
 from dynmix.influence.storage import Offload
@@ -36,7 +36,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.options import whole
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
-from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
+from dynmix.ranks import Ranks, from_rank_0, is_rank_0, on_every_rank
 from dynmix.record import Losses, Recorder, losses_of
 from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
@@ -261,6 +261,7 @@ class MixtureController:
         """
         with self._recorder.listening():
             self.watch(model)
+            _check_ranks(self.dataset)
             self.measurement.check(model)
             self._rehearse(model)
             return self._resume(model, step) if self.resumed else self._begin_afresh(model, step)
@@ -581,6 +582,28 @@ def _stages_of(dataset: Mixture) -> dict[str, Any]:
     # Where a stream is in its sources is its loader's to keep, which knows what it has read ahead. The Trainer's reads
     # from the start again, through all stages.
     return {"schedule": dataset.schedule.state_dict(since=0), "sequence_length": dataset.sequence_length}
+
+
+def _check_ranks(dataset: Mixture) -> None:
+    """Raise on every rank if the ranks' datasets are not one: each would take its samples from a stream of its own."""
+    ranks = Ranks(shared=True)
+    if ranks.size == 1:
+        return
+    with random_state_kept():  # a domain's items may draw from it
+        state = from_rank_0(_stages_of(dataset))
+
+    def check() -> None:
+        if isinstance(dataset, MixtureDataset):
+            found = dataset.differences(state)
+        else:
+            found = dataset.schedule.differences(state["schedule"])
+        if found:
+            raise ValueError(
+                f"the dataset of rank {ranks.rank} is not that of rank 0, as it was there and is here: "
+                f"{'; '.join(found)}; make it alike on every rank: of one seed, with domains and files in one order"
+            )
+
+    on_every_rank(check)
 
 
 def _files_of(factors: str | None, window: Mapping[str, Any] | None) -> set[str]:

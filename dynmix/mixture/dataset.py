@@ -34,7 +34,7 @@ from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.rows import Tables, as_items, direct, parts_of, tables_of
 from dynmix.mixture.samples import Samples
 from dynmix.mixture.schedule import Ints, MixtureSchedule, Undecided, domains_of, schedule_of
-from dynmix.mixture.sequences import Item, Sequences, common_length, content_hash, is_padded
+from dynmix.mixture.sequences import Item, Rows, Sequences, common_length, content_hash, is_padded
 from dynmix.mixture.sources import Source, open_domains
 from dynmix.mixture.steered import Steered
 from dynmix.mixture.text import Tokenizer
@@ -471,8 +471,24 @@ class MixtureDataset(Steered, Dataset[Item]):
         found += self.options.differences(state.get("options", {}))
         if found:  # contents take long to look at
             return found
-        here = [name for name in then if name in self._listed]
-        changed = [name for name in here if self._content_of(name) != state["fingerprint"][name]]
+        return self._changed(state, [name for name in then if name in self._listed])
+
+    def differences(self, state: Mapping[str, Any]) -> list[str]:
+        """In words, what of a dataset of another process is not as it is here; none if both are of one stream.
+
+        The content counts of those domains that have a fingerprint; items of others may be made as they are asked for.
+
+        Args:
+            state: the other's.
+        """
+        found = self.schedule.differences(state["schedule"], self._listed) + self.options.differences(state["options"])
+        if state["sequence_length"] != self.sequence_length:
+            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
+        known = [name for name, rows in self._listed.items() if isinstance(rows, Rows) and name in state["fingerprint"]]
+        return found or self._changed(state, known)
+
+    def _changed(self, state: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+        changed = [name for name in names if self._content_of(name) != state["fingerprint"][name]]
         return [f"domain {name!r} has as many rows, but their content changed" for name in changed]
 
     def _decided(self, runs: Sequence[range]) -> list[range]:
