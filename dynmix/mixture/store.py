@@ -26,7 +26,7 @@ from typing import IO, Any, NoReturn, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from dynmix.mixture.documents import ArrayDocuments, Ints, checked
+from dynmix.mixture.documents import ArrayDocuments, Ints, checked, content_sample
 
 with contextlib.suppress(ImportError):  # on Windows, which has no such limit
     import resource  # not where it is needed: with no file left that may be opened nothing can be imported
@@ -179,8 +179,13 @@ class TokenStore(ArrayDocuments):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the index: the documents' number, order, lengths and dtype (not their tokens)."""
-        return hashlib.blake2b(self._index.data, digest_size=16).hexdigest()
+        """Hex digest of the index (the documents' number, order, lengths and dtype) and of 16,384 tokens from all over.
+
+        Of tokens too, because stores of as many documents of one length have the same index.
+        """
+        digest = hashlib.blake2b(self._index.data, digest_size=16)
+        digest.update(content_sample(self))
+        return digest.hexdigest()
 
     def starts(self, documents: Ints) -> Ints:
         """First token of each of `documents`, int64[n]; for document D, one past the last token."""

@@ -498,6 +498,19 @@ def test_other_documents_in_a_store_are_other_data(tmp_path: Path) -> None:
             dataset(changed).load_state_dict(state)
 
 
+def test_stores_with_one_index_in_another_order_are_other_data(tmp_path: Path) -> None:
+    for name in range(4):
+        TokenStore.write(tmp_path / str(name), np.arange(80).reshape(10, 8) + 100 * name)
+
+    def dataset(order: str) -> MixtureDataset:
+        return MixtureDataset({"a": [tmp_path / name for name in order]}, num_samples=40, sequence_length=8)
+
+    state = dataset("0123").state_dict()
+    dataset("0123").load_state_dict(state)
+    with pytest.raises(ValueError, match="domain 'a' has as many rows, but their content changed"):
+        dataset("0213").load_state_dict(state)
+
+
 def test_stores_are_pickled_by_path(tmp_path: Path) -> None:
     store = TokenStore.write(tmp_path / "big", [np.zeros(3_000_000, np.uint16)])
     dataset = MixtureDataset({"big": store}, num_samples=10, sequence_length=100)

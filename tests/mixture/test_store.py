@@ -142,10 +142,11 @@ def test_fingerprint_tells_other_documents_and_not_other_names(tmp_path: Path) -
             ("c", [[1], [2, 3]], None),
             ("d", [[1, 2], [3]], "int32"),
             ("e", [[1, 2], [3], []], None),
+            ("f", [[1, 4], [3]], None),
         ]
     ]
     assert prints[0] == prints[1]
-    assert len(set(prints)) == 4
+    assert len(set(prints)) == 5
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,8 @@ class _Store:
         assert self._dtype is not None
         lengths = np.frombuffer(self.lengths, np.int32)
         store = TokenStore.adopt(folder / self.name, self.scratch, lengths, self._dtype, sync=sync)
+        with open(folder / f"{self.name}.idx", "rb") as file:
+            index = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         return {
             "domain": self.domain,
             "documents": len(store),
@@ -163,7 +165,7 @@ class _Store:
             "bytes": self.bytes,
             "dtype": store.dtype.name,
             "held_out": self.held_out,
-            "hash": {"bin": self._hash.hexdigest(), "idx": store.fingerprint},
+            "hash": {"bin": self._hash.hexdigest(), "idx": index.hexdigest()},
         }
 
 
