@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dynmix.influence.curvature import Curvature
@@ -23,6 +22,7 @@ from dynmix.scoring.cost import describe
 from dynmix.scoring.folder import ScoreFolder
 from dynmix.scoring.job import Examples, Load, ShardScorer, make_job
 from dynmix.scoring.sources import Source
+from dynmix.shown import stderr_console
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class TokenBar(Progress):
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=stderr_console(),
             disable=not visible or not tokens,
         )
         self._tokens, self._visible, self._announced = tokens, visible, False

@@ -1,9 +1,11 @@
+import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
 from itertools import count
 
 import numpy as np
@@ -23,6 +25,7 @@ from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
 from dynmix.scores import Column
 from dynmix.scoring import Corpus, Source, discard, read_losses, read_scores, score_corpus
+from dynmix.scoring.score import TokenBar
 
 from .conftest import LENGTH, VOCABULARY, Setting, contents
 
@@ -465,3 +468,14 @@ def test_it_says_what_it_costs_and_restores_the_threads(setting: Setting, tmp_pa
     said = capsys.readouterr().err
     assert re.search(rf"{tokens} tokens to score, about [\d.e+]+ FLOPs; at [\d,]+ tokens/s \d:\d\d:\d\d", said)
     assert "100%" in said
+
+
+def test_a_terminal_that_is_gone_ends_no_scoring(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with TokenBar(10, visible=True) as bar:
+        bar.begin(1)
+        bar.add("checkpoint", 10)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dynmix.shown import stderr_console
 
 
 class Bar:
@@ -18,7 +19,7 @@ class Bar:
             DownloadColumn(),
             TextColumn("{task.fields[tokens]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=stderr_console(),
             disable=not visible,
         )
         self._task = self._bar.add_task("", total=total, start=False, tokens="")

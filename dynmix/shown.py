@@ -1,0 +1,34 @@
+"""Where bars and tables are shown, which may go away: a terminal that is closed, a pipe whose reader ends.
+
+Knows rich alone.
+"""
+
+import sys
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+
+
+def stderr_console() -> Console:
+    """A rich console on stderr; what cannot be written there is left out."""
+    return Console(stderr=True, file=None if sys.stderr is None else _Forgiving(sys.stderr))  # type: ignore[arg-type]
+
+
+class _Forgiving:
+    """A file that may be gone: hours of work are not lost by what is only shown."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # a ValueError: it is closed
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._file.flush()
