@@ -49,7 +49,9 @@ class Encoder:
     def __call__(self, item: Any, name: str) -> Ints:
         """Token ids, int64[n]. Raises ValueError, in words for domain `name`, where the item has none."""
         if isinstance(item, Mapping) and "input_ids" in item:
-            return _checked(item["input_ids"], name, self._vocab_size)
+            ids = _checked(item["input_ids"], name, self._vocab_size)
+            _check_all_learnt(item, ids, name)
+            return ids
         text = item.get(self._text_field) if isinstance(item, Mapping) else item
         if isinstance(text, bytes):
             try:
@@ -89,6 +91,21 @@ def _checked(found: Any, name: str, vocab_size: int | None = None) -> Ints:
     ids = ids.astype(np.int64)
     check_ids(ids, f"domain {name!r}", vocab_size)
     return ids
+
+
+def _check_all_learnt(item: Mapping[Any, Any], ids: Ints, name: str) -> None:
+    """Raise ValueError for padding and labels of an item's own, which are lost where ids are put end to end."""
+    if (mask := item.get("attention_mask")) is not None and not np.asarray(mask).all():
+        raise ValueError(
+            f"an item of domain {name!r} is padded (its attention_mask has zeros), and a stream puts ids end to end:"
+            " give them without padding"
+        )
+    labels = np.asarray(item.get("labels"))
+    if labels.shape == ids.shape and (labels != ids).any():
+        raise ValueError(
+            f"an item of domain {name!r} has labels that are not its input_ids, and a stream learns all ids: leave the"
+            " labels out if that is meant, or give such examples to a MixtureDataset, which keeps them"
+        )
 
 
 class KeptAside(NamedTuple):

@@ -49,7 +49,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
 
     Items are {"input_ids": LongTensor[sequence_length], "labels": the same, "domain": int}. Sources yield mappings with
     `input_ids` of any length, mappings with a text, or strings. They are put end to end and cut; nothing is dropped,
-    and items of `sequence_length` tokens stay whole.
+    and items of `sequence_length` tokens stay whole. Items with padding, or labels other than their ids, are refused.
 
     What it guarantees:
 

@@ -170,3 +170,13 @@ def test_a_domain_without_one_sequence_has_no_probes() -> None:
 def test_items_that_are_all_empty_end_in_an_error() -> None:
     with pytest.raises(ValueError, match="domain 'a' gave no token"):
         reader([{"input_ids": []}] * 3, 4, 1, 2).sequence()
+
+
+def test_padding_and_labels_of_an_items_own_are_not_learnt_silently() -> None:
+    encode, ids = Encoder(None, "text"), [5, 6, 7, 0]
+    for plain in ({"labels": ids}, {"attention_mask": [1, 1, 1, 1]}, {"labels": 1}, {"labels": None}):
+        assert encode({"input_ids": ids, **plain}, "a").tolist() == ids
+    with pytest.raises(ValueError, match="domain 'a' is padded"):
+        encode({"input_ids": ids, "attention_mask": [1, 1, 1, 0]}, "a")
+    with pytest.raises(ValueError, match="domain 'a' has labels that are not its input_ids"):
+        encode({"input_ids": np.array(ids), "labels": np.array([-100, -100, 7, 0])}, "a")
