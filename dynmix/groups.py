@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from dynmix.mixers.regroup import Group
 from dynmix.mixture.packing import PackedSequences
@@ -23,6 +22,7 @@ from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import DocumentView, RowView
 from dynmix.scores import SampleScores
 from dynmix.scoring.corpus import Unit
+from dynmix.shown import Bar
 from dynmix.whole_file import whole_file, write_json
 
 _ROWS = 1 << 20  # samples written at once: seconds of work
@@ -80,7 +80,7 @@ def write_groups(
         whole_file(folder / "groups.parquet") as beside,
         pq.ParquetWriter(beside, table.schema, write_page_checksum=True) as file,
     ):
-        for start in tqdm(range(0, len(table), _ROWS), desc="writing groups", unit="part", leave=False, delay=2):
+        for start in Bar(range(0, len(table), _ROWS), desc="writing groups", unit="part", leave=False, delay=2):
             file.write_table(table.slice(start, _ROWS))
     write_json(folder / "groups.json", facts)
 

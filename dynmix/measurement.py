@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from dynmix.batches import Batch, as_batches, collate, scored_sequence, split
 from dynmix.drawn import DrawnMixtures
@@ -34,6 +33,7 @@ from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Array, Influence
 from dynmix.ranks import Ranks
 from dynmix.retry import T, within_memory
+from dynmix.shown import Bar
 
 logger = logging.getLogger("dynmix")
 
@@ -403,7 +403,7 @@ class Measurement:
         batches = times * (passes + sum(map(len, domains.values())) + 2 * sum(map(len, sets.values())))
         ranks = Ranks(shared=True)
         share, hidden = -(-batches // ranks.size), ranks.rank > 0
-        with tqdm(total=share, desc="measuring", unit="batch", leave=False, delay=2, disable=hidden) as bar:
+        with Bar(total=share, desc="measuring", unit="batch", leave=False, delay=2, disable=hidden) as bar:
 
             def tick() -> None:
                 self.dataset.pulse()

@@ -1,6 +1,6 @@
 """Where bars and tables are shown, which may go away: a terminal that is closed, a pipe whose reader ends.
 
-Knows rich alone.
+Knows rich and tqdm alone.
 """
 
 import sys
@@ -8,6 +8,21 @@ from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
+from tqdm import tqdm
+
+
+class Bar(tqdm):  # type: ignore[misc]
+    """A bar of tqdm on stderr; what cannot be written there is left out. tqdm itself forgives a closed terminal."""
+
+    def display(self, *args: Any, **options: Any) -> None:
+        """Draw it."""
+        with suppress(OSError):
+            super().display(*args, **options)
+
+    def close(self) -> None:
+        """Take it away."""
+        with suppress(OSError):
+            super().close()
 
 
 def stderr_console() -> Console:

@@ -4,7 +4,7 @@ import sys
 import pytest
 from rich.progress import Progress
 
-from dynmix.shown import stderr_console
+from dynmix.shown import Bar, stderr_console
 
 
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe")])
@@ -23,6 +23,9 @@ def test_a_terminal_that_is_gone_ends_no_work(monkeypatch, failure, terminal):
     with Progress(console=console) as bar:
         bar.update(bar.add_task("work", total=2), advance=1)
     assert console.is_terminal == terminal
+    with Bar(total=2, leave=False, mininterval=0) as other:
+        other.update()
+    assert list(Bar(range(3))) == [0, 1, 2]
 
 
 def test_what_can_be_shown_is(capsys, monkeypatch):

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data._utils import worker as torch_worker
-from tqdm import tqdm
+
+from dynmix.shown import Bar
 
 logger = logging.getLogger("dynmix.mixture")
 
@@ -125,7 +126,7 @@ class Items:
 
     def _skip(self, iterator: Iterator[Any], count: int) -> None:
         logger.info("domain %r keeps no state: skipping the %d items that were read before", self.name, count)
-        for _ in tqdm(range(count), desc=f"skipping {self.name}", unit="item", leave=False, delay=2):
+        for _ in Bar(range(count), desc=f"skipping {self.name}", unit="item", leave=False, delay=2):
             with _in_no_worker():
                 if next(iterator, self) is self:
                     raise ValueError(

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from dynmix.scores import Column, SampleScores
+from dynmix.shown import Bar
 
 Config = Mapping[str, Any]
 
@@ -201,7 +201,7 @@ def _frame(folder: ScoreFolder, columns: list[tuple[str, Column]]) -> SampleScor
     scores = np.empty((n, len(columns)), np.float32)
     start = 0
     tables = folder.tables(["id", "domain", "tokens", *(name for name, _ in columns)])
-    for table in tqdm(tables, total=folder.shards, desc="reading scores", unit="file", leave=False, delay=2):
+    for table in Bar(tables, total=folder.shards, desc="reading scores", unit="file", leave=False, delay=2):
         here = slice(start, start := start + len(table))
         coded = table["domain"].combine_chunks()
         number = np.array([names.index(name) for name in coded.dictionary.to_pylist()], np.int32)

@@ -65,7 +65,7 @@ def test_it_shows_how_far_it_is(scored, tmp_path, monkeypatch):
             bars.append(self)
 
     for name in ("dynmix.scoring.folder", "dynmix.mixers.regroup", "dynmix.groups"):
-        monkeypatch.setattr(import_module(name), "tqdm", Bar)
+        monkeypatch.setattr(import_module(name), "Bar", Bar)
     assert call(scored, tmp_path).exit_code == 0
     assert [bar.desc for bar in bars] == ["reading scores", "blending scores", "grouping", "writing groups"]
     assert all(0 < bar.n == bar.total for bar in bars)
