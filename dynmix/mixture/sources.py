@@ -260,7 +260,7 @@ def _is_padded(dataset: Dataset) -> bool:
     if "attention_mask" not in dataset.column_names:
         return False
     chunks = dataset.data.column("attention_mask").chunks
-    return any(not np.asarray(chunk.flatten()).all() for chunk in chunks)
+    return any(chunk.null_count < len(chunk) and not np.asarray(chunk.flatten()).all() for chunk in chunks)
 
 
 def _common_length(documents: Documents) -> int | None:

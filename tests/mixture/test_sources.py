@@ -284,7 +284,8 @@ def test_labels_of_a_dataset_are_those_of_its_items() -> None:
 
 def test_padded_and_transformed_rows_stay_as_they_are() -> None:
     whole = {"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]}
-    assert isinstance(open_documents(datasets.Dataset.from_dict(whole)), Documents)
+    for mask in (whole["attention_mask"], [None, None], [None, [1, 1]]):
+        assert isinstance(open_documents(datasets.Dataset.from_dict(whole | {"attention_mask": mask})), Documents)
     padded = datasets.Dataset.from_dict(whole | {"attention_mask": [[1, 1], [1, 0]]})
     assert open_documents(padded) is padded
     dataset = MixtureDataset({"x": padded}, num_samples=2)
