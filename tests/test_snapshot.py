@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dynmix.snapshot import check_like, load_like, save_snapshot, write_snapshot
@@ -104,6 +105,13 @@ def test_layers_that_checkpoint_their_activations_are_no_other_model(tmp_path):
     twin = load_like(model, tmp_path / "snapshot").eval()
     assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
     assert [name for name, parameter in twin.named_parameters() if not parameter.requires_grad] == ["lm_head.weight"]
+
+
+def test_what_is_named_otherwise_in_the_model_trains(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    write_snapshot(model, tmp_path / "snapshot", {})
+    register_parametrization(model.lm_head, "weight", nn.Identity())  # names of its own, as FSDP1 gives them
+    assert all(parameter.requires_grad for parameter in load_like(model, tmp_path / "snapshot").parameters())
 
 
 @pytest.mark.parametrize("around", [functools.wraps(torch.nn.Sequential.forward), torch.autocast("cpu", enabled=False)])
