@@ -140,16 +140,14 @@ def test_the_end_of_a_stopped_run_is_recorded(training, tmp_path, tasks, event):
 def test_the_end_of_an_early_stop_is_recorded_before_the_best_model_is_put_back(training, tmp_path, tasks, arguments):
     kept = {}
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(self, args, state, control, metrics, model, **kwargs):
         metrics["eval_worse"] = state.global_step  # the first is the best
         control.should_training_stop = state.global_step > 8
-
-    def on_save(self, args, state, control, model, **kwargs):
         kept[state.global_step] = {name: t.clone() for name, t in model.state_dict().items()}
 
-    stopping = type("Stopping", (TrainerCallback,), {"on_evaluate": on_evaluate, "on_save": on_save})()
+    stopping = type("Stopping", (TrainerCallback,), {"on_evaluate": on_evaluate})()
     callback = PeakCallback(tasks, every=5)
-    steps = {} if "num_train_epochs" in arguments else {"eval_steps": 4, "save_steps": 4}
+    steps = {} if "num_train_epochs" in arguments else {"eval_steps": 4, "save_steps": 8}  # stopped where none is saved
     trainer = training.run(
         tmp_path,
         callback=False,
