@@ -388,7 +388,7 @@ class MixtureDataset(Steered, Dataset[Item]):
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Hash of the content of each of the first domains: its index, its length, its first and last sequence."""
+        """Hash of the content of each of the first domains: their number of rows, fingerprint, first and last row."""
         parts = self.sequences.items()
         return {
             name: rows.fingerprint if isinstance(rows, late.Gone) else self._content_of(name) for name, rows in parts

@@ -178,7 +178,7 @@ class DocumentView(Documents):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the index and of the stores' own, which tell of documents' lengths and not of their tokens."""
+        """Hex digest of the index and of the stores' own."""
         return _hash([digest(self._numbers), *(store.fingerprint for store in self.stores)])
 
     def starts(self, documents: Ints) -> Ints:
