@@ -60,6 +60,7 @@ class PeakCallback(TrainerCallback):
         self.metric, self.min_delta, self.keep = metric, min_delta, keep
         self.snapshots: PeakSnapshots | None = None
         self._trainer: Trainer | None = None
+        self._tried: int | None = None  # step at which it was evaluated last, or failed to be
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,6 +74,7 @@ class PeakCallback(TrainerCallback):
             set_aside(folder)
         self.snapshots = PeakSnapshots(folder, metric=self.metric, min_delta=self.min_delta, keep=self.keep)
         self.snapshots.rewind(state.global_step)
+        self._tried = self.snapshots.last_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate, record and log, if it is time or the last step."""
@@ -97,9 +99,8 @@ class PeakCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the end of a run, if nobody has by now, as where it was stopped after its last epoch had ended."""
-        assert self.snapshots is not None
         # With load_best_model_at_end the model is by now another one.
-        if self.snapshots.last_step != state.global_step and not args.load_best_model_at_end:
+        if self._tried != state.global_step and not args.load_best_model_at_end:
             self._record(args, state, kwargs)  # the trackers have closed their files
         self._trainer = None
 
@@ -107,13 +108,13 @@ class PeakCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: Mapping[str, Any]
     ) -> None:
         """Evaluate, record and log, if the run was stopped after its last step had ended, as by an evaluation."""
-        assert self.snapshots is not None
-        if control.should_training_stop and self.snapshots.last_step != state.global_step:
+        if control.should_training_stop and self._tried != state.global_step:
             log(self._trainer, self._record(args, state, kwargs), control)
 
     def _record(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> dict[str, float]:
         assert self.snapshots is not None
         model, step = model_of(kwargs), state.global_step
+        self._tried = step
         logs: dict[str, float] = {}
         values: dict[str, float] = {}
         try:

@@ -239,7 +239,7 @@ def model_of(kwargs: Mapping[str, Any]) -> nn.Module:
 
 def log(trainer: Trainer | None, logs: dict[str, float] | None, control: TrainerControl) -> None:
     """Give figures to the Trainer's trackers, if there is a Trainer and there are any."""
-    if trainer is None or logs is None:
+    if trainer is None or not logs:
         return
     # Trainer.log clears should_log, and with it the line of the training loss that is due at this step.
     should_log = control.should_log

@@ -190,6 +190,11 @@ def test_an_evaluation_that_fails_does_not_end_the_run_unless_it_is_the_first(tr
     assert [step for step, _ in callback.snapshots.curves["web"]] == [2, 4, 8]
     assert "the tasks were not evaluated after step 6: RuntimeError: no kernel for it" in caplog.text
     asked.clear()
+    failing = dict.fromkeys(range(2, 6), RuntimeError("no kernel for it"))
+    trainer = training.run(tmp_path, callback=False, extra=(PeakCallback(tasks, every=2),), steps=4)
+    assert len(asked) == 2  # nor is it tried again at each event that ends a run
+    assert [e["step"] for e in trainer.state.log_history if e.keys() == {"epoch", "step"}] == []
+    asked.clear()
     failing = {1: RuntimeError("no kernel for it")}
     with pytest.raises(RuntimeError, match="no kernel"):
         training.run(tmp_path, callback=False, extra=(PeakCallback(tasks, every=2),), steps=4)
