@@ -5,6 +5,7 @@ Knows no method and no format; each command is a call of the function it is name
 """
 
 import logging
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,7 @@ from dynmix.commands.regroup import regroup
 from dynmix.commands.report import report
 from dynmix.commands.score import score
 from dynmix.commands.train import train
+from dynmix.shown import Forgiving
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for each in (prepare, train, influence, propose, score, regroup, proxies, fit, report, inspect):
@@ -46,6 +48,9 @@ def main(
     ] = False,
 ) -> None:
     """Dynamic data mixing for language-model pretraining."""
+    if sys.stderr is not None:
+        # Not bars and log of ours alone: transformers shows a bar where it saves a model.
+        sys.stderr = Forgiving(sys.stderr)
     log = logging.getLogger("dynmix")
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     if not log.hasHandlers():  # and none for all, which would print again what other libraries print themselves

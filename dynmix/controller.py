@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -349,7 +349,8 @@ class MixtureController:
             logger.warning("what a measurement will take of memory is not known: %s", _words(failure))
             return
         if is_rank_0():
-            tqdm.write(f"dynmix: a measurement takes about {self.memory}", file=sys.stderr)
+            with suppress(OSError):  # a terminal that is closed, a pipe whose reader ended
+                tqdm.write(f"dynmix: a measurement takes about {self.memory}", file=sys.stderr)
 
     def _begin_afresh(self, model: nn.Module, step: int) -> dict[str, float]:
         """Begin the files of a fresh run, and write the row of its first stage."""

@@ -1,4 +1,4 @@
-"""Where bars and tables are shown, which may go away: a terminal that is closed, a pipe whose reader ends.
+"""Where bars, tables and the log are shown, which may go away: a terminal that is closed, a pipe whose reader ends.
 
 Knows rich and tqdm alone.
 """
@@ -27,10 +27,10 @@ class Bar(tqdm):  # type: ignore[misc]
 
 def stderr_console() -> Console:
     """A rich console on stderr; what cannot be written there is left out."""
-    return Console(stderr=True, file=None if sys.stderr is None else _Forgiving(sys.stderr))  # type: ignore[arg-type]
+    return Console(stderr=True, file=None if sys.stderr is None else Forgiving(sys.stderr))  # type: ignore[arg-type]
 
 
-class _Forgiving:
+class Forgiving:
     """A file that may be gone: hours of work are not lost by what is only shown."""
 
     def __init__(self, file: Any) -> None:
@@ -40,10 +40,12 @@ class _Forgiving:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
+        """Write it, if that is possible."""
         with suppress(OSError, ValueError):  # a ValueError: it is closed
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Empty its buffer, if that is possible."""
         with suppress(OSError, ValueError):
             self._file.flush()

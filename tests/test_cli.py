@@ -99,6 +99,24 @@ def test_what_other_libraries_print_of_their_log_is_not_printed_again():
     assert (done.stdout, done.stderr.count("retrying"), done.stderr.count("half-written")) == ("", 1, 1)
 
 
+def test_what_nobody_reads_ends_nothing():
+    """Rich ends a process that writes to a closed pipe, and takes its stdout away; tqdm raises, in any library."""
+    code = """if True:
+        import logging, os
+        from tqdm import tqdm
+        from dynmix.cli import main
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        main()
+        logging.getLogger("dynmix.part").warning("half-written")
+        list(tqdm(range(3)))
+        print("done")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", "interrupted: checkpoint-40 is kept"), ("1", "")])
 def test_ctrl_c_ends_one_of_several_processes_at_once_even_where_python_does_not_come_round(tmp_path, rank, said):
     """As in a collective: the main thread is in C, where it waits for a lock that it has itself."""

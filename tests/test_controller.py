@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 import textwrap
 
 import numpy as np
@@ -783,6 +785,15 @@ def test_what_a_measurement_takes_is_said_before_and_what_a_low_rank_leaves_out_
     apart = np.abs(np.subtract(low["influence"], plain["influence"]))
     assert (apart <= np.array(low["left_out_bound"]) * (1 + 1e-3)).all()
     assert (apart > 0).any()
+
+
+def test_a_run_begins_where_nobody_reads_what_a_measurement_takes(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    begun(controller(dataset()))
 
 
 def test_ranks_whose_datasets_differ_do_not_train(tmp_path, processes):
