@@ -590,8 +590,6 @@ def _check_ranks(dataset: Mixture) -> None:
     ranks = Ranks(shared=True)
     if ranks.size == 1:
         return
-    with random_state_kept():  # a domain's items may draw from it
-        state = from_rank_0(_stages_of(dataset))
 
     def check() -> None:
         if isinstance(dataset, MixtureDataset):
@@ -604,7 +602,10 @@ def _check_ranks(dataset: Mixture) -> None:
                 f"{'; '.join(found)}; make it alike on every rank: of one seed, with domains and files in one order"
             )
 
-    on_every_rank(check)
+    with random_state_kept():  # a domain's items may draw from it
+        with ranks.together():
+            state = ranks.exchange("the dataset", _stages_of(dataset) if ranks.rank == 0 else {})[0]
+        on_every_rank(check)
 
 
 def _files_of(factors: str | None, window: Mapping[str, Any] | None) -> set[str]:

@@ -817,8 +817,11 @@ def test_ranks_whose_datasets_differ_do_not_train(tmp_path, processes):
             ("seed", names, rank, stores),
             ("content", names, 0, stores[:: 1 - 2 * rank]),
             ("none", names, 0, stores),
+            ("unreadable", names, 0, stores),
         ]:
             data = MixtureDataset({n: parts for n in order}, num_samples=40, sequence_length=5, seed=seed)
+            if what == "unreadable" and rank == 0:
+                data.state_dict = lambda: 1 / 0
             loop = MixtureController(data, {"t": stores[0]}, "uniform", stage_steps=5)
             loop.plan(batch_size=4)
             try:
@@ -841,3 +844,5 @@ def test_ranks_whose_datasets_differ_do_not_train(tmp_path, processes):
         assert f"<0 {what}: RuntimeError: another rank failed: {words}: {difference}" in printed
     assert "<0 none: begun>" in printed
     assert "<1 none: begun>" in printed
+    assert "<0 unreadable: ZeroDivisionError: division by zero>" in printed
+    assert "<1 unreadable: RuntimeError: another rank failed: ZeroDivisionError: division by zero>" in printed
