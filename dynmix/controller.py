@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from dynmix.ahead import Ahead
 from dynmix.budget import EpochBudget
+from dynmix.dataset_state import check_ranks, stages_of
 from dynmix.decider import Decider, Evidence
 from dynmix.in_run import InRun, InRunInfluence
 from dynmix.influence.curvature import EKFAC, Curvature
-from dynmix.influence.isolation import random_state_kept, unwrap
+from dynmix.influence.isolation import unwrap
 from dynmix.influence.layers import LayerFilter
 from dynmix.influence.memory import PeakMemory
 from dynmix.influence.storage import Offload
@@ -36,7 +37,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.options import whole
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Influence
-from dynmix.ranks import Ranks, from_rank_0, is_rank_0, on_every_rank
+from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
 from dynmix.record import Losses, Recorder, losses_of
 from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
@@ -261,7 +262,7 @@ class MixtureController:
         """
         with self._recorder.listening():
             self.watch(model)
-            _check_ranks(self.dataset)
+            check_ranks(self.dataset)
             self.measurement.check(model)
             self._rehearse(model)
             return self._resume(model, step) if self.resumed else self._begin_afresh(model, step)
@@ -400,7 +401,7 @@ class MixtureController:
             "max_epochs": self.budget.max_epochs,
             "peak_memory": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
             "model": type(model).__name__,
-            "dataset": _stages_of(self.dataset),
+            "dataset": stages_of(self.dataset),
         }
 
     # -- a boundary ----------------------------------------------------------------------------------------------------
@@ -533,7 +534,7 @@ class MixtureController:
         """Return the state, JSON-able: the dataset's stages and fingerprints, what a step is, what the mixer learnt."""
         stages = self.dataset.schedule.generation, self.dataset.schedule.end
         if self._dataset_state is None or self._dataset_state[0] != stages:
-            self._dataset_state = stages, _stages_of(self.dataset)  # asked for after every step
+            self._dataset_state = stages, stages_of(self.dataset)  # asked for after every step
         return {
             **self.timetable.state_dict(),
             "dataset": self._dataset_state[1],
@@ -575,37 +576,6 @@ class MixtureController:
             self.decider.watch.detach()
         if self.in_run is not None:
             self.in_run.close()
-
-
-def _stages_of(dataset: Mixture) -> dict[str, Any]:
-    if isinstance(dataset, MixtureDataset):
-        return dataset.state_dict()
-    # Where a stream is in its sources is its loader's to keep, which knows what it has read ahead. The Trainer's reads
-    # from the start again, through all stages.
-    return {"schedule": dataset.schedule.state_dict(since=0), "sequence_length": dataset.sequence_length}
-
-
-def _check_ranks(dataset: Mixture) -> None:
-    """Raise on every rank if the ranks' datasets are not one: each would take its samples from a stream of its own."""
-    ranks = Ranks(shared=True)
-    if ranks.size == 1:
-        return
-
-    def check() -> None:
-        if isinstance(dataset, MixtureDataset):
-            found = dataset.differences(state)
-        else:
-            found = dataset.schedule.differences(state["schedule"])
-        if found:
-            raise ValueError(
-                f"the dataset of rank {ranks.rank} is not that of rank 0, as it was there and is here: "
-                f"{'; '.join(found)}; make it alike on every rank: of one seed, with domains and files in one order"
-            )
-
-    with random_state_kept():  # a domain's items may draw from it
-        with ranks.together():
-            state = ranks.exchange("the dataset", _stages_of(dataset) if ranks.rank == 0 else {})[0]
-        on_every_rank(check)
 
 
 def _files_of(factors: str | None, window: Mapping[str, Any] | None) -> set[str]:
