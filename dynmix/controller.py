@@ -262,7 +262,7 @@ class MixtureController:
         """
         with self._recorder.listening():
             self.watch(model)
-            check_ranks(self.dataset)
+            check_ranks(self.dataset, self.timetable.state_dict() | {"samples of the run": self.total})
             self.measurement.check(model)
             self._rehearse(model)
             return self._resume(model, step) if self.resumed else self._begin_afresh(model, step)

@@ -1,8 +1,9 @@
-"""What a run's state says of the dataset, and whether all ranks have the same one.
+"""What a run's state says of the dataset, and whether all ranks have the same one, read to the same plan.
 
 Knows the dataset and the ranks; nothing of models, measurements or decisions.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from dynmix.influence.isolation import random_state_kept
@@ -20,11 +21,15 @@ def stages_of(dataset: Mixture) -> dict[str, Any]:
     return {"schedule": dataset.schedule.state_dict(since=0), "sequence_length": dataset.sequence_length}
 
 
-def check_ranks(dataset: Mixture) -> None:
+def check_ranks(dataset: Mixture, plan: Mapping[str, Any]) -> None:
     """Raise on every rank if the ranks' datasets are not one: each would take its samples from a stream of its own.
 
+    Args:
+        dataset: this rank's.
+        plan: numbers that must be alike as well, or the ranks would stop at different steps, by name.
+
     Raises:
-        ValueError: on a rank whose dataset is not that of rank 0, with what differs.
+        ValueError: on a rank whose dataset or plan is not that of rank 0, with what differs.
         RuntimeError: on the others, with what that one says.
     """
     ranks = Ranks(shared=True)
@@ -32,11 +37,8 @@ def check_ranks(dataset: Mixture) -> None:
         return
 
     def check() -> None:
-        if isinstance(dataset, MixtureDataset):
-            found = dataset.differences(state)
-        else:
-            found = dataset.schedule.differences(state["schedule"])
-        if found:
+        found = [f"{name} was {first[name]} and is {here}" for name, here in plan.items() if here != first[name]]
+        if found := dataset.differences(state) + found:
             raise ValueError(
                 f"the dataset of rank {ranks.rank} is not that of rank 0, as it was there and is here: "
                 f"{'; '.join(found)}; make it alike on every rank: of one seed, with domains and files in one order"
@@ -44,5 +46,6 @@ def check_ranks(dataset: Mixture) -> None:
 
     with random_state_kept():  # a domain's items may draw from it
         with ranks.together():
-            state = ranks.exchange("the dataset", stages_of(dataset) if ranks.rank == 0 else {})[0]
+            own = (stages_of(dataset) if ranks.rank == 0 else {}, plan)
+            state, first = ranks.exchange("the dataset", own)[0]
         on_every_rank(check)

@@ -10,7 +10,8 @@ def test_ranks_whose_datasets_differ_do_not_train(tmp_path, processes):
 
         import numpy as np
         import torch.distributed as dist
-        from dynmix import MixtureController, MixtureDataset, TokenStore
+        from dynmix import MixtureController, MixtureDataset, MixtureStream, TokenStore
+        from dynmix.dataset_state import check_ranks
         from tests.small import Bigram
 
         dist.init_process_group("gloo")
@@ -21,19 +22,26 @@ def test_ranks_whose_datasets_differ_do_not_train(tmp_path, processes):
             ("order", names[:: 1 - 2 * rank], 0, stores),
             ("seed", names, rank, stores),
             ("content", names, 0, stores[:: 1 - 2 * rank]),
+            ("plan", names, 0, stores),
             ("none", names, 0, stores),
             ("unreadable", names, 0, stores),
         ]:
             data = MixtureDataset({n: parts for n in order}, num_samples=40, sequence_length=5, seed=seed)
             if what == "unreadable" and rank == 0:
                 data.state_dict = lambda: 1 / 0
-            loop = MixtureController(data, {"t": stores[0]}, "uniform", stage_steps=5)
-            loop.plan(batch_size=4)
+            other = rank if what == "plan" else 0
+            loop = MixtureController(data, {"t": stores[0]}, "uniform", stage_steps=5 - other)
+            loop.plan(batch_size=4, max_steps=10 - other)
             try:
                 loop.begin(Bigram())
                 print(f"<{rank} {what}: begun>", flush=True)
             except Exception as failure:
                 print(f"<{rank} {what}: {type(failure).__name__}: {failure}>", flush=True)
+        items = [{"input_ids": np.arange(40)}]
+        try:
+            check_ranks(MixtureStream({"a": items}, num_samples=9, sequence_length=5 + rank, world_size=1), {})
+        except Exception as failure:
+            print(f"<{rank} stream: {type(failure).__name__}: {failure}>", flush=True)
         dist.destroy_process_group()
         """)
     )
@@ -43,6 +51,8 @@ def test_ranks_whose_datasets_differ_do_not_train(tmp_path, processes):
     for what, difference in (
         ("order", "the domains' order was ['a', 'b'] and is ['b', 'a']"),
         ("seed", "seed was 0 and is 1"),
+        ("plan", "stage_steps was 5 and is 4; samples of the run was 40 and is 36"),
+        ("stream", "sequence_length was 5 and is 6"),
         ("content", "domain 'a' has as many rows, but their content changed"),
     ):
         assert f"<1 {what}: {words}: {difference}" in printed

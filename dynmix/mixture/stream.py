@@ -240,10 +240,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
             ValueError: the state is of another mixture; in a worker: of stages that the main process does not have.
         """
         schedule = schedule_of(state)
-        found = self.schedule.differences(schedule)
-        if state["sequence_length"] != self.sequence_length:
-            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
-        if found:
+        if found := self.differences(state):
             raise ValueError("this state belongs to another mixture: " + "; ".join(found))
         if not self._is_of_worker(schedule):
             if self.read_until or not self.schedule.continues(schedule):
@@ -252,6 +249,13 @@ class MixtureStream(Steered, IterableDataset[Item]):
             if state.get("reading") is not None or (self._reading is not None and self._reading.begun):
                 self._reading = None  # or what a loader has made of its own state by now goes on
         self._resume = state.get("reading")
+
+    def differences(self, state: Mapping[str, Any]) -> list[str]:
+        """In words, what of a state's mixture is not as it is here; none if the state can be loaded."""
+        found = self.schedule.differences(state["schedule"])
+        if state["sequence_length"] != self.sequence_length:
+            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
+        return found
 
     def _place(self) -> "_Place":
         """Which batches are this process's."""
