@@ -4,6 +4,7 @@ Knows the dataset and the model; not what is decided from the measurement, nor w
 """
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,9 +27,12 @@ from dynmix.influence.losses import task_losses
 from dynmix.influence.memory import PeakMemory, peak_memory
 from dynmix.influence.storage import Offload, check_offload
 from dynmix.influence.task_gradients import TaskGradients, sequence_products, task_gradients
+from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.options import whole
+from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.probe import probe_rows, repeated
 from dynmix.mixture.schedule import Ints
+from dynmix.mixture.store import TokenStore
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Array, Influence
 from dynmix.ranks import Ranks
@@ -147,6 +151,7 @@ class Measurement:
                 for kind, sources in (("tasks", tasks), ("guards", given))
                 for name, source in sources.items()
             }
+        _warn_of_trained_on(dataset, {**tasks, **given})
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
@@ -433,3 +438,18 @@ class Measurement:
     def _largest_batch(self) -> int:
         sizes = [len(batch["input_ids"]) for batches in self.sets.values() for batch in batches]
         return max(self.micro_batch, *sizes)  # sets that were given as batches may have larger ones
+
+
+def _warn_of_trained_on(dataset: Mixture, sets: Mapping[str, Any]) -> None:
+    """Warn of tasks and guards that are a domain's own store: the run gets better at these texts by reading them."""
+    domains = dataset.sequences if isinstance(dataset, MixtureDataset) else {}
+    packed = {name: rows.store for name, rows in domains.items() if isinstance(rows, PackedSequences)}
+    for name, source in sets.items():
+        store = TokenStore.open(source) if isinstance(source, str | os.PathLike) else source
+        for domain, own in packed.items() if isinstance(store, TokenStore) else ():
+            if own.num_tokens == store.num_tokens and own.fingerprint == store.fingerprint:
+                logger.warning(
+                    "%r is the text that domain %r trains on: what is measured on it says how well that text is known "
+                    "by heart; hold documents out for it (dynmix prepare --held-out)",
+                    name, domain,
+                )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import dynmix.measurement
-from dynmix import Identity, Influence, MixtureDataset, MixtureStream
+from dynmix import Identity, Influence, MixtureDataset, MixtureStream, TokenStore
 from dynmix.measurement import HELD_OUT, Measurement
 from tests.small import Bigram
 
@@ -197,3 +197,14 @@ def test_a_domain_of_another_tokenizer_is_named_though_its_first_row_fits(stream
         room.dataset = MixtureDataset({"a": sequences(0, 9), "b": rows}, num_samples=8)
     with pytest.raises(ValueError, match=r"domains\['b'\] has token 64, the model's vocabulary has 64"):
         room.check(model)
+
+
+def test_a_task_that_a_domain_trains_on_is_told(tmp_path, caplog):
+    stores = [TokenStore.write(tmp_path / name, [np.arange(60) + i]) for i, name in enumerate("abv")]
+    data = MixtureDataset(dict(zip("ab", stores, strict=False)), num_samples=20, sequence_length=5)
+    settings = {"probe_sequences": 2, "curvature_sequences": 2, "task_sequences": 2, "sample_sequences": 2}
+    settings |= {"micro_batch": 4, "layers": None}
+    Measurement(data, {"t": stores[2]}, Identity(), frozenset(), guards={"g": str(tmp_path / "v")}, **settings)
+    assert not caplog.messages
+    Measurement(data, {"t": stores[2]}, Identity(), frozenset(), guards={"g": str(tmp_path / "b")}, **settings)
+    assert ["'g' is the text that domain 'b' trains on" in m for m in caplog.messages] == [True]
