@@ -17,9 +17,9 @@ from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from dynmix.scores import Metric
+from dynmix.shown import Bar
 from dynmix.snapshot import load_model
 from dynmix.tasks import Task
 from dynmix.whole_file import write_json
@@ -140,7 +140,7 @@ def select_checkpoints(
         raise ValueError(f"{cache}: damaged ({problem}): remove it, and the tasks are evaluated anew") from problem
     evaluated, kept = [], True
     candidates = list_checkpoints(folder) if checkpoints is None else sorted(checkpoints, key=lambda each: each.step)
-    for checkpoint in tqdm(candidates, desc="evaluating checkpoints", leave=False, delay=2):
+    for checkpoint in Bar(candidates, desc="evaluating checkpoints"):
         keys = {name: f"{_identity(checkpoint.path)}/{task.fingerprint}" for name, task in tasks.items()}
         for key, figures in _evaluated(checkpoint.path, {k: tasks[n] for n, k in keys.items() if k not in scores}):
             scores[key] = figures

@@ -8,10 +8,9 @@ does not depend on that, since a stage starts at a declared position.
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dynmix.ahead import Ahead
 from dynmix.budget import EpochBudget
@@ -41,6 +39,7 @@ from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
 from dynmix.record import Losses, Recorder, losses_of
 from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
+from dynmix.shown import Bar
 from dynmix.timetable import Timetable
 
 logger = logging.getLogger("dynmix")
@@ -350,8 +349,7 @@ class MixtureController:
             logger.warning("what a measurement will take of memory is not known: %s", _words(failure))
             return
         if is_rank_0():
-            with suppress(OSError):  # a terminal that is closed, a pipe whose reader ended
-                tqdm.write(f"dynmix: a measurement takes about {self.memory}", file=sys.stderr)
+            Bar.write(f"dynmix: a measurement takes about {self.memory}")
 
     def _begin_afresh(self, model: nn.Module, step: int) -> dict[str, float]:
         """Begin the files of a fresh run, and write the row of its first stage."""

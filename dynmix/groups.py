@@ -80,7 +80,7 @@ def write_groups(
         whole_file(folder / "groups.parquet") as beside,
         pq.ParquetWriter(beside, table.schema, write_page_checksum=True) as file,
     ):
-        for start in Bar(range(0, len(table), _ROWS), desc="writing groups", unit="part", leave=False, delay=2):
+        for start in Bar(range(0, len(table), _ROWS), desc="writing groups", unit="part"):
             file.write_table(table.slice(start, _ROWS))
     write_json(folder / "groups.json", facts)
 

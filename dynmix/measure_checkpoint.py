@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from dynmix.batches import as_batches, scored_sequence
@@ -18,6 +17,7 @@ from dynmix.observation import Influence
 from dynmix.recipe.build import curvature as named_curvature
 from dynmix.recipe.names import in_a_line
 from dynmix.scoring.inputs import find_stores, find_tasks
+from dynmix.shown import Bar
 from dynmix.tasks import Task
 
 
@@ -68,7 +68,7 @@ def measure_checkpoint(
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_vocabulary(model.config.get_text_config().vocab_size, domains | sets)
     count = (made.passes + 1) * sum(map(len, domains.values())) + 2 * sum(map(len, sets.values()))
-    with tqdm(total=count, desc="measuring", unit="batch", leave=False, delay=2) as bar:
+    with Bar(total=count, desc="measuring", unit="batch") as bar:
         influence = group_influence(model, domains, sets, made, layers=layers, tick=bar.update)
     tokens = {name: store.num_tokens for name, store in stores.items()}
     return influence, {"checkpoint": checkpoint, "curvature": repr(made), "layers": layers, "tokens": tokens}

@@ -408,7 +408,7 @@ class Measurement:
         batches = times * (passes + sum(map(len, domains.values())) + 2 * sum(map(len, sets.values())))
         ranks = Ranks(shared=True)
         share, hidden = -(-batches // ranks.size), ranks.rank > 0
-        with Bar(total=share, desc="measuring", unit="batch", leave=False, delay=2, disable=hidden) as bar:
+        with Bar(total=share, desc="measuring", unit="batch", disable=hidden) as bar:
 
             def tick() -> None:
                 self.dataset.pulse()

@@ -12,7 +12,10 @@ from tqdm import tqdm
 
 
 class Bar(tqdm):  # type: ignore[misc]
-    """A bar of tqdm on stderr; what cannot be written there is left out. tqdm itself forgives a closed terminal."""
+    """A bar of tqdm on stderr, while something takes longer than two seconds; what cannot be written is left out."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"leave": False, "delay": 2, **options})
 
     def display(self, *args: Any, **options: Any) -> None:
         """Draw it."""
@@ -23,6 +26,12 @@ class Bar(tqdm):  # type: ignore[misc]
         """Take it away."""
         with suppress(OSError):
             super().close()
+
+    @classmethod
+    def write(cls, line: str) -> None:
+        """Write a line above the bars."""
+        with suppress(OSError):
+            super().write(line, file=sys.stderr)
 
 
 def stderr_console() -> Console:

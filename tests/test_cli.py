@@ -7,11 +7,11 @@ import sys
 from importlib.metadata import version
 
 import pytest
-import tqdm
 from typer.testing import CliRunner
 
 import dynmix.laws.auto
 import dynmix.laws.optimise
+import dynmix.shown
 from dynmix.cli import app
 from dynmix.mixers.registry import mixer_names
 
@@ -66,13 +66,13 @@ def test_what_is_logged_goes_to_stderr_and_leaves_json_alone(tmp_path, monkeypat
 def test_fit_shows_how_far_it_is(tmp_path, monkeypatch):
     bars = []
 
-    class Bar(tqdm.tqdm):
+    class Bar(dynmix.shown.Bar):
         def __init__(self, *args, **options):
             super().__init__(*args, **{**options, "disable": False})
             bars.append(self)
 
     for module in (dynmix.laws.auto, dynmix.laws.optimise):
-        monkeypatch.setattr(module, "tqdm", Bar)
+        monkeypatch.setattr(module, "Bar", Bar)
     runs = tmp_path / "runs.csv"
     lines = [f"{w},{1 - w},{3 + (w - 0.3) ** 2}" for w in (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)]
     runs.write_text("\n".join(["weight/web,weight/code,loss/web", *lines]))

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from dynmix.laws.base import Array, Law, spread
+from dynmix.shown import Bar
 
 FEWEST = 6  # runs of a target below which left-out ones tell nothing
 AVERAGED = 3  # laws at most
@@ -111,7 +111,7 @@ class AutoLaw(Law):
             )
         else:
             count = int(fold.max()) + 1
-            with tqdm(total=len(laws) * count, desc="comparing laws", unit="fit", leave=False, delay=2) as bar:
+            with Bar(total=len(laws) * count, desc="comparing laws", unit="fit") as bar:
                 for number, (name, law) in enumerate(laws.items(), start=1):
                     self.scores_[name], predicted = _cross_validate(law, W, L[:, judged], fold, bar.update)
                     bar.update(number * count - bar.n)  # one that failed has left out folds
@@ -124,7 +124,7 @@ class AutoLaw(Law):
             misses[:, judged], std[:, judged] = L[:, judged] - mean, own
         if known.any():
             self.why_ += f"; not left out: {int(known.sum())} runs that laws with experts know without a fit"
-        last = tqdm(chosen, desc="fitting to all runs", unit="law", leave=False, delay=2)
+        last = Bar(chosen, desc="fitting to all runs", unit="law")
         self.laws_ = {name: clone(laws[name]).fit(W, L) for name in last}
         self.left_out_ = L - misses
         self.seen_ = np.all([law.seen_ for law in self.laws_.values()], axis=0)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from dynmix.laws.base import Array, Law, check_mixtures
 from dynmix.laws.bounds import Bounds
 from dynmix.laws.criteria import normalised
+from dynmix.shown import Bar
 
 SMOOTHING = 0.01  # MDE's: 0.99 w + 0.01 uniform
 SWEEPS = 3  # over the domains, in turn, at most
@@ -98,7 +98,7 @@ def best_mixture(
     scattered = rng.dirichlet(np.full(k, 0.5), size=64 * starts)
     candidates = np.array([bounds.nearest(w) for w in (np.full(k, 1 / k), *seen, *scattered)])
     order = np.argsort(value(candidates), kind="stable")[:starts]
-    bar = tqdm(candidates[order], desc="searching the best mixture", unit="start", leave=False, delay=2)
+    bar = Bar(candidates[order], desc="searching the best mixture", unit="start")
     found = [_descend(value, w, bounds) for w in bar]
     w = found[int(np.argmin(value(np.array(found))))]
     if smoothing:

@@ -91,7 +91,7 @@ def regroup(
     best = by_task.argmax(axis=1)
     helps = by_task[np.arange(len(best)), best] > 0
     groups = []
-    for number, task in enumerate(Bar(tasks, desc="grouping", unit="task", leave=False, delay=2)):
+    for number, task in enumerate(Bar(tasks, desc="grouping", unit="task")):
         members = _sorted(np.flatnonzero(helps & (best == number)), joint)
         tokens = scores.tokens[members].astype(np.int64)
         whole = int(tokens.sum())
@@ -180,7 +180,7 @@ def blended(scores: SampleScores, blend: Blend) -> tuple[Array, Array]:
     n, tasks, columns = len(scores.row), scores.tasks, scores.columns
     by_task, joint, broken = np.zeros((n, len(tasks))), np.zeros(n), np.zeros(n, dtype=bool)
     alpha = blending(columns, blend)
-    for task, name in enumerate(Bar(tasks, desc="blending scores", unit="task", leave=False, delay=2)):
+    for task, name in enumerate(Bar(tasks, desc="blending scores", unit="task")):
         own = [number for number, column in enumerate(columns) if column.task == name]
         for number, share in zip(own, blending([columns[i] for i in own], blend), strict=True):
             z, finite = _standardised(scores.scores[:, number], columns[number])

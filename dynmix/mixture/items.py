@@ -126,7 +126,7 @@ class Items:
 
     def _skip(self, iterator: Iterator[Any], count: int) -> None:
         logger.info("domain %r keeps no state: skipping the %d items that were read before", self.name, count)
-        for _ in Bar(range(count), desc=f"skipping {self.name}", unit="item", leave=False, delay=2):
+        for _ in Bar(range(count), desc=f"skipping {self.name}", unit="item"):
             with _in_no_worker():
                 if next(iterator, self) is self:
                     raise ValueError(

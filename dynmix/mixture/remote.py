@@ -20,6 +20,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from dynmix.mixture.store import StoreError
+from dynmix.shown import Bar
 from dynmix.whole_file import whole_file
 
 logger = logging.getLogger("dynmix.mixture")
@@ -203,7 +204,7 @@ def _check_room(folder: Path, url: str, needed: int) -> None:
 def _fetch(system: Any, name: str, copy: Path, info: Mapping[str, Any]) -> None:
     from fsspec.callbacks import TqdmCallback
 
-    bar = TqdmCallback(tqdm_kwargs={"desc": name, "unit": "B", "unit_scale": True, "disable": None, "leave": False})
+    bar = TqdmCallback({"desc": name, "unit": "B", "unit_scale": True, "disable": None, "delay": 0}, tqdm_cls=Bar)
     try:
         with whole_file(copy, shared=True) as beside:
             system.get_file(name, str(beside), callback=bar)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from dynmix.alone import alone
@@ -29,6 +28,7 @@ from dynmix.mixture.store import TokenStore
 from dynmix.proxies.plan import Plan, Training
 from dynmix.proxies.train import read_result
 from dynmix.proxies.workers import Workers
+from dynmix.shown import Bar
 from dynmix.whole_file import write_whole
 
 logger = logging.getLogger("dynmix.proxies")
@@ -154,10 +154,9 @@ def _train(plan: Plan, out: Path, runs: Mapping[str, Array], workers: Workers, j
             pool.submit(workers.train, run, dict(zip(plan.domains, runs[run].tolist(), strict=True))): run
             for run in missing
         }
-        bar = tqdm(
-            as_completed(asked), "proxies", len(runs), initial=len(runs) - len(missing), unit="run", disable=None
-        )
-        for future in bar:
+        done = len(runs) - len(missing)
+        kept = {"leave": True, "delay": 0}  # a run takes minutes
+        for future in Bar(as_completed(asked), "proxies", len(runs), initial=done, unit="run", disable=None, **kept):
             run = asked[future]
             if problem := future.result():
                 failed[run] = f"{problem}; its log is {out / 'runs' / run / 'log.txt'}"

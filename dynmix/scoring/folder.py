@@ -201,7 +201,7 @@ def _frame(folder: ScoreFolder, columns: list[tuple[str, Column]]) -> SampleScor
     scores = np.empty((n, len(columns)), np.float32)
     start = 0
     tables = folder.tables(["id", "domain", "tokens", *(name for name, _ in columns)])
-    for table in Bar(tables, total=folder.shards, desc="reading scores", unit="file", leave=False, delay=2):
+    for table in Bar(tables, total=folder.shards, desc="reading scores", unit="file"):
         here = slice(start, start := start + len(table))
         coded = table["domain"].combine_chunks()
         number = np.array([names.index(name) for name in coded.dictionary.to_pylist()], np.int32)
