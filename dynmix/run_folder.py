@@ -6,7 +6,7 @@ failure to write is logged and does not end a run.
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dynmix.influence.carried import Carried
 from dynmix.influence.task_gradients import TaskGradients
 from dynmix.journal import Journal, Row
 from dynmix.ranks import from_rank_0, is_rank_0
-from dynmix.snapshot import save_snapshot
+from dynmix.snapshot import write_snapshot
 from dynmix.whole_file import write_json
 
 logger = logging.getLogger("dynmix")
@@ -109,20 +109,31 @@ class RunFolder:
             return False
         try:
             save(file)
-            for old in _by_stage(file.parent)[: -max(2, keep)]:
-                if old.name not in self.needed:
-                    old.unlink()
         except Exception as failure:  # of a full disk safetensors raises what is no OSError
             logger.error("%s was not saved, training goes on: %s", file, failure)
             return False
+        _delete(old for old in _by_stage(file.parent)[: -max(2, keep)] if old.name not in self.needed)
         return True
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:
         """Save the model under a stage's number and keep the newest few; every rank calls it."""
+        folder = self.path / "snapshots"
         try:
-            save_snapshot(model, self.path / "snapshots", stage, facts, keep)
+            write_snapshot(model, folder / f"stage-{stage:04d}", facts)
         except Exception as failure:  # of a full disk safetensors raises what is no OSError
             logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
+            return
+        if is_rank_0():
+            _delete(sorted(folder.glob("stage-[0-9]*"))[:-keep])
+
+
+def _delete(old: Iterable[Path]) -> None:
+    """Delete files and folders; what stays costs room and nothing else."""
+    for path in old:
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as failure:
+            logger.warning("%s was not deleted, training goes on: %s", path, failure)
 
 
 def _name(stage: int) -> str:

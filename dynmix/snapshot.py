@@ -26,19 +26,6 @@ from dynmix.ranks import is_rank_0
 logger = logging.getLogger("dynmix")
 
 
-def save_snapshot(model: nn.Module, folder: Path, stage: int, facts: dict[str, Any], keep: int) -> Path:
-    """Write the model to `folder/stage-NNNN` and drop all but the `keep` newest; return the path.
-
-    Every rank calls it; see `write_snapshot`.
-    """
-    path = folder / f"stage-{stage:04d}"
-    write_snapshot(model, path, facts)
-    if is_rank_0():
-        for old in sorted(folder.glob("stage-[0-9]*"))[:-keep]:
-            shutil.rmtree(old)
-    return path
-
-
 def write_snapshot(model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
     """Write the model to the folder `path`, replacing one that is there.
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from dynmix.checkpoints import Checkpoint, evenly_spaced, improvements, list_checkpoints, select_checkpoints
 from dynmix.peaks import PeakSnapshots
-from dynmix.snapshot import save_snapshot
+from dynmix.snapshot import write_snapshot
 from dynmix.tasks import Record, Task, TaskScore
 from tests.small import word_tokenizer
 
@@ -182,7 +182,7 @@ def test_what_a_kill_left_broken_is_passed_over_and_named(checkpoints, caplog):
 def test_checkpoints_of_all_kinds_are_listed_by_step(trained, tmp_path):
     model = LlamaForCausalLM.from_pretrained(trained / "checkpoint-2")
     for stage, step in ((1, 499), (2, 999)):
-        save_snapshot(model, tmp_path, stage, {"stage": stage, "step": step}, keep=9)
+        write_snapshot(model, tmp_path / f"stage-{stage:04d}", {"stage": stage, "step": step})
     PeakSnapshots(tmp_path).record(model, 700, {"a": 1.0})
     for name in ("checkpoint-1000", "checkpoint-80", "iter_000300", "final"):
         shutil.copytree(trained / "checkpoint-2", tmp_path / name)

@@ -385,7 +385,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dynmix.run_folder, "save_snapshot", full)
+    monkeypatch.setattr(dynmix.run_folder, "write_snapshot", full)
     monkeypatch.setattr(Journal, "append", full)
     assert loop.step_ended(Bigram(), 4)
     assert len(loop.dataset.schedule.stages) == 2

@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dynmix.snapshot import check_like, load_like, save_snapshot, write_snapshot
+from dynmix.snapshot import check_like, load_like, write_snapshot
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -25,8 +25,8 @@ class Tied(nn.Module):
 
 
 def test_any_module_is_saved_whole(tmp_path):
-    model = Tied()
-    path = save_snapshot(model, tmp_path, 7, {"step": 3}, keep=2)
+    model, path = Tied(), tmp_path / "snapshot"
+    write_snapshot(model, path, {"step": 3})
     saved = load_file(path / "model.safetensors")
     assert set(saved) == set(model.state_dict())
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
@@ -35,24 +35,20 @@ def test_any_module_is_saved_whole(tmp_path):
 
 def test_a_transformers_model_with_a_tied_head_loads_again(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
-    path = save_snapshot(nn.parallel.DataParallel(model), tmp_path, 1, {}, keep=1)
-    again = GPT2LMHeadModel.from_pretrained(path).eval()
+    write_snapshot(nn.parallel.DataParallel(model), tmp_path / "snapshot", {})
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "snapshot").eval()
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids).logits, again(ids).logits)
 
 
-def test_the_newest_are_kept_and_nothing_half_written_has_a_name(tmp_path, monkeypatch):
-    for stage in range(1, 5):
-        save_snapshot(Tied(), tmp_path, stage, {}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0003", "stage-0004"]
-
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dynmix.snapshot.save_file", broken)
     with pytest.raises(OSError, match="No space left"):
-        save_snapshot(Tied(), tmp_path, 5, {}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0003", "stage-0004"]
+        write_snapshot(Tied(), tmp_path / "snapshot", {})
+    assert not list(tmp_path.iterdir())
 
 
 class Scaled(LlamaForCausalLM):
