@@ -32,8 +32,7 @@ Curve = list[tuple[int, float]]
 
 def set_aside(folder: str | os.PathLike[str]) -> None:
     """Move what an earlier run left in a `PeakSnapshots` folder to `previous-N` in it; every rank calls this."""
-    if is_rank_0():
-        run_folder.set_aside(Path(folder), [*Path(folder).glob("peaks.json"), *Path(folder).glob("step-*")])
+    run_folder.set_aside(Path(folder), ("peaks.json", "step-*"))
     from_rank_0(None)  # nobody goes on before it is done
 
 

@@ -24,17 +24,16 @@ logger = logging.getLogger("dynmix")
 _FILES = ("journal.jsonl", "config.json", "snapshots", "factors", "peaks", "checkpoints", "scores", "groups", "in_run")
 
 
-def set_aside(folder: Path, left: list[Path]) -> None:
-    """Move what an earlier run left in a folder to `previous-N` in it."""
-    if not left:
-        return
-    number = 1
-    while (aside := folder / f"previous-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for path in left:
-        path.rename(aside / path.name)
-    logger.info("an earlier run's files in %s were moved to %s", folder, aside)
+def set_aside(folder: Path, patterns: Iterable[str]) -> None:
+    """Move what an earlier run left in a folder to `previous-N` in it, on rank 0."""
+    if is_rank_0() and (left := [path for pattern in patterns for path in folder.glob(pattern)]):
+        number = 1
+        while (aside := folder / f"previous-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+        logger.info("an earlier run's files in %s were moved to %s", folder, aside)
 
 
 class RunFolder:
@@ -55,8 +54,7 @@ class RunFolder:
 
     def set_aside(self) -> None:
         """Move what an earlier run left into a folder of its own, so that a fresh run does not mix with it."""
-        if is_rank_0():
-            set_aside(self.path, [file for name in _FILES if (file := self.path / name).exists()])
+        set_aside(self.path, _FILES)
 
     def write_config(self, facts: Mapping[str, Any]) -> None:
         """Write `config.json`."""
