@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynmix.callbacks.trainer import log, model_of, trainer_on_the_stack
 from dynmix.checkpoints import check_tasks
-from dynmix.peaks import PeakSnapshots, set_aside
+from dynmix.peaks import PeakSnapshots, evaluated, set_aside
 from dynmix.ranks import on_every_rank
 from dynmix.retry import within_memory
 from dynmix.scores import Metric
@@ -115,10 +114,10 @@ class PeakCallback(TrainerCallback):
         assert self.snapshots is not None
         model, step = model_of(kwargs), state.global_step
         self._tried = step
-        logs: dict[str, float] = {}
-        values: dict[str, float] = {}
         try:
-            on_every_rank(lambda: within_memory(lambda: self._evaluate(model, logs, values), self._halve))
+            values, logs = on_every_rank(
+                lambda: within_memory(lambda: evaluated(model, self.tasks, self.metric, self.batch_tokens), self._halve)
+            )
         except Exception as failure:
             if self.snapshots.last_step is None:
                 raise  # a mistake in the set-up; later on a run must not end because one evaluation did
@@ -128,15 +127,6 @@ class PeakCallback(TrainerCallback):
         if args.save_strategy == "no":
             self.snapshots.prune(step)  # without checkpoints nobody can go on from an earlier step
         return logs
-
-    def _evaluate(self, model: nn.Module, logs: dict[str, float], values: dict[str, float]) -> None:
-        assert self.snapshots is not None
-        for name, task in self.tasks.items():
-            score = task.evaluate(model, batch_tokens=self.batch_tokens)
-            values[name] = score.metric(self.snapshots.metric_of(name))
-            logs[f"dynmix/task_loss/{name}"] = score.loss
-            if score.accuracy is not None:
-                logs[f"dynmix/task_accuracy/{name}"] = score.accuracy
 
     def _halve(self) -> int | None:
         longest = max(task.max_length for task in self.tasks.values())

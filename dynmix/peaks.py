@@ -22,6 +22,7 @@ from dynmix.checkpoints import select_checkpoints as select_checkpoints
 from dynmix.ranks import from_rank_0, is_rank_0
 from dynmix.scores import Metric
 from dynmix.snapshot import write_snapshot
+from dynmix.tasks import Task
 from dynmix.whole_file import write_json
 
 logger = logging.getLogger("dynmix")
@@ -34,6 +35,21 @@ def set_aside(folder: str | os.PathLike[str]) -> None:
     """Move what an earlier run left in a `PeakSnapshots` folder to `previous-N` in it; every rank calls this."""
     run_folder.set_aside(Path(folder), ("peaks.json", "step-*"))
     from_rank_0(None)  # nobody goes on before it is done
+
+
+def evaluated(
+    model: nn.Module, tasks: Mapping[str, Task], metric: Metric | Mapping[str, Metric], batch_tokens: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Evaluate tasks; return what each has by its metric, and what a tracker should log."""
+    values: dict[str, float] = {}
+    logs: dict[str, float] = {}
+    for name, task in tasks.items():
+        score = task.evaluate(model, batch_tokens=batch_tokens)
+        values[name] = score.metric(metric_of(metric, name))
+        logs[f"dynmix/task_loss/{name}"] = score.loss
+        if score.accuracy is not None:
+            logs[f"dynmix/task_accuracy/{name}"] = score.accuracy
+    return values, logs
 
 
 class PeakSnapshots:

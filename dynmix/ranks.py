@@ -39,15 +39,15 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-def on_every_rank(action: Callable[[], None]) -> None:
-    """Do it, wait for the others, and raise on all ranks if it failed on one.
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Do it, wait for the others, and return what it did here; raise on all ranks if it failed on one.
 
     Raises:
         RuntimeError: another rank failed, with its words; or whatever `action` raises here.
     """
     problem: Exception | None = None
     try:
-        action()
+        done = action()
     except Exception as failure:
         problem = failure
     found = gathered(None if problem is None else f"{type(problem).__name__}: {problem}")
@@ -55,6 +55,7 @@ def on_every_rank(action: Callable[[], None]) -> None:
         problem = RuntimeError(f"another rank failed: {others[0]}")
     if problem is not None:
         raise problem
+    return done
 
 
 class Ranks:

@@ -22,7 +22,7 @@ from dynmix.influence.layers import LayerFilter
 from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.peaks import PeakSnapshots
+from dynmix.peaks import PeakSnapshots, evaluated
 from dynmix.ranks import Ranks, from_rank_0, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
 from dynmix.scores import Column, SamplePlan, SampleScores
@@ -161,10 +161,8 @@ class Sampler:
         """
         if (last := self.peaks.last_step) is None or last < step:
             self._evaluate(model, step, wanted=True)
-        sources: list[Source] = []
         # Rank 0's, which has written the last snapshot by then: the others may not see it yet.
-        on_every_rank(lambda: sources.extend(self._sources()) if is_rank_0() else None)
-        sources = from_rank_0(sources)
+        sources = from_rank_0(on_every_rank(lambda: self._sources() if is_rank_0() else []))
         out = self.folder / "scores" / f"step-{step:07d}"
         logger.info("scoring the corpus by %s", ", ".join(f"{s.name} for {'/'.join(s.tasks)}" for s in sources))
         on_every_rank(lambda: self._score(model, sources, out))
@@ -201,9 +199,7 @@ class Sampler:
             score()
 
     def _evaluate(self, model: nn.Module, step: int, wanted: bool) -> dict[str, float]:
-        logs: dict[str, float] = {}
-        values: dict[str, float] = {}
-        on_every_rank(lambda: within_memory(lambda: self._figures(model, logs, values), self._halve))
+        values, logs = on_every_rank(lambda: within_memory(lambda: self._figures(model), self._halve))
         self.peaks.record(model, step, values)
         if wanted and self.plan.checkpoints != "peak":
             path = self.folder / "checkpoints" / f"step-{step:07d}"
@@ -213,18 +209,12 @@ class Sampler:
                 logger.error("%s was not saved and will not score: %s", path, failure)
         return logs
 
-    def _figures(self, model: nn.Module, logs: dict[str, float], values: dict[str, float]) -> None:
+    def _figures(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
         losses, _ = task_losses(model, {name: self.sets[name] for name in self.sets if name not in self.tasks})
-        for name in self.sets:
-            metric = metric_of(self.plan.metric, name)
-            if name in self.tasks:
-                score = self.tasks[name].evaluate(model, batch_tokens=self._tokens)
-                losses[name], values[name] = score.loss, score.metric(metric)
-                if score.accuracy is not None:
-                    logs[f"dynmix/task_accuracy/{name}"] = score.accuracy
-            else:
-                values[name] = losses[name]
-            logs[f"dynmix/task_loss/{name}"] = losses[name]
+        values, logs = evaluated(model, self.tasks, self.plan.metric, self._tokens)
+        values |= losses
+        logs |= {f"dynmix/task_loss/{name}": loss for name, loss in losses.items()}
+        return {name: values[name] for name in self.sets}, logs
 
     def _halve(self) -> int | None:
         length = self.dataset.sequence_length

@@ -6,11 +6,9 @@ from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
 
 
 def test_alone_everything_is_done_here():
-    done = []
     assert is_rank_0()
     assert from_rank_0({"a": 1}) == {"a": 1}
-    on_every_rank(lambda: done.append(1))
-    assert done == [1]
+    assert on_every_rank(lambda: 5) == 5
     with pytest.raises(OSError, match="disk full"):
         on_every_rank(lambda: (_ for _ in ()).throw(OSError("disk full")))
 
