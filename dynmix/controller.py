@@ -175,7 +175,7 @@ class MixtureController:
                 curvature_sequences=curvature_sequences,
                 micro_batch=micro_batch,
             )
-        self.dataset, self.stage_steps, self.max_stages = dataset, stage_steps, max_stages
+        self.dataset = dataset
         self.budget = EpochBudget(dataset, max_epochs)
         if isinstance(dataset, MixtureDataset):
             dataset.controlled = True
@@ -392,9 +392,7 @@ class MixtureController:
             "mixer": self.mixer.describe(),
             **self.measurement.describe(),
             "in_run": None if self.in_run is None else repr(self.in_run.options),
-            "stage_steps": self.stage_steps,
-            "max_stages": self.max_stages,
-            "batch_size": self.batch_size,
+            **self.timetable.state_dict(),
             "samples": self.total,
             "max_epochs": self.budget.max_epochs,
             "peak_memory": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
@@ -421,7 +419,7 @@ class MixtureController:
                     prior,
                     upper,
                     step=step,
-                    steps=self.stage_steps,
+                    steps=self.timetable.stage_steps,
                     bound=lambda sizes: self.budget.entering(sizes, samples),
                 )
         except Exception as failure:  # a run of weeks must not end because one measurement did
@@ -443,8 +441,7 @@ class MixtureController:
             logger.warning("stage %d keeps the weights of the one before: %s", stage, error)
 
         self.dataset.publish(cdf, start, following if following < self.total else None)
-        if self.measurement.carried is not None and self.folder is not None:
-            self._factors = self.folder.save_factors(self.measurement.carried, stage, self.keep)
+        self._save_factors(stage)
         if found.probes is not None:
             # As it is published the data may be exhausted within the stage, or before it.
             self.measurement.warn_of_repeated(found.probes, start, max(start, min(start + samples, self.total)))
@@ -509,13 +506,17 @@ class MixtureController:
 
     def _arm(self, in_run: InRunInfluence, model: nn.Module, step: int) -> None:
         """Open the window of an in-run influence, if it is time: it ends as the next stage is decided."""
-        stage, carried = self.dataset.schedule.num_stages, self.measurement.carried
+        stage = self.dataset.schedule.num_stages
         begins = self.timetable.boundary - (in_run.options.window + 1) * self.batch_size
         if self.folder is None or step * self.batch_size != begins or self.timetable.boundary >= self.total:
             return
         in_run.arm(model, self.folder, stage, self.keep, step, self._window_from(step))
-        if carried is not None:
-            self._factors = self.folder.save_factors(carried, stage, self.keep)
+        self._save_factors(stage)
+
+    def _save_factors(self, stage: int) -> None:
+        """Save what the curvature carries on from this stage, if it does."""
+        if self.measurement.carried is not None and self.folder is not None:
+            self._factors = self.folder.save_factors(self.measurement.carried, stage, self.keep)
 
     def _window_from(self, step: int) -> range:
         """Positions from the end of a step to the end of the stage that is to be decided next."""

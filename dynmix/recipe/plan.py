@@ -111,7 +111,7 @@ def make_plan(run: RecipeRun) -> RunPlan:
         model = AutoModelForCausalLM.from_config(run.config)  # type: ignore[no-untyped-call]
     total, stage = controller.total, recipe.stages.steps * batch
     length, parameters = dataset.sequence_length, sum(p.numel() for p in model.parameters())
-    starts = range(0, total, stage)[: controller.max_stages]
+    starts = range(0, total, stage)[: controller.timetable.max_stages]
     measurement, measures = controller.measurement, controller.decider.measures
     measured = _measured_tokens(run) if measures else 0
     # A measurement takes the gradients of layers' outputs, and products with their inputs: no more than training does.
@@ -154,7 +154,7 @@ def _check_mixer(run: RecipeRun) -> None:
         return
     rows = [*measurement.sets, *([HELD_OUT] if measurement.held_out_sequences else [])]
     influence = Influence(np.zeros((len(rows), len(dataset.domains))), rows, dataset.domains)
-    upper = controller.budget.upper(0, controller.stage_steps * controller.batch_size)
+    upper = controller.budget.upper(0, controller.timetable.stage_samples)
     decider.rehearse(Evidence(measurement.whole(influence)), dataset.schedule.weights_at(0), upper)
 
 
