@@ -4,6 +4,15 @@ It owns the order of these steps and what happens when one of them fails: the pr
 says why. It must not know the framework that trains; an adapter tells it when a step ended. The work is done one
 optimizer step before the boundary, because loaders fetch a batch ahead in the main process. Which samples a stage gets
 does not depend on that, since a stage starts at a declared position.
+
+What it joins, by module:
+
+    timetable     when stages begin and end, in steps and in positions
+    measurement   how the domains' text moves the tasks, at a boundary; `in_run`: in the last steps before it
+    sampling      how every sequence of the corpus does, for mixers that regroup it
+    decider       the mixer: what it is shown, and whether its answer is a mixture within the bounds of `budget`
+    ahead         which domains the published stage will read again, or use up
+    record        the journal's row, and the same figures for trackers; `run_folder`: where it and all files go
 """
 
 import logging

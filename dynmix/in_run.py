@@ -123,10 +123,10 @@ class InRunInfluence:
             probes = self.measurement.probes(ahead.start, len(ahead), prior)
             gradients = self.measurement.task_gradients(model, probes, prior, self.options.folds)
             file = folder.save_task_gradients(gradients, stage, keep)
-            window = self._opened(model, gradients, file, step, probes)
+            window = self._built(model, gradients, file, step, probes)
         except Exception as failure:
             problem = failure
-        self._open(window, problem, step)
+        self._begin(window, problem, step)
         if self._window is not None:
             self._window.seconds += time.perf_counter() - clock
 
@@ -136,12 +136,12 @@ class InRunInfluence:
         try:
             probes = self.measurement.probes(ahead.start, len(ahead), self.dataset.schedule.weights_at(ahead.start))
             gradients = TaskGradients.load(folder.in_run / state["file"])
-            window = self._opened(model, gradients, state["file"], int(state["began"]), probes)
+            window = self._built(model, gradients, state["file"], int(state["began"]), probes)
             window.tally.load_state_dict(state["seen"])
             window.skipped = int(state["skipped"])
         except Exception as failure:
             problem = failure
-        self._open(window, problem, step)
+        self._begin(window, problem, step)
 
     def step_ended(self, step: int, batch_size: int) -> None:
         """Count what was seen in the optimizer step that ended."""
@@ -206,12 +206,12 @@ class InRunInfluence:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _opened(self, model: nn.Module, gradients: TaskGradients, file: str, began: int, probes: Probes) -> "_Window":
+    def _built(self, model: nn.Module, gradients: TaskGradients, file: str, began: int, probes: Probes) -> "_Window":
         gradients = gradients.on(model)
         watch = (ParameterProducts if self.options.every is None else TokenProducts)(model, gradients)
         return _Window(gradients, Tally(len(self.dataset.domains), gradients.folds), watch, probes, file, began)
 
-    def _open(self, window: "_Window | None", problem: Exception | None, step: int) -> None:
+    def _begin(self, window: "_Window | None", problem: Exception | None, step: int) -> None:
         self._window = window
         self._agreed(problem)
         self._look_on(step)

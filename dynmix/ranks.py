@@ -1,5 +1,6 @@
 """What the processes of one run agree on: one of them writes, decides, and none goes on alone.
 
+`on_every_rank` is for what each does by itself and all must have done; `Ranks` for work that they share, step by step.
 Knows torch.distributed and nothing else; without it there is one rank, and everything here does as it is told.
 """
 
