@@ -153,8 +153,7 @@ class InRunInfluence:
             own, problem = Tally(len(window.tally.table), window.tally.folds), None
             try:
                 if seen := window.watch.take():
-                    stop = min(step * batch_size, len(self.dataset))
-                    samples = StepSamples(self.dataset, (step - 1) * batch_size, stop)
+                    samples = StepSamples(self.dataset, step, batch_size)
                     for micro_batch in seen:
                         self._count(own, micro_batch, samples)
             except Exception as failure:

@@ -11,11 +11,11 @@ from dynmix.mixture.dataset import MixtureDataset
 
 
 class StepSamples:
-    """The samples [start, stop) of a dataset, to be looked up by their token ids."""
+    """The samples of an optimizer step, counted from 1, to be looked up by their token ids."""
 
-    def __init__(self, dataset: MixtureDataset, start: int, stop: int) -> None:
-        self._range = start, stop
-        batch = dataset.look(start, stop).batch()
+    def __init__(self, dataset: MixtureDataset, step: int, batch_size: int) -> None:
+        self._range = (step - 1) * batch_size, min(step * batch_size, len(dataset))
+        batch = dataset.look(*self._range).batch()
         assert batch is not None  # nobody has changed an item of it
         self._domains: dict[bytes, list[int]] = {}
         for row, domain in zip(batch["input_ids"].numpy(), batch["domain"].tolist(), strict=True):

@@ -99,12 +99,11 @@ class TrainingLoss:
             RuntimeError: another process has such a one.
         """
         seen, self._seen = self._seen, []
-        start, stop = (step - 1) * batch_size, min(step * batch_size, len(self.dataset))
         sums = torch.zeros(len(self.dataset.domains), 4, dtype=torch.float64)
         problem: Exception | None = None
         try:
             if seen:
-                samples = StepSamples(self.dataset, start, stop)
+                samples = StepSamples(self.dataset, step, batch_size)
                 for ids, values in seen:
                     for (domain, *_), part in zip(samples.domains(ids.cpu()), values.cpu(), strict=True):
                         sums[domain, : len(part)] += part
