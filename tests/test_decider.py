@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from dynmix import Influence, MixtureDataset
+from dynmix import Influence, MixtureDataset, TiKMiXD
 from dynmix.decider import Decider, Evidence
 from dynmix.mixers import Mixer, Proposal, Static
+from tests import running
 from tests.small import Bigram
 
 PRIOR = {"a": 0.6, "b": 0.4}
@@ -161,3 +162,85 @@ def test_domains_that_enter_come_behind_the_others_within_their_bounds():
         Evidence(), PRIOR, {}, step=1, steps=1, bound=lambda sizes: {name: 0.2 * n for name, n in sizes.items()}
     )
     assert bounded.weights == pytest.approx({"new": 0.6, "rest": 0.4})
+
+
+def test_a_mixer_that_fails_keeps_the_weights(caplog):
+    class Broken(Static):
+        calls = 0
+
+        def propose(self, *args, **kwargs):
+            Broken.calls += 1
+            if Broken.calls > 1:
+                raise ZeroDivisionError("bad luck")
+            return super().propose(*args, **kwargs)
+
+    data = running.dataset()
+    running.run(running.controller(data, Broken()))
+    assert len(data.schedule.stages) == 5
+    assert all(stage.weights == data.schedule.stages[0].weights for stage in data.schedule.stages)
+    assert "bad luck" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 1.0}, "missing"),
+        ({"a": 0.9, "b": 0.6}, "sum to 1.5"),
+        ({"a": float("nan"), "b": 0.5}, "finite"),
+        ({"a": 0.9, "b": 0.1}, "above its bound"),
+    ],
+)
+def test_an_answer_that_is_no_mixture_keeps_the_weights_and_at_the_start_is_an_error(weights, message, caplog):
+    class Wrong(Static):
+        late = True
+
+        def propose(self, influence, prior, upper=None):
+            return Proposal(weights) if not self.late else super().propose(influence, prior, upper)
+
+    mixer = Wrong()
+    data = running.dataset(weights={"a": 0.5, "b": 0.5})
+    loop = running.begun(running.controller(data, mixer, max_epochs={"a": 0.07}))
+    mixer.late = False
+    loop.step_ended(Bigram(), 4)
+    assert data.schedule.stages[1].weights["a"] <= 0.5
+    assert message in caplog.text
+    early = running.controller(running.dataset(weights={"a": 0.5, "b": 0.5}), mixer, max_epochs={"a": 0.07})
+    with pytest.raises(ValueError, match=message):
+        running.begun(early)
+
+
+def test_a_bound_on_a_domain_that_is_not_there_fails_at_the_start():
+    loop = running.controller(running.dataset(), TiKMiXD(upper={"wbe": 0.3}))
+    with pytest.raises(ValueError, match="no domain 'wbe'"):
+        running.begun(loop)
+
+
+def test_what_a_mixer_of_ones_own_gets_wrong_is_said_at_the_start():
+    class Arrays(Static):
+        def state_dict(self):
+            return {"sum": np.zeros(2)}
+
+    class Forgetful(Static):
+        def state_dict(self):
+            return {"sum": 1}
+
+    class Plain(Static):
+        def propose(self, influence, prior, upper=None):
+            return dict(prior)
+
+    class Greedy(Static):
+        needs = "everything"
+
+        def __init__(self):
+            pass
+
+    for mixer, message in (
+        (Arrays(), "has to go through JSON, but Object of type ndarray"),
+        (Forgetful(), r"Forgetful has no state, but was given \['sum'\]"),
+        (Plain(), "propose returned dict, not a Proposal"),
+    ):
+        loop = running.controller(running.dataset(), mixer)
+        with pytest.raises(ValueError, match=message):
+            running.begun(loop)
+    with pytest.raises(ValueError, match=r"Greedy needs \['everything'\]"):
+        running.controller(running.dataset(), Greedy())

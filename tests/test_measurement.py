@@ -6,8 +6,18 @@ import torch
 from torch import nn
 
 import dynmix.measurement
-from dynmix import Identity, Influence, MixtureDataset, MixtureStream, TokenStore
+from dynmix import (
+    Identity,
+    Influence,
+    MixtureController,
+    MixtureDataset,
+    MixtureStream,
+    Static,
+    TiKMiXD,
+    TokenStore,
+)
 from dynmix.measurement import HELD_OUT, Measurement
+from tests import running
 from tests.small import Bigram
 
 
@@ -208,3 +218,114 @@ def test_a_task_that_a_domain_trains_on_is_told(tmp_path, caplog):
     assert not caplog.messages
     Measurement(data, {"t": stores[2]}, Identity(), frozenset(), guards={"g": str(tmp_path / "b")}, **settings)
     assert ["'g' is the text that domain 'b' trains on" in m for m in caplog.messages] == [True]
+
+
+def rows_of(batches) -> set[tuple[int, int]]:
+    return {(int(d), int(low + 64 * high)) for batch in batches for d, low, high in batch["input_ids"][:, :3]}
+
+
+@pytest.fixture
+def boundaries(monkeypatch):
+    """The domains and the curvature's batches of each measurement, the first of which is the rehearsal's."""
+    seen, real = [], dynmix.measurement.group_influence
+
+    def measure(model, domains, *args, curvature_batches=None, **kwargs):
+        seen.append((domains, curvature_batches))
+        return real(model, domains, *args, curvature_batches=curvature_batches, **kwargs)
+
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+    return seen
+
+
+def test_probes_are_not_trained_on_within_the_coming_stage(boundaries):
+    loop = running.controller(running.dataset(rows=(60, 60), samples=400), stage_steps=10)
+    running.run(loop, steps=100)
+    stages = loop.dataset.schedule.stages
+    assert len(boundaries) == len(stages) == 10
+    for (domains, pooled), stage in zip(boundaries[1:], stages[1:], strict=True):
+        domain, row, _ = loop.dataset.schedule.assign(stage.start, stage.end or 400)
+        trained = set(zip(domain.tolist(), row.tolist(), strict=True))
+        for name in running.NAMES:
+            assert len(rows_of(domains[name])) == 10
+            assert not rows_of(domains[name]) & trained
+        assert not rows_of(pooled) & trained
+
+
+def test_a_domain_too_small_to_hold_probes_back_says_so(caplog):
+    running.run(running.controller(running.dataset(rows=(200, 12), samples=100, weights={"a": 0.5, "b": 0.5})))
+    assert "probe sequences of domain 'b' are trained on within the next stage" in caplog.text
+
+
+def test_the_curvature_is_fitted_in_the_proportions_of_the_mixture(boundaries):
+    running.run(running.controller(running.dataset(weights={"a": 0.9, "b": 0.1}), Static(observe=True)))
+    for _, batches in boundaries[1:]:
+        counts = np.bincount(np.concatenate([batch["input_ids"][:, 0] for batch in batches]), minlength=2)
+        assert counts.tolist() == [18, 2]
+
+
+def test_many_domains_still_share_the_curvature_sequences(boundaries):
+    domains = {f"d{i}": running.sequences(i % 60, 8) for i in range(50)}
+    data = MixtureDataset(domains, "uniform", num_samples=16, block=running.BATCH)
+    loop = MixtureController(
+        data,
+        {"t": running.sequences(0, 6)},
+        TiKMiXD(confidence=0),
+        stage_steps=2,
+        probe_sequences=2,
+        curvature_sequences=10,
+    )
+    running.run(loop, steps=3)
+    assert sum(len(batch["input_ids"]) for batch in boundaries[1][1]) == 10
+    assert data.schedule.stages[1].weights != data.schedule.stages[0].weights
+
+
+def test_a_first_sequence_without_a_scored_token_is_no_obstacle():
+    task = [{"input_ids": [3]}, *running.sequences(0, 5)]
+    running.begun(
+        MixtureController(running.dataset(), {"t": task}, TiKMiXD(), stage_steps=running.STEPS, probe_sequences=4)
+    )
+    for mixer in (TiKMiXD(), Static()):  # which reads tasks for the journal alone
+        nothing = MixtureController(running.dataset(), {"t": [{"input_ids": [3]}]}, mixer, stage_steps=running.STEPS)
+        with pytest.raises(ValueError, match=r"tasks\['t'\]: no sequence has a token to score"):
+            running.begun(nothing)
+
+
+def test_a_first_row_of_a_domain_without_a_scored_token_is_no_obstacle(caplog):
+    data = MixtureDataset(
+        {
+            name: [{**row, "labels": row["input_ids"] if n else torch.full((5,), -100)} for n, row in enumerate(rows)]
+            for name, rows in (("a", running.sequences(0, 200)), ("b", running.sequences(1, 300)))
+        },
+        num_samples=100,
+        block=running.BATCH,
+    )
+    running.run(running.controller(data), steps=4)
+    assert data.schedule.num_stages == 2
+    assert "keeps the weights" not in caplog.text
+
+
+def test_a_domain_of_which_hardly_a_row_has_a_scored_token_is_refused_in_words_that_are_true():
+    rows = [row | {"labels": torch.full((5,), -100)} for row in running.sequences(0, 200)]
+    rows[1] = running.sequences(0, 2)[1]  # not among those that are looked at, which are spread over it
+    loop = running.controller(
+        MixtureDataset({"a": rows, "b": running.sequences(1, 300)}, num_samples=100, block=running.BATCH)
+    )
+    with pytest.raises(ValueError, match=r"domains\['a'\], of which 32 sequences were looked at: no sequence has a"):
+        running.begun(loop)
+
+
+def test_large_tasks_are_cut_to_a_spread_of_them():
+    loop = MixtureController(
+        running.dataset(), {"t": running.sequences(0, 60)}, Static(), stage_steps=5, task_sequences=6
+    )
+    rows = [
+        int(batch["input_ids"][i, 1]) for batch in loop.measurement.sets["t"] for i in range(len(batch["input_ids"]))
+    ]
+    assert rows == [0, 10, 20, 30, 40, 50]
+
+
+def test_materialising_tasks_does_not_touch_the_random_state():
+    loader = torch.utils.data.DataLoader(running.sequences(0, 8), batch_size=2, shuffle=True)
+    before = torch.get_rng_state()
+    MixtureController(running.dataset(), {"t": loader}, Static(), stage_steps=5)
+    assert torch.equal(torch.get_rng_state(), before)

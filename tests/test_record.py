@@ -2,13 +2,19 @@ import logging
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+import dynmix.measurement
+from dynmix import TiKMiXD
 from dynmix.journal import Journal
 from dynmix.mixers import Proposal
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.observation import Influence
 from dynmix.record import Recorder, log_keys, losses_of
 from dynmix.run_folder import RunFolder
+from dynmix.saved_influence import propose_from, read_influence
+from tests import running
+from tests.small import Bigram
 
 
 def dataset():
@@ -73,3 +79,53 @@ def test_a_recorder_gives_each_row_what_was_warned_of_since_the_one_before(tmp_p
     assert "training" not in first["seconds"]
     assert last["seconds"]["training"] >= 0
     assert recorder.write(None, "stage", **told)["dynmix/seconds/measure"] == 0.0
+
+
+def test_the_last_row_counts_the_samples_that_there_were(tmp_path):
+    loop = running.controller(running.dataset(samples=98), output=tmp_path, keep=0)
+    running.run(loop)
+    loop.finish(Bigram(), 25)
+    last = Journal(tmp_path / "journal.jsonl").rows()[-1]
+    assert last["start"] == 98
+    assert sum(last["tokens"].values()) == 98 * 5
+    assert last["seconds"]["measure"] > 0
+
+
+def test_influence_reaches_the_journal_as_measured(tmp_path, monkeypatch):
+    scores, errors = np.array([[1.5, -0.5]]), np.array([[0.1, np.inf]])
+
+    def measure(model, domains, tasks, *args, **kwargs):
+        return Influence(scores, list(tasks), list(domains), errors, [2.0], [0.5])
+
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+    loop = running.controller(running.dataset(), TiKMiXD(confidence=0), guards=None, output=tmp_path, keep=0)
+    logs = running.run(loop)[3]
+    row = Journal(tmp_path / "journal.jsonl").rows()[1]
+    assert row["influence"] == [[1.5, -0.5]]
+    assert row["standard_error"] == [[0.1, None]]
+    assert row["task_loss"] == {"t": 2.0}
+    assert logs["dynmix/influence/t/a"] == 1.5
+    assert logs["dynmix/task_loss/t"] == 2.0
+    assert logs["dynmix/weight/a"] > 0.4
+
+
+def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_again(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+
+    def measure(model, domains, tasks, *args, **kwargs):
+        errors = generator.uniform(0.5, 1, (1, 2))
+        scores = generator.normal(size=(1, 2))
+        return Influence(scores, list(tasks), list(domains), errors, [2.0], [0.5], scored_tokens=[2.0, 5.0])
+
+    monkeypatch.setattr(dynmix.measurement, "group_influence", measure)
+    running.run(running.controller(running.dataset(), TiKMiXD(confidence=0), guards=None, output=tmp_path, keep=0))
+    rows = Journal(tmp_path / "journal.jsonl").rows()
+    alone = TiKMiXD(confidence=0).propose(
+        Influence(rows[3]["influence"], ["t"], running.NAMES), rows[3]["weights_before"]
+    )
+    assert alone.weights != pytest.approx(rows[3]["weights"], abs=1e-3)
+    for row in rows[1:4]:
+        influence, facts = read_influence(tmp_path, row["stage"])
+        again = propose_from(influence, facts["weights"], "tikmix-d", {"confidence": 0})
+        assert again.weights == pytest.approx(row["weights"], abs=1e-6)
+        assert again.predicted_gain == pytest.approx(row["predicted_gain"])

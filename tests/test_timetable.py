@@ -1,8 +1,12 @@
+import json
+
+import numpy as np
 import pytest
 import torch
 
 from dynmix import MixtureDataset
 from dynmix.timetable import Timetable
+from tests import running
 
 BATCH, STEPS = 4, 5
 
@@ -112,3 +116,32 @@ def test_a_second_run_of_one_dataset_is_refused_with_what_to_do():
     due(timetable)
     with pytest.raises(ValueError, match="the dataset has 5 stages.* for another run make that .* anew, with its"):
         timetable.plan(BATCH, None, resumed=False)
+
+
+def test_more_stages_than_a_schedule_takes_are_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr("dynmix.timetable.MAX_STAGES", 4)
+    with pytest.raises(ValueError, match="25 steps would have 5 stages, and a schedule takes 4: make stages longer"):
+        running.controller(running.dataset()).plan(batch_size=running.BATCH)
+    running.controller(running.dataset(), max_stages=4).plan(batch_size=running.BATCH)
+    running.controller(running.dataset(), stage_steps=7).plan(batch_size=running.BATCH)
+
+
+def test_a_stage_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="the run of 25 steps ends before its first stage"):
+        running.controller(running.dataset(), stage_steps=25).plan(batch_size=running.BATCH)
+
+
+def test_numbers_of_a_plan_are_whole_and_those_of_numpy_do_not_keep_a_state_from_being_saved():
+    for options in ({"batch_size": 2.5}, {"batch_size": "4"}, {"batch_size": running.BATCH, "max_steps": 7.5}):
+        with pytest.raises(ValueError, match="give a whole number"):
+            running.controller(running.dataset()).plan(**options)
+    loop = running.controller(running.dataset(), stage_steps=np.int64(5), max_stages=np.int64(3))
+    loop.plan(batch_size=np.int64(running.BATCH))
+    assert json.loads(json.dumps(loop.state_dict()))["batch_size"] == running.BATCH
+
+
+def test_a_dataset_that_was_read_through_before_the_run_is_to_be_made_anew():
+    data = running.dataset()
+    list(torch.utils.data.DataLoader(data, batch_size=running.BATCH))
+    with pytest.raises(ValueError, match="up to sample 100, past the end of the first stage at 20.* make it anew"):
+        running.controller(data).plan(batch_size=running.BATCH)
