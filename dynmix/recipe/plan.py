@@ -71,7 +71,7 @@ class RunPlan:
     Attributes:
         parameters: of the model.
         tokens, steps, batch_size, processes, accumulation: of the run; the batch is over all processes.
-        flops: of the training, 6 a token and parameter that it meets, which of a mixture of experts are not all.
+        flops: of the training, 6 a token and parameter that it meets, which are not those of other experts or tables.
         measurement_tokens: that one boundary takes through the model, forward and backward.
         measurement_share: FLOPs of all boundaries over `flops`.
         in_run: whether the training's own backward passes measure the domains; what that takes is in the share.

@@ -42,10 +42,17 @@ def flops_per_token(model: nn.Module, layers: Collection[str], tasks: int, seque
 
 
 def parameters_met(model: nn.Module) -> float:
-    """Parameters that a token meets: all but those of the experts that it does not come to."""
+    """Parameters that a token is multiplied with: all but those of the experts that it does not come to, and of tables.
+
+    A table of embeddings that is the head as well is multiplied with; of another one a row is read.
+    """
     model = unwrap(model)
-    passed_by = (_weights(layer) * (1 - _share_met(model, layer)) for layer in measurable_layers(model).values())
-    return sum(p.numel() for p in model.parameters()) - sum(passed_by)
+    layers = measurable_layers(model).values()
+    multiplied = {id(layer.weight) for layer in layers}
+    tables = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
+    read = {table for table in tables if id(table) not in multiplied}
+    passed_by = sum(_weights(layer) * (1 - _share_met(model, layer)) for layer in layers)
+    return sum(p.numel() for p in model.parameters() if p not in read) - passed_by
 
 
 def describe(tokens: int, flops_per_token: float, speed: float) -> str:

@@ -105,7 +105,8 @@ def test_of_a_mixture_of_experts_only_what_a_token_meets_is_in_the_price(recipe)
     scored = "mixer={name: automixer, checkpoints: last}"
     one, all_four = (make_plan(build_run(recipe(experts % met, scored))) for met in (1, 4))
     assert one.parameters == all_four.parameters
-    assert all_four.flops == 6 * all_four.parameters * all_four.tokens
+    table = 30 * 16  # of which a token reads a row
+    assert all_four.flops == 6 * (all_four.parameters - table) * all_four.tokens
     passed_by = 3 * (3 * 16 * 32)
     assert all_four.flops - one.flops == pytest.approx(6 * passed_by * one.tokens)
     # Forward, backward, and the sequences' gradients of 60 sequences; the products with the task's are of all.
@@ -136,7 +137,7 @@ def test_an_in_run_influence_reads_no_probes_and_its_products_are_in_the_price(r
     matrices, rows = 4 * 16 * 16 + 3 * 16 * 32 + 30 * 16, 2
     assert plan.memory["gradients"] == 4 * 2 * rows * matrices
     beside = 2 * 2 * matrices * 2 * rows  # two micro-batches, two operations a weight, fold and row
-    boundaries = 2 * (6 * plan.parameters * plan.measurement_tokens + beside)
+    boundaries = 2 * (6 * (plan.parameters - 30 * 16) * plan.measurement_tokens + beside)
     assert plan.measurement_share == pytest.approx(boundaries / plan.flops)
     assert plan.measurement_tokens < whole.measurement_tokens
     mixed = make_plan(build_run(recipe("measurement.in_run={window: 1, folds: 2, every: 1}")))
