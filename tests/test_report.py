@@ -144,6 +144,7 @@ def test_a_whole_run_beside_its_baseline(tmp_path: Path) -> None:
         verdict = page.cells[page.cells.index(difference) + 1]
         assert verdict.startswith("lower" if ours < theirs else "higher")
         assert verdict.endswith("within the noise") == (abs(ours - theirs) < 2 * math.hypot(*errors))
+    assert "If both are of the same sequences the error is less" in page.text
     assert {"code", "docs", "noise"} <= {text.split()[0] for text in page.svg_text}
 
 
@@ -180,6 +181,7 @@ def test_realised_gain_is_what_the_loss_fell_by_over_the_stage(tmp_path: Path) -
     page, _ = draw(journal)
     for gain in gains:
         assert f"{gain['realised'][0]:+.4f} ".replace("-", "\N{MINUS SIGN}") in " ".join(page.cells)
+    assert "as if its two losses were independent: they are of the same sequences" in page.text
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 40])
