@@ -19,8 +19,9 @@ class Memory:
 
     At each boundary what was known counts `kept` times as much as before, and a row of the new influence by its
     precision, 1 / mean squared standard error (1 where there are no errors): a measurement that is mostly noise moves
-    little. Influences shrink while a model trains, so that nats of several stages cannot be averaged; the average is
-    given back in the nats of the last.
+    little. The boundaries' errors count as independent. The noise of the tasks' sequences is not, which are the same at
+    each: where it is much of all, the error of the average is too small. Influences shrink while a model trains, so
+    that nats of several stages cannot be averaged; the average is given back in the nats of the last.
 
     Args:
         kept: in [0, 1). 0 remembers nothing.
