@@ -5,7 +5,7 @@ Knows the dataset and the model; not what is decided from the measurement, nor w
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -35,7 +35,7 @@ from dynmix.mixture.schedule import Ints
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.observation import Array, Influence
-from dynmix.ranks import Ranks
+from dynmix.ranks import Ranks, on_every_rank
 from dynmix.retry import T, within_memory
 from dynmix.shown import Bar
 
@@ -267,7 +267,9 @@ class Measurement:
         """
 
         def measure() -> tuple[Influence, DrawnMixtures | None]:
-            sets, (domains, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
+            sets, (domains, pooled) = on_every_rank(
+                lambda: (self._rows(probes.held_out), self._batches_of(probes, prior))
+            )
             options = self._options | self.memory_options | {"curvature_batches": pooled}
             passes = self.curvature.passes * len(pooled)
             with self._progress(passes, domains, sets, self.memory_options["layer_groups"]) as tick:
@@ -280,8 +282,9 @@ class Measurement:
         options = self._options | self.memory_options
 
         def measure() -> Influence:
-            sets = self._rows(probes.held_out)
-            domains = {name: self._batches(name, rows[: self.probe_sequences]) for name, rows in probes.domains.items()}
+            sets, domains = on_every_rank(
+                lambda: (self._rows(probes.held_out), self._probe_batches(probes, probes.domains))
+            )
             with self._progress(0, domains, sets, self.memory_options["layer_groups"]) as tick:
                 return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
 
@@ -310,7 +313,7 @@ class Measurement:
         options = self._options | {"folds": folds}
 
         def measure() -> TaskGradients:
-            sets, (_, pooled) = self._rows(probes.held_out), self._batches_of(probes, prior)
+            sets, (_, pooled) = on_every_rank(lambda: (self._rows(probes.held_out), self._batches_of(probes, prior)))
             with self._progress(self.curvature.passes * len(pooled), {}, sets) as tick:
                 return task_gradients(model, sets, self.curvature, pooled, tick=tick, **options)
 
@@ -322,7 +325,7 @@ class Measurement:
         """Return the products of these domains' probes with the tasks' gradients, as `sequence_products`."""
 
         def measure() -> dict[str, tuple[Array, Array]]:
-            sets = {name: self._batches(name, probes.domains[name][: self.probe_sequences]) for name in domains}
+            sets = on_every_rank(lambda: self._probe_batches(probes, domains))
             with self._progress(0, sets, {}) as tick:
                 return sequence_products(model, gradients, sets, tick=tick, over_ranks=True)
 
@@ -396,6 +399,9 @@ class Measurement:
         if isinstance(self.dataset, MixtureStream):
             return np.arange(min(count, self.dataset.probes(domain)))
         return probe_rows(self.dataset.schedule, self.dataset.domains.index(domain), count, start, window)
+
+    def _probe_batches(self, probes: Probes, domains: Iterable[str]) -> dict[str, list[Batch]]:
+        return {name: self._batches(name, probes.domains[name][: self.probe_sequences]) for name in domains}
 
     def _batches(self, domain: str, rows: Ints) -> list[Batch]:
         return self._collated([self.dataset.sequence(domain, int(row)) for row in rows])

@@ -1,4 +1,5 @@
 import random
+import textwrap
 
 import numpy as np
 import pytest
@@ -329,3 +330,45 @@ def test_materialising_tasks_does_not_touch_the_random_state():
     before = torch.get_rng_state()
     MixtureController(running.dataset(), {"t": loader}, Static(), stage_steps=5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_agree_that_one_of_them_could_not_read(processes, tmp_path):
+    script = tmp_path / "read.py"
+    script.write_text(
+        textwrap.dedent("""
+        import datetime
+        import torch.distributed as dist
+        from dynmix import MixtureDataset
+        from tests.small import Bigram
+        from tests.test_measurement import PRIOR, measurement
+
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+        rank, read = dist.get_rank(), MixtureDataset.sequence
+
+        def fails(self, name, row):
+            if rank == 1 and name == "b":
+                raise OSError("stale file handle")
+            return read(self, name, row)
+
+        room, model = measurement({"influence", "guards"}), Bigram(0)
+        probes = room.probes(100, 50, PRIOR)
+        for attempt in (
+            lambda: room.influence(model, probes, PRIOR),
+            lambda: room.gradient(model, probes),
+            lambda: room.task_gradients(model, probes, PRIOR, 2),
+        ):
+            MixtureDataset.sequence = fails
+            try:
+                attempt()
+            except Exception as failure:
+                print(f"<{rank} {type(failure).__name__}: {failure}>", flush=True)
+            MixtureDataset.sequence = read
+            assert room.shrunk_to is None
+            attempt()  # and nobody is left waiting
+        dist.destroy_process_group()
+        """)
+    )
+    status, printed = processes.run(script, ranks=2, timeout=60)
+    assert status == 0, printed
+    assert printed.count("<0 RuntimeError: another rank failed: OSError: stale file handle>") == 3
+    assert printed.count("<1 OSError: stale file handle>") == 3
