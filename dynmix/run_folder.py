@@ -77,7 +77,7 @@ class RunFolder:
         """
         if is_rank_0():
             self._journal.truncate(stages)
-            for snapshot in self.path.glob("snapshots/stage-[0-9]*"):
+            for snapshot in _by_stage(self.path / "snapshots", ""):
                 if int(snapshot.name[6:]) >= stages:
                     shutil.rmtree(snapshot)
             for folder in (self.factors, self.in_run):
@@ -122,7 +122,7 @@ class RunFolder:
             logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
             return
         if is_rank_0():
-            _delete(sorted(folder.glob("stage-[0-9]*"))[:-keep])
+            _delete(_by_stage(folder, "")[:-keep])
 
 
 def _delete(old: Iterable[Path]) -> None:
@@ -138,5 +138,6 @@ def _name(stage: int) -> str:
     return f"stage-{stage:04d}.safetensors"
 
 
-def _by_stage(folder: Path) -> list[Path]:
-    return sorted(folder.glob("stage-*.safetensors"))
+def _by_stage(folder: Path, suffix: str = ".safetensors") -> list[Path]:
+    """What is named by a stage and nothing else: `stage-0003-best` is a copy that somebody made, and theirs."""
+    return sorted(p for p in folder.glob(f"stage-*{suffix}") if p.name[6:].removesuffix(suffix).isdecimal())

@@ -73,6 +73,16 @@ def test_what_is_saved_counts_as_such_where_what_is_older_cannot_be_deleted(tmp_
     assert sorted(path.name for path in there.iterdir()) == ["stage-0003", "stage-0004", "stage-0005"]
 
 
+def test_a_copy_that_somebody_made_of_a_snapshot_is_theirs(tmp_path):
+    folder, copy = RunFolder(tmp_path), tmp_path / "snapshots" / "stage-0001-best"
+    for stage in range(1, 4):
+        folder.save_snapshot(nn.Linear(1, 1), stage, {}, keep=1)
+        if stage == 1:
+            shutil.copytree(copy.with_name("stage-0001"), copy)
+    folder.rewind(2)
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
 def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what_is_undone(tmp_path):
     first, model = running.controller(running.dataset(), output=tmp_path), Bigram()
     running.begun(first, model)
