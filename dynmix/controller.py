@@ -50,6 +50,7 @@ from dynmix.run_folder import RunFolder
 from dynmix.sampling import Sampler
 from dynmix.shown import Bar
 from dynmix.timetable import Timetable
+from dynmix.training_loss import detach_earlier
 
 logger = logging.getLogger("dynmix")
 
@@ -226,6 +227,7 @@ class MixtureController:
         """Watch this model's training loss from now on, if the mixer learns from it; warn of a cache, once."""
         if not self._watched:
             _warn_of_cache(self.dataset, model)
+            detach_earlier(model)
         self._watched = True
         if self.decider.watch is not None:
             self.decider.watch.attach(model)

@@ -131,6 +131,17 @@ class TrainingLoss:
         )
 
 
+def detach_earlier(model: nn.Module) -> None:
+    """Take off a model what runs before this one attached and never detached, as one that was interrupted does not.
+
+    It would keep every batch from here on, for nobody.
+    """
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    for watch in (getattr(hook, "__self__", None) for hook in hooks):
+        if isinstance(watch, TrainingLoss):
+            watch.detach()
+
+
 def _losses(output: Any, labels: Tensor) -> Tensor | None:
     """Of each token, as `token_losses`; None where the model returned nothing that says it.
 

@@ -322,3 +322,12 @@ def test_a_run_begins_where_nobody_reads_what_a_measurement_takes(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Gone())
     begun(controller(dataset()))
+
+
+def test_a_run_takes_off_the_model_what_an_interrupted_one_left():
+    model = Bigram()
+    first, second = (controller(dataset(), mixer) for mixer in ("odm", Static()))
+    begun(first, model)
+    begun(second, model)
+    model(torch.tensor([[0, 1, 0, 3, 4]])).sum().backward()
+    assert first.decider.watch.take(1, BATCH) is None

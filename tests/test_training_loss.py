@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from dynmix import MixtureDataset
-from dynmix.training_loss import TrainingLoss, token_losses
+from dynmix.training_loss import TrainingLoss, detach_earlier, token_losses
 from tests.small import Bigram
 
 BATCH = 6
@@ -161,3 +161,14 @@ def test_token_losses_leave_out_ignored_labels():
 def test_a_reference_that_cannot_be_loaded_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no model that transformers can load"):
         TrainingLoss(dataset(), tmp_path)
+
+
+def test_what_an_interrupted_run_left_on_a_model_is_taken_off():
+    data, model = dataset(), Bigram(0)
+    earlier, watch = TrainingLoss(data), TrainingLoss(data)
+    earlier.attach(model)
+    detach_earlier(nn.Sequential(model))
+    watch.attach(model)
+    model(data[0]["input_ids"][None])
+    assert earlier.take(1, BATCH) is None
+    assert watch.take(1, BATCH) is not None
