@@ -364,18 +364,15 @@ class MixtureController:
 
     def _begin_afresh(self, model: nn.Module, step: int) -> dict[str, float]:
         """Begin the files of a fresh run, and write the row of its first stage."""
-        if self.folder is not None:
-            self.folder.set_aside()
-            self.folder.write_config(self._describe(model))
-            if self.sampler is not None:
-                from_rank_0(None)  # what an earlier run left is out of the way
-                self.sampler.begin(self.folder.path, 0)
-                if not self._samples_wanted():
-                    logger.warning(
-                        "%s asks for the corpus to be scored at no boundary of this run, so its mixture stays as it is:"
-                        " let it ask earlier (AutoMixer's after=), or make stages shorter",
-                        self.decider.name,
-                    )
+        on_every_rank(lambda: self._begin_files(model))
+        if self.sampler is not None and self.folder is not None:
+            self.sampler.begin(self.folder.path, 0)
+            if not self._samples_wanted():
+                logger.warning(
+                    "%s asks for the corpus to be scored at no boundary of this run, so its mixture stays as it is: let"
+                    " it ask earlier (AutoMixer's after=), or make stages shorter",
+                    self.decider.name,
+                )
         seconds: dict[str, float] = {}
         with _timed(seconds, "measure"):
             loss = self.measurement.losses(model)
@@ -385,6 +382,11 @@ class MixtureController:
         )
         self._ahead.warn()
         return logs
+
+    def _begin_files(self, model: nn.Module) -> None:
+        if self.folder is not None:
+            self.folder.set_aside()
+            self.folder.write_config(self._describe(model))
 
     def _resume(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Go on in the middle of a stage, or decide the next one if that is due."""

@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -322,6 +323,29 @@ def test_a_run_begins_where_nobody_reads_what_a_measurement_takes(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Gone())
     begun(controller(dataset()))
+
+
+def test_a_rank_that_cannot_write_the_runs_files_tells_the_others(tmp_path, processes):
+    script = tmp_path / "begin.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        import torch.distributed as dist
+        from tests import running
+
+        dist.init_process_group("gloo")
+        try:
+            running.begun(running.controller(running.dataset(), output=sys.argv[1]))
+        except Exception as failure:
+            print(f"<{dist.get_rank()} {type(failure).__name__}: {failure}>", flush=True)
+        dist.destroy_process_group()
+        """)
+    )
+    (tmp_path / "file").touch()
+    status, printed = processes.run(script, tmp_path / "file" / "run", ranks=2, timeout=60)
+    assert status == 0, printed
+    assert "<0 NotADirectoryError: " in printed
+    assert "<1 RuntimeError: another rank failed: NotADirectoryError: " in printed
 
 
 def test_a_run_takes_off_the_model_what_an_interrupted_one_left():
