@@ -38,7 +38,6 @@ from dynmix.mixture.sequences import Item, Rows, Sequences, common_length, conte
 from dynmix.mixture.sources import Source, open_domains
 from dynmix.mixture.steered import Steered
 from dynmix.mixture.text import Tokenizer
-from dynmix.mixture.view import RowView
 from dynmix.mixture.weights import Weights, matched
 
 logger = logging.getLogger("dynmix.mixture")
@@ -191,8 +190,9 @@ class MixtureDataset(Steered, Dataset[Item]):
             raise ValueError(f"max_epochs={max_epochs!r}: no sequence may be read at all; 1 is once, None no limit")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process opens the views that it meets.
-        late = {key: rows for key, rows in self._late.items() if not isinstance(rows, RowView)}
+        # A process opens the views that it meets, but for those that have no file: they were given as data.
+        files = {domain.source["hash"] for domain in self.schedule.joined if "file" in domain.source}
+        late = {key: rows for key, rows in self._late.items() if key not in files}
         return {**self.__dict__, "_late": late, "_tables": None, "_collated": None}
 
     def __len__(self) -> int:

@@ -537,6 +537,15 @@ def test_data_that_is_still_drawn_may_not_go(folder: Path) -> None:
     assert twin.state_dict() == before
 
 
+def test_a_view_that_joined_as_data_is_in_every_copy(folder: Path) -> None:
+    dataset = make(folder)
+    dataset.extend({"x": RowView(tuple(make(folder).sequences.values()), *x["x"])})
+    dataset.publish(second, start=100)
+    copied = pickle.loads(pickle.dumps(dataset))
+    for there, here in zip(copied.look(100, 200), dataset.look(100, 200), strict=True):
+        assert torch.equal(there["input_ids"], here["input_ids"])
+
+
 def test_data_in_memory_is_refused_where_workers_run_that_would_not_see_it(folder: Path) -> None:
     dataset = make(folder)
     dataset.schedule.hold(96)
