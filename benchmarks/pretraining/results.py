@@ -120,7 +120,8 @@ def _budget(name: str, cells: Cells, drawn: Path) -> list[str]:
         overview(cells) + "\n",
         f"![loss by tokens](results/curves-{name}.svg)\n\n![trade](results/trade-{name}.svg)\n",
         f"Share of the natural run's tokens at which a method is where that run ends (on {settings['curve_examples']} "
-        "examples a task, read off the runs' own curves, whose learning rate is still high there):\n",
+        "examples a task, read off the runs' own curves, whose learning rate is still high there; counted are the "
+        "tokens that the run itself trained on, no proxy or measurement; a mean is of the seeds that reached it):\n",
         efficiency(cells) + "\n",
         "What is spent (`beforehand`: proxies and references; `in the run`: probes, measurements, decisions):\n",
         costs(cells) + "\n",
