@@ -186,6 +186,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._collated: Any = None  # by what function, as was checked last
         self._progress, self._reading = Progress(), InOrder(self.num_samples)
         self._ahead = ReadAhead(self.schedule)
+        self._stages_loaded: int | None = None  # of the state that was loaded last
         if max_epochs == 0 or (max_epochs is not None and not self.ends_at):
             raise ValueError(f"max_epochs={max_epochs!r}: no sequence may be read at all; 1 is once, None no limit")
 
@@ -412,6 +413,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         """Continue the stream of a state made by `state_dict`; to be called before a loader reads on.
 
         In a worker, where torchdata's `StatefulDataLoader` calls it, nothing changes: stages are the main process's.
+        Nor does it where that loader has none, and loads the state that was loaded already as it begins to read: what
+        was published or joined since stays.
 
         From then on the domains are those of the state, with their numbers there. The data of those that joined is
         found where the state says, or among the domains of this dataset. A domain of the state may be missing here if
@@ -431,7 +434,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         schedule = self.schedule.like(then)
         if found := self._differences(state, saved, schedule):
             raise ValueError("this state belongs to other data: " + "; ".join(found))
-        if self._is_of_worker(saved):
+        if self._is_of_worker(saved) or self._is_loaded(saved):
             return
         first = late.first_rows(then, self._listed, self.sequence_length, state["fingerprint"])
         drawn = last_shares(saved)
@@ -453,6 +456,12 @@ class MixtureDataset(Steered, Dataset[Item]):
         if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:
             self._join(self._given, new)
             logger.warning("%s joined: nothing is drawn of it until a stage is published that gives it some", list(new))
+        self._stages_loaded = self.schedule.num_stages
+
+    def _is_loaded(self, schedule: Mapping[str, Any]) -> bool:
+        """Whether a state of this `schedule` is the one that was loaded last, and nothing was read since."""
+        stages = schedule["stages"]["first"] + len(schedule["stages"]["starts"])
+        return not self.read_until and stages == self._stages_loaded and self.schedule.continues(schedule)
 
     def _differences(self, state: Mapping[str, Any], saved: Mapping[str, Any], schedule: MixtureSchedule) -> list[str]:
         """In words, why this dataset cannot go on from a state; none if it can.
