@@ -53,6 +53,11 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
             "return them, alone, as output.logits or output['logits'], or first in a tuple, or outside of a run give a "
             "loss="
         )
+    if type(output).__name__ == "MaskedLMOutput":  # of transformers
+        raise TypeError(
+            f"{type(unwrap(model)).__name__} is a masked LM, whose tokens see those that follow, and the next-token "
+            "loss is that of a causal LM: take a causal LM, or outside of a run give a loss="
+        )
     ids = inputs.get("input_ids")
     if ids is not None and "logits_to_keep" not in inputs and logits.shape[:2] != ids.shape:
         raise ValueError(

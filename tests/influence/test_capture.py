@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import BartForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
+from transformers import (
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 from dynmix.influence.batch import Batch, next_token_labels, next_token_loss, token_mask
@@ -522,6 +528,12 @@ def test_an_encoder_decoder_is_refused(token_batches: Batcher, kind: type[PreTra
     config: Any = kind.config_class
     with pytest.raises(TypeError, match="ForConditionalGeneration is an encoder-decoder.*take a causal LM"):
         captured(kind(config(**sizes, **many)), token_batches(3)[0])
+
+
+def test_a_masked_lm_is_refused(token_batches: Batcher) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    with pytest.raises(TypeError, match="BertForMaskedLM is a masked LM.*take a causal LM"):
+        captured(BertForMaskedLM(BertConfig(vocab_size=97, **sizes)), token_batches(3)[0])
 
 
 def test_logits_of_other_positions_than_the_tokens_are_refused(
