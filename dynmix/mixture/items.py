@@ -8,8 +8,10 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
 from torch.utils.data._utils import worker as torch_worker
 
 from dynmix.shown import Bar
@@ -216,10 +218,12 @@ def _parts(source: Any) -> Iterator[Any]:
 def _has_state(opened: Any) -> bool:
     """Whether it says by itself where its next item is.
 
-    The state of an HF dataset does not hold its shuffle buffer; datasets of litdata and Mosaic have to be told how far
-    they were read.
+    The state of an HF dataset does not hold its shuffle buffer, and before 4.8.5 a `.map` in batches went on with other
+    items; datasets of litdata and Mosaic have to be told how far they were read.
     """
     if any(type(part).__name__ == "BufferShuffledExamplesIterable" for part in _parts(opened)):
+        return False
+    if hasattr(opened, "_ex_iterable") and Version(version("datasets")) < Version("4.8.5"):
         return False
     if not (hasattr(opened, "state_dict") and hasattr(opened, "load_state_dict")):
         return False

@@ -135,6 +135,15 @@ def test_who_else_reads_a_dataset_does_not_matter(make: Callable[[], Any], reade
         assert source.epoch == 9
 
 
+def test_an_hf_dataset_that_would_go_on_elsewhere_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, its_own in (("4.8.5", True), ("4.8.4", False)):
+        monkeypatch.setattr("dynmix.mixture.items.version", {"datasets": version}.__getitem__)
+        items = Items("a", doubled(2), 0, 1)
+        taken(items, 7)
+        assert (items.state_dict()["source"] is not None) == its_own
+    test_it_goes_on_where_it_was_left("hf mapped", 1)
+
+
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 30))
 def test_readers_deal_out_the_passes(size: int, readers: int, left: int) -> None:
     endless = list(range(size)) * 300
