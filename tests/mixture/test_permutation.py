@@ -32,7 +32,7 @@ def test_every_image_is_equally_likely_over_keys(length: int) -> None:
     for index in (0, length - 1):
         image = permute(np.full(trials, index), length, mix(7, np.arange(trials)))
         expected = trials / length
-        chi_square = float(((np.bincount(image, minlength=length) - expected) ** 2 / expected).sum())
+        chi_square = float(((np.bincount(image.astype(np.int64), minlength=length) - expected) ** 2 / expected).sum())
         assert chi_square < length - 1 + 6 * np.sqrt(2 * length)
 
 
