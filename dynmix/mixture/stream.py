@@ -59,7 +59,8 @@ class MixtureStream(Steered, IterableDataset[Item]):
     - The same sources, seed, stages, ranks and workers give the same samples.
     - A state resumes exactly with the numbers of ranks and workers it was taken with, and is refused with others.
       Sources with `state_dict` and `load_state_dict` resume from their own state; others, and HF datasets with a
-      shuffle buffer (which no state includes), are read again up to where they were left, and the log says so.
+      shuffle buffer (which no state includes) or of `datasets` before 4.8.5 (whose states were not exact), are read
+      again up to where they were left, and the log says so.
 
     What it cannot do is keep the samples when the number of ranks or workers changes, since each reads its own share of
     every domain. If you need that, write token stores (`dynmix prepare`) and use `MixtureDataset`.
