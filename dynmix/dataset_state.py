@@ -41,7 +41,8 @@ def check_ranks(dataset: Mixture, plan: Mapping[str, Any]) -> None:
         if found := dataset.differences(state) + found:
             raise ValueError(
                 f"the dataset of rank {ranks.rank} is not that of rank 0, as it was there and is here: "
-                f"{'; '.join(found)}; make it alike on every rank: of one seed, with domains and files in one order"
+                f"{'; '.join(found)}; make run and dataset alike on every rank: of one seed, with stages of one "
+                "length, and domains and files in one order"
             )
 
     with random_state_kept():  # a domain's items may draw from it
