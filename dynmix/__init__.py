@@ -81,3 +81,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f"dynmix.{module}"), name)
     raise AttributeError(f"module 'dynmix' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # Without it a notebook completes `dynmix.` to the modules that happen to be loaded, and to no public name.
+    return sorted({*globals(), *__all__})

@@ -94,6 +94,7 @@ def test_public_names():
 
     for name in dynmix.__all__:
         assert getattr(dynmix, name) is not None
+    assert set(dynmix.__all__) <= set(dir(dynmix))  # what a notebook completes
     assert set(dynmix.callbacks.__all__) == {"MixtureCallback", "MixtureHook", "PeakCallback"}
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         dynmix.Nothing  # noqa: B018
