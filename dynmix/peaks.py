@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import takewhile
@@ -203,10 +202,12 @@ class PeakSnapshots:
         for path in paths:
             gone = path.with_name(f".{path.name}.deleted")
             if gone.exists():  # a kill left it, and a run that began afresh did not clear it away
-                shutil.rmtree(gone)
-            path.rename(gone)
-        for path in self.folder.glob(".step-*"):  # what a kill left half written is among them
-            shutil.rmtree(path)
+                run_folder.delete([gone])
+            try:
+                path.rename(gone)
+            except OSError as failure:
+                logger.warning("%s was not deleted, training goes on: %s", path, failure)
+        run_folder.delete(self.folder.glob(".step-*"))  # what a kill left half written is among them
 
     def _write(self) -> None:
         if not is_rank_0():

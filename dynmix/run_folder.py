@@ -110,7 +110,7 @@ class RunFolder:
         except Exception as failure:  # of a full disk safetensors raises what is no OSError
             logger.error("%s was not saved, training goes on: %s", file, failure)
             return False
-        _delete(old for old in _by_stage(file.parent)[: -max(2, keep)] if old.name not in self.needed)
+        delete(old for old in _by_stage(file.parent)[: -max(2, keep)] if old.name not in self.needed)
         return True
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:
@@ -122,11 +122,11 @@ class RunFolder:
             logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
             return
         if is_rank_0():
-            _delete(_by_stage(folder, "")[:-keep])
+            delete(_by_stage(folder, "")[:-keep])
 
 
-def _delete(old: Iterable[Path]) -> None:
-    """Delete files and folders; what stays costs room and nothing else."""
+def delete(old: Iterable[Path]) -> None:
+    """Delete files and folders that nobody needs; what stays costs room and nothing else."""
     for path in old:
         try:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

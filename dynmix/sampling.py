@@ -25,6 +25,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.peaks import PeakSnapshots, evaluated
 from dynmix.ranks import Ranks, from_rank_0, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
+from dynmix.run_folder import delete
 from dynmix.scores import Column, SamplePlan, SampleScores
 from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
 from dynmix.scoring.folder import OtherConfiguration, discard
@@ -147,9 +148,7 @@ class Sampler:
             return
         # The last of a run that goes on from there, and of this one.
         kept = [*[path for path, at in there if at <= step][-1:], there[-1][0]] if wanted and there else []
-        for path, _ in there:
-            if path not in kept:
-                shutil.rmtree(path)
+        delete(path for path, _ in there if path not in kept)
 
     def scores(self, model: nn.Module, step: int, tokens_left: int) -> SampleScores:
         """Have the checkpoints score every sequence of the dataset's first domains, for the tasks.

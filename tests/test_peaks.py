@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -180,7 +181,7 @@ def test_a_kill_at_any_moment_leaves_nothing_half(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             peaks.record(model_at(3), 3, {"a": 3.0})
     with monkeypatch.context() as patch:
-        patch.setattr("dynmix.peaks.shutil.rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             peaks.prune(2)
     assert [path.name for path in tmp_path.glob(".*")] == [".step-0000001.deleted"]
@@ -203,6 +204,21 @@ def test_a_run_that_begins_afresh_does_not_trip_over_what_a_kill_left_half_delet
     set_folder_aside(tmp_path)
     recorded(tmp_path, {1: 5.0, 2: 4.0}).prune(2)
     assert {path.name for path in tmp_path.iterdir()} == {"previous-1", "peaks.json", "step-0000002"}
+
+
+@pytest.mark.parametrize(("where", "how"), [(shutil, "rmtree"), (Path, "rename")])
+def test_what_cannot_be_deleted_costs_room_and_nothing_else(tmp_path, monkeypatch, caplog, where, how):
+    peaks = recorded(tmp_path, {1: 5.0, 2: 4.0})
+
+    def busy(*args, **options):
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, how, busy)
+        peaks.prune(2)
+    assert "was not deleted, training goes on: [Errno 16] Device or resource busy" in caplog.text
+    peaks.prune(2)
+    assert snapshots(tmp_path) == [2]
 
 
 def test_a_snapshot_that_cannot_be_written_is_no_peak(tmp_path, monkeypatch, caplog):

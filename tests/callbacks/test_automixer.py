@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -400,6 +402,20 @@ def test_snapshots_that_an_older_checkpoint_lacks_are_named(training, tmp_path, 
     assert "are not there" not in caplog.text
     training.run(tmp_path, resume=str(tmp_path / "checkpoint-3"), **saved)
     assert "snapshots of 3 steps are not there, the first that of step 1 (they go when a later" in caplog.text
+
+
+def test_snapshots_that_cannot_be_deleted_end_no_run(training, tmp_path, monkeypatch, caplog):
+    remove = shutil.rmtree
+
+    def busy(path, ignore_errors=False, **options):
+        if Path(path).parent.name == "checkpoints" and not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+        remove(path, ignore_errors=ignore_errors, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    training.run(tmp_path, mixer=AutoMixer(every=1, keep=0.8, checkpoints=2), save_strategy="steps", save_steps=5)
+    assert errors(tmp_path) == [None] * 5
+    assert "checkpoints/step-0000001 was not deleted, training goes on: [Errno 16]" in caplog.text
 
 
 def test_a_task_that_a_resumed_run_was_not_given_is_let_go(training, tmp_path, monkeypatch):
