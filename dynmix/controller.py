@@ -390,9 +390,12 @@ class MixtureController:
 
     def _resume(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Go on in the middle of a stage, or decide the next one if that is due."""
-        if self.sampler is not None and self.folder is not None:
-            self.sampler.begin(self.folder.path, step, self._samples_wanted())
         self.timetable.check_step(step)
+        if (folder := self.folder) is not None:
+            # Not as the state is loaded: files are left alone where the run is then refused.
+            on_every_rank(lambda: folder.rewind(self.dataset.schedule.num_stages))
+            if self.sampler is not None:
+                self.sampler.begin(folder.path, step, self._samples_wanted())
         if self.in_run is not None and self.folder is not None and self._window is not None:
             window = self._window_from(int(self._window["began"]))
             self.in_run.resume(model, self.folder, self._window, step, window)
@@ -557,7 +560,7 @@ class MixtureController:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state`; rows of the journal that were written after it are dropped, to be written again.
+        """Resume from `state`; as the run begins, rows of the journal after it are dropped, to be written again.
 
         Raises:
             ValueError: the state is of other data or of other stages, with what changed, or it is damaged.
@@ -580,7 +583,6 @@ class MixtureController:
         self.resumed, self._dataset_state = True, None
         if self.folder is not None:
             self.folder.needed = needed
-            self.folder.rewind(self.dataset.schedule.num_stages)
 
     def _look_away(self) -> None:
         """Forget what was seen of a step that nobody ended, as one that was interrupted in this process."""

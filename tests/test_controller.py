@@ -97,13 +97,30 @@ def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
     rows = Journal(tmp_path / "journal.jsonl").rows()
     second = controller(dataset(), output=tmp_path, keep=0)
     second.load_state_dict(json.loads(states[11]))
-    assert Journal(tmp_path / "journal.jsonl").rows() == rows[:3]
     begun(second, model, step=11)
+    assert Journal(tmp_path / "journal.jsonl").rows() == rows[:3]
     for step in range(12, 26):
         second.step_ended(model, step)
     again = Journal(tmp_path / "journal.jsonl").rows()
     assert [row["weights"] for row in again] == [row["weights"] for row in rows]
     assert json.dumps(second.state_dict()) == states[25]
+
+
+def test_a_run_that_is_refused_leaves_the_files_of_an_earlier_one_alone(tmp_path):
+    first, model = controller(dataset(), output=tmp_path), Bigram()
+    begun(first, model)
+    for step in range(1, 26):
+        first.step_ended(model, step)
+        if step == 6:
+            old = first.state_dict()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = controller(dataset(), output=tmp_path)
+    again.load_state_dict(old)
+    with pytest.raises(ValueError, match=r"take \[4, 8\] samples a step"):
+        again.plan(batch_size=2 * BATCH)
+    with pytest.raises(ValueError, match="the state is older than step 16"):
+        begun(again, model, step=16)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
 
 
 def test_a_state_older_than_the_run_is_refused():
