@@ -85,6 +85,8 @@ class RunRows:
         """What each stage was predicted to gain on the task, and by how much the task's loss fell over it."""
         gains = []
         for row, after in pairwise(self.rows):
+            if after["stage"] != row["stage"] + (after["kind"] == "stage"):
+                continue  # a row is missing: the loss fell over several stages
             predicted = _pair(row["predicted_gain"], row["predicted_gain_standard_error"], task)
             loss, loss_error = _pair(row["task_loss"], row["task_loss_standard_error"], task)
             later, later_error = _pair(after["task_loss"], after["task_loss_standard_error"], task)

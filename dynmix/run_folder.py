@@ -77,6 +77,12 @@ class RunFolder:
         """
         if is_rank_0():
             self._journal.truncate(stages)
+            if missing := sorted(set(range(stages)) - {row["stage"] for row in self._journal.rows()}):
+                logger.warning(
+                    "%s has no row of %d of the %d stages that this run goes on from, the first of them stage %d: its "
+                    "report lacks them; a run that goes on in another folder needs what is in the one before",
+                    self._journal.path, len(missing), stages, missing[0],
+                )  # fmt: skip
             for snapshot in _by_stage(self.path / "snapshots", ""):
                 if int(snapshot.name[6:]) >= stages:
                     shutil.rmtree(snapshot)

@@ -105,6 +105,7 @@ def write_journal(
             message=f"the words of stage {stage}",
             seconds={"measure": 1.5, "propose": 0.25, "snapshot": 0.125},
         )
+        row["stage"] = max(0, stage - last)  # the final row is of the last stage
         Journal(path).append(row | changes)  # type: ignore[operator]
     return path
 
@@ -182,6 +183,9 @@ def test_realised_gain_is_what_the_loss_fell_by_over_the_stage(tmp_path: Path) -
     for gain in gains:
         assert f"{gain['realised'][0]:+.4f} ".replace("-", "\N{MINUS SIGN}") in " ".join(page.cells)
     assert "as if its two losses were independent: they are of the same sequences" in page.text
+    for missing, left in ((2, [3]), (3, [1])):  # as of a disk that was full
+        partial = RunRows([row for row in rows if row["stage"] != missing or row["kind"] == "final"])
+        assert [gain["stage"] for gain in partial.gains("qa")] == left
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 40])

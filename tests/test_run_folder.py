@@ -101,6 +101,17 @@ def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what
     assert [path.name for path in kept.iterdir()] == ["stage-0002"]
 
 
+def test_a_run_that_goes_on_without_rows_of_its_past_says_so(tmp_path, caplog):
+    first, model = running.begun(running.controller(running.dataset(), output=tmp_path / "old")), Bigram()
+    for step in range(1, 13):
+        first.step_ended(model, step)
+    for folder, said in (("old", 0), ("new", 1)):
+        again = running.controller(running.dataset(), output=tmp_path / folder)
+        again.load_state_dict(first.state_dict())
+        running.begun(again, model, 12)
+        assert caplog.text.count("has no row of 3 of the 3 stages that this run goes on from, the first") == said
+
+
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     loop = running.begun(running.controller(running.dataset(), output=tmp_path, keep=1))
 

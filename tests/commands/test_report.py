@@ -48,7 +48,7 @@ def test_a_run_folder_its_inner_folder_and_its_journal_give_the_same_page(run):
 
 
 def test_figures_are_files_of_their_own(run, tmp_path):
-    Journal(run / "dynmix/journal.jsonl").append(row(2, "final"))
+    Journal(run / "dynmix/journal.jsonl").append(row(1, "final"))
     done = call(run, "--figures", tmp_path / "one", "--format", "svg", "--format", "png", "--format", "pdf", "--json")
     assert done.exit_code == 0, done.output
     written = json.loads(done.stdout)["figures"]
