@@ -6,6 +6,7 @@ of the dataset. Knows the dataset, the tasks and the model that trains; nothing 
 
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,13 @@ from dynmix.retry import within_memory
 from dynmix.run_folder import delete
 from dynmix.scores import Column, SamplePlan, SampleScores
 from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
-from dynmix.scoring.folder import OtherConfiguration, discard
+from dynmix.scoring.folder import OtherConfiguration, ScoreFolder, discard
 from dynmix.snapshot import check_like, load_like, write_snapshot
 from dynmix.tasks import Task
 
 logger = logging.getLogger("dynmix")
+
+_PATIENCE = 120.0  # seconds; NFS looks after one what is new in a folder
 
 
 class Sampler:
@@ -165,7 +168,15 @@ class Sampler:
         out = self.folder / "scores" / f"step-{step:07d}"
         logger.info("scoring the corpus by %s", ", ".join(f"{s.name} for {'/'.join(s.tasks)}" for s in sources))
         on_every_rank(lambda: self._score(model, sources, out))
-        return replace(read_scores(out), tokens_left=tokens_left)
+        return replace(on_every_rank(lambda: self._read(out)), tokens_left=tokens_left)
+
+    def _read(self, out: Path) -> SampleScores:
+        """Every shard is written by now, but a disk may take a while to show one that another machine has written."""
+        end = time.monotonic() + _PATIENCE
+        while ScoreFolder(out).missing and time.monotonic() < end:
+            self.dataset.pulse()
+            time.sleep(0.5)
+        return read_scores(out)
 
     def _score(self, model: nn.Module, sources: list[Source], out: Path) -> None:
         ranks = Ranks(shared=True)

@@ -84,3 +84,53 @@ def test_every_rank_scores_by_the_checkpoint_that_rank_0_has_just_written(proces
     status, printed = processes.run(tmp_path / "two.py", tmp_path, ranks=2)
     assert status == 0, printed
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["[2, 3]"] * 2
+
+
+READING = """
+import sys, time, torch, torch.distributed as dist
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+import dynmix.sampling
+from dynmix import AutoMixer, MixtureDataset
+from dynmix.callbacks import MixtureHook
+dist.init_process_group("gloo")
+rank, folder, read = dist.get_rank(), Path(sys.argv[1]), dynmix.sampling.read_scores
+seen_from = time.monotonic() + 3 * rank
+
+class Late(dynmix.sampling.ScoreFolder):  # as on a disk of which this machine knows that a file was not there
+    @property
+    def missing(self):
+        return super().missing or ([0] if time.monotonic() < seen_from else [])
+
+def failing(out):
+    if Late(out).missing or (rank == 1 and sys.argv[2] == "broken"):
+        raise OSError(5, "Input/output error")
+    return read(out)
+
+dynmix.sampling.ScoreFolder, dynmix.sampling.read_scores = Late, failing
+model = LlamaForCausalLM(LlamaConfig(**TINY))
+dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
+task = {"code": [{"input_ids": torch.arange(6)[None]}]}
+sampler = MixtureHook(model, dataset, task, AutoMixer(), stage_steps=4).controller.sampler
+sampler.begin(folder, 0)
+try:
+    print(f"<{rank} {len(sampler.scores(model, 3, 64).row)}>", flush=True)
+except Exception as failure:
+    print(f"<{rank} {failure}>", flush=True)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("late", ["<0 50>", "<1 50>"]),
+        ("broken", ["<0 another rank failed: OSError: [Errno 5] Input", "<1 [Errno 5] Input"]),
+    ],
+)
+def test_every_rank_reads_the_scores_or_none(processes, tmp_path, how, told):
+    (tmp_path / "reading.py").write_text(READING.replace("**TINY", f"**{TINY}"))
+    status, printed = processes.run(tmp_path / "reading.py", tmp_path, how, ranks=2, timeout=120)
+    assert status == 0, printed
+    for words in told:
+        assert words in printed
