@@ -104,15 +104,17 @@ class Progress:
             RuntimeError: the parent process ended.
         """
         parent = multiprocessing.parent_process()
-        pulse, since, patience = -1, time.monotonic(), _WARN_SECONDS
+        pulse, waited, patience, clock = -1, 0.0, _WARN_SECONDS, time.monotonic()
         while get_worker_info() is not None and (end := schedule.end) is not None and end < stop:
             if schedule.exhausted_at is not None:
                 return
             if parent is not None and not parent.is_alive():
                 raise RuntimeError(f"the parent process ended before it published the stage of position {end}")
             if pulse != (pulse := int(self._cells.array[_PULSE])):
-                since, patience = time.monotonic(), _WARN_SECONDS
-            waited = time.monotonic() - since
+                waited, patience = 0.0, _WARN_SECONDS
+            now = time.monotonic()
+            waited += min(now - clock, 1.0)  # a longer pause is of a suspended job, main process and all
+            clock = now
             if waited > _GIVE_UP_SECONDS:
                 raise Undecided(f"position {end} was not decided within {waited:.0f} s.{causes}")
             if waited > patience:

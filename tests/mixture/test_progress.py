@@ -1,10 +1,11 @@
 import multiprocessing
+from contextlib import nullcontext
 
 import pytest
 
 from dynmix.mixture import progress as module
 from dynmix.mixture.progress import Progress
-from dynmix.mixture.schedule import MixtureSchedule
+from dynmix.mixture.schedule import MixtureSchedule, Undecided
 
 
 def test_a_worker_whose_parent_is_gone_stops_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +18,24 @@ def test_a_worker_whose_parent_is_gone_stops_waiting(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: process)
     Progress().wait(schedule, 20, "")
     with pytest.raises(RuntimeError, match="parent process ended before it published the stage of position 20"):
+        Progress().wait(schedule, 24, "")
+
+
+@pytest.mark.parametrize(("asleep", "gives_up"), [(7200.0, False), (0.5, True)])
+def test_a_job_that_was_suspended_has_not_waited(
+    monkeypatch: pytest.MonkeyPatch, asleep: float, gives_up: bool
+) -> None:
+    schedule, clock = MixtureSchedule({"a": 1.0}, {"a": 5}), iter(asleep * n for n in range(20_000))
+    schedule.hold(20)
+
+    def sleep(seconds: float) -> None:
+        if not gives_up:
+            schedule.publish({"a": 1.0}, 20)
+
+    monkeypatch.setattr(module, "get_worker_info", lambda: type("Worker", (), {"id": 0}))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    with pytest.raises(Undecided, match="not decided within 180[01] s") if gives_up else nullcontext():
         Progress().wait(schedule, 24, "")
 
 
