@@ -87,10 +87,18 @@ class Decider:
 
     def _start(self) -> Mapping[str, float] | None:
         dataset, length, schedule = self.dataset, self.dataset.sequence_length, self.dataset.schedule
-        self._started = dataset.domains
         tokens = {name: size * length for name, size in dataset.sizes.items()}
         first = schedule.weights_at(schedule.starts[0])
-        return self.mixer.start(Run(tokens, len(dataset) * length, first, dataset.gone))
+        found = self.mixer.start(Run(tokens, len(dataset) * length, first, dataset.gone))
+        self._started = dataset.domains
+        return found
+
+    def _follow(self) -> None:
+        """Tell the mixer of domains that joined since it was started, as a run that resumes does: it is the same."""
+        if self.dataset.domains != self._started:
+            learnt = self._as_saved(self.mixer)
+            self._start()
+            self.mixer.load_state_dict(learnt)
 
     @property
     def measures(self) -> bool:
@@ -183,6 +191,7 @@ class Decider:
         Raises:
             ValueError: an answer that is not a mixture of the domains inside the bounds; or whatever the mixer raises.
         """
+        self._follow()
         proposal, cdf = self._decide(self.mixer, found, prior, upper, step=step, steps=steps)
         if proposal.groups:
             given = dict.fromkeys(proposal.groups, 0.0) | proposal.weights

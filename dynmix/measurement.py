@@ -136,9 +136,7 @@ class Measurement:
         self.guards = (HELD_OUT,) if held_out else tuple(given)
         if both := [name for name in self.guards if name in tasks]:
             raise ValueError(f"{both} are tasks and guards: a set is optimised for or guarded; rename or drop one")
-        # An even number of each domain, and two at least, so that there is a spread within every one of them.
-        of_each = -(-(task_sequences or 128) // len(dataset.domains))
-        self.held_out_sequences = max(2, of_each + of_each % 2) if held_out else 0
+        self._held_out = (task_sequences or 128) if held_out else 0  # sequences of all domains together
         with random_state_kept():
             self.sets: dict[str, list[Batch]] = {
                 name: as_batches(
@@ -171,6 +169,15 @@ class Measurement:
         """The domains that can be measured: all but those of a resumed state that this run does not list."""
         gone = self.dataset.gone
         return [name for name in self.dataset.domains if name not in gone]
+
+    @property
+    def held_out_sequences(self) -> int:
+        """Sequences of each domain in the default guard; 0 without it."""
+        if not self._held_out:
+            return 0
+        # An even number, and two at least, so that there is a spread within every one of them.
+        of_each = -(-self._held_out // len(self.here))
+        return max(2, of_each + of_each % 2)
 
     def shrink(self, sequences: int) -> None:
         """Take at most so many sequences per batch from now on."""

@@ -159,6 +159,49 @@ def test_an_influence_that_is_not_finite_is_not_even_shown_to_the_mixer(monkeypa
     assert row["influence"] == [[None, 1.0]]
 
 
+MIXERS = (
+    "tikmix-d",
+    {"name": "tikmix-d", "against": "run", "confidence": 0},
+    "tikmix-m",
+    "doge",
+    "odm",
+    "ado",
+    "uniform",
+)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_domain_that_joins_is_decided_on_as_in_a_run_that_resumes(mixer, tmp_path):
+    def go_on(loop, first):
+        loop.watch(model)
+        for step in range(first, 16):
+            model(torch.stack([loop.dataset[g]["input_ids"] for g in range(step * BATCH - BATCH, step * BATCH)]))
+            loop.step_ended(model, step)
+            if step == 6:
+                loop.dataset.extend({"c": sequences(2, 200)})
+                state = json.dumps(loop.state_dict())
+        return state if first == 1 else None
+
+    def loop_of(name, names="ab"):
+        data = MixtureDataset(
+            {name: sequences("abc".index(name), 200) for name in names},
+            {name: 0.5 if name in "ab" else 0.0 for name in names},
+            num_samples=100,
+            block=BATCH,
+        )
+        return controller(data, mixer, curvature=Identity(), output=tmp_path / name, keep=0)
+
+    whole, again, model = loop_of("whole"), loop_of("again", "abc"), Bigram(0)
+    begun(whole, model)
+    state = go_on(whole, 1)
+    again.load_state_dict(json.loads(state))
+    begun(again, model, 6)
+    go_on(again, 7)
+    assert [row["error"] for row in Journal(tmp_path / "whole" / "journal.jsonl").rows()] == [None] * 4
+    assert whole.dataset.schedule.stages == again.dataset.schedule.stages
+    assert len(whole.dataset.schedule.stages) == 4
+
+
 @pytest.mark.parametrize("mixer", ["tikmix-d", "tikmix-m", "doge", "odm", "ado", "fixed", "staged"])
 @pytest.mark.parametrize("then", ["abc", "ab"])
 def test_a_run_goes_on_without_a_domain_that_is_not_drawn_and_with_one_that_joined(mixer, then, caplog):

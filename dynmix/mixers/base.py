@@ -128,7 +128,8 @@ class Mixer(ABC):
         """Prepare for a run; return the weights of its first stage, or None to keep the dataset's.
 
         Called again when a run is resumed, before `load_state_dict`; what it returns is then ignored. If the state has
-        other domains than this run lists, it is called a second time, with those of both.
+        other domains than this run lists, it is called a second time, with those of both. Where domains join while the
+        run goes on, it is called with all of them, and `load_state_dict` with the state from just before.
         """
         return None
 
