@@ -88,7 +88,9 @@ class Decider:
     def _start(self) -> Mapping[str, float] | None:
         dataset, length, schedule = self.dataset, self.dataset.sequence_length, self.dataset.schedule
         tokens = {name: size * length for name, size in dataset.sizes.items()}
-        first = schedule.weights_at(schedule.starts[0])
+        if not schedule.starts[0]:  # else the state of a long run has left it out, and it is as this run was made
+            self._first = schedule.weights_at(0)
+        first = dict.fromkeys(dataset.domains, 0.0) | self._first
         found = self.mixer.start(Run(tokens, len(dataset) * length, first, dataset.gone))
         self._started = dataset.domains
         return found

@@ -56,6 +56,25 @@ def test_what_a_mixer_says_of_the_first_stage_holds_from_the_first_sample():
         Decider("uniform", read, None)
 
 
+def test_a_mixer_is_told_of_the_run_s_first_weights_where_the_state_has_left_them_out(monkeypatch):
+    class Told(Learner):
+        def start(self, run):
+            self.first = run.weights
+
+    long, data = dataset(), dataset()
+    for stage in range(1, 9):
+        long.publish({"a": stage / 10, "b": 1 - stage / 10}, 8 * stage)
+    long.extend({"c": dataset().sequences["a"]})
+    monkeypatch.setattr("dynmix.mixture.packed._ROOM", 0)
+    state = long.state_dict()
+    assert state["schedule"]["stages"]["first"] > 0
+    decider = Decider(mixer := Told(), data, None)
+    data.extend({"c": dataset().sequences["a"]})
+    data.schedule.load_state_dict(state["schedule"])
+    decider.load_state_dict({"name": "Told", "state": mixer.state_dict()})
+    assert mixer.first == {**dataset().schedule.weights_at(0), "c": 0.0}
+
+
 def test_a_rehearsal_leaves_the_mixer_as_it_was():
     mixer = Learner()
     mixer.steps = [7]
