@@ -120,10 +120,10 @@ class InRunInfluence:
         window, problem = None, None
         try:
             prior = self.dataset.schedule.weights_at(ahead.start)
-            probes = self.measurement.probes(ahead.start, len(ahead), prior)
+            probes = self._probes(ahead)
             gradients = self.measurement.task_gradients(model, probes, prior, self.options.folds)
             file = folder.save_task_gradients(gradients, stage, keep)
-            window = self._built(model, gradients, file, step, probes)
+            window = self._built(model, gradients, file, step, probes, ahead)
         except Exception as failure:
             problem = failure
         self._begin(window, problem, step)
@@ -134,9 +134,9 @@ class InRunInfluence:
         """Resume the window of a checkpoint. Arguments as in `arm`; `ahead` as it was when the window opened."""
         window, problem = None, None
         try:
-            probes = self.measurement.probes(ahead.start, len(ahead), self.dataset.schedule.weights_at(ahead.start))
+            probes = self._probes(ahead)
             gradients = TaskGradients.load(folder.in_run / state["file"])
-            window = self._built(model, gradients, state["file"], int(state["began"]), probes)
+            window = self._built(model, gradients, state["file"], int(state["began"]), probes, ahead)
             window.tally.load_state_dict(state["seen"])
             window.skipped = int(state["skipped"])
         except Exception as failure:
@@ -178,6 +178,9 @@ class InRunInfluence:
             logger.warning("in-run influence: no gradient reached %s in the window", ", ".join(silent[:8]))
         if window.skipped:
             logger.warning("in-run influence: %d micro-batches were not finite and left out", window.skipped)
+        if joined := len(self.dataset.domains) - len(window.tally.table):  # since it was opened
+            window.tally.table = np.pad(window.tally.table, ((0, joined), (0, 0)))
+            window.probes = self._probes(window.ahead)
         units = dict(zip(self.dataset.domains, window.tally.units.tolist(), strict=True))
         if rare := [name for name in self.measurement.here if units[name] < self.options.least]:
             found = self.measurement.products(model, window.gradients, window.probes, rare)
@@ -205,10 +208,15 @@ class InRunInfluence:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _built(self, model: nn.Module, gradients: TaskGradients, file: str, began: int, probes: Probes) -> "_Window":
+    def _probes(self, ahead: range) -> Probes:
+        return self.measurement.probes(ahead.start, len(ahead), self.dataset.schedule.weights_at(ahead.start))
+
+    def _built(
+        self, model: nn.Module, gradients: TaskGradients, file: str, began: int, probes: Probes, ahead: range
+    ) -> "_Window":
         gradients = gradients.on(model)
         watch = (ParameterProducts if self.options.every is None else TokenProducts)(model, gradients)
-        return _Window(gradients, Tally(len(self.dataset.domains), gradients.folds), watch, probes, file, began)
+        return _Window(gradients, Tally(len(self.dataset.domains), gradients.folds), watch, probes, ahead, file, began)
 
     def _begin(self, window: "_Window | None", problem: Exception | None, step: int) -> None:
         self._window = window
@@ -255,6 +263,7 @@ class _Window:
     tally: Tally
     watch: ParameterProducts | TokenProducts
     probes: Probes
+    ahead: range  # positions from its beginning to the end of the stage that is decided with it
     file: str  # of the gradients, in the run's folder
     began: int  # optimizer steps done then
     seconds: float = 0.0  # beside the training's own

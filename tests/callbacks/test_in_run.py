@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,39 @@ def test_it_measures_the_domains_that_are_left_where_one_is_gone(training: Any, 
     influence = torch.tensor(row["influence"])
     assert (influence[:, :2] != 0).all()
     assert (influence[:, 2] == 0).all()
+
+
+def test_a_domain_that_joins_in_a_window_is_measured_as_in_a_run_that_resumes(training: Any, tmp_path: Path) -> None:
+    def loop(name: str, names: tuple[str, ...]) -> MixtureHook:
+        sequences = {name: training.sequences(training.DOMAINS.index(name)) for name in names}
+        weights = {name: 0.0 if name == "noise" else 0.5 for name in names}
+        return MixtureHook(
+            training.model(0.0),
+            MixtureDataset(sequences, weights, num_samples=96, block=8, homogeneous=8),
+            training.tasks(),
+            mixer=TiKMiXD(confidence=0.0),
+            stage_steps=5,
+            batch_size=8,
+            output=tmp_path / name,
+            in_run=InRun(window=3),
+            **{"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0},
+        )
+
+    def steps(hook: MixtureHook, last: int) -> None:
+        for batch in DataLoader(hook.dataset, batch_size=8, sampler=range(8 * hook.steps, 8 * last)):
+            hook.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+            hook.model.zero_grad()
+            hook.step()
+
+    first, again = loop("a", ("web", "code")), loop("b", training.DOMAINS)
+    steps(first, 2)
+    first.dataset.extend({"noise": training.sequences(2)})
+    state = json.loads(json.dumps(first.state_dict()))
+    steps(first, 5)
+    shutil.copytree(tmp_path / "a" / "in_run", tmp_path / "b" / "in_run")
+    again.load_state_dict(state)
+    steps(again, 5)
+    one, other = (Journal(tmp_path / name / "journal.jsonl").rows()[-1] for name in "ab")
+    assert one["error"] is None
+    assert (one["influence"], one["weights"]) == (other["influence"], other["weights"])
+    assert (torch.tensor(one["influence"])[:, 2] != 0).all()
