@@ -231,6 +231,7 @@ def _of_dataset(
     if dataset.format["type"] == "custom":  # set_transform: its items are what the user's function makes of a row
         return dataset
     if "input_ids" in dataset.column_names:
+        _check_whole(dataset)
         return dataset if _is_padded(dataset) or _has_labels(dataset) else dataset_documents(dataset)
     if text_field not in dataset.column_names:
         kinds = {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in dataset.features.items()}
@@ -242,6 +243,15 @@ def _of_dataset(
     if tokenizer is None:
         raise ValueError(f"a dataset with {text_field!r} and no input_ids: give tokenizer=, to tokenise it")
     return tokenised(dataset, tokenizer, text_field, cache_dir)
+
+
+def _check_whole(dataset: Dataset) -> None:
+    """Raise ValueError for lists that do not lie one behind the other: to read such may end the process."""
+    columns = [name for name in ("input_ids", "labels", "attention_mask") if name in dataset.column_names]
+    try:
+        dataset.data.select(columns).validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"a damaged dataset: {error}; save it anew") from error
 
 
 def _has_labels(dataset: Dataset) -> bool:

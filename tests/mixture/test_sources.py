@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -360,6 +361,16 @@ def test_a_saved_dataset_that_is_cut_or_of_several_splits_is_refused(tmp_path: P
     datasets.DatasetDict({"train": hf_ids(tmp_path, [[1]])}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(StoreError, match="splits is a DatasetDict: give the folder of one of its splits"):
         open_documents(tmp_path / "splits")
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels", "attention_mask"])
+def test_a_dataset_whose_lists_overlap_is_refused(column: str) -> None:
+    def lists(*bounds: int) -> Any:
+        return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), pa.array(range(1, 7)))
+
+    table = pa.table({"input_ids": lists(0, 2, 4, 6), column: lists(0, 5, 2, 6)})
+    with pytest.raises(StoreError, match="domain 'x': a damaged dataset: .*; save it anew"):
+        as_sequences("x", datasets.Dataset(datasets.table.InMemoryTable(table)), 2)
 
 
 def test_a_folder_or_glob_of_saved_datasets_is_one_after_the_other(tmp_path: Path) -> None:
