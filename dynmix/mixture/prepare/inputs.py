@@ -190,7 +190,10 @@ def _all_inputs(name: str, source: Any) -> list[Input]:
         raise PrepareError(f"{path}: no such file or folder")
     if path.is_dir() and _is_saved(path):
         return [DatasetRows(str(path), _load_saved(path))]
-    return [File(each) for each in (_visible(path, deep=True) if path.is_dir() else [path]) if _suffix(each)]
+    paths = _visible(path, deep=True) if path.is_dir() else [path]
+    if other := [each for each in paths if not each.is_file()]:  # a pipe would be waited for
+        raise PrepareError(f"{other[0]}: no file, but a link to nothing, a pipe or the like; remove it")
+    return [File(each) for each in paths if _suffix(each)]
 
 
 def _check_outside(output: Path, source: Any) -> None:

@@ -244,6 +244,8 @@ def check_columns(path: str, schema: pa.Schema, text: str) -> None:
     """Raises PrepareError for a table without a column `text` of strings."""
     if text not in schema.names:
         raise PrepareError(f"{path}: no field {text!r}; there are {listed(schema.names)}")
+    if (there := schema.names.count(text)) > 1:
+        raise PrepareError(f"{path}: {there} fields {text!r}; rename all but one")
     kind = schema.field(text).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
