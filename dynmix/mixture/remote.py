@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ _VERSIONS = (
     *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "modify", "modifiedTime"),
     *("modificationTime", "last_write_time", "created"),
 )
+_MANIFEST = "manifest.json"  # of `dynmix prepare`
 # Of storage options: they say who asks, and not where a file is.
 _CREDENTIALS = re.compile("key|secret|token|pass|credential|anon|auth|cookie|sas", re.IGNORECASE)
 
@@ -75,7 +76,7 @@ def download(
 
     Args:
         url: with the protocol; what fsspec knows, and the packages for it that are installed.
-        choose: of the files' paths and `url`, those to open; a `.bin` comes with its `.idx`.
+        choose: of the files' paths and `url`, those to open; a `.bin` comes with its `.idx`, and both with a manifest.
         cache_dir: folder of copies, for all processes of a machine or of several; None: see `cache_folder`.
         storage_options: for fsspec's file system, as `{"anon": True}`; it also reads its own configuration
             (`~/.config/fsspec`, `FSSPEC_S3_...`).
@@ -104,6 +105,7 @@ def download(
         wanted.append(f"{path}.idx")
     if missing := [name for name in wanted if name not in files]:
         raise StoreError(f"{url}: {missing[0]} is missing, a store is both files")
+    wanted += sorted(_manifests(chosen) & files.keys())
     files = {name: _with_version(system, url, name, files[name]) for name in wanted}
     copies = {name: _copy(folder, url, system, name) for name in wanted}
     with one_at_a_time(folder, url):
@@ -118,7 +120,7 @@ def download(
 
 
 def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
-    """Path -> info of all files that `path` may mean, with both files of a store."""
+    """Path -> info of all files that `path` may mean, with both files of a store and the manifest beside them."""
     from fsspec.core import has_magic
 
     system.invalidate_cache()  # another run may have listed it, in this process, before it changed
@@ -137,7 +139,13 @@ def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
     for other in (f"{stem}{end}" for stem in stems for end in (".bin", ".idx")):
         if other not in found and system.isfile(other):
             found[other] = system.info(other)
+    found |= {name: system.info(name) for name in _manifests(found) - found.keys() if system.isfile(name)}
     return {name: info for name, info in found.items() if info["type"] == "file"}
+
+
+def _manifests(names: Iterable[str]) -> set[str]:
+    """Where the manifests of the stores among `names` would be, by which their tokenizer is known."""
+    return {os.path.join(os.path.dirname(name), _MANIFEST) for name in names if name.endswith(".idx")}
 
 
 def _with_version(system: Any, url: str, name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:

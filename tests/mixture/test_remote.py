@@ -19,8 +19,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dynmix.mixture.documents import JoinedDocuments
 from dynmix.mixture.files import open_path
+from dynmix.mixture.prepare import PrepareError, prepare
 from dynmix.mixture.remote import cache_folder
+from dynmix.mixture.sources import open_domains
 from dynmix.mixture.store import StoreError, TokenStore
+from tests.small import word_tokenizer
 
 
 @pytest.fixture
@@ -152,6 +155,18 @@ def test_errors_of_the_file_system_and_missing_packages(tmp_path: Path, monkeypa
         patch.setitem(sys.modules, "fsspec.core", None)
         with pytest.raises(StoreError, match="remote files are read by fsspec: pip install fsspec"):
             open_path("memory://bucket/code", cache_dir=tmp_path)
+
+
+def test_the_tokenizer_of_a_remote_store_is_known_by_its_manifest(served: tuple[Path, str], tmp_path: Path) -> None:
+    first, second = (word_tokenizer(["<unk>", *words], "<unk>") for words in ("ab", "ba"))
+    (tmp_path / "web.txt").write_text("a b a")
+    for made, other in ((first, second), (second, first)):
+        prepare(tmp_path / "web.txt", served[0] / "made", made, progress=False, overwrite=True)
+        for name in ("made/web", "made/web.idx", "made", "made/*.bin"):
+            domains = {"web": f"{served[1]}/{name}"}
+            assert len(open_domains(domains, 1, tokenizer=made, cache_dir=tmp_path / "cache")["web"]) == 3
+            with pytest.raises(PrepareError, match="web: made with another tokenizer"):
+                open_domains(domains, 1, tokenizer=other, cache_dir=tmp_path / "cache")
 
 
 def test_the_cache_is_where_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
