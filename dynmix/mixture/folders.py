@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import NoReturn
 
 
 def files_in(path: str) -> list[str]:
@@ -13,18 +14,25 @@ def files_in(path: str) -> list[str]:
 
     Links are followed, after what is there without them: one that leads back to where it is adds nothing. Folders whose
     names begin with `.` or `_` are passed over.
+
+    Raises:
+        OSError: a folder that cannot be read, whose files would be missing silently.
     """
     if not os.path.isdir(path):
         return [path]
     found, seen, tops = list[str](), set[str](), deque([path])
     while tops:
-        for folder, inner, names in os.walk(tops.popleft()):
+        for folder, inner, names in os.walk(tops.popleft(), onerror=_refuse):
             real = os.path.realpath(folder)
             inner[:] = sorted(name for name in inner if name[0] not in "._") if real not in seen else []
             tops += [link for name in inner if os.path.islink(link := os.path.join(folder, name))]
             found += [os.path.join(folder, name) for name in names] if real not in seen else []
             seen.add(real)
     return found
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def matching(*patterns: str) -> list[str]:

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,20 @@ def test_each_real_folder_is_visited_once_by_its_own_name(tmp_path: Path) -> Non
 
 def test_the_files_of_a_file_are_itself(tmp_path: Path) -> None:
     assert files_in(str(tmp_path / "x")) == [str(tmp_path / "x")]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "locked").mkdir(parents=True)
+    scandir = os.scandir
+
+    def guarded(path: str) -> Any:
+        if os.path.basename(path) == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError, match="a/locked"):
+        files_in(str(tmp_path))
 
 
 @pytest.mark.parametrize(
