@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dynmix.batches import as_batches, scored_sequence
+from dynmix.influence.batch import check_fits
 from dynmix.influence.group import group_influence
 from dynmix.mixture.prepare import check_tokenizer
 from dynmix.observation import Influence
@@ -66,7 +67,9 @@ def measure_checkpoint(
     except (OSError, ValueError) as problem:
         raise ValueError(f"{checkpoint}: no causal LM to load ({in_a_line(problem)[:300]})") from problem
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check_vocabulary(model.config.get_text_config().vocab_size, domains | sets)
+    for kind, batches_of in (("domain", domains), ("task", sets)):
+        for name, batches in batches_of.items():
+            check_fits(model, batches, f"{kind} {name!r}")
     count = (made.passes + 1) * sum(map(len, domains.values())) + 2 * sum(map(len, sets.values()))
     with Bar(total=count, desc="measuring", unit="batch") as bar:
         influence = group_influence(model, domains, sets, made, layers=layers, tick=bar.update)
@@ -94,12 +97,3 @@ def _tasks(paths: Sequence[Path]) -> dict[str, Path]:
         if not file.exists() and not file.with_name(f"{stem}.idx").exists():
             raise ValueError(f"--tasks {file}: no such file or token store")
     return found
-
-
-def _check_vocabulary(vocabulary: int, sets: dict[str, Any]) -> None:
-    for name, batches in sets.items():
-        if (largest := max(int(batch["input_ids"].max()) for batch in batches)) >= vocabulary:
-            raise ValueError(
-                f"{name!r} has token {largest}, the checkpoint's vocabulary has {vocabulary}: it was made with another "
-                "tokenizer"
-            )

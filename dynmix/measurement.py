@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import nn
 from dynmix.batches import Batch, as_batches, collate, scored_sequence, split
 from dynmix.drawn import DrawnMixtures
 from dynmix.influence.base import check_curvature
+from dynmix.influence.batch import check_fits
 from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import AdamDiagonal, Curvature, Identity
 from dynmix.influence.factored import FactoredCurvature
@@ -188,23 +188,19 @@ class Measurement:
 
     @random_state_kept()  # a domain's items may draw from it, here as in what follows
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError for a task or guard without a token to score, or a token outside the model's vocabulary.
+        """Raise ValueError for a task or guard without a token to score, or for what the model cannot read.
 
-        Of a domain only a few sequences are read, evenly spread: with the wrong tokenizer, most have such a token.
+        Of a domain only a few sequences are read, evenly spread: with the wrong tokenizer, most have a token that the
+        model's vocabulary has not.
         """
         for name, own in self.sets.items():
             scored_sequence(own, self._called(name))
-        vocabulary = getattr(getattr(unwrap(model), "config", None), "vocab_size", None)
-        if not isinstance(vocabulary, int):
+        if not hasattr(unwrap(model), "config"):
             return
-        sets = {self._called(name): own for name, own in self.sets.items()}
-        read = ((f"domains[{name!r}]", self._batches(name, rows)) for name, rows in self._some_of_each().items())
-        for where, batches in chain(sets.items(), read):
-            if (largest := max((int(batch["input_ids"].max()) for batch in batches), default=0)) >= vocabulary:
-                raise ValueError(
-                    f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the "
-                    "model's own tokenizer"
-                )
+        for name, own in self.sets.items():
+            check_fits(model, own, self._called(name))
+        for name, rows in self._some_of_each().items():
+            check_fits(model, self._batches(name, rows), f"domains[{name!r}]")
 
     @random_state_kept()
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:

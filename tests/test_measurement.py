@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import dynmix.measurement
 from dynmix import (
@@ -17,6 +18,7 @@ from dynmix import (
     TiKMiXD,
     TokenStore,
 )
+from dynmix.influence.batch import check_fits
 from dynmix.measurement import HELD_OUT, Measurement
 from tests import running
 from tests.small import Bigram
@@ -159,6 +161,22 @@ def test_a_token_that_the_model_does_not_have_is_named():
         room.check(model)
     with pytest.raises(ValueError, match="guards"):
         room.check(nn.parallel.DataParallel(model))
+
+
+def test_a_sequence_longer_than_the_models_table_of_positions_is_named():
+    sizes = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 4}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    room = measurement(frozenset(), guards=None)
+    with pytest.raises(ValueError, match=r"tasks\['t'\] has a sequence of 5 tokens, the model takes 4 at most"):
+        room.check(model)
+    room.sets["t"] = [{"input_ids": batch["input_ids"][:, :4]} for batch in room.sets["t"]]
+    with pytest.raises(ValueError, match=r"domains\['a'\] has a sequence of 5 tokens.*lower sequence_length"):
+        room.check(model)
+    apart = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "input_ids": torch.zeros(1, 5, dtype=torch.long)}
+    check_fits(model, [apart], "documents of 3 and 2 tokens")
+    rotary = LlamaConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    rotary.max_position_embeddings = 64  # as many as tokens
+    check_fits(LlamaForCausalLM(rotary), [{"input_ids": torch.zeros(1, 65, dtype=torch.long)}], "computed positions")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Knows what causal language models take and give; nothing of layers, gradients or
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -137,6 +138,38 @@ def checked(batch: Batch) -> Batch:
     if not any(isinstance(value, Tensor) for value in batch.values()):
         raise TypeError(f"a batch must hold tensors, got keys {sorted(batch)} without any")
     return batch
+
+
+def check_fits(model: nn.Module, batches: Iterable[Batch], where: str) -> None:
+    """Raise ValueError, beginning with `where`, if the model cannot read the batches, as far as its `config` says.
+
+    That is a token outside its vocabulary, or a sequence longer than its table of positions. Models that compute
+    positions read longer ones, too.
+    """
+    config = getattr(unwrap(model), "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    vocabulary, limit = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))
+    vocabulary = vocabulary if isinstance(vocabulary, int) else sys.maxsize
+    positions = limit if isinstance(limit, int) and _has_positions(unwrap(model), limit) else sys.maxsize
+    for batch in batches:
+        ids, places = batch["input_ids"], batch.get("position_ids")
+        if (largest := int(ids.max())) >= vocabulary:
+            raise ValueError(
+                f"{where} has token {largest}, the model's vocabulary has {vocabulary}: make it with the model's own "
+                "tokenizer"
+            )
+        if (length := ids.shape[1] if places is None else int(places.max()) + 1) > positions:
+            raise ValueError(
+                f"{where} has a sequence of {length} tokens, the model takes {positions} at most "
+                "(max_position_embeddings): lower sequence_length, or of a Task max_length"
+            )
+
+
+def _has_positions(model: nn.Module, limit: int) -> bool:
+    """Whether a model has learnt embeddings of so many positions; OPT's table has two rows more."""
+    of_tokens = getattr(model, "get_input_embeddings", lambda: None)()
+    tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not of_tokens)
+    return any(limit <= table.num_embeddings <= limit + 2 for table in tables)
 
 
 def checked_loss(found: Any, sequences: int) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,7 @@ def make_plan(run: RecipeRun) -> RunPlan:
     _check_mixer(run)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(run.config)  # type: ignore[no-untyped-call]
+    controller.measurement.check(model)
     total, stage = controller.total, recipe.stages.steps * batch
     length, parameters = dataset.sequence_length, sum(p.numel() for p in model.parameters())
     starts = range(0, total, stage)[: controller.timetable.max_stages]

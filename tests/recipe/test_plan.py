@@ -69,6 +69,12 @@ def test_bounds_that_leave_no_mixture_are_refused_in_the_plan(recipe, name, boun
         make_plan(build_run(recipe(f"mixer={given}")))
 
 
+def test_a_model_with_too_few_positions_is_refused_in_the_plan(recipe):
+    run = build_run(recipe("model.config={model_type: gpt2, vocab_size: 30, n_embd: 8, n_head: 1, n_positions: 4}"))
+    with pytest.raises(ValueError, match=r"tasks\['web'\] has a sequence of 8 tokens, the model takes 4 at most"):
+        make_plan(run)
+
+
 def test_the_tokens_of_a_measurement_are_those_that_one_reads(recipe, monkeypatch):
     plan = make_plan(build_run(recipe()))
     read = []
