@@ -76,7 +76,7 @@ def prior_weights(given: str | None, domains: Sequence[str], facts: Mapping[str,
         total = sum(tokens[name] for name in domains)
         return {name: tokens[name] / total for name in domains}
     elif "=" in str(given):
-        weights = numbers("--prior", given)
+        weights = numbers("--prior", [given])
     else:
         try:
             weights = json.loads(Path(str(given)).read_text(encoding="utf-8"))
@@ -134,10 +134,11 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
-def numbers(option: str, text: str | None) -> dict[str, float] | None:
-    """Domain -> number from "domain=number,..."; None for None. Raises ValueError, beginning with the option."""
-    if text is None:
+def numbers(option: str, given: Sequence[str] | None) -> dict[str, float] | None:
+    """Domain -> number from "domain=number,...", once or several times; None for none. Raises ValueError."""
+    if not given:
         return None
+    text = ",".join(given)
     try:
         return {name.strip(): float(number) for name, number in (part.rsplit("=", 1) for part in text.split(","))}
     except ValueError:

@@ -22,7 +22,7 @@ def fit(
     max_epochs: Annotated[
         float | None, typer.Option(help="Times that a domain may be seen; needs --tokens and --total-tokens.")
     ] = None,
-    tokens: Annotated[str | None, typer.Option(help="That each domain has: domain=number,...")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="That each domain has: domain=number,...")] = None,
     total_tokens: Annotated[float | None, typer.Option(help="Of the run that the mixture is for.")] = None,
     smooth: Annotated[bool, typer.Option(help="Answer 0.99 of the best mixture + 0.01 uniform.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for fit.json and fit.svg.")] = None,

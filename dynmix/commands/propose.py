@@ -26,9 +26,9 @@ def propose(
             "weights that it was measured under."
         ),
     ] = None,
-    upper: Annotated[str | None, typer.Option(help="Largest weights: domain=weight,...")] = None,
-    lower: Annotated[str | None, typer.Option(help="Least weights: domain=weight,... (tikmix-d)")] = None,
-    guards: Annotated[str | None, typer.Option(help="Rows that are held and not optimised for, by commas.")] = None,
+    upper: Annotated[list[str] | None, typer.Option(help="Largest weights: domain=weight,...")] = None,
+    lower: Annotated[list[str] | None, typer.Option(help="Least weights: domain=weight,... (tikmix-d)")] = None,
+    guards: Annotated[list[str] | None, typer.Option(help="Rows held and not optimised for, by commas.")] = None,
     stage: Annotated[int | None, typer.Option(help="Of a journal. Default: the last that was measured.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="JSON file for the weights.")
@@ -44,7 +44,7 @@ def propose(
     from dynmix.tables import proposal_table
     from dynmix.whole_file import write_json
 
-    influence, facts = read_influence(source, stage, guards=None if guards is None else guards.split(","))
+    influence, facts = read_influence(source, stage, guards=",".join(guards).split(",") if guards else None)
     before = prior_weights(prior, influence.domains, facts)
     found = propose_from(
         influence, before, mixer, parse_options(options or []), upper=numbers("--upper", upper),

@@ -92,6 +92,10 @@ def test_guards_and_least_weights(measured):
     folder, _ = measured
     done = call("propose", folder / "out", "--prior", "uniform", "--lower", "noise=0.33", "confidence=0", "--json")
     assert json.loads(done.stdout)["weights"]["noise"] >= 0.33 - 1e-6
+    both = call("propose", folder / "out", "--upper", "noise=0.2", "--upper", "web=0.3", "--json")
+    weights = json.loads(both.stdout)["weights"]
+    assert weights["noise"] <= 0.2 + 1e-6  # as with one option for both
+    assert weights["web"] <= 0.3 + 1e-6
     refused = call("propose", folder / "out", "--guards", "number")
     assert refused.exit_code == 1
     assert "['number'] are no rows of the influence" in refused.output
