@@ -91,6 +91,12 @@ def task_sources(
         where = f"{kind}.{name}"
         if (task.path is None) == (task.held_out is None):
             raise RecipeError(f"{where}: give `path` or `held_out`")
+        of_file = task.path is not None and task.path.endswith((".jsonl", ".jsonl.gz"))
+        if not of_file and (task.limit is not None or task.metric != "auto"):
+            raise RecipeError(
+                f"{where}: `limit` and `metric` are for questions in a .jsonl file; of a token store "
+                "measurement.task_sequences sequences are used"
+            )
         if task.held_out is not None:
             if task.held_out not in held_out:
                 raise RecipeError(f"{where}.held_out: no domain {task.held_out!r}; there are {', '.join(held_out)}")
@@ -101,7 +107,7 @@ def task_sources(
                     f"give domains.{task.held_out}.held_out=0.01, or prepare the stores with --held-out"
                 )
             found[name] = str(store)
-        elif str(task.path).endswith((".jsonl", ".jsonl.gz")):
+        elif of_file:
             if not Path(str(task.path)).is_file():
                 raise RecipeError(f"{where}.path: {task.path}: no such file, seen from {os.getcwd()}")
             if tokenizer is None:

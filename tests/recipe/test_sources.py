@@ -96,6 +96,8 @@ def test_text_needs_a_tokenizer(world):
         (TaskFile(held_out="wbe"), "no domain 'wbe'; there are web"),
         (TaskFile(held_out="web"), "give domains.web.held_out=0.01"),
         (TaskFile("empty.jsonl"), "empty.jsonl: no examples"),
+        (TaskFile("stores/web.valid", limit=3), "tasks.t: `limit` and `metric` are for questions in a .jsonl file"),
+        (TaskFile(held_out="web", metric="acc"), "of a token store measurement.task_sequences sequences are used"),
     ],
 )
 def test_tasks_that_are_none(world, tokenizer, task, message):
