@@ -42,7 +42,7 @@ class Layers:
     def __post_init__(self) -> None:
         for pattern in (None if callable(self.include) else self.include, self.exclude):
             try:
-                re.compile(pattern or "")
+                re.compile("" if pattern is None else pattern)
             except (re.error, TypeError) as problem:
                 raise ValueError(
                     f"layers={pattern!r} is no regular expression: {problem}; give one that is found in the names of "

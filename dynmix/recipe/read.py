@@ -64,8 +64,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
             OmegaConf.update(tree, key, parsed["value"], merge=False, force_add=True)
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, AttributeError) as problem:
             raise RecipeError(f"{word!r}: {in_a_line(problem)}") from None
-        if isinstance(parsed["value"], str | list | dict):
-            tree = _expanded(tree)
+        tree = _expanded(tree)
     recipe = structured(Recipe, tree, str(file))
     if recipe.proxy is not None:
         name, options = named(f"{file}: proxy", recipe.proxy)

@@ -69,6 +69,7 @@ def test_trainer_arguments_that_are_none(world, word, message):
         ("measurement.curvature={name: ekfac, damping: -1}", "damping must be finite"),
         ("measurement.layers='(('", "measurement.layers='((' is no regular expression: missing )"),
         ("measurement.layers={exclude: '(('}", "measurement.layers='((' is no regular expression: missing )"),
+        ("measurement.layers=0", "measurement.layers=0 is no regular expression: first argument must be string"),
         ("measurement.layers={exclud: a}", "no key 'exclud'; did you mean 'exclude'?"),
         ("measurement.in_run={window: 3, every: 9}", "measurement.in_run: InRun(every=9): from 1 to window=3"),
         ("model.dtype=float23", "model.dtype='float23': float32, bfloat16 or float16"),

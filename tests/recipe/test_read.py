@@ -48,6 +48,7 @@ def test_a_word_replaces_what_the_file_has_there(tmp_path):
     assert read_recipe(file, ["mixer.alpha=3"]).mixer == {"name": "tikmix-d", "alpha": 3}
     assert read_recipe(file, ["mixer=odm"]).mixer == {"name": "odm"}  # and not with the other's alpha
     assert read_recipe(file, ["tokenizer="]).tokenizer is None
+    assert read_recipe(file, ["guards.g=3"]).guards == {"g": {"path": 3}}  # as in the file
     assert read_recipe(file, ["data.weights={web: 1.0}"]).data.weights == {"web": 1.0}
 
 
