@@ -30,9 +30,9 @@ class StepSamples:
         try:
             return [self._domains[_key(row)] for row in np.asarray(input_ids)]
         except KeyError:
-            start, stop = self._range
+            first, last = self._range[0], self._range[1] - 1
             raise ValueError(
-                f"the model was given a sequence that is none of the samples {start} to {stop} of the dataset: what "
+                f"the model was given a sequence that is none of the samples {first} to {last} of the dataset: what "
                 "learns from the training steps works where sequences reach the model as the dataset gives them, and "
                 "in order"
             ) from None
