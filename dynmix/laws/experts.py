@@ -9,10 +9,10 @@ mean by about l / (3500 sqrt(n)): 1e-5 nats for 10,000 tokens of 4 nats.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property, wraps
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,25 +26,7 @@ FLOOR = np.float32(-80.0)  # log of a probability relative to the token's best e
 SAFE = 1e-9  # the product of four numbers above it is a float32
 FORMAT = 1
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _one_thread(method: Callable[P, T]) -> Callable[P, T]:
-    """Have BLAS use one thread: on a busy machine its threads wait for each other after each small product."""
-
-    @wraps(method)
-    def limited(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _blas().limit(limits=1, user_api="blas"):
-            found: T = method(*args, **kwargs)
-        return found
-
-    return limited
-
-
-@cache
-def _blas() -> Any:
-    return ThreadpoolController()  # looks through all loaded libraries
+BLAS = ThreadpoolController()
 
 
 class Slopes(NamedTuple):
@@ -201,7 +183,6 @@ class Experts:
         rows = np.concatenate([starts[name] + place for name, place in parts])
         return Experts(self._log[:, rows], {name: len(place) for name, place in parts}, self.names)
 
-    @_one_thread
     def losses(self, W: ArrayLike) -> Array:
         """Return the ensemble's loss for mixtures W float[n, n_experts], float64[n, n_targets], nats per token.
 
@@ -214,7 +195,6 @@ class Experts:
                 total[some, target] += best.sum() + _log_sums(W[some] @ p)
         return np.asarray(-total / self.tokens, dtype=np.float64)
 
-    @_one_thread
     def slopes(self, W: ArrayLike) -> Slopes:
         """Return the losses of mixtures W float[n, n_experts] as `losses` does, and their gradients.
 
@@ -230,7 +210,6 @@ class Experts:
         tokens = np.array(self.tokens)
         return Slopes(-total / tokens, -slope / tokens[:, None])
 
-    @_one_thread
     def curvature(self, w: ArrayLike, criterion: Array) -> Array:
         """Return the Hessian of sum_i criterion_i L_i at one mixture, float64[n_experts, n_experts].
 
@@ -255,7 +234,9 @@ class Experts:
         return check_mixtures(W, len(self.names)).astype(np.float32)
 
     def _pass(self) -> Iterator[tuple[int, Array, NDArray[np.float32]]]:
-        return self._chunks() if self._held is None else iter(self._held)
+        """Yield the chunks. Meanwhile BLAS has one thread: several would wait for each other after each product."""
+        with BLAS.limit(limits=1, user_api="blas"):
+            yield from self._chunks() if self._held is None else self._held
 
     def _chunks(self) -> Iterator[tuple[int, Array, NDArray[np.float32]]]:
         """Yield (target, log p of each token's best expert [n], probabilities relative to it [n_experts, n])."""
