@@ -6,8 +6,9 @@ the step: here a step of all targets is three numpy calls. Knows nothing of what
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
@@ -18,12 +19,7 @@ LONGEST = 2.0  # a step of one parameter; they are logarithms, so this is a fact
 GAIN = 1e-7  # relative decrease of the cost at which a target is done
 STUCK = 1e7  # damping at which it is, too
 
-
-class Curve(Protocol):
-    """u float64[n_targets, n_parameters], W float64[n, n_domains] -> losses [n_targets, n] and, if asked, d/du."""
-
-    def __call__(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
-        """Return losses float64[n_targets, n] and Jacobian float64[n_targets, n, n_parameters] or None."""
+Curve = Callable[..., tuple[Array, Array | None]]  # as `CurveLaw._curve`
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def fit_curve(curve: Curve, W: Array, L: Array, weight: Array, start: Array, mea
 
 
 class CurveLaw(Law):
-    """A law that is a `Curve` above a `Floor`, with a prior; `_curve` and `_prior` say which.
+    """A law that is a curve above a `Floor`, with a prior; `_curve` and `_prior` say which.
 
     Few runs cannot tell the noise from what the law misses, and a noise estimated too small lets it follow the noise:
     so the noise that weighs data against prior is `noise` times the target's standard deviation over its runs. Runs far
@@ -114,7 +110,10 @@ class CurveLaw(Law):
 
     @abstractmethod
     def _curve(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
-        """Return what a `Curve` does, with the floor that is in `_floor`."""
+        """Return losses float64[n_targets, n], and their slopes by u float64[n_targets, n, n_parameters] if asked.
+
+        u is float64[n_targets, n_parameters], W float64[n, n_domains]; the floor is within `_floor`.
+        """
 
     @abstractmethod
     def _prior(self, W: Array) -> Prior:
@@ -128,22 +127,19 @@ class CurveLaw(Law):
         expected = (self.noise * spread(L)) ** 2
         precision = expected[:, None, None] * np.linalg.inv(prior.covariance)
         weight = known.astype(np.float64)
-        u = prior.mean
-        for again in range(1 + self.reweightings):
-            if again:
-                residual = Y - curve(u, W, slope=False)[0]
-                weight = known * (self.freedom + 1) / (self.freedom + residual**2 / expected[:, None])
+        u = fit_curve(curve, W, Y, weight, prior.mean, prior.mean, precision)
+        for _ in range(self.reweightings):
+            residual = Y - curve(u, W, slope=False)[0]
+            weight = known * (self.freedom + 1) / (self.freedom + residual**2 / expected[:, None])
             u = fit_curve(curve, W, Y, weight, u, prior.mean, precision)
         f, J = curve(u, W)
         assert J is not None
         weighted = J * weight[:, :, None]
         self.parameters_ = u
         self._covariance = np.linalg.inv(weighted.transpose(0, 2, 1) @ J + precision)
-        leverage = ((weighted @ self._covariance) * J).sum(axis=2)
-        # The expected square of what a left-out run misses by is variance / (1 - leverage).
-        squares = known * (Y - f) ** 2 * (1 - np.minimum(leverage, 0.99))
-        left_out = squares / (1 - np.minimum(leverage, 0.99)) ** 2
-        self._variance = left_out.sum(axis=1) / known.sum(axis=1)
+        free = 1 - np.minimum(((weighted @ self._covariance) * J).sum(axis=2), 0.99)  # 1 - leverage
+        # A left-out run misses by (Y - f) / free, the expected square of which is variance / free.
+        self._variance = (known * (Y - f) ** 2 * free / free**2).sum(axis=1) / known.sum(axis=1)
         self._observed = Observed.of(L)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
