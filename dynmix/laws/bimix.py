@@ -25,13 +25,13 @@ class BiMix(Law):
         t = L.shape[1]
         self._observed = Observed.of(L)
         self.own_ = np.zeros(t, dtype=np.intp)
-        self.parameters_ = np.zeros((t, 4))  # alpha, e, c, k
+        self.parameters_ = np.tile([1.0, 1.0, 0.0, 0.0], (t, 1))  # alpha, e, c, k
         self._variance = np.zeros(t)
         for rows, columns in by_missing(L):
             Y = L[np.ix_(rows, columns)]
             level = Y.mean(axis=0)
             least = ((Y - level) ** 2).sum(axis=0)
-            self.parameters_[columns] = np.stack([np.ones(len(columns)), np.ones(len(columns)), level, 0 * level], 1)
+            self.parameters_[columns, 2] = level
             for alpha in ALPHAS:
                 for unseen in UNSEEN:
                     x = (W[rows] + unseen) ** -alpha
@@ -41,10 +41,9 @@ class BiMix(Law):
                     slope = np.maximum(moment / np.maximum(square, 1e-300), 0)  # more of a domain never hurts its own
                     error = ((Y - level) ** 2).sum(axis=0) - slope * (2 * moment - slope * square)
                     own = error.argmin(axis=0)
-                    each = np.arange(len(columns))
-                    better = error[own, each] < least
-                    least = np.where(better, error[own, each], least)
-                    k = slope[own, each]
+                    k = slope[own, np.arange(len(columns))]
+                    better = error.min(axis=0) < least
+                    least = np.minimum(least, error.min(axis=0))
                     found = np.stack([np.full_like(k, alpha), np.full_like(k, unseen), level - k * centre[own], k], 1)
                     self.parameters_[columns[better]] = found[better]
                     self.own_[columns[better]] = own[better]

@@ -48,7 +48,7 @@ def _optimise(objective: Any, start: Array, bounds: Array) -> tuple[Array, float
 
 def evenly(n: int, most: int) -> NDArray[np.intp]:
     """Return which of n runs to take where `most` are enough."""
-    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.intp)
+    return np.linspace(0, n - 1, min(n, most)).round().astype(np.intp)
 
 
 class GP(Law):

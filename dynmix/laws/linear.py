@@ -47,10 +47,10 @@ class Ridge(Law):
                 with np.errstate(divide="ignore", invalid="ignore"):
                     errors.append(np.where(left > 1e-8, (residual / left) ** 2, np.inf).mean(axis=0))
             best = np.argmin(errors, axis=0)
-            for column, c, b in zip(columns, coordinates.T, best, strict=True):
+            for column, y, c, b in zip(columns, (Y - level).T, coordinates.T, best, strict=True):
                 divisor = s**2 + grid[b] * unit
                 self.coefficients_[column] = V.T @ (s / divisor * c)
-                residual = Y[:, columns == column][:, 0] - level[columns == column] - U @ (s**2 / divisor * c)
+                residual = y - U @ (s**2 / divisor * c)
                 freedom = max(len(rows) - 1 - float((s**2 / divisor).sum()), 1.0)
                 self._variance[column] = (residual**2).sum() / freedom
                 self._open[column] = (V.T / divisor) @ V
