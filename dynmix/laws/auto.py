@@ -6,8 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
+from sklearn.base import clone
 
 from dynmix.laws.base import Array, Law, spread
+from dynmix.laws.bimix import BiMix
+from dynmix.laws.exponential import DML
+from dynmix.laws.gp import GP, PowerLawGP
+from dynmix.laws.icm import MultiTaskGP
+from dynmix.laws.linear import Ridge
+from dynmix.laws.power import PowerLaw
+from dynmix.laws.trees import LightGBM
 from dynmix.shown import Bar
 
 FEWEST = 6  # runs of a target below which left-out ones tell nothing
@@ -37,14 +46,6 @@ class Score(NamedTuple):
 
 def default_laws(n_runs: int, n_targets: int) -> dict[str, Law]:
     """Return the candidates for so many runs and targets (the shape of L), by name: what `AutoLaw` takes by itself."""
-    from dynmix.laws.bimix import BiMix
-    from dynmix.laws.exponential import DML
-    from dynmix.laws.gp import GP, PowerLawGP
-    from dynmix.laws.icm import MultiTaskGP
-    from dynmix.laws.linear import Ridge
-    from dynmix.laws.power import PowerLaw
-    from dynmix.laws.trees import LightGBM
-
     laws: dict[str, Law] = {
         "power law": PowerLaw(),
         "power law, free": PowerLaw(tau=2.0, tau_alpha=0.5, tau_exponent=0.5, tau_domain=0.3, noise=0.05),
@@ -89,8 +90,6 @@ class AutoLaw(Law):
         self.random_state = random_state
 
     def _fit(self, W: Array, L: Array) -> None:
-        from sklearn.base import clone
-
         laws = dict(default_laws(*L.shape) if self.laws is None else self.laws)
         if not laws:
             raise ValueError("laws is empty: name at least one law")
@@ -213,8 +212,6 @@ def _splits(fold: NDArray[np.intp]) -> Iterator[NDArray[np.bool_]]:
 def _cross_validate(
     law: Law, W: Array, L: Array, fold: NDArray[np.intp], tick: Callable[[], object]
 ) -> tuple[Score, tuple[Array, Array] | None]:
-    from sklearn.base import clone
-
     start = time.perf_counter()
     mean, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
     for out in _splits(fold):
@@ -268,8 +265,6 @@ def _score(L: Array, mean: Array, seconds: float) -> Score:
 
 def spearman(a: Array, b: Array) -> float:
     """Rank correlation; 0 where one of them is constant, NaN of fewer than 3."""
-    from scipy.stats import rankdata
-
     if len(a) < 3:
         return float("nan")
     if np.ptp(a) == 0 or np.ptp(b) == 0:

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from sklearn.base import clone
 
 from dynmix.laws.base import Array, Features, Law, by_missing, joined, of_unit_length, spread
 from dynmix.laws.power import PowerLaw
@@ -40,8 +42,6 @@ def process(X: Array, Y: Array, kernel: Any, kernel_runs: int) -> Any:
 
 
 def _optimise(objective: Any, start: Array, bounds: Array) -> tuple[Array, float]:
-    from scipy.optimize import minimize
-
     found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS})
     return found.x, float(found.fun)
 
@@ -111,7 +111,6 @@ class PowerLawGP(Law):
         self.kernel_runs = kernel_runs
 
     def _fit(self, W: Array, L: Array) -> None:
-        from sklearn.base import clone
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
         self.law_ = (clone(self.law) if self.law is not None else PowerLaw()).fit(W, L)

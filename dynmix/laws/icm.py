@@ -1,6 +1,8 @@
 """A multi-task Gaussian process: the intrinsic coregionalisation model, which scikit-learn lacks. Knows arrays only."""
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.optimize import minimize
 
 from dynmix.laws.base import Array, Features, Law, joined, of_unit_length, spread
 from dynmix.laws.gp import evenly, features
@@ -31,9 +33,6 @@ class MultiTaskGP(Law):
         self.extra = extra
 
     def _fit(self, W: Array, L: Array) -> None:
-        from scipy.linalg import cho_factor, cho_solve
-        from scipy.optimize import minimize
-
         t = L.shape[1]
         if (count := int(np.isfinite(L).sum())) > self.max_cells:
             raise ValueError(
@@ -60,8 +59,6 @@ class MultiTaskGP(Law):
         self._solved = cho_solve(self._factor, self._cells.z)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        from scipy.linalg import solve_triangular
-
         t = self.n_targets_
         A, d, noise, kernel = _unpack(self.hyperparameters_, t, self.rank)
         B = A @ A.T + np.diag(np.exp(d))
@@ -96,8 +93,6 @@ class _Cells:
 
     def loss(self, u: Array, t: int, rank: int) -> tuple[float, Array]:
         """Return minus the log likelihood (up to a constant) with a weak prior on u, and its gradient."""
-        from scipy.linalg import cho_factor, cho_solve
-
         A, d, noise, _ = _unpack(u, t, rank)
         K, B, k, slopes = self.covariance(u, t, rank)
         factor = cho_factor(K, lower=True)

@@ -5,12 +5,17 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from sklearn.base import clone
 
 from dynmix.laws.base import Array, Law, check_runs
 from dynmix.laws.bounds import Bounds
 from dynmix.laws.criteria import normalised
 from dynmix.laws.experts import Experts
+from dynmix.laws.gp import GP
 from dynmix.laws.icm import MultiTaskGP
+from dynmix.laws.linear import Ridge
+from dynmix.laws.trees import LightGBM
 
 STEPS = 0.5 ** np.arange(12)  # of a line search, tried at once
 ARMIJO = 1e-4  # share of the promised decrease that a step must keep
@@ -95,8 +100,6 @@ class WithExperts(Law):
         return _corners(W)
 
     def _fit(self, W: Array, L: Array) -> None:
-        from sklearn.base import clone
-
         if "extra" not in self.law.get_params(deep=False):
             raise ValueError(
                 f"{type(self.law).__name__} is a formula of the weights alone and takes no features: give Ridge, "
@@ -129,10 +132,6 @@ WITH_EXPERTS = ("ridge + MDE", "LightGBM + MDE", "GP + MDE", "multi-task GP + MD
 
 def laws_with_experts(experts: Experts) -> dict[str, Law]:
     """Return X-MDE of each law that takes features, and MDE alone: candidates for `AutoLaw`, by name."""
-    from dynmix.laws.gp import GP
-    from dynmix.laws.linear import Ridge
-    from dynmix.laws.trees import LightGBM
-
     laws = {"ridge": Ridge(), "LightGBM": LightGBM(), "GP": GP(), "multi-task GP": MultiTaskGP()}
     return {f"{name} + MDE": WithExperts(law, experts) for name, law in laws.items()} | {"MDE": MDE(experts)}
 
@@ -200,8 +199,6 @@ def solve(
 
 def _newton(slope: Array, H: Array, w: Array, limits: Bounds) -> Array:
     """Return the minimum of slope @ d + d^T H d / 2 over mixtures w + d within the bounds."""
-    from scipy.optimize import minimize
-
     found = minimize(
         lambda x: (float(slope @ (x - w) + 0.5 * (x - w) @ H @ (x - w)), slope + H @ (x - w)),
         w,

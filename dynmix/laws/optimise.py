@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import minimize
 
 from dynmix.laws.base import Array, Law, check_mixtures
 from dynmix.laws.bounds import Bounds
@@ -118,8 +119,6 @@ def best_mixture(
 
 def _descend(value: Callable[[Array], Array], w: Array, bounds: Bounds) -> Array:
     """Return a local minimum: SLSQP by difference quotients, then domain by domain, as step functions have no slope."""
-    from scipy.optimize import minimize
-
     k = len(w)
     unit = max(float(np.ptp(value(np.array([w, np.full(k, 1 / k)])))), 1e-3)
 
