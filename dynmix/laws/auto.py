@@ -214,28 +214,22 @@ def _cross_validate(
 ) -> tuple[Score, tuple[Array, Array] | None]:
     start = time.perf_counter()
     mean, std = np.full(L.shape, np.nan), np.full(L.shape, np.nan)
-    for out in _splits(fold):
-        # A target with too few runs in the other folds has no left-out prediction here.
-        own = np.isfinite(L[~out]).sum(axis=0) >= law.min_runs
-        if not own.any():
-            continue
-        cells = np.ix_(out, own)
-        try:
-            mean[cells], deviation = clone(law).fit(W[~out], L[~out][:, own])._predict(W[out], True)
-            std[cells] = np.nan if deviation is None else deviation
-        except (ValueError, ArithmeticError, np.linalg.LinAlgError) as failure:
-            return _failed(time.perf_counter() - start, str(failure)), None
-        tick()
     judges = fold >= 0
-    if not np.isfinite(mean[judges]).all():
-        bad = "a target has too few runs outside a fold, or a prediction is not finite"
-        return _failed(time.perf_counter() - start, bad), None
+    try:
+        for out in _splits(fold):
+            # A target with too few runs in the other folds has no left-out prediction here.
+            own = np.isfinite(L[~out]).sum(axis=0) >= law.min_runs
+            if own.any():
+                cells = np.ix_(out, own)
+                mean[cells], deviation = clone(law).fit(W[~out], L[~out][:, own])._predict(W[out], True)
+                std[cells] = np.nan if deviation is None else deviation
+                tick()
+        if not np.isfinite(mean[judges]).all():
+            raise ValueError("a target has too few runs outside a fold, or a prediction is not finite")
+    except (ValueError, ArithmeticError) as failure:  # LinAlgError is a ValueError
+        return Score(np.nan, np.nan, np.nan, np.nan, time.perf_counter() - start, str(failure)), None
     judged = np.where(judges[:, None], L, np.nan)
     return _score(judged, mean, time.perf_counter() - start), (mean, std)
-
-
-def _failed(seconds: float, why: str) -> Score:
-    return Score(np.nan, np.nan, np.nan, np.nan, seconds, why)
 
 
 def _average(predictions: Sequence[tuple[Array, Array | None]]) -> tuple[Array, Array]:
