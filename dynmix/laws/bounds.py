@@ -1,9 +1,11 @@
-"""Bounds of a mixture's weights, and what is linear within them. Knows arrays only."""
+"""Bounds of a mixture's weights, and searches within them. Knows arrays only."""
 
-from typing import NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
 
 from dynmix.laws.base import Array
 
@@ -90,3 +92,10 @@ class Bounds(NamedTuple):
             w[j] += more
             left -= more
         return w
+
+    def slsqp(self, cost: Callable[[Array], Any], w: Array, slope: Any, **options: Any) -> Array:
+        """Return where SciPy's SLSQP comes to from w on, within the bounds but for rounding; w where it finds none."""
+        box = np.column_stack([self.low, self.high])
+        whole = {"type": "eq", "fun": lambda x: x.sum() - 1, "jac": np.ones_like}
+        found = minimize(cost, w, jac=slope, method="SLSQP", bounds=box, constraints=whole, options=options)
+        return np.asarray(found.x) if np.isfinite(found.x).all() else w

@@ -5,7 +5,6 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
 from sklearn.base import clone
 
 from dynmix.laws.base import Array, Law, check_runs
@@ -199,16 +198,11 @@ def solve(
 
 def _newton(slope: Array, H: Array, w: Array, limits: Bounds) -> Array:
     """Return the minimum of slope @ d + d^T H d / 2 over mixtures w + d within the bounds."""
-    found = minimize(
+    x = limits.slsqp(
         lambda x: (float(slope @ (x - w) + 0.5 * (x - w) @ H @ (x - w)), slope + H @ (x - w)),
-        w,
-        jac=True,
-        method="SLSQP",
-        bounds=list(zip(limits.low, limits.high, strict=True)),
-        constraints=[{"type": "eq", "fun": lambda x: x.sum() - 1, "jac": lambda x: np.ones_like(x)}],
-        options={"maxiter": 200, "ftol": 1e-14},
-    )
-    return limits.nearest(np.clip(found.x, 0, 1)) if np.isfinite(found.x).all() else w
+        w, slope=True, maxiter=200, ftol=1e-14,
+    )  # fmt: skip
+    return limits.nearest(np.clip(x, 0, 1))
 
 
 def _corners(W: Array) -> NDArray[np.bool_]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize
 
 from dynmix.laws.base import Array, Law, check_mixtures
 from dynmix.laws.bounds import Bounds
@@ -132,18 +131,8 @@ def _descend(value: Callable[[Array], Array], w: Array, bounds: Bounds) -> Array
         x = np.maximum(x, 0)
         return float(value((x / x.sum())[None])[0]) / unit
 
-    found = minimize(
-        at,
-        w,
-        jac=slope,
-        method="SLSQP",
-        bounds=list(zip(bounds.low, bounds.high, strict=True)),
-        constraints=[{"type": "eq", "fun": lambda x: x.sum() - 1, "jac": lambda x: np.ones(k)}],
-        options={"maxiter": 100, "ftol": 1e-9},
-    )
-    if np.isfinite(found.x).all():
-        moved = bounds.nearest(np.maximum(found.x, 0))
-        w = moved if value(moved[None])[0] < value(w[None])[0] else w
+    moved = bounds.nearest(np.maximum(bounds.slsqp(at, w, slope, maxiter=100, ftol=1e-9), 0))
+    w = moved if value(moved[None])[0] < value(w[None])[0] else w
     for _ in range(SWEEPS):
         before = w
         for j in range(k):
