@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from influence import seconds
 from numpy.typing import NDArray
-from pretraining.kept import check_settings, write_text
+from pretraining.kept import check_settings
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -47,6 +47,7 @@ from dynmix.laws import (
 )
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.prepare import prepare
+from dynmix.whole_file import whole_file, write_whole
 
 Array = NDArray[np.float64]
 
@@ -113,13 +114,11 @@ class Proxies:
         """Return log p of each token of the sets, float16[n_tokens], by a proxy of that mixture: trained, or kept."""
         path = self.cache / "runs" / f"{name}.npy"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
             start = time.perf_counter()
             model = self._train(weights)
             found = np.concatenate([self._log_probabilities(model, rows) for rows in self.sets.values()])
-            part = path.with_suffix(".part")
-            np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=found.shape)[:] = found
-            part.rename(path)
+            with whole_file(path) as beside, open(beside, "wb") as file:
+                np.save(file, found.astype(np.float16))
             print(f"{name}: loss {-found.mean():.3f}, {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         return np.lib.format.open_memmap(path, mode="r")
 
@@ -186,7 +185,7 @@ def measure(proxies: Proxies) -> Measured:
     experts = Experts.open(folder) if folder.exists() else Experts.write(folder, alone, tokens)
     names = [f"weight/{name}" for name in DOMAINS] + [f"loss/{name}" for name in proxies.sets]
     rows = [",".join(f"{x:.8g}" for x in row) for row in np.hstack([mixtures, L])]
-    write_text(proxies.cache / "runs.csv", "\n".join([",".join(names), *rows]) + "\n")
+    write_whole(proxies.cache / "runs.csv", "\n".join([",".join(names), *rows]) + "\n")
     return Measured(experts, mixtures, L)
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from pretraining.kept import write
 from rich.console import Console
 from rich.table import Table
 from sample_influence import TASKS, halves, llama, proxy
@@ -120,10 +121,7 @@ def cell(folder: Path, arm: str, seed: int, steps: int, batch: int, hidden: int,
     model = llama(hidden, depth, 512, seed)
     Trainer(model, arguments, train_dataset=dataset).train()
     losses = {name: task.evaluate(model, batch_tokens=batch_tokens).loss for name, task in halves(1).items()}
-    file.parent.mkdir(exist_ok=True)
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(losses))
-    beside.rename(file)
+    write(file, losses)
     return losses
 
 

@@ -4,23 +4,16 @@ Knows files and JSON; nothing of what is kept.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dynmix.whole_file import write_whole
+
 
 def write(file: Path, content: Any) -> None:
-    """Write JSON beside and rename it."""
-    write_text(file, json.dumps(content, indent=1))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write text beside and rename it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.part")
-    beside.write_text(text)
-    os.replace(beside, file)
+    """Write JSON."""
+    write_whole(file, json.dumps(content, indent=1))
 
 
 def read_json(file: Path) -> Any:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+from dynmix.whole_file import write_whole
+
 from .criteria import PAIRS
-from .kept import read_json, write_text
+from .kept import read_json
 
 CONTROLS = ("noise", "web_dup")  # domains that nobody wants learnt
 PRIOR = "natural"
@@ -54,7 +56,7 @@ class Cells:
     def write_lines(self, file: Path) -> None:
         """Write the settings and each cell as a line, for who doubts a table, or makes another."""
         cells = [cell for own in self.cells.values() for _, cell in sorted(own.items())]
-        write_text(file, "".join(json.dumps(line) + "\n" for line in (self.settings, *cells)))
+        write_whole(file, "".join(json.dumps(line) + "\n" for line in (self.settings, *cells)))
 
     def joined(self, later: "Cells") -> "Cells":
         """These and later ones of the same settings, which take the place of those of their method and seed."""

@@ -4,7 +4,6 @@ Knows a model and its optimizer; no mixture and no measurement.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_utils import set_seed
 
 from dynmix.proxies import small_llama
+from dynmix.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,10 @@ class Training:
         return float(loss.detach())
 
     def save(self, file: Path, more: Any = None) -> None:
-        """Write everything beside and rename it, with something that JSON can hold."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f".{file.name}.part")
+        """Write everything, with something that JSON can hold."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
-        torch.save(state | {"more": json.dumps(more)}, beside)
-        os.replace(beside, file)
+        with whole_file(file) as beside:
+            torch.save(state | {"more": json.dumps(more)}, beside)
 
     def load(self, file: Path) -> Any:
         """Take up what `save` wrote; returns what was written with it."""

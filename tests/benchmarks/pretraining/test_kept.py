@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pretraining.kept import check_settings, kept, write_text
+from benchmarks.pretraining.kept import check_settings, kept
 
 
 def test_a_folder_is_of_the_settings_that_its_first_result_had(tmp_path: Path) -> None:
@@ -21,17 +21,3 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     file.write_text('{"method": "natu')
     with pytest.raises(SystemExit, match=r"cell\.json is damaged: delete it"):
         kept(file, dict)
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text(file := tmp_path / "cells.jsonl", "as it was")
-
-    def fails(self: Path, text: str) -> int:
-        with self.open("w") as half:
-            half.write(text[:3])
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_text", fails)
-    with pytest.raises(OSError, match="no space left"):
-        write_text(file, "something else")
-    assert file.read_text() == "as it was"
