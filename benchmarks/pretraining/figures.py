@@ -27,12 +27,12 @@ def curves(cells: Cells, file: Path) -> None:
     groups = [group for group in TASKS if group in cells.groups]
     for k, group in enumerate(groups):
         axes = figure.add_subplot(1, len(groups), k + 1)
-        for name in order(cells):
-            for number, cell in enumerate(cells.cells[name].values()):
+        for number, name in enumerate(order(cells)):
+            color, line, _ = _look(number)
+            for seed, cell in enumerate(cells.cells[name].values()):
                 loss = [np.mean([p["loss"][task] for task in cells.groups[group]]) for p in cell["curve"]]
                 tokens = [p["tokens"] / 1e6 for p in cell["curve"]]
-                color, line, _ = _look(order(cells).index(name))
-                axes.plot(tokens, loss, color=color, linestyle=line, linewidth=1, label=name if not number else None)
+                axes.plot(tokens, loss, color=color, linestyle=line, linewidth=1, label=None if seed else name)
         axes.set_title(f"{group}, nats a token")
         axes.set_xlabel("million tokens")
     figure.axes[0].legend(fontsize=7)

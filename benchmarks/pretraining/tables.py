@@ -87,11 +87,6 @@ class Cells:
         return of
 
 
-def one(name: str, unit: str) -> Measure:
-    """A set's own figure."""
-    return lambda cell: float(cell["final"][name][unit])
-
-
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % interval by Student's t; NaN of a single value."""
     n = len(values)
@@ -180,9 +175,9 @@ def by_set(cells: Cells, unit: str) -> str:
     """A column a method, a row a set."""
     names = order(cells)
     rows = [
-        [f"`{each}`", *(f"{np.mean([one(each, unit)(c) for c in cells.cells[name].values()]):.3f}" for name in names)]
+        [f"`{s}`", *(f"{np.mean([c['final'][s][unit] for c in cells.cells[name].values()]):.3f}" for name in names)]
         for group in cells.groups.values()
-        for each in group
+        for s in group
     ]
     return markdown(["set", *names], rows)
 
@@ -199,15 +194,9 @@ def efficiency(cells: Cells) -> str:
         for group in groups:
             shares = [share_of_tokens(cells.cells[name][s], prior[s], cells.groups[group]) for s in both]
             reached = [share for share in shares if np.isfinite(share)]
+            missed = len(both) - len(reached)
             text = f"{100 * np.mean(reached):.0f} %" if reached else "-"
-            row.append(
-                text
-                + (
-                    f" (not reached on {len(both) - len(reached)} of {len(both)} seeds)"
-                    if len(reached) < len(both)
-                    else ""
-                )
-            )
+            row.append(text + (f" (not reached on {missed} of {len(both)} seeds)" if missed else ""))
         rows.append(row)
     return markdown(["method", *groups], rows)
 
