@@ -32,7 +32,7 @@ def cosine(share: float) -> float:
 def step_flops(training: Training, dataset: MixtureDataset) -> float:
     """Operations of one training step without any mixer. Changes the model: give it one that is thrown away."""
     with Counter() as counter:
-        training.step(_first(dataset, training.size.batch))
+        training.step(next(iter(DataLoader(dataset, batch_size=training.size.batch))))
     return float(counter.total)
 
 
@@ -116,8 +116,3 @@ def train(
     if evaluate is not None:
         found.append({"tokens": training.steps * size.step_tokens, "loss": evaluate()})
     return found
-
-
-def _first(dataset: MixtureDataset, batch: int) -> dict[str, Any]:
-    loader = DataLoader(dataset, batch_size=batch)
-    return dict(next(iter(loader)))
