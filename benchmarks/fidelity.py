@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pretraining.corpus import Corpus
 from pretraining.kept import kept, write
 from pretraining.training import check_device
-from pretraining.windows import BLOCKS, CURVATURES, Settings, Windows
+from pretraining.windows import BLOCKS, CURVATURES, Settings, Windows, agreement
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import pearsonr, spearmanr
@@ -85,10 +85,6 @@ def ceiling(found: Array) -> float:
     agree = np.mean([pearsonr(x, y).statistic for a, b in pairs for x, y in zip(found[a], found[b], strict=True)])
     agree = max(float(agree), 0.0)
     return float(np.sqrt(seeds * agree / (1 + (seeds - 1) * agree)))  # Spearman and Brown
-
-
-def within(measure: Any, predicted: Array, found: Array) -> float:
-    return float(np.mean([measure(p, r).statistic for p, r in zip(predicted, found, strict=True)]))
 
 
 def kronfluence(windows: Windows) -> dict[str, Any]:
@@ -207,8 +203,8 @@ def main(
         p = np.stack([windows.gains(scores, weights, domains) for weights in raised], axis=1)
         q = np.stack([windows.gains(scores, weights, domains) for weights in mixtures], axis=1)
         both = (float(measure(p.ravel(), gained.ravel()).statistic) for measure in (pearsonr, spearmanr))
-        own = within(pearsonr, p, gained), within(spearmanr, p, gained)
-        rows.append((name, *own, *both, within(spearmanr, q, lost), seconds))
+        own = agreement(p, gained, pearsonr), agreement(p, gained)
+        rows.append((name, *own, *both, agreement(q, lost), seconds))
     best = ceiling(each), None, ceiling(each.reshape(len(each), 1, -1)), None, None, None
     rows.append(("a perfect prediction", *best))
     write(output / "fidelity.json", {"title": title, "head": head, "rows": rows})

@@ -4,7 +4,7 @@ They share the checkpoints, windows and influences of `benchmarks/fidelity.py`: 
 Knows windows and cells; draws nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dynmix.influence.group import scored_groups
 from .kept import kept
 from .sweep import BASE
 from .tables import Cells
-from .windows import Windows, curvature_maker
+from .windows import Windows, agreement, curvature_maker
 
 Array = NDArray[np.float64]
 
@@ -124,19 +124,15 @@ def additivity(windows: Windows, mixtures: int, sizes: Sequence[int], pool: int,
     }
 
 
-def _agreement(a: Array, b: Array, measure: Callable[..., Any] = spearmanr) -> float:
-    return float(np.mean([measure(x, y).statistic for x, y in zip(a, b, strict=True)]))
-
-
 def stability(windows: Windows, curvature: str) -> dict[str, Any]:
     """Rank correlation of a task's influences between checkpoints, and between two measurements of one."""
     count = windows.settings.checkpoints
     found = [windows.influence(curvature, checkpoint=k)[0].scores for k in range(count)]
     again = windows.influence(curvature, seed=2)[0].scores
-    pairs = ", ".join(f"{_agreement(a, b):.3f}" for a, b in pairwise(found))
+    pairs = ", ".join(f"{agreement(a, b):.3f}" for a, b in pairwise(found))
     return {
         "claim": f"rank stability of influences from stage to stage ({curvature})",
-        "here": f"Spearman {pairs}; the same checkpoint measured twice {_agreement(found[-1], again):.3f}",
+        "here": f"Spearman {pairs}; the same checkpoint measured twice {agreement(found[-1], again):.3f}",
         "paper": "strong temporal stability (no number)",
         "on": f"{count} checkpoints in {windows.settings.steps} steps, mean over tasks",
     }
@@ -148,7 +144,7 @@ def probe_tokens(windows: Windows, curvature: str, counts: tuple[int, ...]) -> d
     length, parts = windows.settings.size.length, []
     for count in counts[:-1]:
         scores = windows.influence(curvature, probes=count, seed=1)[0].scores
-        parts.append(f"{count * length:,}: {_agreement(scores, most):.3f}")
+        parts.append(f"{count * length:,}: {agreement(scores, most):.3f}")
     return {
         "claim": f"Table 2: probe tokens a domain that are enough ({curvature})",
         "here": "Spearman by tokens " + ", ".join(parts),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -40,7 +41,6 @@ Batch = dict[str, Tensor]
 
 BLOCKS = Layers(head=False)
 CURVATURES = ("EKFAC:1", "EKFAC:0.1", "EKFAC:10", "KFAC:1", "KFAC:0.1", "AdamDiagonal", "DataInf", "Identity")
-SLOW = ("GaussNewton",)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Windows:
             training = self.checkpoint(checkpoint)
             sets = self.probes(count, 1000 + seed)
             # What a product with the exact matrix reads again and again has to be small.
-            fit_on = self.sequences("natural", 32 if curvature in SLOW else s.curvature_sequences, 2000 + seed)
+            fit_on = self.sequences("natural", 32 if curvature == "GaussNewton" else s.curvature_sequences, 2000 + seed)
             start = time.process_time()
             found = group_influence(
                 training.model,
@@ -200,6 +200,11 @@ class Windows:
         natural = self.natural
         change = np.array([weights.get(name, 0.0) - natural[name] for name in domains])
         return np.asarray(scores @ change, dtype=np.float64)
+
+
+def agreement(a: Array, b: Array, measure: Callable[..., Any] = spearmanr) -> float:
+    """Mean correlation of a task's row with its other one, by ranks unless another measure is given."""
+    return float(np.mean([measure(x, y).statistic for x, y in zip(a, b, strict=True)]))
 
 
 def curvature_maker(name: str) -> Callable[[Training], Any]:
