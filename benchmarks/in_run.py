@@ -24,11 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from influence import seconds
+from influence import llama, seconds
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynmix import EKFAC, InRun, MixtureDataset, TiKMiXD, TokenStore
 from dynmix.callbacks import MixtureHook
@@ -49,20 +48,6 @@ class Timed(ParameterProducts):
 
     def _try(self, action: Callable[[], None]) -> None:
         self.spent += seconds(lambda: super(Timed, self)._try(action))
-
-
-def llama(vocab: int, hidden: int, layers: int, length: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=length,
-        )
-    )
 
 
 def cost(rounds: int, sequences: int, folds: int, folder: Path) -> None:

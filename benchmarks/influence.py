@@ -52,6 +52,20 @@ def seconds(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def llama(vocab: int, hidden: int, layers: int, length: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=length,
+        )
+    )
+
+
 def build(shrink: int) -> tuple[LlamaForCausalLM, Sets, Sets]:
     generator = torch.Generator().manual_seed(0)
 
@@ -60,17 +74,7 @@ def build(shrink: int) -> tuple[LlamaForCausalLM, Sets, Sets]:
         count = max(1, sequences // shrink // MICRO_BATCH)
         return [{"input_ids": torch.randint(0, VOCAB, shape, generator=generator)} for _ in range(count)]
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-        )
-    )
+    model = llama(VOCAB, 256, 4, LENGTH)
     domains = {f"domain{i}": batches(DOMAIN_SEQUENCES) for i in range(DOMAINS)}
     return model, domains, {f"task{i}": batches(TASK_SEQUENCES) for i in range(TASKS)}
 

@@ -30,7 +30,7 @@ from shared import shared
 from sklearn.base import clone
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from dynmix import MixtureDataset, TokenStore
 from dynmix.laws import (
@@ -47,6 +47,7 @@ from dynmix.laws import (
 )
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.prepare import prepare
+from dynmix.proxies import small_llama
 from dynmix.whole_file import whole_file, write_whole
 
 Array = NDArray[np.float64]
@@ -125,18 +126,7 @@ class Proxies:
     def _train(self, weights: Array) -> LlamaForCausalLM:
         s = self.settings
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=4096,
-            hidden_size=s.hidden_size,
-            intermediate_size=3 * s.hidden_size,
-            num_hidden_layers=s.layers,
-            num_attention_heads=4,
-            max_position_embeddings=s.sequence_length,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(small_llama(4096, s.hidden_size, s.layers, 4, s.sequence_length))
         dataset = MixtureDataset(
             self.stores,
             dict(zip(DOMAINS, weights.tolist(), strict=True)),
