@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -134,24 +134,19 @@ class _Table:
             raise ValueError(f"{path} is no UTF-8 text: a CSV file is needed") from None
         first = text.split("\n", 1)[0]
         reader = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
-        rows: list[list[str]] = []
-        lines: list[int] = []
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                rows.append([cell.strip() for cell in row])
-                lines.append(reader.line_num)
-        if len(rows) < 2:
-            raise ValueError(f"{path} has {len(rows)} lines that are not empty: a header and a row a run are needed")
-        names, rows, lines = rows[0], rows[1:], lines[1:]
+        found = [([cell.strip() for cell in row], reader.line_num) for row in reader if any(map(str.strip, row))]
+        if len(found) < 2:
+            raise ValueError(f"{path} has {len(found)} lines that are not empty: a header and a row a run are needed")
+        (names, _), *found = found
         if sum(_number(name) is not None and name.lower() not in MISSING for name in names) > len(names) / 2:
             raise ValueError(f"{path} begins with numbers: its first line must name the columns")
         for name, count in Counter(name for name in names if name).items():
             if count > 1:
                 raise ValueError(f"{path}: {count} columns are called {name!r}: rename all but one")
-        for row, line in zip(rows, lines, strict=True):
+        for row, line in found:
             if len(row) != len(names):
                 raise ValueError(f"{path}, line {line}: {len(row)} cells, the header has {len(names)}: mend the line")
-        return cls(path, names, rows, lines)
+        return cls(path, names, [row for row, _ in found], [line for _, line in found])
 
     def joined(self, other: "_Table") -> "_Table":
         """Return the table with the other's columns beside it, matched by the first column of both."""
@@ -181,8 +176,8 @@ class _Table:
 
     def find_weights(self) -> list[str]:
         """Return the columns with a weight's prefix that are shares in most runs, or some side by side in all."""
-        found = {p: [name for name in self.names if name.startswith(p)] for p in WEIGHT_PREFIXES}
-        found = {p: names for p, names in found.items() if len(names) > 1}
+        prefixed = {p: [name for name in self.names if name.startswith(p)] for p in WEIGHT_PREFIXES}
+        found = {p: names for p, names in prefixed.items() if len(names) > 1}
         good = {p: names for p, names in found.items() if self._are_shares(names)}
         if len(good) > 1:
             self.fail(
@@ -202,11 +197,9 @@ class _Table:
 
     def _side_by_side(self) -> list[str]:
         """Return the most columns in a row that are shares in every run; none: empty."""
-        numeric = [n.lower() not in INDICES and self._is_numeric(n) and not self._counts(n) for n in self.names]
+        numeric = [self._is_data(name) for name in self.names]
         values = np.zeros((len(self.rows), len(self.names)))
-        values[:, numeric] = np.nan_to_num(
-            self._cells([n for n, fine in zip(self.names, numeric, strict=True) if fine])
-        )
+        values[:, numeric] = np.nan_to_num(self._cells(list(compress(self.names, numeric))))
         usable = np.array(numeric) & (values >= 0).all(axis=0) & (values <= 100).all(axis=0)
         for length in range(len(self.names), 1, -1):
             for first in range(len(self.names) - length + 1):
@@ -222,7 +215,7 @@ class _Table:
         """Return the columns with a loss's prefix, or else all that are numbers and no index."""
         if found := [name for name in rest if name.startswith(LOSS_PREFIXES)]:
             return found
-        found = [n for n in rest if n.lower() not in INDICES and self._is_numeric(n) and not self._counts(n)]
+        found = [name for name in rest if self._is_data(name)]
         if not found:
             self.fail("no columns are called loss/<target> or loss_<target>, and no others are numbers: use --targets")
         self.notes.append(f"targets are what is left that is a number: {', '.join(found)}")
@@ -275,11 +268,12 @@ class _Table:
         cells = [row[column] for row in self.rows if row[column].lower() not in MISSING]
         return sum(_number(cell) is not None for cell in cells) > len(cells) / 2
 
-    def _counts(self, name: str) -> bool:
-        """Return whether the column counts the rows, as an index by another name does."""
+    def _is_data(self, name: str) -> bool:
+        """Return whether the column has numbers and is no index, nor counts the rows, as one by another name does."""
         column = self.names.index(name)
         values = [_number(row[column]) for row in self.rows]
-        return len(values) > 2 and all(a is not None and b is not None and b - a == 1 for a, b in pairwise(values))
+        counts = len(values) > 2 and all(a is not None and b is not None and b - a == 1 for a, b in pairwise(values))
+        return name.lower() not in INDICES and self._is_numeric(name) and not counts
 
     def _are_shares(self, names: Sequence[str]) -> bool:
         if not all(map(self._is_numeric, names)):
