@@ -39,29 +39,25 @@ def report(
         raise typer.BadParameter("is of the files of --figures FOLDER; the page is HTML", param_hint="--format")
     if figures is not None and (watch or output is not None):
         raise typer.BadParameter("draws no page: leave out --watch and --output", param_hint="--figures")
+    source, other = _journal(run), None if baseline is None else _journal(baseline)
     if figures is not None:
         from dynmix.report_figures import write_figures
 
-        other = None if baseline is None else _journal(baseline)
-        written = write_figures(_journal(run), figures, formats or [Format.SVG], baseline=other)
+        written = write_figures(source, figures, formats or [Format.SVG], baseline=other)
         print_json({"figures": written}) if json else typer.echo("\n".join(map(str, written)))
         return
-    page = _watch(run, output, baseline, every) if watch else _draw(run, output, baseline)
+    if watch:
+        page = _watch(run, output, baseline, every)
+    else:
+        from dynmix.report import write_report
+
+        page = write_report(source, output or source.parent / "report.html", baseline=other)
     print_json({"report": page}) if json else typer.echo(str(page))
 
 
 def _journal(path: Path) -> Path:
     inside = path / "dynmix" if (path / "dynmix").is_dir() else path
     return path if path.is_file() or path.suffix == ".jsonl" else inside / "journal.jsonl"
-
-
-def _draw(run: Path, output: Path | None, baseline: Path | None) -> Path:
-    from dynmix.report import write_report
-
-    source = _journal(run)
-    return write_report(
-        source, output or source.parent / "report.html", baseline=None if baseline is None else _journal(baseline)
-    )
 
 
 def _watch(run: Path, output: Path | None, baseline: Path | None, every: float) -> Path:
