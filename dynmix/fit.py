@@ -46,14 +46,12 @@ class Fit:
     def errors(self) -> dict[str, dict[str, float]]:
         """Return each target's, and the criterion's, runs, Spearman, MAE and spread; of left-out runs, in L's unit."""
         own = self.criterion > 0
-        tables = [
-            np.column_stack([values, values[:, own] @ self.criterion[own]])
+        columns = [
+            np.column_stack([values, values[:, own] @ self.criterion[own]]).T
             for values in (self.runs.L, self.law.left_out_)
         ]
         found = {}
-        for name, losses, predicted in zip(
-            (*self.runs.targets, "criterion"), *(table.T for table in tables), strict=True
-        ):
+        for name, losses, predicted in zip((*self.runs.targets, "criterion"), *columns, strict=True):
             known = np.isfinite(losses) & np.isfinite(predicted)
             y, p = losses[known], predicted[known]
             constant = not len(y) or np.ptp(y) == 0
