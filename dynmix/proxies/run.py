@@ -108,7 +108,9 @@ def run_proxies(
         done = tuple(run for run in runs if read_result(out, run) is not None)
         cache = out / "experts"
         if experts and not cache.exists() and {*map(_expert, plan.domains)} <= {*done}:
-            Experts.write(cache, {domain: _kept(out, _expert(domain)) for domain in plan.domains}, plan.tokens)
+            files = [out / "runs" / _expert(domain) / "log_probabilities.npy" for domain in plan.domains]
+            found = dict(zip(plan.domains, (np.lib.format.open_memmap(file, "r") for file in files), strict=True))
+            Experts.write(cache, found, plan.tokens)
     return Proxies(done, failed, table, cache if experts and cache.exists() else None)
 
 
@@ -182,10 +184,6 @@ def _write_table(plan: Plan, out: Path, runs: Mapping[str, Array]) -> Path | Non
         rows.writerow([run, *runs[run].tolist(), *(losses[name] for name in plan.validation)])
     write_whole(out / "runs.csv", text.getvalue())
     return out / "runs.csv"
-
-
-def _kept(out: Path, run: str) -> np.ndarray[Any, Any]:
-    return np.lib.format.open_memmap(out / "runs" / run / "log_probabilities.npy", "r")
 
 
 def _devices() -> list[str]:
