@@ -6,7 +6,6 @@ dimensional, with NaN in L where a run was not evaluated. Knows nothing of what 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -31,7 +30,7 @@ def check_mixtures(W: ArrayLike, n_domains: int | None = None) -> Array:
         ValueError: W is no table of finite weights of at least 0, its rows sum to 1 only beyond 1 %, or it has another
             number of domains than `n_domains`. Says which row, which column, which value, and what to do.
     """
-    W = np.array(_numbers(W, "W"))
+    W = _numbers(W, "W")
     if W.ndim != 2 or 0 in W.shape:
         raise ValueError(
             f"W has shape {W.shape}: a table [n_runs, n_domains] is needed (one mixture alone: W[None, :])"
@@ -119,22 +118,13 @@ def of_unit_length(extra: Features | None, W: Array) -> Features | None:
     return lambda V: extra(V) / scale
 
 
-@dataclass(frozen=True)
-class Observed:
-    """The range of each target's losses over the runs, float64[n_targets] both."""
+def limits(L: Array) -> tuple[Array, Array]:
+    """Return least and greatest prediction, one range of a target's losses beyond them, float64[n_targets] both.
 
-    low: Array
-    high: Array
-
-    @classmethod
-    def of(cls, L: Array) -> "Observed":
-        """Return the range of L float64[n_runs, n_targets], NaN left out."""
-        return cls(np.nanmin(L, axis=0), np.nanmax(L, axis=0))
-
-    def clip(self, L: Array) -> Array:
-        """Return L within one range of the observed losses beyond them: what extrapolates further is no prediction."""
-        beyond = self.high - self.low
-        return np.clip(L, self.low - beyond, self.high + beyond)
+    What extrapolates further is no prediction.
+    """
+    low, high = np.nanmin(L, axis=0), np.nanmax(L, axis=0)
+    return low - (high - low), high + (high - low)
 
 
 class Law(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn has no types

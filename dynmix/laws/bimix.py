@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dynmix.laws.base import Array, Law, Observed, by_missing
+from dynmix.laws.base import Array, Law, by_missing, limits
 
 ALPHAS = np.geomspace(0.02, 3, 24)
 UNSEEN = np.geomspace(1e-4, 0.1, 9)  # what other domains are worth, as a share of the target's own
@@ -23,7 +23,7 @@ class BiMix(Law):
 
     def _fit(self, W: Array, L: Array) -> None:
         t = L.shape[1]
-        self._observed = Observed.of(L)
+        self._limits = limits(L)
         self.own_ = np.zeros(t, dtype=np.intp)
         self.parameters_ = np.tile([1.0, 1.0, 0.0, 0.0], (t, 1))  # alpha, e, c, k
         self._variance = np.zeros(t)
@@ -51,6 +51,6 @@ class BiMix(Law):
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
         alpha, unseen, c, k = self.parameters_.T
-        mean = self._observed.clip(c + k * (W[:, self.own_] + unseen) ** -alpha)
+        mean = np.clip(c + k * (W[:, self.own_] + unseen) ** -alpha, *self._limits)
         # What the law misses is nearly all of its error, so the parameters count as known.
         return mean, np.broadcast_to(np.sqrt(self._variance), mean.shape) if with_std else None

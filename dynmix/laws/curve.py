@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from dynmix.laws.base import Array, Law, Observed, spread
+from dynmix.laws.base import Array, Law, limits, spread
 
 STEPS = 100
 LONGEST = 2.0  # a step of one parameter; they are logarithms, so this is a factor of 7
@@ -140,11 +140,11 @@ class CurveLaw(Law):
         free = 1 - np.minimum(((weighted @ self._covariance) * J).sum(axis=2), 0.99)  # 1 - leverage
         # A left-out run misses by (Y - f) / free, the expected square of which is variance / free.
         self._variance = (known * (Y - f) ** 2 * free / free**2).sum(axis=1) / known.sum(axis=1)
-        self._observed = Observed.of(L)
+        self._limits = limits(L)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
         f, J = self._curve(self.parameters_, W, slope=with_std)
-        mean = self._observed.clip(f.T)
+        mean = np.clip(f.T, *self._limits)
         if J is None:
             return mean, None
         unknown = ((J @ self._covariance) * J).sum(axis=2)
