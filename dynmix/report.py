@@ -71,7 +71,8 @@ def watch_report(
         while True:
             if (now := [_stamp(file) for file in files]) != seen:
                 seen = now
-                run, other = [*(RunRows(rows) if (rows := Journal(file).rows()) else None for file in files), None][:2]
+                run, *others = (RunRows(rows) if (rows := Journal(file).rows()) else None for file in files)
+                other = others[0] if others else None
                 if run is not None:
                     _write(run, other, page, title, reload=None if run.finished else every)
             yield None if run is None else run.rows[-1]
@@ -131,9 +132,7 @@ def _write(run: RunRows, other: RunRows | None, output: Path, title: str, reload
 def _heatmap(row: Row) -> dict[str, Any]:
     """One stage's influence as a table: a scale for each task, a row of cells for each domain."""
     scores = np.array(row["influence"], dtype=float)
-    errors = np.full_like(scores, np.nan)
-    if row["standard_error"] is not None:
-        errors = np.array(row["standard_error"], dtype=float)
+    errors = np.full_like(scores, np.nan) if row["standard_error"] is None else np.array(row["standard_error"], float)
     largest = [max((abs(x) for x in task if math.isfinite(x)), default=0.0) for task in scores]
     units = [power_of_1000(top) for top in largest]
     columns = [
