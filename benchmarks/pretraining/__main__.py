@@ -20,14 +20,24 @@ as a line, so that without `--output` it writes the page of what is kept.
 """
 
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .kept import check_settings
+from .cells import run_cell
+from .claims import run_claims
+from .corpus import Corpus
+from .criteria import Judges, Split
+from .kept import check_settings, write
+from .methods import METHODS, Bench, Method, make_dataset, tasks_of
+from .results import write_results
 from .settings import BUDGETS, Budget
+from .sweep import BASE, SWEEPS
+from .training import check_device
+from .windows import Settings, Windows, curvature_maker
 
 CORPUS = Path(os.environ.get("DYNMIX_SHARED", Path(__file__).parents[3] / "shared")) / "corpus"
 PAGE = Path(__file__).parents[1] / "RESULTS.md"
@@ -51,9 +61,7 @@ def run(
     unseen_domains: Annotated[str, typer.Option(help="Kept from training.")] = "movie_reviews,wikipedia",
 ) -> None:
     """Run the cells that are missing."""
-    from .methods import METHODS
-
-    names = METHODS if methods is None else _split(methods)
+    names = METHODS if methods is None else re.findall(r"[^,\[]+(?:\[[^\]]*\])?", methods)
     if not names:
         raise SystemExit(f"--methods {methods!r} names none: there are {', '.join(METHODS)}")
     _run(output, names, seeds, budget, corpus, device, unseen_tasks, unseen_domains)
@@ -71,8 +79,6 @@ def sweep(
     unseen_domains: str = "movie_reviews,wikipedia",
 ) -> None:
     """Run the variants of TiKMiX-D that decide its defaults, and the traps, beside the prior and what they vary."""
-    from .sweep import BASE, SWEEPS
-
     chosen = list(SWEEPS) if which is None else which.split(",")
     if unknown := [name for name in chosen if name not in SWEEPS]:
         raise SystemExit(f"no sweep {unknown[0]!r}: there are {', '.join(SWEEPS)}")
@@ -103,12 +109,6 @@ def claims(
     device: str = "cpu",
 ) -> None:
     """Replicate the paper's claims; needs cells of tikmix-d and regmix for the overhead alone."""
-    from .claims import run_claims
-    from .corpus import Corpus
-    from .kept import write
-    from .training import check_device
-    from .windows import Settings, Windows, curvature_maker
-
     for curvature in curvatures.split(","):
         curvature_maker(curvature)
     check_device(device)
@@ -132,27 +132,13 @@ def results(
     fidelity: Annotated[Path | None, typer.Option(help="Folder of benchmarks/fidelity.py.")] = None,
 ) -> None:
     """Write RESULTS.md and its figures from the cells and claims that there are, and keep them beside it."""
-    from .results import write_results
-
     write_results(output, file, fidelity)
-
-
-def _split(methods: str) -> list[str]:
-    import re
-
-    return re.findall(r"[^,\[]+(?:\[[^\]]*\])?", methods)
 
 
 def _run(
     output: Path, methods: list[str] | tuple[str, ...], seeds: str, budget: str, corpus: Path, device: str,
     unseen_tasks: str, unseen_domains: str,
 ) -> None:  # fmt: skip
-    from .cells import run_cell
-    from .corpus import Corpus
-    from .criteria import Judges, Split
-    from .methods import Bench, Method, make_dataset, tasks_of
-    from .training import check_device
-
     chosen, wanted = _budget(budget), _seeds(seeds)
     parsed = [Method.parse(name) for name in methods]
     check_device(device)
