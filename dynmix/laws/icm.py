@@ -44,25 +44,22 @@ class MultiTaskGP(Law):
         Z, X = (L - self._middle) / self._scale, joined(features(W, "root"), W, self._extra)
         self._centre = X.mean(axis=0)
         some = evenly(len(X), max(3, self.kernel_cells // t))
-        cells = _Cells(X[some] - self._centre, Z[some])
-        if len(cells.z) < 3:
-            cells = _Cells(X - self._centre, Z)
+        self._cells = cells = _Cells(X - self._centre, Z, self.rank)
+        if np.isfinite(Z[some]).sum() >= 3:
+            cells = _Cells(X[some] - self._centre, Z[some], self.rank)
         start = _pack(_start(Z, self.rank), np.full(t, -2.0), np.full(t, -3.0), np.zeros(2))
         bounds = [(-3, 3)] * (t * self.rank) + [(-7, 2)] * t + [(-8, 1)] * t + [(-4, 4), (-2, 3)]
-        found = minimize(
-            cells.loss, start, (t, self.rank), "L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": 60}
-        )
+        found = minimize(cells.loss, start, method="L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": 60})
         self.hyperparameters_ = found.x
-        self._cells = _Cells(X - self._centre, Z)
-        K, *_ = self._cells.covariance(found.x, t, self.rank)
+        K, *_ = self._cells.covariance(found.x)
         self._factor = cho_factor(K, lower=True)
         self._solved = cho_solve(self._factor, self._cells.z)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        t = self.n_targets_
-        A, d, noise, kernel = _unpack(self.hyperparameters_, t, self.rank)
+        t, cells = self.n_targets_, self._cells
+        A, d, noise, kernel = cells.unpack(self.hyperparameters_)
         B = A @ A.T + np.diag(np.exp(d))
-        X, cells = joined(features(W, "root"), W, self._extra) - self._centre, self._cells
+        X = joined(features(W, "root"), W, self._extra) - self._centre
         k = _kernel(X, cells.X, kernel)[0][:, cells.run]  # [n, n_cells]
         own = np.exp(kernel[0]) * (X**2).sum(axis=1) + 1
         mean, std = np.empty((len(W), t)), np.empty((len(W), t))
@@ -78,28 +75,35 @@ class MultiTaskGP(Law):
 class _Cells:
     """The known cells of Z float64[n_runs, n_targets]: their run, target and value."""
 
-    def __init__(self, X: Array, Z: Array):
+    def __init__(self, X: Array, Z: Array, rank: int):
         self.run, self.target = np.nonzero(np.isfinite(Z))
         self.X, self.z = X, Z[self.run, self.target]
+        self.n_targets, self.rank = Z.shape[1], rank
 
-    def covariance(self, u: Array, t: int, rank: int) -> tuple[Array, Array, Array, list[Array]]:
+    def unpack(self, u: Array) -> tuple[Array, Array, Array, Array]:
+        """Return A, log d, log noise and the kernel's own of what `_pack` put together."""
+        t = self.n_targets
+        A, d, noise, kernel = np.split(u, np.cumsum([t * self.rank, t, t]))
+        return A.reshape(t, self.rank), d, noise, kernel
+
+    def covariance(self, u: Array) -> tuple[Array, Array, Array, list[Array]]:
         """Return the cells' covariance, B and k between them, and k's derivatives, all float64[n_cells, n_cells]."""
-        A, d, noise, kernel = _unpack(u, t, rank)
+        A, d, noise, kernel = self.unpack(u)
         B = (A @ A.T + np.diag(np.exp(d)))[np.ix_(self.target, self.target)]
         k, *slopes = (part[np.ix_(self.run, self.run)] for part in _kernel(self.X, self.X, kernel))
         K = B * k
         K[np.diag_indices_from(K)] += np.exp(noise)[self.target] + JITTER
         return K, B, k, slopes
 
-    def loss(self, u: Array, t: int, rank: int) -> tuple[float, Array]:
+    def loss(self, u: Array) -> tuple[float, Array]:
         """Return minus the log likelihood (up to a constant) with a weak prior on u, and its gradient."""
-        A, d, noise, _ = _unpack(u, t, rank)
-        K, B, k, slopes = self.covariance(u, t, rank)
+        A, d, noise, _ = self.unpack(u)
+        K, B, k, slopes = self.covariance(u)
         factor = cho_factor(K, lower=True)
         solved = cho_solve(factor, self.z)
         value = 0.5 * float(self.z @ solved) + float(np.log(np.diag(factor[0])).sum())
         G = 0.5 * (cho_solve(factor, np.eye(len(K))) - np.outer(solved, solved))
-        member = np.equal.outer(self.target, np.arange(t)).astype(np.float64)
+        member = np.equal.outer(self.target, np.arange(self.n_targets)).astype(np.float64)
         by_target = member.T @ (G * k) @ member
         gradient = _pack(
             2 * by_target @ A,
@@ -129,8 +133,3 @@ def _start(Z: Array, rank: int) -> Array:
 
 def _pack(A: Array, d: Array, noise: Array, kernel: Array) -> Array:
     return np.concatenate([A.ravel(), d, noise, kernel])
-
-
-def _unpack(u: Array, t: int, rank: int) -> tuple[Array, Array, Array, Array]:
-    A, d, noise, kernel = np.split(u, np.cumsum([t * rank, t, t]))
-    return A.reshape(t, rank), d, noise, kernel

@@ -18,10 +18,10 @@ def test_gradient_is_that_of_finite_differences():
     rng = np.random.default_rng(0)
     Z = rng.standard_normal((5, 2))
     Z[1, 0] = np.nan
-    cells = _Cells(rng.standard_normal((5, 3)), Z)
+    cells = _Cells(rng.standard_normal((5, 3)), Z, rank=1)
     u = 0.3 * rng.standard_normal(2 * 1 + 2 + 2 + 2)
-    numeric = approx_fprime(u, lambda x: cells.loss(x, 2, 1)[0], 1e-7)
-    np.testing.assert_allclose(cells.loss(u, 2, 1)[1], numeric, rtol=1e-4, atol=1e-4)
+    numeric = approx_fprime(u, lambda x: cells.loss(x)[0], 1e-7)
+    np.testing.assert_allclose(cells.loss(u)[1], numeric, rtol=1e-4, atol=1e-4)
 
 
 def test_a_target_with_few_runs_learns_from_the_others():
