@@ -5,6 +5,7 @@ Each returns fixed weights for the target run. Its share of the budget is the sa
 
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,8 @@ def _proxy(bench: Bench, seed: int) -> Training:
 
 
 def _stream(bench: Bench, weights: Any, operations: float, seed: int) -> MixtureDataset:
-    size = bench.budget.proxy
-
-    def made(steps: int) -> MixtureDataset:
-        return MixtureDataset(
-            bench.corpus.stores, weights, num_samples=steps * size.batch, sequence_length=size.length, seed=seed,
-            block=size.batch,
-        )  # fmt: skip
-
-    return made(max(4, 1 + int(operations / step_flops(_proxy(bench, seed), made(1)))))
+    make = partial(bench.budget.proxy.dataset, bench.corpus.stores, weights, seed=seed)
+    return make(max(4, 1 + int(operations / step_flops(_proxy(bench, seed), make(1)))))
 
 
 def _run(training: Training, dataset: MixtureDataset, hook: Any, spent: Spent, operations: float, state: Path) -> None:

@@ -211,8 +211,4 @@ def tasks_of(bench: Bench, which: str) -> dict[str, Any]:
 
 def make_dataset(bench: Bench, method: Method, weights: Any, steps: int, seed: int) -> MixtureDataset:
     """The stream of a run."""
-    size = bench.budget.size
-    return MixtureDataset(
-        domains_of(bench, method, steps), weights, num_samples=steps * size.batch, sequence_length=size.length,
-        seed=seed, block=size.batch,
-    )  # fmt: skip
+    return bench.budget.size.dataset(domains_of(bench, method, steps), weights, steps, seed)

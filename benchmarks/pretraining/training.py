@@ -1,10 +1,10 @@
 """A small Llama under training: one step, and a checkpoint from which it goes on bit for bit.
 
-Knows a model and its optimizer; no mixture and no measurement.
+Knows a model, its optimizer and what it reads; no measurement.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.trainer_utils import set_seed
 
+from dynmix import MixtureDataset
 from dynmix.proxies import small_llama
 from dynmix.whole_file import whole_file
 
@@ -32,6 +33,12 @@ class Size:
     @property
     def step_tokens(self) -> int:
         return self.batch * self.length
+
+    def dataset(self, stores: Mapping[str, Any], weights: Any, steps: int, seed: int) -> MixtureDataset:
+        """The stream of so many steps."""
+        return MixtureDataset(
+            stores, weights, num_samples=steps * self.batch, sequence_length=self.length, seed=seed, block=self.batch
+        )
 
 
 def check_device(device: str) -> None:

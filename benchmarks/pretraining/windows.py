@@ -134,15 +134,7 @@ class Windows:
     def _dataset(self, weights: Any, steps: int, seed: int) -> MixtureDataset:
         if isinstance(weights, Mapping):  # domains of no weight stay listed: the others keep their order
             weights = {name: weights.get(name, 0.0) for name in self.corpus.domains}
-        size = self.settings.size
-        return MixtureDataset(
-            self.corpus.stores,
-            weights,
-            num_samples=steps * size.batch,
-            sequence_length=size.length,
-            seed=seed,
-            block=size.batch,
-        )
+        return self.settings.size.dataset(self.corpus.stores, weights, steps, seed)
 
     def _read(self, dataset: MixtureDataset, start: int = 0) -> Iterator[Batch]:
         batch = self.settings.size.batch
