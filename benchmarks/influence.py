@@ -52,6 +52,13 @@ def seconds(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def passes(model: torch.nn.Module, batches: Batches) -> None:
+    """A training step's forward and backward pass over each batch."""
+    for batch in batches:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        model.zero_grad()
+
+
 def llama(vocab: int, hidden: int, layers: int, length: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -196,10 +203,7 @@ def beside_kronfluence(domains: Sets, tasks: Sets, shrink: int) -> None:
             return kronfluence_scores(build(shrink)[0], domains, tasks, fit_on, folder, aggregate)
 
     def floor() -> torch.Tensor:
-        model = build(shrink)[0]
-        for batch in [*batches, *(b for own in tasks.values() for b in own)]:
-            model(**batch, labels=batch["input_ids"]).loss.backward()
-            model.zero_grad()
+        passes(build(shrink)[0], [*batches, *(b for own in tasks.values() for b in own)])
         return torch.zeros(())
 
     floor()
@@ -228,8 +232,7 @@ def peak_of(what: str, shrink: int) -> float:
     model, domains, tasks = build(shrink)
     blocks = Layers(exclude="lm_head")
     batches = [batch for own in domains.values() for batch in own]
-    model(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
-    model.zero_grad()
+    passes(model, batches[:1])
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
@@ -280,9 +283,7 @@ def main() -> None:
     batches = [batch for own in domains.values() for batch in own]
 
     def floor() -> None:
-        for batch in [*batches, *(b for own in tasks.values() for b in own)]:
-            model(**batch, labels=batch["input_ids"]).loss.backward()
-            model.zero_grad()
+        passes(model, [*batches, *(b for own in tasks.values() for b in own)])
 
     def ekfac(sequences: int) -> Callable[[], object]:
         few = batches[:: max(1, len(batches) * MICRO_BATCH * arguments.shrink // sequences)]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import typer
+from influence import passes
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,14 +75,8 @@ def main(
         return time.perf_counter() - start
 
     some = domains["domain0"][:8]
-
-    def step() -> None:
-        for one in some:
-            model(**one, labels=one["input_ids"]).loss.backward()
-            model.zero_grad()
-
-    step()
-    floor = seconds(step) / (len(some) * batch * length)  # a token
+    passes(model, some)
+    floor = seconds(lambda: passes(model, some)) / (len(some) * batch * length)  # a token
     print(f"F: {1 / floor:,.0f} tokens/s, {6 * sum(p.numel() for p in model.parameters()) / floor / 1e12:.0f} TFLOP/s")
     for p in model.parameters():
         p.grad = None

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from influence import seconds
+from influence import passes, seconds
 from pretraining.kept import check_settings
 from rich.console import Console
 from rich.table import Table
@@ -80,9 +80,7 @@ def cost(rounds: int = 5, batch: int = 4, length: int = 256) -> None:
                 next_token_loss(model, one)
 
     def step() -> None:
-        for one in data:
-            model(**one, labels=one["input_ids"]).loss.backward()
-            model.zero_grad()
+        passes(model, data)
 
     def reference(scorer: SampleScorer) -> np.ndarray[Any, Any]:
         """Scores by a gradient a sequence."""
