@@ -92,7 +92,7 @@ def cost(rounds: int, sequences: int, folds: int, folder: Path) -> None:
     def watched() -> None:
         step()
         own = time.process_time()
-        samples = StepSamples(data, (done - 1) * sequences, done * sequences)
+        samples = StepSamples(data, done, sequences)
         for seen in watch.take():
             [(domain, *_), *_] = samples.domains(seen.input_ids)
             tally.add(domain, seen.products, seen.tokens)
