@@ -65,8 +65,8 @@ def named(weights: np.ndarray) -> dict[str, float]:
     return {f"domain{k}": weight for k, weight in enumerate(weights.tolist())}
 
 
-def schedule_of(weights: np.ndarray, rows: int = 10**6, seed: int = 0) -> MixtureSchedule:
-    return MixtureSchedule(named(weights), dict.fromkeys(named(weights), rows), seed=seed)
+def schedule_of(weights: np.ndarray, seed: int = 0) -> MixtureSchedule:
+    return MixtureSchedule(named(weights), dict.fromkeys(named(weights), 10**6), seed=seed)
 
 
 def peer_ratio(python: str, folder: Path, name: str) -> str:

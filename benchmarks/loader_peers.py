@@ -24,10 +24,10 @@ LENGTH, BATCH, BATCHES, ROUNDS = 1024, 32, 200, 7
 Action = Callable[[], object]
 
 
-def throughput_ratio(action: Action, floor: Action, rounds: int = ROUNDS) -> float:
+def throughput_ratio(action: Action, floor: Action) -> float:
     """Median over rounds, in turn, of the action's throughput over the floor's."""
     action(), floor()
-    return statistics.median(1 / (_seconds(action) / _seconds(floor)) for _ in range(rounds))
+    return statistics.median(1 / (_seconds(action) / _seconds(floor)) for _ in range(ROUNDS))
 
 
 def _seconds(action: Action) -> float:

@@ -78,13 +78,9 @@ class Cells:
         kept = {column: [name for name in sets if name in judged] for column, sets in found.items()}
         return {column: sets for column, sets in kept.items() if sets}
 
-    def mean(self, group: str, unit: str = "loss") -> Measure:
-        """Mean of a group's sets."""
-
-        def of(cell: Cell) -> float:
-            return float(np.mean([cell["final"][name][unit] for name in self.groups[group]]))
-
-        return of
+    def mean(self, group: str) -> Measure:
+        """Mean loss of a group's sets."""
+        return lambda cell: float(np.mean([cell["final"][name]["loss"] for name in self.groups[group]]))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
