@@ -30,19 +30,17 @@ def run_cell(bench: Bench, name: str, seed: int, folder: Path) -> dict[str, Any]
 
 def _run(bench: Bench, method: Method, seed: int, folder: Path) -> dict[str, Any]:
     budget, vocabulary = bench.budget, len(bench.corpus.tokenizer)
-    plain = Method("natural")
-    a_step = step_flops(
-        Training(budget.size, vocabulary, seed, bench.device), make_dataset(bench, plain, "natural", 1, seed)
-    )
+    thrown_away = Training(budget.size, vocabulary, seed, bench.device)
+    a_step = step_flops(thrown_away, make_dataset(bench, Method("natural"), "natural", 1, seed))
     share = float(method.options.get("share", 1))
-    operations = share * budget.steps * a_step
+    operations, steps = share * budget.steps * a_step, max(1, round(share * budget.steps))
 
     def before() -> dict[str, Any]:
         spent, own = Spent(), replace(bench, budget=replace(budget, steps=steps))  # the target run of its share
         weights = weights_of(own, method.name, seed, folder, spent, budget.proxy_share * operations)
         return {"weights": weights, "flops": spent.flops["before"], "seconds": spent.seconds["before"]}
 
-    spent, steps = Spent(), max(1, round(share * budget.steps))
+    spent = Spent()
     weights: Any = "natural"
     if method.name in STATIC or "start" in method.options:
         weights = static_weights(bench, method.options.get("start", method.name), steps)
