@@ -129,7 +129,7 @@ class Case:
 
     @cached_property
     def normalised(self) -> Array:
-        return np.asarray(self.S / (np.abs(self.S).max(axis=1, keepdims=True) + EPS), dtype=np.float64)
+        return np.asarray(self.S / (self.scale[:, None] + EPS), dtype=np.float64)
 
     @cached_property
     def scale(self) -> Array:
@@ -245,9 +245,6 @@ def plain_slsqp(case: Case) -> tuple[Array, float]:
             raise TimeoutError
         return case.objective(np.maximum(w, 0))
 
-    def remember(w: Array) -> None:
-        last[:] = w
-
     with suppress(TimeoutError):
         last = minimize(
             objective,
@@ -258,7 +255,7 @@ def plain_slsqp(case: Case) -> tuple[Array, float]:
                 {"type": "eq", "fun": lambda w: w.sum() - 1},
                 {"type": "ineq", "fun": lambda w: case.S @ (w - case.p)},
             ],
-            callback=remember,
+            callback=lambda w: np.copyto(last, w),
         ).x
     return np.asarray(last, dtype=np.float64), time.process_time() - start
 
