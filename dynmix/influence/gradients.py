@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,39 +16,6 @@ from torch import Tensor
 # head of a language model has vocabulary x width of them a sequence.)
 _ENTRIES = {"cpu": 2**20}
 _ENTRIES_ELSEWHERE = 2**26
-
-
-class SequenceGradients(Protocol):
-    """Gradients G of B sequences' summed losses with respect to one layer's matrix, [out, in] or [rows, width]."""
-
-    def products(self, towards: Tensor) -> Tensor:
-        """<G_b, towards_i>, [B, n], for matrices [n, ...] of the layer's shape."""
-        ...
-
-    def token_products(self, towards: Tensor) -> Tensor:
-        """<g_bt a_bt^T, towards_i>, [B, T, n], whose sum over the tokens is `products`."""
-        ...
-
-    def squared_norms(self) -> Tensor:
-        """|G_b|^2, [B]."""
-        ...
-
-    def add_sum(self, to: Tensor) -> None:
-        """to += sum_b G_b."""
-        ...
-
-    def add_weighted(self, weights: Tensor, to: Tensor, towards: Tensor | None = None) -> Tensor | None:
-        """to_i += sum_b weights_ib G_b, for weights [n, B]; `products(towards)` at no further cost, if it is given."""
-        ...
-
-    def add_squares(self, to: Tensor, total: Tensor | None = None) -> None:
-        """to += sum_b G_b^2, entry by entry; and total += sum_b G_b."""
-        ...
-
-
-def gradients_of(a: Tensor, g: Tensor) -> SequenceGradients:
-    """From a layer's inputs and output gradients, as `Capture` hands them over."""
-    return LinearGradients(a, g) if a.is_floating_point() else EmbeddingGradients(a, g)
 
 
 @dataclass(frozen=True)
@@ -78,7 +44,7 @@ class LinearGradients:
         return found
 
     def token_products(self, towards: Tensor) -> Tensor:
-        """<left^T g_bt a_bt^T right, towards_i>, [B, T, n]."""
+        """<left^T g_bt a_bt^T right, towards_i>, [B, T, n], whose sum over the tokens is `products`."""
         g, a = (x if basis is None else x @ basis for x, basis in ((self.g, self.left), (self.a, self.right)))
         return torch.stack([((g @ matrix) * a).sum(2) for matrix in towards], dim=2)
 
@@ -173,3 +139,12 @@ class EmbeddingGradients:
         rows, number = torch.unique(keys, return_inverse=True)
         found = self.g.new_zeros(len(rows), self.g.shape[-1]).index_add_(0, number.flatten(), self.g.flatten(0, 1))
         return rows // width, rows % width, found
+
+
+SequenceGradients = LinearGradients | EmbeddingGradients
+"""Gradients G of B sequences' summed losses with respect to one layer's matrix, [out, in] or [rows, width]."""
+
+
+def gradients_of(a: Tensor, g: Tensor) -> SequenceGradients:
+    """From a layer's inputs and output gradients, as `Capture` hands them over."""
+    return LinearGradients(a, g) if a.is_floating_point() else EmbeddingGradients(a, g)
