@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, SupportsFloat
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dynmix.influence.batch import Batch, Batches, next_token_loss
+from dynmix.influence.batch import Batch, Batches, next_token_labels, next_token_logits, next_token_loss, on_device
 from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turns
 from dynmix.influence.factors import Factors, FittedFactors, Moments, eigenbases
 from dynmix.influence.gradients import SequenceGradients
-from dynmix.influence.labels import label_generator, sampled_labels
 from dynmix.influence.sums import Sums, within_budget
 
 logger = logging.getLogger(__name__)
@@ -125,10 +125,7 @@ class FactoredCurvature(ABC):
         """
 
         def labelled(batch: Batch, number: int) -> Batch:
-            # Drawn anew in each pass, and the same ones.
-            if self.labels == "empirical":
-                return batch
-            return sampled_labels(capture, batch, label_generator(capture, self.seed, number))
+            return batch if self.labels == "empirical" else sampled_labels(capture, batch, self.seed, number)
 
         turns = Turns(capture.ranks, lambda batch: capture.rerun(labelled(batch, 0)))
         own: dict[int, tuple[Tensor, Tensor]] = {}
@@ -178,6 +175,23 @@ class FactoredCurvature(ABC):
         wide = [layer for layer, f in factors.items() if f.QA is None or f.QS is None]
         if wide:
             logger.info("curvature: identity basis on the wide side of %s", ", ".join(wide))
+
+
+@torch.no_grad()
+def sampled_labels(capture: Capture, batch: Batch, seed: int, number: int) -> Batch:
+    """The batch with every scored label replaced by a draw from the model's own prediction.
+
+    Those of batch `number` are the same in every pass, whoever reads the batches before it.
+    """
+    device = next(capture.model.parameters()).device
+    own = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+    batch = on_device(batch, device)
+    logits, labels = next_token_logits(capture.model, batch)[:, :-1], next_token_labels(batch)
+    predicted = logits.flatten(0, 1).softmax(-1).nan_to_num(1.0)
+    draws = torch.multinomial(predicted, 1, generator=torch.Generator(device).manual_seed(own))
+    drawn = torch.where(labels == -100, labels, draws.view(labels.shape))
+    first = torch.full_like(drawn[:, :1], -100)  # nothing predicts the first token
+    return {**batch, "labels": torch.cat([first, drawn], dim=1)}
 
 
 def add_squares(gradients: SequenceGradients, to: Tensor, finite: Tensor, sums: Sums, layer: str, batch: Batch) -> None:

@@ -12,9 +12,9 @@ from dynmix.influence import factors
 from dynmix.influence.batch import Batches, next_token_labels, next_token_loss
 from dynmix.influence.capture import Capture
 from dynmix.influence.curvature import EKFAC, KFAC, Identity
+from dynmix.influence.factored import sampled_labels
 from dynmix.influence.factors import FittedFactors
 from dynmix.influence.isolation import isolated
-from dynmix.influence.labels import sampled_labels
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
@@ -190,7 +190,7 @@ def test_sampled_labels_follow_the_model(tiny_lm: Models, token_batches: Batcher
     mask[:, 8:] = 0
     many = {"input_ids": batch["input_ids"].repeat(2000, 1), "attention_mask": mask}
     with isolated(model):
-        sampled = sampled_labels(Capture(model), many, torch.Generator().manual_seed(0))
+        sampled = sampled_labels(Capture(model), many, 0, 0)
         expected = model(input_ids=batch["input_ids"]).logits[0, 3].softmax(-1).detach()
     assert (sampled["labels"][:, 0] == -100).all()
     assert (next_token_labels(sampled) == -100).equal(next_token_labels(many) == -100)
