@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from dynmix.influence.batch import Batches
 from dynmix.influence.capture import Capture
-from dynmix.influence.sums import Sums
 
 
 class InverseCurvature(Protocol):
@@ -61,15 +60,6 @@ def check_curvature(curvature: object, *parts: str) -> None:
             f"curvature={curvature!r} is no curvature: pass an instance, as EKFAC() or DataInf(), or one of your own "
             "that has `fit` and `passes`"
         )
-
-
-@runtime_checkable
-class SummingCurvature(Protocol):
-    """A curvature whose fitting sees whole gradients, and can hand over their sums at next to no cost."""
-
-    def fit_and_sum(self, capture: Capture, batches: Batches, sums: Sums) -> InverseCurvature:
-        """As `fit`; and the gradients of those batches read that `sums` is waiting for are added to it."""
-        ...
 
 
 @dataclass(frozen=True)

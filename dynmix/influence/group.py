@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, SummingCurvature, check_curvature
+from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, check_curvature
 from dynmix.influence.batch import Batch, Batches, Loss, next_token_loss
 from dynmix.influence.capture import Capture, NothingMeasuredError
 from dynmix.influence.carried import Carried
 from dynmix.influence.datainf import FittedDataInf
 from dynmix.influence.ekfac import EKFAC
+from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.factors import FittedFactors
 from dynmix.influence.gauss_newton import GaussNewton
 from dynmix.influence.isolation import isolated
@@ -228,7 +229,8 @@ class _Measured:
             fit_on = _Pool(lists)
             if all(isinstance(batches, list | tuple) for batches in lists):
                 fit_on = list(fit_on)
-        if isinstance(curvature, SummingCurvature):
+        inverse: InverseCurvature
+        if isinstance(curvature, FactoredCurvature | Carried):
             inverse = curvature.fit_and_sum(capture, fit_on, sums)
         else:
             inverse = curvature.fit(capture, fit_on)
