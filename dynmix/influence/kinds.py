@@ -1,4 +1,4 @@
-"""How layers that are no plain linear ones are seen as such: tied embeddings, norms and routers.
+"""How layers that are no plain linear ones are seen as such: tied embeddings, norms, routers and stacked experts.
 
 Knows modules and their inputs and gradients; no hooks.
 """
@@ -6,6 +6,7 @@ Knows modules and their inputs and gradients; no hooks.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -68,3 +69,49 @@ def _is_linear_map(layer: Layer, x: Tensor, output: Tensor) -> bool:
         expected = F.linear(x.to(output), weight.to(output), None if bias is None else bias.to(output))
         # Of a router a gradient of probabilities would be taken for one of logits.
         return bool((output - expected).abs().max() <= 0.01 * expected.abs().max() + 1e-6)
+
+
+Watch = Callable[[str, int, Tensor, Tensor, Tensor], Tensor]
+"""(stack of parameters, expert, inputs [n, in], outputs [n, out], numbers of the tokens [n]) -> the outputs."""
+
+
+def experts_forward(module: Any, watch: Watch) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The forward of a module for which `layers.is_stacked_experts` holds, with each of its matrices shown to `watch`.
+
+    transformers runs all experts by fused kernels, which no hook can look into; this is the same function, written out.
+    Tokens are in order within each expert. The sum over a token's experts is taken in the order of the experts, so the
+    result equals that of other implementations to rounding.
+    """
+
+    def linear(stack: str, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
+        weight, biases = getattr(module, stack)[expert], getattr(module, f"{stack}_bias", None)
+        y = F.linear(x, weight.mT if module.is_transposed else weight, None if biases is None else biases[expert])
+        return watch(stack, expert, x, y, tokens)
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden_states)
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        for expert in range(len(module.down_proj)):
+            tokens, choice = (top_k_index == expert).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            x = linear(first, expert, hidden_states[tokens], tokens)
+            x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+            x = linear("down_proj", expert, x, tokens)
+            if getattr(module, "has_post_expert_norm", False):
+                x = module.post_expert_norm(x)
+            x = x * top_k_weights[tokens, choice, None]
+            result = result.index_add(0, tokens, x.to(result.dtype))
+        return result
+
+    return forward
+
+
+def by_sequence(x: Tensor, tokens: Tensor, sequences: int, length: int) -> Tensor:
+    """Rows [n, ...] of tokens numbered through a batch, as [sequences, most tokens of one, ...] with zeros behind."""
+    of = tokens // length
+    counts = torch.bincount(of, minlength=sequences)
+    starts = counts.cumsum(0) - counts
+    laid = x.new_zeros(sequences, int(counts.max()), *x.shape[1:])
+    laid[of, torch.arange(len(x), device=x.device) - starts[of]] = x
+    return laid

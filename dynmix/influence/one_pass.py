@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynmix.influence.experts import by_sequence, experts_forward
 from dynmix.influence.isolation import replaced
-from dynmix.influence.kinds import norm_gradients, odd_linear, odd_router, one_hot
+from dynmix.influence.kinds import by_sequence, experts_forward, norm_gradients, odd_linear, odd_router, one_hot
 from dynmix.influence.layers import Layer
 
 Consume = Callable[[str, Tensor, Tensor, Tensor], None]
