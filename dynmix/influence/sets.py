@@ -48,6 +48,7 @@ class ProbeSet:
         losses, tokens: float64[n_sequences], nats and scored tokens.
         products: float64[n, n_towards] of some of the sequences, with `product_tokens` float64[n].
         found: number of the batch -> what this rank has found in the pass that is on.
+        rows: of the gradients' stacks, its mean's, and its draw's if there is one.
     """
 
     def __init__(self, kind: str, name: str, batches: Batches, stratum: int | None = None) -> None:
@@ -56,58 +57,7 @@ class ProbeSet:
         self.products = np.zeros((0, 0))
         self.sizes: list[int] = []
         self.found: dict[int, Found] = {}
-        self._rows = slice(0)  # of the gradients: its mean's, and its draw's if there is one
-
-    def sum_up(
-        self,
-        capture: Capture,
-        turns: Turns,
-        gradients: dict[str, Tensor],
-        rows: slice,
-        n_rows: int,
-        towards: Mapping[str, Held] | None,
-        met: Mapping[int, tuple[Tensor, Tensor]],
-        varied: int | None,
-    ) -> None:
-        """Add this rank's part of the loss's gradient to `gradients`, layer -> [n_rows, out, in], at `rows`.
-
-        The second of them, if there is one, gets the same with alternating signs. Sequences' gradients meet `towards`
-        [n, out, in] in passing, those of batches enough for `varied` sequences, None: all. Of the batches in `met`
-        losses and tokens are given, and their gradients have been added.
-        """
-        self._rows = rows
-        self.found = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
-        chosen = None if varied is None else _spread_batches(self.batches, met, varied)
-        for turn in turns(self.batches, but=met):
-            if turn.mine:
-                meeting = towards if chosen is None or turn.number in chosen else None
-                self.found[turn.number] = self._run(capture, turn, gradients, n_rows, meeting)
-
-    def _run(
-        self,
-        capture: Capture,
-        turn: Turn,
-        gradients: dict[str, Tensor],
-        n_rows: int,
-        towards: Mapping[str, Held] | None,
-    ) -> Found:
-        product = Products(towards)
-
-        def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
-            if layer not in gradients:
-                gradients[layer] = capture.stored(layer, n_rows)
-            own, held = gradients_of(a, g), None if towards is None else towards.get(layer)
-            other = None if held is None else held.to(g.device)
-            with on(gradients[layer][self._rows], g.device) as to:
-                if len(to) == 1 and other is None:
-                    own.add_sum(to[0])
-                else:
-                    weights = np.stack([np.ones(len(g)), _signs(turn.first, len(g))][: len(to)])
-                    product.add(own.add_weighted(torch.as_tensor(weights).to(g), to, other))
-            let_go(held)
-
-        loss, count = capture.run(turn.batch, consume)
-        return Found(loss.numpy(), count.numpy(), None if towards is None else product.total(len(loss)))
+        self.rows = slice(0)
 
     def take(self, found: Mapping[int, Found]) -> None:
         """End a pass: what was found in it, by the number of the batch, in order."""
@@ -132,7 +82,7 @@ class ProbeSet:
         signed = float(_signs(0, len(self.tokens)) @ self.tokens)
         finite = bool(np.isfinite(self.losses).all())
         for stack in gradients.values():
-            own = stack[self._rows]
+            own = stack[self.rows]
             own[0] /= scored
             if len(own) > 1:
                 own[1].sub_(own[0] * signed).div_(scored)
@@ -164,19 +114,55 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Read all sets, or what `sums` has not met of them: each one's gradient of its mean loss, layer -> [n, out, in].
 
-    With `draws` these are `MEANS` of what is returned, and draws of the noise in them its `DRAWS`. `towards` and
-    `varied` are as in `ProbeSet.sum_up`.
+    With `draws` these are `MEANS` of what is returned, and draws of the noise in them its `DRAWS`. Sequences' gradients
+    meet `towards` [n, out, in] in passing, those of batches enough for `varied` sequences of each set, None: all.
     """
     turns, each = Turns(capture.ranks, capture.rerun), 2 if draws else 1
     sums = Sums([()] * len(sets), capture.stored) if sums is None else sums
     for index, own in enumerate(sets):
-        rows = slice(each * index, each * (index + 1))
-        own.sum_up(capture, turns, sums.gradients, rows, each * len(sets), towards, sums.met[index], varied)
+        own.rows, met = slice(each * index, each * (index + 1)), sums.met[index]
+        own.found = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
+        chosen = None if varied is None else _spread_batches(own.batches, met, varied)
+        for turn in turns(own.batches, but=met):
+            if turn.mine:
+                meeting = towards if chosen is None or turn.number in chosen else None
+                own.found[turn.number] = _added(sums.gradients, each * len(sets), own.rows, capture, turn, meeting)
     _end(sets, turns)
     gradients = capture.ranks.sum("gradients", sums.gradients, capture.device)
     for own in sets:
         own.normalise(gradients)
     return gradients
+
+
+def _added(
+    gradients: dict[str, Tensor],
+    n_rows: int,
+    rows: slice,
+    capture: Capture,
+    turn: Turn,
+    towards: Mapping[str, Held] | None,
+) -> Found:
+    """Run a batch, and add its gradient to `gradients`, layer -> [n_rows, out, in], at `rows`.
+
+    The second of these, if there is one, gets the same with alternating signs.
+    """
+    product = Products(towards)
+
+    def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+        if layer not in gradients:
+            gradients[layer] = capture.stored(layer, n_rows)
+        own, held = gradients_of(a, g), None if towards is None else towards.get(layer)
+        other = None if held is None else held.to(g.device)
+        with on(gradients[layer][rows], g.device) as to:
+            if len(to) == 1 and other is None:
+                own.add_sum(to[0])
+            else:
+                weights = np.stack([np.ones(len(g)), _signs(turn.first, len(g))][: len(to)])
+                product.add(own.add_weighted(torch.as_tensor(weights).to(g), to, other))
+        let_go(held)
+
+    loss, count = capture.run(turn.batch, consume)
+    return Found(loss.numpy(), count.numpy(), None if towards is None else product.total(len(loss)))
 
 
 def products_of(sets: Sequence[tuple[ProbeSet, list[int]]], capture: Capture, towards: Mapping[str, Held]) -> None:
