@@ -8,8 +8,7 @@ from scipy.optimize import least_squares
 
 from dynmix.mixers.base import Proposal, Run
 from dynmix.mixers.online import OnlineMixer, as_array, in_range
-from dynmix.mixers.problem import Array
-from dynmix.observation import Influence, Observation
+from dynmix.observation import Array, Influence, Observation
 
 BIN_STEPS = 10  # the authors' code fits each tenth step of a smoothed curve; here, means over ten steps
 MAX_BINS = 256  # then neighbours are merged, so that the state stays small in a run of any length

@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmix.mixers.problem import Array
 from dynmix.mixers.simplex import cap, normalized
-from dynmix.observation import Influence, Observation
+from dynmix.observation import Array, Influence, Observation
 from dynmix.scores import SamplePlan
 
 Ints = NDArray[np.integer]

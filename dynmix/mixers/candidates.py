@@ -6,7 +6,7 @@ Knows nothing of influence, of tasks or of what a domain is.
 
 import numpy as np
 
-from dynmix.mixers.problem import Array
+from dynmix.observation import Array
 
 # Below this share of accepted draws rejection gives way to hit-and-run.
 LEAST_ACCEPTED = 0.02

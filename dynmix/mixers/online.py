@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from dynmix.mixers.base import Mixer, Proposal, Run, within
-from dynmix.mixers.problem import Array
-from dynmix.observation import Influence, Observation
+from dynmix.observation import Array, Influence, Observation
 
 logger = logging.getLogger("dynmix.mixers")
 

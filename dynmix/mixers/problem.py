@@ -14,11 +14,10 @@ chosen. Knows nothing of names or of where A comes from.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.special import xlogy
 
-Array = NDArray[np.float64]
+from dynmix.observation import Array
 
 
 @dataclass(frozen=True)

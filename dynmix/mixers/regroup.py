@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmix.mixers.problem import Array
 from dynmix.mixers.simplex import cap
+from dynmix.observation import Array
 from dynmix.scores import Column, SampleScores
 from dynmix.shown import Bar
 

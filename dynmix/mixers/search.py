@@ -11,7 +11,8 @@ import numpy as np
 from scipy.optimize import linprog
 
 from dynmix.mixers.candidates import around, into
-from dynmix.mixers.problem import Array, Problem
+from dynmix.mixers.problem import Problem
+from dynmix.observation import Array
 
 FEASIBLE = 1e-9  # row-scaled violation that is rounding
 # The search ends after this many iterations that moved nothing: a narrower one may move what a broad one did not.

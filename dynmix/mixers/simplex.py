@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dynmix.mixers.problem import Array
+from dynmix.observation import Array
 
 
 def normalized(weights: Mapping[str, float], domains: Sequence[str]) -> Array:

@@ -13,8 +13,9 @@ from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import xlogy
 
-from dynmix.mixers.problem import Array, Problem, lift
+from dynmix.mixers.problem import Problem, lift
 from dynmix.mixers.simplex import water_fill
+from dynmix.observation import Array
 
 GAP = 1e-9  # relative duality gap at which the dual's answer is final
 ROUNDING = 1e-12  # row-scaled violation of a constraint that is no more than rounding

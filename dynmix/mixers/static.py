@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from dynmix.mixers.base import Mixer, Proposal, Run, within
-from dynmix.mixers.problem import Array
 from dynmix.mixers.simplex import normalized
-from dynmix.observation import Influence
+from dynmix.observation import Array, Influence
 
 
 class Static(Mixer):

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from dynmix.mixers.problem import Array
+from dynmix.observation import Array
 
 Name = Literal["ridge", "lightgbm", "smooth"]
 NAMES: tuple[Name, ...] = ("ridge", "lightgbm", "smooth")

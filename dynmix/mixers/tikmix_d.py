@@ -16,10 +16,10 @@ from scipy.stats import chi2, norm
 
 from dynmix.mixers.base import Mixer, Proposal, Run, bounds
 from dynmix.mixers.memory import Memory
-from dynmix.mixers.problem import Array, Problem, slackest
+from dynmix.mixers.problem import Problem, slackest
 from dynmix.mixers.simplex import cap, normalized
 from dynmix.mixers.solvers import GAP, ROUNDING, solve_clarabel, solve_dual, solve_slsqp
-from dynmix.observation import Influence
+from dynmix.observation import Array, Influence
 
 logger = logging.getLogger("dynmix.mixers")
 

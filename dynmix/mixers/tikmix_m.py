@@ -15,13 +15,13 @@ from numpy.typing import ArrayLike
 
 from dynmix.mixers.base import Mixer, Proposal
 from dynmix.mixers.candidates import around, into, spread
-from dynmix.mixers.problem import Array, Problem
+from dynmix.mixers.problem import Problem
 from dynmix.mixers.registry import make_mixer
 from dynmix.mixers.search import Pareto, Search, largest
 from dynmix.mixers.simplex import normalized
 from dynmix.mixers.surrogate import NAMES, Name, Smooth, fit
 from dynmix.mixers.tikmix_d import EPS, TiKMiXD, of_sequences, predicted_gain, row_scales
-from dynmix.observation import Influence
+from dynmix.observation import Array, Influence
 
 logger = logging.getLogger("dynmix.mixers")
 
