@@ -11,12 +11,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dynmix.influence.batch import Batches
+from dynmix.influence.batch import Batch, Batches
 from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turns
 from dynmix.influence.gradients import gradients_of
@@ -112,21 +112,21 @@ class FittedDataInf:
 
     def _met(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Of all sequences, on the CPU: |G_i|^2 [n] and <G_i, V> [n, m] by layer, and the scored tokens [n]."""
-        own: dict[int, tuple[dict[str, tuple[Tensor, Tensor]], Tensor]] = {}
-        turns = Turns(self.capture.ranks, self.capture.rerun)
-        for turn in turns(self.batches):
-            if not turn.mine:
-                continue
-            seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-            def meet(layer: str, a: Tensor, g: Tensor, mask: Tensor, seen: dict[str, Any] = seen) -> None:
+        def run(batch: Batch) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+            seen = {}
+
+            def meet(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
                 if layer in gradients:
                     G = gradients_of(a, g)
                     seen[layer] = G.squared_norms(), G.products(gradients[layer].to(g.device))
                     let_go(gradients[layer])
 
-            counts = self.capture.run(turn.batch, meet)[1]
-            own[turn.number] = {k: (norm.cpu(), dot.cpu()) for k, (norm, dot) in seen.items()}, counts
+            _, counts = self.capture.run(batch, meet)
+            return {layer: (norm.cpu(), dot.cpu()) for layer, (norm, dot) in seen.items()}, counts
+
+        turns = Turns(self.capture.ranks, self.capture.rerun)
+        own = {turn.number: run(turn.batch) for turn in turns(self.batches) if turn.mine}
         [found] = turns.gathered("DataInf's first pass", [own])
         norms, dots = {}, {}
         for layer, V in gradients.items():

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature
-from dynmix.influence.batch import Batches, token_mask
+from dynmix.influence.batch import Batch, Batches, token_mask
 from dynmix.influence.capture import Capture
-from dynmix.influence.dealing import Turns
+from dynmix.influence.dealing import Turn, Turns
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.isolation import isolated, unwrap
 from dynmix.influence.layers import Layer, LayerFilter, Layers, measurable_layers
@@ -158,31 +158,27 @@ def sequence_products(
     Returns, by set, products float64[n, n_rows] and scored tokens float64[n]; a sequence that is not finite has none.
     """
     ranks, names = Ranks(over_ranks), names_of(unwrap(model))
-    found: list[dict[int, tuple[Tensor, Array]]] = []
     with ranks.together():
         uses = uses_of(unwrap(model), gradients)
         capture = Capture(model, layers=Layers(uses.__contains__, None, True, True), ranks=ranks, tick=tick)
+
+        def run(batch: Batch) -> tuple[Array, Array]:
+            parts: list[Tensor] = []
+
+            def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+                towards = gradients.matrix(capture.layers[layer], names)
+                parts.append(gradients_of(a, g).products(towards).cpu().double())
+
+            _, tokens = capture.run(batch, consume)
+            return torch.stack(parts).sum(0).numpy(), tokens.numpy()
+
         with isolated(model):
             turns = Turns(ranks, capture.rerun)
-            for batches in sets.values():
-                own: dict[int, tuple[Tensor, Array]] = {}
-                for turn in turns(batches):
-                    if not turn.mine:
-                        continue
-                    parts: list[Tensor] = []
-
-                    def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor, parts: list[Tensor] = parts) -> None:
-                        towards = gradients.matrix(capture.layers[layer], names)
-                        parts.append(gradients_of(a, g).products(towards).cpu().double())
-
-                    _, tokens = capture.run(turn.batch, consume)
-                    own[turn.number] = torch.stack(parts).sum(0), tokens.numpy()
-                found.append(own)
-            found = turns.gathered("the sequences' products with the tasks' gradients", found)
+            own = [{turn.number: run(turn.batch) for turn in turns(batches) if turn.mine} for batches in sets.values()]
+            found = turns.gathered("the sequences' products with the tasks' gradients", own)
     result = {}
-    for name, own in zip(sets, found, strict=True):
-        products: Array = np.concatenate([some.numpy() for some, _ in own.values()])
-        scored: Array = np.concatenate([count for _, count in own.values()])
+    for name, of_batches in zip(sets, found, strict=True):
+        products, scored = (np.concatenate(parts) for parts in zip(*of_batches.values(), strict=True))
         finite = np.isfinite(products).all(axis=1)
         if broken := np.count_nonzero(~finite):
             logger.warning("%r: %d of %d sequences are not finite and left out", name, broken, len(products))
@@ -206,31 +202,27 @@ def _summed(
 ) -> tuple[dict[str, Tensor], list[tuple[Array, float, float]]]:
     """Each fold's gradient over its task's scored tokens, by layer; and each task's `_numbers`."""
     towards: dict[str, Tensor] = {}
-    found: list[dict[int, tuple[Array, Array]]] = []
-    turns, first = Turns(capture.ranks, capture.rerun), 0
+
+    def run(turn: Turn, first: int, k: int, stratum: int | None) -> tuple[Array, Array]:
+        number = np.arange(turn.first, turn.first + len(token_mask(turn.batch)))
+        weights = torch.as_tensor(np.equal.outer(np.arange(k), number % (stratum or k) % k))
+
+        def consume(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+            if layer not in towards:
+                towards[layer] = capture.zeros(layer, sum(folds_of))
+            gradients_of(a, g).add_weighted(weights.to(g), towards[layer][first : first + k])
+
+        losses, counts = capture.run(turn.batch, consume)
+        return losses.numpy(), counts.numpy()
+
+    own, turns, first = [], Turns(capture.ranks, capture.rerun), 0
     for (name, batches), k in zip(tasks.items(), folds_of, strict=True):
-        own: dict[int, tuple[Array, Array]] = {}
-        for turn in turns(batches):
-            if not turn.mine:
-                continue
-            number = np.arange(turn.first, turn.first + len(token_mask(turn.batch)))
-            weights = torch.as_tensor(np.equal.outer(np.arange(k), number % (strata.get(name) or k) % k))
-
-            def consume(
-                layer: str, a: Tensor, g: Tensor, mask: Tensor, weights: Tensor = weights, first: int = first
-            ) -> None:
-                if layer not in towards:
-                    towards[layer] = capture.zeros(layer, sum(folds_of))
-                gradients_of(a, g).add_weighted(weights.to(g), towards[layer][first : first + len(weights)])
-
-            losses, counts = capture.run(turn.batch, consume)
-            own[turn.number] = losses.numpy(), counts.numpy()
-        found.append(own)
+        own.append({turn.number: run(turn, first, k, strata.get(name)) for turn in turns(batches) if turn.mine})
         first += k
-    found = turns.gathered("the tasks' gradients", found)
+    found = turns.gathered("the tasks' gradients", own)
     towards = capture.ranks.sum("sums of the tasks' gradients", towards, capture.device)
     each = zip(tasks, found, folds_of, strict=True)
-    numbers = [_numbers(name, own, k, strata.get(name)) for name, own, k in each]
+    numbers = [_numbers(name, of_task, k, strata.get(name)) for name, of_task, k in each]
     scored = np.repeat([tokens.sum() for tokens, *_ in numbers], folds_of)
     for stack in towards.values():
         stack /= torch.as_tensor(scored).to(stack)[:, None, None]
