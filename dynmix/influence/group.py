@@ -113,7 +113,7 @@ def group_influence(
     how = _How(layers, curvature_batches, strata, error_sequences, loss, tick, offload, layer_groups, rank)
     ranks = Ranks(over_ranks)
     with ranks.together():
-        return _measured(model, domains, tasks, curvature, how, ranks, keep_scores=False).influence()
+        return _measured(model, domains, tasks, curvature, how, ranks).influence()
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ def scored_groups(
     **arguments: Any,
 ) -> ScoredGroups:
     """`group_influence`, with its arguments, and the scores of every domain sequence, all read after the curvature."""
-    how = _How(**arguments)
+    how = _How(**arguments, keep_scores=True)
     ranks = Ranks(over_ranks)
     with ranks.together():
-        measured = _measured(model, domains, tasks, curvature, how, ranks, keep_scores=True)
+        measured = _measured(model, domains, tasks, curvature, how, ranks)
         scores = {domain.name: domain.products[:, MEANS] for domain in measured.domains}
         return ScoredGroups(measured.influence(), scores, {domain.name: domain.tokens for domain in measured.domains})
 
@@ -162,6 +162,7 @@ class _How:
     offload: Offload = None
     layer_groups: int = 1
     rank: int | None = None
+    keep_scores: bool = False  # of every domain sequence
 
 
 def _measured(
@@ -171,8 +172,6 @@ def _measured(
     curvature: Curvature | None,
     how: _How,
     ranks: Ranks,
-    *,
-    keep_scores: bool,
 ) -> _Measured:
     """Measure part after part of the layers, and add up."""
     curvature = EKFAC() if curvature is None else curvature
@@ -191,7 +190,7 @@ def _measured(
         part = _Measured(capture, domains, tasks, how)
         try:
             with isolated(model):
-                part.run(curvature, keep_scores=keep_scores)
+                part.run(curvature)
         except NothingMeasuredError as why:  # a tower, say, that these batches do not reach
             if ranks.size > 1:
                 raise  # the others may have found something
@@ -219,12 +218,12 @@ class _Measured:
         self.scores = np.zeros((len(tasks), len(domains)))
         self.left_out = LeftOut(len(tasks), len(domains))
 
-    def run(self, curvature: Curvature, *, keep_scores: bool) -> None:
+    def run(self, curvature: Curvature) -> None:
         """Fit the curvature; tasks' gradients, preconditioned; domains' gradients; both sides' standard errors."""
-        capture = self.capture
+        capture, how = self.capture, self.how
         lists = [side.batches for side in self.domains]
-        sums = Sums([()] * len(lists) if keep_scores else lists, capture.stored)
-        fit_on = self.how.curvature_batches
+        sums = Sums([()] * len(lists) if how.keep_scores else lists, capture.stored)
+        fit_on = how.curvature_batches
         if fit_on is None:
             fit_on = _Pool(lists)
             if all(isinstance(batches, list | tuple) for batches in lists):
@@ -238,12 +237,12 @@ class _Measured:
             inverse = inverse.kept(capture.offload)
 
         towards = self._towards(inverse)
-        some = None if keep_scores else self.how.error_sequences
-        gradients = mean_gradients(self.domains, capture, sums=sums, towards=towards, varied=some)
+        wanted = how.error_sequences
+        varied = None if how.keep_scores else wanted
+        gradients = mean_gradients(self.domains, capture, sums=sums, towards=towards, varied=varied)
         self.left_out.meet(gradients)
         self.scores = _products(towards, gradients, capture)
 
-        wanted = self.how.error_sequences
         spread = [(domain, spread_rows(len(domain.tokens), wanted)) for domain in self.domains]
         products_of([(domain, rows) for domain, rows in spread if len(domain.products) < len(rows)], capture, towards)
         towards.clear()
