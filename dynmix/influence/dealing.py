@@ -13,7 +13,7 @@ Knows batches and ranks; nothing of what is measured.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from dynmix.influence.batch import Batch, Batches, checked, token_mask
 from dynmix.ranks import Ranks
 
-K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -87,7 +86,7 @@ class Turns:
         return [dict(sorted(own.items())) for own in merged]
 
 
-def dealt_by_cost(costs: Mapping[K, float], ranks: int) -> dict[K, int]:
+def dealt_by_cost(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
     """Which rank does what: the dearest first, each to whoever has the least to do."""
     load = [0.0] * ranks
     owners = {}

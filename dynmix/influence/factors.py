@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from dynmix.influence.storage import Offload, moved
 from dynmix.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-
-K = TypeVar("K", bound=Hashable)
 
 WIDE = 4  # times the other side: rotating into the basis of such a side costs as many times the layer's own product
 
@@ -153,15 +151,16 @@ class Moments:
         """Take in what the other ranks have taken in, each of which has seen batches of its own."""
         ranks, capture = self._capture.ranks, self._capture
 
-        def summed(what: str, moments: dict[K, _Moment], first: Callable[[K], str]) -> dict[K, _Moment]:
-            totals = {key: moment.total for key, moment in moments.items()}
-            tokens = {key: moment.tokens for key, moment in moments.items()}
-            totals = ranks.sum(what, totals, lambda key: capture.device(first(key)))
-            tokens = ranks.sum(f"tokens of {what}", tokens, lambda key: capture.device(first(key)))
+        def device(key: str | tuple[str, ...]) -> torch.device:
+            return capture.device(key if isinstance(key, str) else key[0])
+
+        def summed(what: str, moments: dict[Any, _Moment]) -> dict[Any, _Moment]:
+            totals = ranks.sum(what, {key: moment.total for key, moment in moments.items()}, device)
+            tokens = ranks.sum(f"tokens of {what}", {key: moment.tokens for key, moment in moments.items()}, device)
             return {key: _Moment(total, tokens[key]) for key, total in totals.items()}
 
-        self._inputs = summed("covariances of inputs", self._inputs, lambda group: group[0])
-        self._outputs = summed("covariances of outputs", self._outputs, lambda layer: layer)
+        self._inputs = summed("covariances of inputs", self._inputs)
+        self._outputs = summed("covariances of outputs", self._outputs)
         self._broken = ranks.sum("sequences left out", self._broken, capture.device)
 
     def broken(self, layer: str) -> int:
