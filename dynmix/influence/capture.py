@@ -13,7 +13,9 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -198,6 +200,32 @@ class Capture:
                 "; ".join(" and ".join(group) for group in apart),
             )
         told.update(left_out, self._unknown, *self._apart)
+
+
+def layer_parts(model: nn.Module, layers: LayerFilter, count: int) -> list[LayerFilter]:
+    """`count` filters (or as many as there are layers), that together let through what `layers` does, once.
+
+    Each has layers that are neighbours in the model, and about as many parameters. Raises ValueError for a count below
+    1, or as `Capture` does.
+    """
+    if count < 1:
+        raise ValueError(f"layer_groups={count}: at least 1")
+    if count == 1:
+        return [layers]
+    wanted = Layers.of(layers)
+    capture = Capture(model, layers=layers)
+    sizes = np.cumsum([np.prod(layer.shape) for layer in capture.layers.values()])
+    count = min(count, len(sizes))
+    ends = np.searchsorted(sizes, sizes[-1] * np.arange(1, count) / count) + 1
+    numbers = np.searchsorted(ends, np.arange(len(sizes)), side="right")
+    part_of = dict(zip(capture.layers, numbers.tolist(), strict=True))
+    part_of |= {table: part_of[head] for table, (_, head) in capture.tied.items()}
+
+    def part(k: int) -> Layers:
+        # What is no measurable layer belongs to the first part, which then warns of it.
+        return replace(wanted, include=lambda name: part_of.get(name, 0) == k and wanted(name), exclude=None)
+
+    return [part(k) for k in range(count) if k in part_of.values()]
 
 
 def _same_linear(layers: dict[str, Layer]) -> dict[str, tuple[Layer, str]]:

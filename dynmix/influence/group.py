@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, check_curvature
 from dynmix.influence.batch import Batch, Batches, Loss, next_token_loss
-from dynmix.influence.capture import Capture, NothingMeasuredError
+from dynmix.influence.capture import Capture, NothingMeasuredError, layer_parts
 from dynmix.influence.carried import Carried
 from dynmix.influence.datainf import FittedDataInf
 from dynmix.influence.ekfac import EKFAC
@@ -28,7 +28,6 @@ from dynmix.influence.gauss_newton import GaussNewton
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import LayerFilter
 from dynmix.influence.low_rank import Held, LeftOut, joined, truncated
-from dynmix.influence.parts import layer_parts
 from dynmix.influence.probes import spread_rows
 from dynmix.influence.sets import DRAWS, MEANS, ProbeSet, mean_and_error, mean_gradients, products_of
 from dynmix.influence.storage import Offload, check_offload, let_go, on

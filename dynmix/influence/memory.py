@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dynmix.influence.adam import AdamDiagonal
 from dynmix.influence.base import Curvature
 from dynmix.influence.batch import Batch, Loss, next_token_loss, token_mask
-from dynmix.influence.capture import Capture, NothingMeasuredError
+from dynmix.influence.capture import Capture, NothingMeasuredError, layer_parts
 from dynmix.influence.carried import Carried
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.ekfac import EKFAC
@@ -28,7 +28,6 @@ from dynmix.influence.factored import FactoredCurvature
 from dynmix.influence.factors import side_shape
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import LayerFilter
-from dynmix.influence.parts import layer_parts
 from dynmix.influence.storage import Offload
 
 _HEAP = 0.35

@@ -23,11 +23,10 @@ from transformers import (
 )
 
 from dynmix.influence.batch import next_token_loss
-from dynmix.influence.capture import Capture
+from dynmix.influence.capture import Capture, layer_parts
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
-from dynmix.influence.parts import layer_parts
 from dynmix.influence.task_gradients import with_tied_table
 
 Models = Callable[..., Any]

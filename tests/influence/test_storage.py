@@ -8,12 +8,11 @@ import torch
 
 from dynmix import EKFAC, KFAC, DataInf, Identity, Layers, group_influence
 from dynmix.influence import storage
-from dynmix.influence.capture import Capture
+from dynmix.influence.capture import Capture, layer_parts
 from dynmix.influence.carried import Carried
 from dynmix.influence.curvature import GaussNewton
 from dynmix.influence.group import scored_groups
 from dynmix.influence.memory import peak_memory
-from dynmix.influence.parts import layer_parts
 
 CURVATURES = [EKFAC(), KFAC(), DataInf(), Identity()]
 
