@@ -22,7 +22,8 @@ from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turns
 from dynmix.influence.factors import Factors, FittedFactors, Moments, eigenbases
 from dynmix.influence.gradients import SequenceGradients
-from dynmix.influence.sums import Sums, within_budget
+from dynmix.influence.probes import spread_rows
+from dynmix.influence.sums import Sums
 
 logger = logging.getLogger(__name__)
 
@@ -212,3 +213,35 @@ def _add_idle_experts(capture: Capture, factors: dict[str, Factors]) -> None:
         factors[name] = Factors(A=zeros.new_zeros(zeros.shape[1]), S=zeros.new_zeros(zeros.shape[0]), Lambda=zeros)
     if idle:
         logger.warning("curvature: %d experts saw no token of its batches and are left out", len(idle))
+
+
+def within_budget(batches: Batches, tokens: int | None) -> Batches:
+    """Some of the batches, with so many tokens at most (or one batch): of a list evenly spread, else the first."""
+    if tokens is None:
+        return batches
+    if isinstance(batches, list | tuple):
+        sizes = [_tokens(batch) for batch in batches]
+        if sum(sizes) <= tokens:
+            return batches
+        for count in range(max(1, len(batches) * tokens // sum(sizes)), 0, -1):  # fewer, where large ones are met
+            chosen = spread_rows(len(batches), count)
+            if sum(sizes[i] for i in chosen) <= tokens:
+                break
+        return [batches[i] for i in chosen]
+    taken: list[Batch] = []
+    for batch in batches:
+        tokens -= _tokens(batch)
+        if taken and tokens < 0:
+            break
+        taken.append(batch)
+    return taken
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(torch.count_nonzero(mask))
+    found = batch.get("input_ids")
+    if found is None:
+        found = next(value for value in batch.values() if isinstance(value, Tensor))[:, :1]
+    return found.numel()

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from dynmix.influence.batch import Batch, Batches
-from dynmix.influence.probes import spread_rows
 from dynmix.influence.storage import on
 
 
@@ -63,35 +61,3 @@ class Sums:
         for number, places in self._added.items():
             for index, own in places:
                 self.met[index][own] = found[number]
-
-
-def within_budget(batches: Batches, tokens: int | None) -> Batches:
-    """Some of the batches, with so many tokens at most (or one batch): of a list evenly spread, else the first."""
-    if tokens is None:
-        return batches
-    if isinstance(batches, list | tuple):
-        sizes = [_tokens(batch) for batch in batches]
-        if sum(sizes) <= tokens:
-            return batches
-        for count in range(max(1, len(batches) * tokens // sum(sizes)), 0, -1):  # fewer, where large ones are met
-            chosen = spread_rows(len(batches), count)
-            if sum(sizes[i] for i in chosen) <= tokens:
-                break
-        return [batches[i] for i in chosen]
-    taken: list[Batch] = []
-    for batch in batches:
-        tokens -= _tokens(batch)
-        if taken and tokens < 0:
-            break
-        taken.append(batch)
-    return taken
-
-
-def _tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return int(torch.count_nonzero(mask))
-    found = batch.get("input_ids")
-    if found is None:
-        found = next(value for value in batch.values() if isinstance(value, Tensor))[:, :1]
-    return found.numel()

@@ -14,12 +14,12 @@ from dynmix.influence.batch import Batches
 from dynmix.influence.capture import Capture
 from dynmix.influence.carried import Carried, load_factors, save_factors
 from dynmix.influence.curvature import EKFAC, KFAC
-from dynmix.influence.factored import FactoredCurvature
+from dynmix.influence.factored import FactoredCurvature, within_budget
 from dynmix.influence.factors import FittedFactors, add_gram
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
-from dynmix.influence.sums import Sums, within_budget
+from dynmix.influence.sums import Sums
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
