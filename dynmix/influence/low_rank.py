@@ -63,7 +63,8 @@ def truncated(matrices: Tensor, rank: int, offload: Offload) -> tuple[Held, Tens
 
 def joined(found: Sequence[Mapping[str, Held]], offload: Offload) -> dict[str, Held]:
     """Stacks of the same layers one behind the other; where one is missing, zeros."""
-    return {layer: _joined([some.get(layer) for some in found], offload) for some in found for layer in some}
+    layers = {layer: None for some in found for layer in some}
+    return {layer: _joined([some.get(layer) for some in found], offload) for layer in layers}
 
 
 def _joined(parts: Sequence[Held | None], offload: Offload) -> Held:
