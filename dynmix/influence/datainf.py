@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -86,9 +87,8 @@ class FittedDataInf:
             damping = self.damping * norm.sum().item() / used / V[0].numel()
             shares[layer] = -(dot / (damping + norm)[:, None]).mT / used if damping else torch.zeros_like(dot.mT)
             scales[layer] = tokens / damping if damping else 0.0
-        first = 0
 
-        def add(layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
+        def add(first: int, layer: str, a: Tensor, g: Tensor, mask: Tensor) -> None:
             if layer in gradients:
                 part = slice(first, first + len(g))
                 broken = ~finite[part].to(g.device)[:, None, None]
@@ -104,8 +104,7 @@ class FittedDataInf:
         turns = Turns(ranks, self.capture.rerun)
         for turn in turns(self.batches):
             if turn.mine:
-                first = turn.first
-                self.capture.run(turn.batch, add)
+                self.capture.run(turn.batch, partial(add, turn.first))
         turns.gathered("DataInf's second pass", [])
         for layer, total in ranks.sum("DataInf's sums", sums, self.capture.device).items():
             gradients[layer] = total.mul_(scales[layer])
