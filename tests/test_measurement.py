@@ -97,13 +97,15 @@ def test_measure_draws_from_what_was_measured():
 
 def test_a_domain_that_is_not_here_has_a_column_that_says_nothing(monkeypatch):
     room = measurement({"influence"})
-    monkeypatch.setattr(Measurement, "here", ["b"])
-    measured = Influence([[0.5]], ["t"], ["b"], [[0.1]], scored_tokens=[7.0])
+    monkeypatch.setattr(MixtureDataset, "gone", ("a",))
+    bound = {"left_out": [0.1], "left_out_bound": [[3.0]]}
+    measured = Influence([[0.5]], ["t"], ["b"], [[0.1]], scored_tokens=[7.0], **bound)
     unseen = Influence([[np.nan, 0.5]], ["t"], ["a", "b"], [[np.nan, 0.1]], scored_tokens=[np.nan, 7.0])
     for found in map(room.whole, (measured, unseen)):
         assert found.domains == ("a", "b")
         assert (found.scores.tolist(), found.standard_error.tolist()) == ([[0, 0.5]], [[0, 0.1]])
         assert found.scored_tokens.tolist() == [7, 7]
+    assert room.whole(measured).left_out_bound.tolist() == [[0, 3]]
 
 
 def test_it_says_how_many_tokens_sequences_score():
@@ -119,18 +121,6 @@ def test_the_gradient_is_the_influence_without_a_curvature():
     room = measurement({"influence", "gradient", "guards"})
     probes, influence, _ = measured(room)
     np.testing.assert_allclose(room.gradient(Bigram(0), probes).scores, influence.scores, rtol=1e-6)
-
-
-def test_a_domain_that_is_gone_has_a_column_of_zeros_in_all_that_is_measured(monkeypatch):
-    room = measurement({"influence"})
-    monkeypatch.setattr(MixtureDataset, "gone", ("a",))
-    measured = {"scores": [[2.0]], "standard_error": [[1.0]], "left_out_bound": [[3.0]]}
-    arrays = {key: np.array(values) for key, values in measured.items()}
-    found = room.whole(Influence(tasks=["t"], domains=["b"], left_out=np.array([0.1]), **arrays))
-    assert found.domains == ("a", "b")
-    assert {key: getattr(found, key).tolist() for key in measured} == {
-        key: [[0.0, *values[0]]] for key, values in measured.items()
-    }
 
 
 def test_probes_that_the_curvature_is_fitted_on_are_the_same_batches(monkeypatch):
