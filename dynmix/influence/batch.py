@@ -28,20 +28,21 @@ Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [B, T, V] in float32 at least. Keys that the model's forward does not name ("domain") are left out."""
-    if getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False):
+    inner = unwrap(model)
+    name, otherwise = type(inner).__name__, "or outside of a run give a loss="
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         # Its decoder is fed the labels moved by one, so that its logits are those of the token before.
         raise TypeError(
-            f"{type(unwrap(model)).__name__} is an encoder-decoder, and the next-token loss is that of a causal LM: "
-            "take a causal LM, or outside of a run give a loss="
+            f"{name} is an encoder-decoder, and the next-token loss is that of a causal LM: take a causal LM, "
+            f"{otherwise}"
         )
-    accepted = set(inspect.signature(unwrap(model).forward).parameters)
+    accepted = set(inspect.signature(inner.forward).parameters)
     if accepted <= {"args", "kwargs"}:  # a wrapper that hands on what it gets, as PEFT's
         accepted = {"input_ids", "attention_mask", "position_ids"}
     if not accepted & set(batch):
         raise TypeError(
-            f"{type(unwrap(model)).__name__}.forward takes {', '.join(sorted(accepted))} and none of a batch's "
-            f"{', '.join(sorted(batch))}: let its forward, or that of a module around it, take input_ids and return "
-            "logits [B, T, V], or outside of a run give a loss="
+            f"{name}.forward takes {', '.join(sorted(accepted))} and none of a batch's {', '.join(sorted(batch))}: let "
+            f"its forward, or that of a module around it, take input_ids and return logits [B, T, V], {otherwise}"
         )
     inputs = {key: value for key, value in batch.items() if key in accepted and key != "labels"}
     if "use_cache" in accepted:
@@ -50,22 +51,20 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     logits = logits_of(output)
     if logits is None:
         raise TypeError(
-            f"{type(unwrap(model)).__name__}.forward returned {type(output).__name__} without logits [B, T, V]: let it "
-            "return them, alone, as output.logits or output['logits'], or first in a tuple, or outside of a run give a "
-            "loss="
+            f"{name}.forward returned {type(output).__name__} without logits [B, T, V]: let it return them, alone, as "
+            f"output.logits or output['logits'], or first in a tuple, {otherwise}"
         )
     if type(output).__name__ == "MaskedLMOutput":  # of transformers
         raise TypeError(
-            f"{type(unwrap(model)).__name__} is a masked LM, whose tokens see those that follow, and the next-token "
-            "loss is that of a causal LM: take a causal LM, or outside of a run give a loss="
+            f"{name} is a masked LM, whose tokens see those that follow, and the next-token loss is that of a causal "
+            f"LM: take a causal LM, {otherwise}"
         )
     ids = inputs.get("input_ids")
     if ids is not None and "logits_to_keep" not in inputs and logits.shape[:2] != ids.shape:
         raise ValueError(
-            f"{type(unwrap(model)).__name__}.forward returned logits of {list(logits.shape[:2])} positions for "
-            f"input_ids of {list(ids.shape)}: let it return one for each token (prompt and p-tuning "
-            "have some of their own in front, and some models keep the last alone without labels), or outside of a run "
-            "give a loss="
+            f"{name}.forward returned logits of {list(logits.shape[:2])} positions for input_ids of {list(ids.shape)}: "
+            "let it return one for each token (prompt and p-tuning have some of their own in front, and some models "
+            f"keep the last alone without labels), {otherwise}"
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
