@@ -45,10 +45,10 @@ class ADO(OnlineMixer):
     _learnt = ("_steps", "_seen", "_credit", "_mean", "_laws", "_last", "_open", "_bins", "_bin_steps")
 
     def __init__(self, s: float = 0.5, gamma: float = 0.1, floor: float = 0.01, warmup: int = 1000):
-        self.s = in_range("s", s, 0, math.inf)
+        self.s = in_range("s", s, math.inf)
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma={gamma}: must be above 0 and at most 1")
-        self.gamma, self.floor, self.warmup = float(gamma), in_range("floor", floor, 0, 1), int(warmup)
+        self.gamma, self.floor, self.warmup = float(gamma), in_range("floor", floor, 1), int(warmup)
         if self.warmup < 0:
             raise ValueError(f"warmup={warmup}: a number of steps, at least 0")
 

@@ -41,7 +41,7 @@ class ODM(OnlineMixer):
     _learnt = ("_reward", "_steps", "_drawn")
 
     def __init__(self, alpha: float = 0.9):
-        self.alpha = in_range("alpha", alpha, 0, 1)
+        self.alpha = in_range("alpha", alpha, 1)
 
     def start(self, run: Run) -> None:
         """Forget the rewards. See `Mixer.start`."""

@@ -96,7 +96,7 @@ class LossProportional(OnlineMixer):
     _learnt = ("_loss",)
 
     def __init__(self, smoothing: float = 0.9):
-        self.smoothing = in_range("smoothing", smoothing, 0, 1)
+        self.smoothing = in_range("smoothing", smoothing, 1)
 
     def start(self, run: Run) -> None:
         """Forget the losses. See `Mixer.start`."""
@@ -187,8 +187,8 @@ def as_array(values: Mapping[str, float], domains: tuple[str, ...]) -> Array:
     return np.array([values[name] for name in domains], dtype=np.float64)
 
 
-def in_range(name: str, value: float, low: float, high: float) -> float:
-    """Return value as a float. Raises ValueError unless low <= value < high."""
-    if not low <= value < high:
-        raise ValueError(f"{name}={value}: must be at least {low} and below {high}")
+def in_range(name: str, value: float, high: float) -> float:
+    """Return value as a float. Raises ValueError unless 0 <= value < high."""
+    if not 0 <= value < high:
+        raise ValueError(f"{name}={value}: must be at least 0 and below {high}")
     return float(value)

@@ -78,7 +78,7 @@ class Problem:
         risk = np.sqrt((w - self.centre) ** 2 @ self.R.T**2)
         return np.asarray((self.floor - w @ self.C.T + risk).max(axis=-1, initial=0.0), dtype=np.float64)
 
-    def bound_multipliers(self, w: Array, multipliers: Array, tolerance: float = 1e-7) -> Array:
+    def bound_multipliers(self, w: Array, multipliers: Array) -> Array:
         """Return the Lagrange multipliers of the bounds at the optimum `w`, float64[n_domains].
 
         Above 0 the upper bound holds a weight down, below 0 the lower one holds it up; from the stationarity of the
@@ -92,7 +92,7 @@ class Problem:
         if self.gamma:
             slope = slope + self.gamma * (np.log(np.maximum(w, 1e-300)) + 1)
         room = np.minimum(w - self.lower, self.upper - w)
-        free, at_upper = room > tolerance, self.upper - w <= w - self.lower
+        free, at_upper = room > 1e-7, self.upper - w <= w - self.lower
         if free.any():
             level = np.median(slope[free])
         elif at_upper.all() or not at_upper.any():
