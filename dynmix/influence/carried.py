@@ -5,7 +5,6 @@ Knows factored curvatures and safetensors; nothing of stages, and not when it is
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -61,9 +60,23 @@ class Carried:
         return fitted
 
     def save(self, path: Path) -> None:
-        """Write the factors, if there are any, to a file beside `path` and rename it."""
-        if self.fitted is not None:
-            save_factors(self.fitted, path, used=self.used)
+        """Write the factors, if there are any, to a safetensors file, whole or not at all; what layers share, once."""
+        if self.fitted is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        names: dict[str, dict[str, str]] = {}
+        written: dict[int, str] = {}
+        for layer, f in self.fitted.factors.items():
+            parts = {part: tensor for part, tensor in vars(f).items() if tensor is not None}
+            names[layer] = {part: written.setdefault(id(tensor), f"{layer}/{part}") for part, tensor in parts.items()}
+            tensors |= {names[layer][part]: tensor for part, tensor in parts.items()}
+        facts = {
+            "damping": self.fitted.damping,
+            "tokens_per_sequence": self.fitted.tokens_per_sequence,
+            "used": self.used,
+            "layers": names,
+        }
+        write_tensors(path, _WHAT, tensors, facts)
 
     def load(self, path: Path | None) -> None:
         """Go on from a file, or without factors. Raises ValueError if it is missing or no such file."""
@@ -75,37 +88,10 @@ class Carried:
                 f"{path} is gone: of factors that are carried on those of the last checkpoint are kept, and of the "
                 "newest stages; go on from a newer checkpoint, or with a curvature without ema and refresh_every"
             )
-        self.fitted, self.used = load_factors(path)
-        self.fitted = replace(self.fitted, damping=self.curvature.damping)
-
-
-def save_factors(fitted: FittedFactors, path: Path, used: int = 0) -> None:
-    """Write factors to a safetensors file, whole or not at all. What layers share is written once."""
-    tensors: dict[str, Tensor] = {}
-    names: dict[str, dict[str, str]] = {}
-    written: dict[int, str] = {}
-    for layer, f in fitted.factors.items():
-        names[layer] = {}
-        for part, tensor in vars(f).items():
-            if tensor is None:
-                continue
-            name = written.setdefault(id(tensor), f"{layer}/{part}")
-            tensors[name] = tensor
-            names[layer][part] = name
-    facts = {
-        "damping": fitted.damping,
-        "tokens_per_sequence": fitted.tokens_per_sequence,
-        "used": used,
-        "layers": names,
-    }
-    write_tensors(path, _WHAT, tensors, facts)
-
-
-def load_factors(path: Path) -> tuple[FittedFactors, int]:
-    """The factors of such a file, and how often they had been used. Raises ValueError if it is missing or another."""
-    tensors, facts = read_tensors(path, _WHAT)
-    factors = {
-        layer: Factors(**{part: tensors[name] for part, name in parts.items()})
-        for layer, parts in facts["layers"].items()
-    }
-    return FittedFactors(factors, facts["damping"], facts["tokens_per_sequence"]), facts["used"]
+        tensors, facts = read_tensors(path, _WHAT)
+        factors = {
+            layer: Factors(**{part: tensors[name] for part, name in parts.items()})
+            for layer, parts in facts["layers"].items()
+        }
+        self.fitted = FittedFactors(factors, self.curvature.damping, facts["tokens_per_sequence"])
+        self.used = facts["used"]
