@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from dynmix.journal import Journal
 from dynmix.mixers.base import Proposal
 from dynmix.mixers.registry import find_mixer, make_mixer
-from dynmix.mixers.simplex import normalized
+from dynmix.mixers.simplex import mixture
 from dynmix.observation import Influence
 from dynmix.recipe.names import check_arguments
 
@@ -85,10 +85,7 @@ def prior_weights(given: str | None, domains: Sequence[str], facts: Mapping[str,
             raise ValueError(
                 f"--prior {given}: natural, uniform, domain=weight,... or a JSON file: {problem}"
             ) from None
-    try:
-        return dict(zip(domains, normalized(weights, tuple(domains)).tolist(), strict=True))
-    except ValueError as problem:
-        raise ValueError(f"--prior: {problem}") from None
+    return mixture(weights, domains, "--prior")
 
 
 def propose_from(

@@ -3,7 +3,7 @@
 Knows nothing of influence or of what a domain is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -26,6 +26,14 @@ def normalized(weights: Mapping[str, float], domains: Sequence[str]) -> Array:
     if abs(w.sum() - 1) > 1e-6:
         raise ValueError(f"weights sum to {w.sum():.9g}, not 1: divide each by that sum")
     return np.asarray(w / w.sum(), dtype=np.float64)
+
+
+def mixture(weights: Mapping[str, float], domains: Collection[str], what: str) -> dict[str, float]:
+    """Return `normalized` weights by name, in the order of `domains`. Raises ValueError, beginning with `what`."""
+    try:
+        return dict(zip(domains, normalized(weights, tuple(domains)).tolist(), strict=True))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def water_fill(log_weights: Array, upper: Array, lower: Array | float = 0.0) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dynmix.mixers.base import Mixer, Proposal, Run, within
-from dynmix.mixers.simplex import normalized
+from dynmix.mixers.simplex import mixture
 from dynmix.observation import Array, Influence
 
 
@@ -139,7 +139,7 @@ class Staged(_Planned):
     def __init__(self, stages: Sequence[Mapping[str, float]]):
         if isinstance(stages, Mapping) or not stages:
             raise ValueError("stages: a list of at least one mapping from domain to weight")
-        self.stages = [_mixture(stage, stages[0], f"stage {k}") for k, stage in enumerate(stages)]
+        self.stages = [mixture(stage, stages[0], f"stage {k}") for k, stage in enumerate(stages)]
         self._mixtures = self.stages  # of all domains that the run has
         self._done = 0
 
@@ -177,7 +177,7 @@ class Fixed(_Planned):
     """
 
     def __init__(self, weights: Mapping[str, float]):
-        self.weights = _mixture(weights, weights, "weights")
+        self.weights = mixture(weights, weights, "weights")
 
     def _plan(self, run: Run) -> dict[str, float]:
         return _given(self.weights, run, "Fixed")
@@ -191,12 +191,4 @@ def _proportional(tokens: Mapping[str, int], exponent: float) -> dict[str, float
 
 def _given(weights: Mapping[str, float], run: Run, what: str) -> dict[str, float]:
     """Return the weights that a user gives in the order of the run's domains, of those that are gone 0."""
-    return _mixture(dict.fromkeys(run.gone, 0.0) | dict(weights), run.tokens, what)
-
-
-def _mixture(weights: Mapping[str, float], domains: Mapping[str, Any], what: str) -> dict[str, float]:
-    """Return `weights` in the order of `domains`, summing to 1. Raises ValueError, beginning with `what`."""
-    try:
-        return dict(zip(domains, normalized(weights, tuple(domains)).tolist(), strict=True))
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+    return mixture(dict.fromkeys(run.gone, 0.0) | dict(weights), run.tokens, what)
