@@ -113,8 +113,7 @@ class Measurement:
         self.dataset, self.layers, self.micro_batch = dataset, layers, micro_batch
         check_offload(offload)
         check_curvature(curvature, "passes")
-        if not isinstance(layers, Layers):
-            Layers(layers)  # raises if it is not a regular expression
+        Layers.of(layers)  # raises if it is not a regular expression
         self.memory_options: dict[str, Any] = {"offload": offload, "layer_groups": layer_groups, "rank": rank}
         self.shrunk_to: int | None = None  # sequences per batch at most, once memory has run out
         self.curvature: Curvature = curvature
