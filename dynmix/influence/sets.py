@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynmix.influence.batch import Batches, token_mask
+from dynmix.influence.batch import Batch, Batches, token_mask
 from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turn, Turns
 from dynmix.influence.gradients import gradients_of
@@ -47,8 +47,6 @@ class ProbeSet:
     Attributes:
         losses, tokens: float64[n_sequences], nats and scored tokens.
         products: float64[n, n_towards] of some of the sequences, with `product_tokens` float64[n].
-        found: number of the batch -> what this rank has found in the pass that is on.
-        rows: of the gradients' stacks, its mean's, and its draw's if there is one.
     """
 
     def __init__(self, kind: str, name: str, batches: Batches, stratum: int | None = None) -> None:
@@ -56,8 +54,6 @@ class ProbeSet:
         self.losses = self.tokens = self.product_tokens = np.zeros(0)
         self.products = np.zeros((0, 0))
         self.sizes: list[int] = []
-        self.found: dict[int, Found] = {}
-        self.rows = slice(0)
 
     def take(self, found: Mapping[int, Found]) -> None:
         """End a pass: what was found in it, by the number of the batch, in order."""
@@ -65,7 +61,6 @@ class ProbeSet:
             raise ValueError(
                 f"{self.kind} {self.name!r} has no batches in this pass: give some, the same ones every time"
             )
-        self.found = {}
         products = [(own.products, own.tokens) for own in found.values() if own.products is not None]
         if products:
             self.products, self.product_tokens = (np.concatenate(part) for part in zip(*products, strict=True))
@@ -74,19 +69,18 @@ class ProbeSet:
             self.losses = np.concatenate([own.losses for own in found.values()])
             self.tokens = np.concatenate([own.tokens for own in found.values()])
 
-    def normalise(self, gradients: Mapping[str, Tensor]) -> None:
-        """Make the sum a mean over the tokens, and of the one with alternating signs a draw of the noise in it."""
+    def normalise(self, stacks: Sequence[Tensor]) -> None:
+        """Make each sum a mean over the tokens, and of the one with alternating signs a draw of the noise in it."""
         scored = self.tokens.sum()
         if scored == 0:
             raise ValueError(f"{self.kind} {self.name!r} has no scored token: every label is -100 or masked")
         signed = float(_signs(0, len(self.tokens)) @ self.tokens)
         finite = bool(np.isfinite(self.losses).all())
-        for stack in gradients.values():
-            own = stack[self.rows]
-            own[0] /= scored
-            if len(own) > 1:
-                own[1].sub_(own[0] * signed).div_(scored)
-            finite = finite and bool(own[0].isfinite().all())
+        for stack in stacks:
+            stack[0] /= scored
+            if len(stack) > 1:
+                stack[1].sub_(stack[0] * signed).div_(scored)
+            finite = finite and bool(stack[0].isfinite().all())
             let_go(stack)
         if not finite:
             logger.warning("%s %r: a loss or gradient is not finite, its influence is NaN", self.kind, self.name)
@@ -119,18 +113,20 @@ def mean_gradients(
     """
     turns, each = Turns(capture.ranks, capture.rerun), 2 if draws else 1
     sums = Sums([()] * len(sets), capture.stored) if sums is None else sums
-    for index, own in enumerate(sets):
-        own.rows, met = slice(each * index, each * (index + 1)), sums.met[index]
-        own.found = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
+    rows = [slice(each * index, each * (index + 1)) for index in range(len(sets))]
+    found: list[dict[int, Found]] = []
+    for own, at, met in zip(sets, rows, sums.met, strict=True):
+        seen = {number: Found(loss.numpy(), count.numpy()) for number, (loss, count) in met.items()}
+        found.append(seen)
         chosen = None if varied is None else _spread_batches(own.batches, met, varied)
         for turn in turns(own.batches, but=met):
             if turn.mine:
                 meeting = towards if chosen is None or turn.number in chosen else None
-                own.found[turn.number] = _added(sums.gradients, each * len(sets), own.rows, capture, turn, meeting)
-    _end(sets, turns)
+                seen[turn.number] = _added(sums.gradients, each * len(sets), at, capture, turn, meeting)
+    _end(sets, turns, found)
     gradients = capture.ranks.sum("gradients", sums.gradients, capture.device)
-    for own in sets:
-        own.normalise(gradients)
+    for own, at in zip(sets, rows, strict=True):
+        own.normalise([stack[at] for stack in gradients.values()])
     return gradients
 
 
@@ -168,20 +164,22 @@ def _added(
 def products_of(sets: Sequence[tuple[ProbeSet, list[int]]], capture: Capture, towards: Mapping[str, Held]) -> None:
     """Read these of each set's sequences again, for their products with `towards` alone."""
     turns = Turns(capture.ranks, capture.rerun)
-    for own, rows in sets:
-        for turn in turns(picked(own.batches, own.sizes, rows)):
-            if turn.mine:
-                product = Products(towards)
-                loss, count = capture.run(turn.batch, product.meet)
-                own.found[turn.number] = Found(loss.numpy(), count.numpy(), product.total(len(loss)))
-    _end([own for own, _ in sets], turns)
+
+    def run(batch: Batch) -> Found:
+        product = Products(towards)
+        loss, count = capture.run(batch, product.meet)
+        return Found(loss.numpy(), count.numpy(), product.total(len(loss)))
+
+    chosen = [picked(own.batches, own.sizes, rows) for own, rows in sets]
+    found = [{turn.number: run(turn.batch) for turn in turns(batches) if turn.mine} for batches in chosen]
+    _end([own for own, _ in sets], turns, found)
 
 
-def _end(sets: Sequence[ProbeSet], turns: Turns) -> None:
+def _end(sets: Sequence[ProbeSet], turns: Turns, found: Sequence[dict[int, Found]]) -> None:
     """End a pass over the sets: each takes what all ranks found in it."""
     what = f"the pass over {', '.join(f'{own.kind} {own.name!r}' for own in sets)}"
-    for own, found in zip(sets, turns.gathered(what, [own.found for own in sets]), strict=True):
-        own.take(found)
+    for own, whole in zip(sets, turns.gathered(what, found), strict=True):
+        own.take(whole)
 
 
 def _spread_batches(batches: Batches, but: Mapping[int, object], sequences: int) -> set[int] | None:
