@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dynmix.influence.layers import Layer
+from dynmix.influence.layers import Layer, first_stack
 
 
 def one_hot(table: nn.Module, ids: Tensor) -> Tensor:
@@ -90,12 +90,11 @@ def experts_forward(module: Any, watch: Watch) -> Callable[[Tensor, Tensor, Tens
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
-        first = "gate_up_proj" if module.has_gate else "up_proj"
         for expert in range(len(module.down_proj)):
             tokens, choice = (top_k_index == expert).nonzero(as_tuple=True)
             if not len(tokens):
                 continue
-            x = linear(first, expert, hidden_states[tokens], tokens)
+            x = linear(first_stack(module), expert, hidden_states[tokens], tokens)
             x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
             x = linear("down_proj", expert, x, tokens)
             if getattr(module, "has_post_expert_norm", False):

@@ -160,7 +160,7 @@ def unmeasurable(model: nn.Module) -> list[str]:
 
 def is_stacked_experts(module: nn.Module) -> bool:
     """Whether it holds experts as transformers' experts interface describes them, with all of them on this device."""
-    stacks = [getattr(module, name, None) for name in ("down_proj", "gate_up_proj" if _has_gate(module) else "up_proj")]
+    stacks = [getattr(module, name, None) for name in (first_stack(module), "down_proj")]
     return (
         all(isinstance(stack, nn.Parameter) and stack.ndim == 3 for stack in stacks)
         and hasattr(module, "is_transposed")
@@ -175,8 +175,9 @@ def _trained(bias: nn.Parameter | None, weight: nn.Parameter | None) -> nn.Param
     return None if frozen and isinstance(weight, nn.Parameter) and weight.requires_grad else bias
 
 
-def _has_gate(module: nn.Module) -> bool:
-    return bool(getattr(module, "has_gate", False))
+def first_stack(module: nn.Module) -> str:
+    """Name of the parameters that the experts' inputs meet; "down_proj" gives their outputs."""
+    return "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
 
 
 def _layers_of(name: str, module: nn.Module) -> Iterator[tuple[str, Layer]]:
@@ -190,7 +191,7 @@ def _layers_of(name: str, module: nn.Module) -> Iterator[tuple[str, Layer]]:
         if type(module).forward is nn.Embedding.forward:  # others change what they looked up
             yield name, Layer(module, "embedding", cast(nn.Parameter, weight))
     elif is_stacked_experts(module):
-        for stack in ("gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"):
+        for stack in (first_stack(module), "down_proj"):
             weights: nn.Parameter = getattr(module, stack)
             biases: nn.Parameter | None = _trained(getattr(module, f"{stack}_bias", None), weights)
             for expert in range(len(weights)):
