@@ -260,15 +260,6 @@ def test_eigenvectors_are_sought_in_the_precision_that_is_asked_for(
         assert {f.QA.dtype for f in factors.values() if f.QA is not None} == {torch.float32}
 
 
-def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match="eigh_dtype"):
-        EKFAC(eigh_dtype="bfloat16")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="damping"):
-        EKFAC(damping=-1.0)
-    with pytest.raises(ValueError, match="labels"):
-        EKFAC(labels="true")  # type: ignore[arg-type]
-
-
 def test_a_layer_that_was_not_fitted_is_named(tiny_lm: Models, token_batches: Batcher) -> None:
     ekfac = fitted(tiny_lm("llama"), token_batches(2), layers="lm_head")
     with pytest.raises(ValueError, match="'other' had no gradient"):

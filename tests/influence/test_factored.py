@@ -279,6 +279,9 @@ def test_factors_that_are_not_finite_are_not_carried(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"damping": -1.0}, "damping must be finite and >= 0"),
+        ({"labels": "true"}, "labels must be"),
+        ({"eigh_dtype": "bfloat16"}, "eigh_dtype must be"),
         ({"factor_tokens": 0}, "factor_tokens must be at least 1"),
         ({"largest_basis": None}, "largest_basis must be a number of at least 0, got None"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1"),
