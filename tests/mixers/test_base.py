@@ -3,15 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from dynmix.mixers import Proposal, Static
-
-
-def test_static_keeps_the_prior_inside_its_bounds():
-    prior = {"a": 0.6, "b": 0.4}
-    assert Static().propose(None, prior).weights == prior
-    assert Static().propose(None, prior, upper={"a": 0.5}).weights == pytest.approx({"a": 0.5, "b": 0.5})
-    assert Static().needs == frozenset()
-    assert Static(observe=True).needs == {"influence"}
+from dynmix.mixers import Proposal
 
 
 def test_what_a_proposal_says_can_be_written_down():
