@@ -208,7 +208,7 @@ def test_a_zstd_window_that_is_too_large_is_named_with_the_remedy(tmp_path: Path
         (b'{"text": "\xff"}\n', "a.jsonl, line 1: not UTF-8"),
         (b'{"text": "a"}\n{"text": "\xed\xa0\x80"}\n', "a.jsonl, line 2: not UTF-8"),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n', "a.jsonl, line 2: not UTF-8.*surrogate"),
-        (b'{"content": "a", "id": 3}\n', "a.jsonl, line 1: no field 'text'; there are 'content', 'id'"),
+        (b'{"content": "a", "id": 3}\n', "a.jsonl, line 1: no field 'text'; there are 'content', 'id': name the"),
         (b'{"text": "a"}\n{}\n', "a.jsonl, line 2: no field 'text'; there are none"),
         (b'{"text": 3}\n', "a.jsonl, line 1: field 'text' is int, not a string"),
         (b'{"text": null}\n', "a.jsonl, line 1: field 'text' is null, not a string"),
@@ -243,7 +243,7 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
     path.write_bytes(jsonl(["not parquet"]))
     check("a.parquet, after row 0: damaged or truncated")
     parquet(path, ["a"], field="body")
-    check("a.parquet: no field 'text'; there are 'id', 'body'")
+    check("a.parquet: no field 'text'; there are 'id', 'body': name the one that holds the text with text_field")
     pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
     check("a.parquet: 2 fields 'text'; rename all but one")
     parquet(path, [1], pa.int64())

@@ -224,7 +224,7 @@ def _parse(piece: Piece, lines: Iterable[bytes], fields: Fields) -> Iterator[Rec
         if not isinstance(record, dict):
             raise piece.bad(number, f"a JSON {type(record).__name__}, want one object a line")
         if fields.text not in record:
-            raise piece.bad(number, f"no field {fields.text!r}; there are {listed(record)}")
+            raise piece.bad(number, _no_field(fields.text, record))
         yield number, record[fields.text], fields.domain_of(record)
 
 
@@ -243,7 +243,7 @@ def _rows(piece: Piece, batch: pa.RecordBatch, done: int, fields: Fields) -> Ite
 def check_columns(path: str, schema: pa.Schema, text: str) -> None:
     """Raises PrepareError for a table without a column `text` of strings."""
     if text not in schema.names:
-        raise PrepareError(f"{path}: no field {text!r}; there are {listed(schema.names)}")
+        raise PrepareError(f"{path}: {_no_field(text, schema.names)}")
     if (there := schema.names.count(text)) > 1:
         raise PrepareError(f"{path}: {there} fields {text!r}; rename all but one")
     kind = schema.field(text).type
@@ -253,6 +253,6 @@ def check_columns(path: str, schema: pa.Schema, text: str) -> None:
         raise PrepareError(f"{path}: field {text!r} is {kind}, not a string")
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names for an error."""
-    return ", ".join(map(repr, names)) or "none"
+def _no_field(text: str, names: Iterable[str]) -> str:
+    there = ", ".join(map(repr, names)) or "none"
+    return f"no field {text!r}; there are {there}: name the one that holds the text with text_field (--text-field)"
