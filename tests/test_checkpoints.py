@@ -162,6 +162,13 @@ def test_what_a_kill_left_broken_is_passed_over_and_named(checkpoints, caplog):
     (checkpoints / "checkpoint-93/config.json").write_text(
         json.dumps(json.loads((whole / "config.json").read_text()) | {"num_hidden_layers": 2})
     )
+    shutil.copytree(whole, checkpoints / "checkpoint-95")  # quantised by a package that is not here
+    (checkpoints / "checkpoint-95/config.json").write_text(
+        json.dumps(
+            json.loads((whole / "config.json").read_text())
+            | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        )
+    )
     shutil.copytree(whole, checkpoints / "checkpoint-94")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
     (checkpoints / "checkpoint-94/model.safetensors.index.json").write_text(json.dumps(index))
@@ -170,7 +177,7 @@ def test_what_a_kill_left_broken_is_passed_over_and_named(checkpoints, caplog):
         selected = select_checkpoints(checkpoints, tasks())
     left = {step: loss for step, loss in losses.items() if step != best}
     assert selected["up"].step == min(left, key=left.get)
-    for step in (best, 90, 91, 92, 93, 94):
+    for step in (best, 90, 91, 92, 93, 94, 95):
         assert f"checkpoint-{step} is passed over" in caplog.text
     assert "writing" not in caplog.text
     for path in checkpoints.glob("checkpoint-*"):

@@ -427,7 +427,15 @@ def test_weights_that_lack_something_are_refused(setting: Setting, tmp_path):
         score_corpus(**setting.arguments(out=tmp_path / "out", checkpoints=[broken]))
 
 
-@pytest.mark.parametrize("changed", [{"hidden_size": 64}, {"hidden_act": "none"}])  # weights of other shapes; unknown
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_size": 64},  # weights of other shapes
+        {"hidden_act": "none"},  # unknown
+        {"num_attention_heads": 5},  # impossible
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},  # needs a package that is not here
+    ],
+)
 def test_weights_that_do_not_fit_their_configuration_are_named(setting: Setting, tmp_path, changed):
     shutil.copytree(setting.sources[0].path, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
