@@ -183,7 +183,7 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
     predicts is any linear layer that is in none.
 
     Raises:
-        ValueError: the model has no such list, or all of these are frozen and others are not: name the layers.
+        ValueError: the model has no such list: name the layers; all of these are frozen, and other parameters are not.
     """
     model = unwrap(model)
     linear = measurable_layers(model)
@@ -204,10 +204,10 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
         if any(_inside(layer, block) for block in last) or not any(_inside(layer, name) for name in lists)
     }
     trained = {name for name, layer in linear.items() if layer.weight.requires_grad}
-    if trained and not trained & chosen:
+    if not trained & chosen and any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"the layers that are measured by default, the head and those of {' and '.join(last)}, are frozen: name "
-            f"others with layers=, as of {sorted(trained)[-1]!r}"
+            f"the layers that are measured by default, the head and those of {' and '.join(last)}, are frozen: "
+            + (f"name others with layers=, as of {sorted(trained)[-1]!r}" if trained else "no linear layer trains")
         )
     return chosen.__contains__
 

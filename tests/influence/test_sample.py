@@ -124,6 +124,10 @@ def test_layers_by_default_are_the_head_and_the_last_block(tiny_lm: Models) -> N
     model.transformer.h[0].attn.requires_grad_(True)
     with pytest.raises(ValueError, match=r"the head and those of transformer.h.1, are frozen: .*h.0.attn"):
         last_layers(model)
+    model.requires_grad_(False)
+    model.transformer.ln_f.requires_grad_(True)
+    with pytest.raises(ValueError, match="are frozen: no linear layer trains"):
+        last_layers(model)
 
 
 def test_the_backward_pass_ends_where_the_chosen_layers_end(tiny_lm: Models, token_batches: Batcher) -> None:
