@@ -126,7 +126,7 @@ def group_weights(
         ValueError: no groups, `max_epochs` without `tokens`, groups too small for `tokens` within `max_epochs`.
     """
     if not groups:
-        raise ValueError("there are no groups: no sample was scored")
+        raise ValueError("there are no groups: every sample helps a task whose budget holds none of them; raise budget")
     upper = np.ones(len(groups))
     if max_epochs is not None:
         if tokens is None or not tokens > 0 or not max_epochs > 0:

@@ -150,6 +150,9 @@ def test_budgets_are_of_tokens_and_never_exceeded(caplog):
         groups = regroup(scores, keep=1.0, budget={"a": 9})
     assert [group.name for group in groups] == [REST]
     assert "its budget of 9 tokens holds none" in caplog.text
+    both = scored([[1.0, -1.0], [-1.0, 1.0]], [Column("a", "x", 1), Column("b", "x", 1)], tokens=[10, 10])
+    with pytest.raises(ValueError, match="there are no groups: .*; raise budget"):
+        group_weights(regroup(both, budget=9))
 
 
 @pytest.mark.parametrize(
