@@ -22,7 +22,7 @@ def regroup(
     max_epochs: Annotated[float | None, typer.Option(help="How often a group may be seen; needs --tokens.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that will be trained on.")] = None,
     perplexity: Annotated[
-        bool, typer.Option("--perplexity", help="By the samples' loss instead, the lowest first: a baseline.")
+        bool, typer.Option("--perplexity", help="By loss instead, the lowest of those below the mean: a baseline.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the groups as JSON.")] = False,
 ) -> None:
