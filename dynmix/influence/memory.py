@@ -84,9 +84,10 @@ class PeakMemory:
             "fitting": self.fitting,
             "a layer's work": self.layer,
             "elsewhere": self.elsewhere,
+            "the allocator": self.heap,
         }
         words = ", ".join(f"{name} {size_in_words(size)}" for name, size in parts.items() if size)
-        return f"{size_in_words(self.total)} beside the model ({words})"
+        return f"{size_in_words(self.total)} beside the model (of these, not all at once: {words})"
 
 
 def peak_memory(

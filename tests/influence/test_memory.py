@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynmix import EKFAC, KFAC, AdamDiagonal, DataInf, Identity, group_influence
-from dynmix.influence.memory import _Alive, peak_memory
+from dynmix.influence.memory import _Alive, peak_memory, size_in_words
 
 
 def llama(width: int, inner: int, vocabulary: int) -> LlamaForCausalLM:
@@ -93,4 +93,6 @@ def test_adams_moments_are_counted_and_the_model_is_left_as_it_was():
     assert said.factors == 4 * sum(p.numel() for p in model.parameters())
     assert [(p.requires_grad, p.grad) for p in model.parameters()] == before
     assert model.training
+    assert "beside the model (of these, not all at once: " in str(said)
     assert "a batch of 4 0.1 MiB" in str(said)
+    assert f"the allocator {size_in_words(said.heap)}" in str(said)
