@@ -475,9 +475,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         found = schedule.differences(saved, self._listed)
         # Where settings differ, stages may be written in another way: they are not looked into.
         found += late.unlike(then, joined, self._listed, {} if found else last_shares(saved))
-        if state["sequence_length"] != self.sequence_length:
-            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
-        found += self.options.differences(state.get("options", {}))
+        found += self._other_length(state) + self.options.differences(state.get("options", {}))
         if found:  # contents take long to look at
             return found
         return self._changed(state, [name for name in then if name in self._listed])
@@ -490,9 +488,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         Args:
             state: the other's.
         """
-        found = self.schedule.differences(state["schedule"], self._listed) + self.options.differences(state["options"])
-        if state["sequence_length"] != self.sequence_length:
-            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
+        found = self.schedule.differences(state["schedule"], self._listed)
+        found += self.options.differences(state["options"]) + self._other_length(state)
         known = [name for name, rows in self._listed.items() if isinstance(rows, Rows) and name in state["fingerprint"]]
         return found or self._changed(state, known)
 

@@ -18,9 +18,11 @@ class Steered:
 
     Attributes:
         schedule: the `MixtureSchedule` of this stream.
+        sequence_length: tokens of a sequence.
     """
 
     schedule: MixtureSchedule
+    sequence_length: int
     _progress: Progress
 
     @property
@@ -55,6 +57,11 @@ class Steered:
     def pulse(self) -> None:
         """Say that the main process is alive, so that workers that wait for a stage go on waiting."""
         self._progress.pulse()
+
+    def _other_length(self, state: Mapping[str, Any]) -> list[str]:
+        """In words, that sequences of a state have another length; nothing if they have this one."""
+        then, now = state["sequence_length"], self.sequence_length
+        return [f"sequence_length was {then} and is {now}"] if then != now else []
 
     def _is_of_worker(self, schedule: Mapping[str, Any]) -> bool:
         """Whether a state of this `schedule` is being loaded in a worker, which must not change the stages.

@@ -253,10 +253,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
         """In words, what of a state's mixture is not as it is here; none if the state can be loaded."""
-        found = self.schedule.differences(state["schedule"])
-        if state["sequence_length"] != self.sequence_length:
-            found.append(f"sequence_length was {state['sequence_length']} and is {self.sequence_length}")
-        return found
+        return self.schedule.differences(state["schedule"]) + self._other_length(state)
 
     def _place(self) -> "_Place":
         """Which batches are this process's."""
