@@ -62,7 +62,7 @@ def _stem(path: Path) -> Path:
 def _store(path: Path) -> Inspected:
     path = _stem(path)
     store = TokenStore.open(path)
-    sizes = np.diff(store.starts(np.arange(len(store) + 1))) if len(store) else np.zeros(1, np.int64)
+    sizes = np.diff(store.starts(np.arange(len(store) + 1)))
     facts: dict[str, Any] = {
         "documents": len(store),
         "tokens": store.num_tokens,
