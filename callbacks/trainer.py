@@ -28,10 +28,9 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.mixture.text import check_stores
+from dynmix.trainer_checkpoint import STATE
 
 logger = logging.getLogger("dynmix")
-
-STATE = "dynmix"  # key in TrainerState.stateful_callbacks
 
 
 class MixtureCallback(TrainerCallback):

@@ -18,8 +18,6 @@ from dynmix.mixture.prepare.manifest import read_manifest, speaks_of
 from dynmix.mixture.quota import TOTAL
 from dynmix.mixture.store import TokenStore
 
-CALLBACK = "dynmix"  # key of the mixture's state in the Trainer's
-
 
 @dataclass(frozen=True)
 class Inspected:
@@ -132,13 +130,13 @@ def _run(path: Path) -> Inspected:
 
 def _checkpoint(path: Path) -> Inspected:
     from dynmix.mixture.stream import UNKNOWN
-    from dynmix.trainer_checkpoint import broken
+    from dynmix.trainer_checkpoint import STATE, broken
 
     if (why := broken(path)) is not None:
         raise ValueError(f"{path}: a half-written checkpoint ({why}); a run goes on from the one before it")
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     facts: dict[str, Any] = {"step": state["global_step"], "max_steps": state.get("max_steps")}
-    own = state.get("stateful_callbacks", {}).get(CALLBACK)
+    own = state.get("stateful_callbacks", {}).get(STATE)
     if own is None:
         return Inspected("checkpoint without a mixture", str(path), facts)
     schedule = own["dataset"]["schedule"]

@@ -1,6 +1,6 @@
 """Which checkpoint of a Trainer a run can go on from: the newest that is whole.
 
-Knows the files of a checkpoint; nothing of what is in them.
+Knows the files of a checkpoint and the key of the mixture's state; nothing else of what is in them.
 """
 
 import json
@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from dynmix.ranks import from_rank_0, is_rank_0
 
 logger = logging.getLogger("dynmix")
+
+STATE = "dynmix"  # key of the mixture's state among the callbacks' in `trainer_state.json`
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
