@@ -80,7 +80,7 @@ class RowView(Rows):
 
     def gather(self, rows: Ints) -> Ints:
         """Token ids of many rows at once, int64[len(rows), sequence_length]."""
-        return self._of_parts(gather, rows)
+        return self._of_parts(rows, lambda part, row, _, where: gather(part, row, self.sequence_length, where))
 
     @property
     def padded(self) -> bool:
@@ -89,23 +89,19 @@ class RowView(Rows):
 
     def documents(self, rows: Ints) -> Ints:
         """Number of each token's document within its sequence, int64[len(rows), sequence_length]."""
-        return self._of_parts(documents, rows)
+        return self._of_parts(rows, lambda part, row, _, where: documents(part, row, self.sequence_length, where))
 
     def labels(self, rows: Ints, ids: Ints) -> Ints:
         """Labels of rows whose token ids are `ids`, int64[len(rows), sequence_length]."""
-        part, row = self.where(rows)
-        found = ids.copy()
-        for number in np.unique(part).tolist():
-            here = np.flatnonzero(part == number)
-            found[here] = labels(self.parts[number], row[here], ids[here], f"part {number}")
-        return found
+        return self._of_parts(rows, lambda part, row, here, where: labels(part, row, ids[here], where))
 
-    def _of_parts(self, read: Callable[[Sequences, Ints, int, str], Ints], rows: Ints) -> Ints:
+    def _of_parts(self, rows: Ints, read: Callable[[Sequences, Ints, Ints, str], Ints]) -> Ints:
+        """What `read` gives of each part, of its rows among `rows`, of which of these they are, and of its name."""
         part, row = self.where(rows)
         found = np.empty((len(rows), self.sequence_length), np.int64)
         for number in np.unique(part).tolist():
             here = np.flatnonzero(part == number)
-            found[here] = read(self.parts[number], row[here], self.sequence_length, f"part {number}")
+            found[here] = read(self.parts[number], row[here], here, f"part {number}")
         return found
 
     @cached_property
