@@ -535,10 +535,9 @@ class MixtureDataset(Steered, Dataset[Item]):
         return as_items(domain, self.sequence_length, tokens, parts, self.options if self._masked else None)
 
     def _sequences(self, number: int) -> Sequences:
-        first = number < len(self._first)
-        return self._first[number] if first else self._joined(self.schedule.joined[number - len(self._first)])
-
-    def _joined(self, domain: JoinedDomain) -> Sequences:
+        if number < len(self._first):
+            return self._first[number]
+        domain = self.schedule.joined[number - len(self._first)]
         content = domain.source["hash"]
         if content not in self._late:
             self._late[content] = late.rows_of(domain, self._first, self._listed, self._open, self.sequence_length)
