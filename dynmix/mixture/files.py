@@ -19,7 +19,7 @@ from dynmix.mixture.store import StoreError, TokenStore
 
 logger = logging.getLogger("dynmix.mixture")
 
-_SUFFIXES = (".bin", ".idx", ".npy")
+TOKEN_SUFFIXES = (".bin", ".idx", ".npy")
 _HELD_OUT = ".valid"  # ends the names of stores that `dynmix prepare` holds out
 _ASKED_FOR = re.compile(rf"{re.escape(_HELD_OUT)}(?!\w)[^/]*/*$")  # by the name at a path's end, and no folder above it
 _SPLIT = re.compile(r"(?:^|[._-])(train|val|valid|validation|test)(?=[._-])")  # in names of flat files
@@ -124,7 +124,7 @@ def _open(path: str, options: Mapping[str, Any]) -> Documents:
             f"{path}: there is {os.path.basename(path)}.bin and no .idx: if it is a flat file, give {path}.bin; if it"
             " is of a store, copy or write that anew"
         )
-    if suffix not in _SUFFIXES and os.path.isfile(path) and not os.path.isfile(f"{path}.idx"):
+    if suffix not in TOKEN_SUFFIXES and os.path.isfile(path) and not os.path.isfile(f"{path}.idx"):
         raise StoreError(
             f"{path} is no token file (.idx with .bin, .bin, .npy).{_remedy([suffix])} A flat file of another name is"
             " opened by FlatTokens(path, dtype=...)."

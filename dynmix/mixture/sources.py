@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 
 from dynmix.mixture.arrow import dataset_documents
 from dynmix.mixture.documents import Documents, JoinedDocuments, check_ids, check_vocabulary, spread
-from dynmix.mixture.files import open_path
+from dynmix.mixture.files import TOKEN_SUFFIXES, open_path
 from dynmix.mixture.flat import FlatTokens
 from dynmix.mixture.folders import files_in, matching
 from dynmix.mixture.packing import PackedSequences
@@ -204,7 +204,7 @@ def _saved_in(path: str | os.PathLike[str]) -> list[str]:
     """Folders where `save_to_disk` put datasets, sorted, in a local folder or glob that has no token files."""
     text = os.path.expanduser(path)
     names = files_in(text) if os.path.isdir(text) else matching(text) if glob.has_magic(text) else []
-    if any(name.endswith((".idx", ".bin", ".npy")) for name in names):
+    if any(name.endswith(TOKEN_SUFFIXES) for name in names):
         return []
     by_end = {end: {os.path.dirname(name) for name in names if name.endswith(f"/{end}")} for end in _SAVED}
     if splits := sorted(by_end["dataset_dict.json"]):

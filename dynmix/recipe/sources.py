@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dynmix.mixture.files import TOKEN_SUFFIXES
 from dynmix.mixture.folders import files_in
 from dynmix.mixture.prepare import prepare
 from dynmix.mixture.prepare.inputs import SUFFIXES, find_domains
@@ -25,8 +26,6 @@ from dynmix.recipe.schema import Domain, TaskFile
 from dynmix.tasks import Task
 
 logger = logging.getLogger("dynmix")
-
-TOKENS = (".idx", ".bin", ".npy")
 
 
 def domain_sources(
@@ -132,7 +131,7 @@ def is_text(path: str) -> bool:
     saved = {"dataset_info.json", "state.json"} <= {*names} or "dataset_dict.json" in names
     return (
         not saved
-        and not any(each.endswith(TOKENS) for each in names)
+        and not any(each.endswith(TOKEN_SUFFIXES) for each in names)
         and any(each.endswith(SUFFIXES) for each in names)
     )
 
