@@ -41,23 +41,16 @@ class PrintStages(TrainerCallback):
 
     def __init__(self, journal: Journal, console: Console):
         self.journal, self.console = journal, console
-        self.printed: int | None = None
+        self.printed = 0
         self._size = -1  # of the journal, when it was read last
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         """Print the rows of this call so far."""
         self.printed = len(self.journal.rows()) if state.global_step else 0
-        self._print()
+        self.on_step_end()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Print what is new."""
-        self._print()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Print what is new."""
-        self._print()
-
-    def _print(self) -> None:
         with _only_shown():
             file = self.journal.path
             size = file.stat().st_size if file.exists() else 0
@@ -68,6 +61,8 @@ class PrintStages(TrainerCallback):
             for row in new:
                 with tqdm.external_write_mode():  # or the table would start on the bar's line
                     self.console.print(stage_table(row))
+
+    on_train_end = on_step_end
 
 
 @contextmanager
