@@ -130,10 +130,11 @@ def model_config(
         raise RecipeError(f"{where}: give `path`, a checkpoint to go on from, or `config`, of a new model")
     name = model.path or model.config
     try:
-        if isinstance(name, str):
-            config = AutoConfig.from_pretrained(name)
-        else:
-            config = _new_config(dict(name), tokenizer, sequence_length, where)
+        config: PreTrainedConfig = (
+            AutoConfig.from_pretrained(name)
+            if isinstance(name, str)
+            else _new_config(dict(name), tokenizer, sequence_length, where)
+        )
     except RecipeError:
         raise
     except Exception as problem:  # every model's configuration has checks, and errors, of its own
@@ -145,7 +146,6 @@ def model_config(
             f"{where}: its vocabulary has {vocabulary} tokens and the tokenizer's largest id is {largest}: "
             + ("take the checkpoint's own tokenizer" if model.path else "leave vocab_size out, it follows")
         )
-    assert isinstance(config, PreTrainedConfig)
     return config
 
 
@@ -305,8 +305,7 @@ def _new_config(
     # GPT-2's max_position_embeddings is its n_positions: given by either name it does not follow.
     own = {plain.attribute_map.get(name, name) for name in given}
     follows = {n: value for n, value in follows.items() if n in known and plain.attribute_map.get(n, n) not in own}
-    config = AutoConfig.for_model(kind, **{**follows, **given})
-    assert isinstance(config, PreTrainedConfig)
+    config: PreTrainedConfig = AutoConfig.for_model(kind, **{**follows, **given})
     return config
 
 
