@@ -56,8 +56,6 @@ class TokenStore(ArrayDocuments):
         tokens: every token of every document end to end, a read-only memory-mapped array of shape [num_tokens].
     """
 
-    path: Path
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = stem_of(path)
         self.where = str(self.path)
