@@ -93,18 +93,13 @@ def open_documents(
             return open_path(part, vocab_size=vocab_size, eos_token_id=eos_token_id, **options)
         return _of_dataset(part, tokenizer, text_field, cache_dir) if _is_dataset(part) else part
 
-    found = opened(source)
-    if (
-        isinstance(source, list | tuple)
-        and source
-        and all(isinstance(part, _Part) or _is_dataset(part) for part in source)
-    ):
+    found: Documents | Sequences = opened(source)
+    if isinstance(source, list | tuple) and source and all(map(_is_part, source)):
         found = _joined([opened(part) for part in source])
     _check_random_access(found, "the source")
     if vocab_size is not None and isinstance(found, Documents):
         check_vocabulary(found, repr(found), vocab_size)
-    documents: Documents | Sequences = found
-    return documents
+    return found
 
 
 def open_domains(
@@ -186,7 +181,8 @@ def _check_borders(documents: Documents) -> None:
             logger.warning("%r is one document: the token that was to end its documents is not in it", each)
 
 
-_Part = (str, os.PathLike, Documents)
+def _is_part(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike | Documents) or _is_dataset(source)
 
 
 def _is_dataset(source: Any) -> bool:
