@@ -85,10 +85,8 @@ def download(
         StoreError: the protocol's package is missing, nothing is there, no access, a download that broke off or does
             not fit on the disk.
     """
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as error:
-        raise StoreError(f"{url}: remote files are read by fsspec: pip install fsspec") from error
+    from fsspec.core import url_to_fs
+
     folder = cache_folder(cache_dir)
     try:
         system, path = url_to_fs(url, **(storage_options or {}))
