@@ -18,6 +18,8 @@ Boundaries = Literal["position_ids", "mask"]
 IGNORED = -100
 """Label of what is not to be learnt: torch's and transformers' `ignore_index`."""
 
+_BLANK = {"labels": IGNORED, "position_ids": 0}
+
 
 def firsts(documents: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Where a document begins, bool[n, length]; a sequence's first token always does, and so does padding."""
@@ -96,9 +98,6 @@ def check_collate(collate_fn: Callable[[Any], Any], item: Mapping[str, Any], bou
             " collate_fn=None or dynmix.mixture.boundaries.varlen_collate to a DataLoader. (Trainer has one of its own"
             " where it is given a processing_class, and drops what the model's forward does not take.)"
         )
-
-
-_BLANK = {"labels": IGNORED, "position_ids": 0}
 
 
 def varlen_collate(items: list[Any]) -> dict[str, Any]:
