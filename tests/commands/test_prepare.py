@@ -1,8 +1,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
 from dynmix.cli import app
@@ -108,9 +107,7 @@ def test_the_trainer_refuses_such_a_tokenizer_too(tmp_path, arguments, tokenizer
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     right = AutoTokenizer.from_pretrained(tokenizer, pad_token="<eos>")
-    wrong = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0, "one": 1}, unk_token="one")), eos_token="<eos>"
-    )
+    wrong = word_tokenizer(["<eos>", "one"], "one", eos_token="<eos>")
     settings = TrainingArguments(
         str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, train_sampling_strategy="sequential",
         report_to="none", use_cpu=True, save_strategy="no",

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader, Subset, default_collate
 from transformers import (
     AttentionInterface,
@@ -19,7 +18,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     default_data_collator,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -31,6 +29,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.scoring.corpus import Corpus
+from tests.small import word_tokenizer
 
 LENGTH, VOCAB, BOS, PAD = 24, 50, 1, 0
 
@@ -213,9 +212,7 @@ def test_the_mask_keeps_documents_apart_in_a_model_of_learnt_positions(store: To
 
 
 def tokenizer() -> Any:
-    made: Any = PreTrainedTokenizerFast
-    words = models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2")
-    return made(tokenizer_object=Tokenizer(words), pad_token="w0", eos_token="w2", unk_token="w2")
+    return word_tokenizer((f"w{i}" for i in range(VOCAB)), "w2", pad_token="w0", eos_token="w2", unk_token="w2")
 
 
 class Shifting:

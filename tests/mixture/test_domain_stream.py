@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from dynmix.mixture.domain_stream import DomainReader, Encoder, kept_aside
 from dynmix.mixture.items import Items
+from tests.small import word_tokenizer
 
 plain = Encoder(None, "text")
 
@@ -25,10 +24,9 @@ class Letters:
         return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
 
 
-def words() -> PreTrainedTokenizerFast:
+def words() -> Any:
     """The word of a number is its id; 0 is EOS."""
-    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0} | {str(i): i for i in range(1, 1000)}, unk_token="<eos>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")  # type: ignore[no-untyped-call]
+    return word_tokenizer(["<eos>", *map(str, range(1, 1000))], "<eos>", eos_token="<eos>")
 
 
 def documents(*lengths: int) -> list[dict[str, Any]]:
