@@ -155,8 +155,10 @@ def test_errors_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_tokenizer_of_a_remote_store_is_known_by_its_manifest(served: tuple[Path, str], tmp_path: Path) -> None:
     first, second = (word_tokenizer(["<unk>", *words], "<unk>") for words in ("ab", "ba"))
     (tmp_path / "web.txt").write_text("a b a")
-    for made, other in ((first, second), (second, first)):
+    for time, made, other in ((1, first, second), (2, second, first)):
         prepare(tmp_path / "web.txt", served[0] / "made", made, progress=False, overwrite=True)
+        for file in (served[0] / "made").iterdir():
+            os.utime(file, (time, time))  # http tells it in whole seconds
         for name in ("made/web", "made/web.idx", "made", "made/*.bin"):
             domains = {"web": f"{served[1]}/{name}"}
             assert len(open_domains(domains, 1, tokenizer=made, cache_dir=tmp_path / "cache")["web"]) == 3
