@@ -513,7 +513,7 @@ class MixtureSchedule:
 def schedule_of(state: Any) -> Mapping[str, Any]:
     """The schedule's part of the state of a dataset or stream. Raises ValueError for anything else."""
     found = state.get("schedule") if isinstance(state, Mapping) else None
-    if not isinstance(found, Mapping) or "names" not in found:
+    if not isinstance(found, Mapping) or "names" not in found or "sequence_length" not in state:
         what = f"a mapping of {list(state)[:8]}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
         raise ValueError(f"this is {what}, and not what state_dict() of a MixtureDataset or MixtureStream gives")
     return found

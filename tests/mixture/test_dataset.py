@@ -478,7 +478,13 @@ def test_a_worker_refuses_a_state_with_stages_that_the_main_process_has_not() ->
 
 
 @pytest.mark.parametrize(
-    ("state", "message"), [({}, r"a mapping of \[\]"), ({"_snapshot": 1}, r"\['_snapshot'\]"), (None, "a NoneType")]
+    ("state", "message"),
+    [
+        ({}, r"a mapping of \[\]"),
+        ({"_snapshot": 1}, r"\['_snapshot'\]"),
+        ({"schedule": {"names": ["a"]}}, r"\['schedule'\]"),
+        (None, "a NoneType"),
+    ],
 )
 def test_what_is_no_state_is_refused(state: Any, message: str) -> None:
     items = [{"input_ids": [1, 2]}]
@@ -488,6 +494,12 @@ def test_what_is_no_state_is_refused(state: Any, message: str) -> None:
     ):
         with pytest.raises(ValueError, match=f"this is .*{message}.* and not what state_dict\\(\\)"):
             made.load_state_dict(state)
+
+
+def test_a_state_of_a_stream_is_refused() -> None:
+    stream = MixtureStream({"a": plain(40)}, num_samples=9, sequence_length=LENGTH, sizes={"a": 40})
+    with pytest.raises(ValueError, match="belongs to other data: it is of a MixtureStream"):
+        MixtureDataset({"a": plain(40)}, num_samples=9).load_state_dict(stream.state_dict())
 
 
 def test_a_state_of_other_data_is_refused() -> None:
