@@ -116,7 +116,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> Json | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise PrepareError(f"{file}: damaged ({error!r}); remove it, and prepare the stores anew") from error
+        raise PrepareError(
+            f"{file}: damaged ({error!r}); remove it, and prepare the stores anew, or move it away if it is of another"
+            " program"
+        ) from error
     return found
 
 
