@@ -27,11 +27,10 @@ logger = logging.getLogger("dynmix.mixture")
 
 # What file systems call the version of a file, the most reliable first.
 _VERSIONS = (
-    *("ETag", "etag", "md5Hash", "md5Checksum", "content_md5", "md5", "crc32c", "blob_id", "sha", "hex"),
-    *("content_hash", "CRC", "generation", "version_id"),
-    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "modify", "modifiedTime"),
-    *("modificationTime", "last_write_time", "created"),
-)
+    "ETag", "etag", "md5Hash", "md5Checksum", "content_md5", "md5", "crc32c", "blob_id", "sha", "hex", "content_hash",
+    "CRC", "generation", "version_id", "LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified",
+    "modify", "modifiedTime", "modificationTime", "last_write_time", "created",
+)  # fmt: skip
 _MANIFEST = "manifest.json"  # of `dynmix prepare`
 # Of storage options: they say who asks, and not where a file is.
 _CREDENTIALS = re.compile("key|secret|token|pass|credential|anon|auth|cookie|sas", re.IGNORECASE)
