@@ -37,8 +37,6 @@ Source: TypeAlias = "Part | Sequence[Part] | Sequences"
 
 _LOOKED_AT = 64  # items of a sequence, which may be made as they are asked for
 
-_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
-
 _KINDS = (
     "give a token store, a path, folder or glob of token files, a datasets.Dataset, a view, or a sequence of dicts with"
     " input_ids of one length"
@@ -202,10 +200,11 @@ def _saved_in(path: str | os.PathLike[str]) -> list[str]:
     names = files_in(text) if os.path.isdir(text) else matching(text) if glob.has_magic(text) else []
     if any(name.endswith(TOKEN_SUFFIXES) for name in names):
         return []
-    by_end = {end: {os.path.dirname(name) for name in names if name.endswith(f"/{end}")} for end in _SAVED}
-    if splits := sorted(by_end["dataset_dict.json"]):
-        raise StoreError(f"{splits[0]} is a DatasetDict: give the folder of one of its splits, which is in it")
-    return sorted(by_end["dataset_info.json"] & by_end["state.json"])
+    saved = ("dataset_dict.json", "dataset_info.json", "state.json")
+    splits, infos, states = ({os.path.dirname(name) for name in names if name.endswith(f"/{end}")} for end in saved)
+    if splits:
+        raise StoreError(f"{min(splits)} is a DatasetDict: give the folder of one of its splits, which is in it")
+    return sorted(infos & states)
 
 
 def _saved_dataset(folder: str) -> Dataset:
