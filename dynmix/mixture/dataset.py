@@ -142,12 +142,8 @@ class MixtureDataset(Steered, Dataset[Item]):
             raise ValueError(f"domains is a {type(domains).__name__}: give a mapping from name to data")
         if not domains:
             raise ValueError("domains is empty: a mixture needs at least one")
-        self.num_samples, seed, block = whole("num_samples", num_samples), whole("seed", seed), whole("block", block)
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-        sequence_length = None if sequence_length is None else whole("sequence_length", sequence_length)
-        if sequence_length is not None and sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
+        self.num_samples, seed, block = whole("num_samples", num_samples, 1), whole("seed", seed), whole("block", block)
+        sequence_length = None if sequence_length is None else whole("sequence_length", sequence_length, 1)
         self.options = SequenceOptions.checked(
             packing, boundaries, bos_token_id, pad_token_id, ignore_token_ids, tokenizer
         )

@@ -82,12 +82,15 @@ class SequenceOptions(NamedTuple):
         return [f"{name} was {then[name]!r} and is {now[name]!r}" for name in now if then[name] != now[name]]
 
 
-def whole(name: str, value: Any) -> int:
-    """`value` as an int. Raises ValueError, naming the argument, for what is no whole number."""
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int. Raises ValueError, naming the argument, for what is no whole number, or below `least`."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name}={value!r}: give a whole number, an int") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return number
 
 
 def _token_id(name: str, value: Any) -> int:

@@ -137,8 +137,8 @@ class MixtureStream(Steered, IterableDataset[Item]):
             ("world_size", world_size, 1),
             ("probe_sequences", probe_sequences, 0),
         ):
-            if value is not None and whole(argument, value) < least:
-                raise ValueError(f"{argument} must be at least {least}, not {value}")
+            if value is not None:
+                whole(argument, value, least)
         if when_exhausted not in get_args(WhenExhausted):
             raise ValueError(f"when_exhausted={when_exhausted!r}: give one of {get_args(WhenExhausted)}")
         if isinstance(weights, str):
