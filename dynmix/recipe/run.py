@@ -181,14 +181,9 @@ def train(run: RecipeRun, console: Console | None = None) -> int:
         ValueError: another process trains in the run folder.
     """
     with ExitStack() as held:
-        on_every_rank(lambda: _hold(run.folder, held))
+        # Keep another call out: the processes of a killed launcher train on, unless they are ended, too.
+        on_every_rank(lambda: held.enter_context(alone(run.folder, "trains in it")) if is_rank_0() else None)
         return _train(run, console)
-
-
-def _hold(folder: Path, held: ExitStack) -> None:
-    """Keep another call out: the processes of a killed launcher train on, unless they are ended, too."""
-    if is_rank_0():
-        held.enter_context(alone(folder, "trains in it"))
 
 
 def _train(run: RecipeRun, console: Console | None) -> int:
