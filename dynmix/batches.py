@@ -66,10 +66,9 @@ def as_batches(
             )
         if sequences is not None and len(source) > sequences:
             source = [source[row] for row in spread_rows(len(source), sequences)]
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
-        # A torch Dataset has __getitem__ and __len__, and no __iter__.
-        if isinstance(source, Mapping) or not hasattr(source, "__getitem__"):
-            raise ValueError(f"{name}: expected batches, examples or a token store, got {type(source).__name__}")
+    if isinstance(source, Mapping) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
+        raise ValueError(f"{name}: expected batches, examples or a token store, got {type(source).__name__}")
+    if not isinstance(source, Iterable):  # as a torch Dataset, which has __getitem__ and __len__
         source = [source[i] for i in range(len(source))]
     batches: list[Batch] = []
     examples: list[Mapping[str, Any]] = []
