@@ -119,15 +119,15 @@ def _open(path: str, options: Mapping[str, Any]) -> Documents:
     flat = suffix == ".npy" or (suffix == ".bin" and not os.path.exists(f"{stem}.idx"))
     if flat and os.path.isfile(path):
         return FlatTokens(path, **options)
-    if stem == path and not os.path.isfile(path) and not os.path.isfile(f"{path}.idx"):
+    if stem == path and not os.path.isfile(f"{path}.idx"):
+        if os.path.isfile(path):
+            raise StoreError(
+                f"{path} is no token file (.idx with .bin, .bin, .npy).{_remedy([suffix])} A flat file of another name"
+                " is opened by FlatTokens(path, dtype=...)."
+            )
         raise StoreError(
             f"{path}: there is {os.path.basename(path)}.bin and no .idx: if it is a flat file, give {path}.bin; if it"
             " is of a store, copy or write that anew"
-        )
-    if suffix not in TOKEN_SUFFIXES and os.path.isfile(path) and not os.path.isfile(f"{path}.idx"):
-        raise StoreError(
-            f"{path} is no token file (.idx with .bin, .bin, .npy).{_remedy([suffix])} A flat file of another name is"
-            " opened by FlatTokens(path, dtype=...)."
         )
     return TokenStore.open(path)
 
