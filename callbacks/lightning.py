@@ -180,8 +180,7 @@ class MixtureCallback(Callback):
         if any(isinstance(c, GradientAccumulationScheduler) and len(c.scheduling) > 1 for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("GradientAccumulationScheduler changes what a step is during the run: accumulate evenly")
         check_micro_batch(self.dataset, loader.batch_size * trainer.world_size)
-        accumulated = loader.batch_size * trainer.accumulate_grad_batches
-        batch_size = accumulated * trainer.world_size
+        batch_size = loader.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
         one_pass = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         if trainer.max_steps >= 0 and (epochs is None or trainer.max_steps <= one_pass):
