@@ -166,7 +166,12 @@ def test_a_sequence_longer_than_the_models_table_of_positions_is_named():
     check_fits(model, [apart], "documents of 3 and 2 tokens")
     rotary = LlamaConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     rotary.max_position_embeddings = 64  # as many as tokens
-    check_fits(LlamaForCausalLM(rotary), [{"input_ids": torch.zeros(1, 65, dtype=torch.long)}], "computed positions")
+    model, long = LlamaForCausalLM(rotary), [{"input_ids": torch.zeros(1, 65, dtype=torch.long)}]
+    check_fits(model, long, "computed positions")
+    model.model.embed_tokens = nn.Sequential(model.model.embed_tokens)  # as PEFT wraps it
+    check_fits(model, long, "computed positions")
+    model.model.tokens = model.model._modules.pop("embed_tokens")  # get_input_embeddings() does not find them
+    check_fits(model, long, "computed positions")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Knows what causal language models take and give; nothing of layers, gradients or
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -165,10 +166,9 @@ def check_fits(model: nn.Module, batches: Iterable[Batch], where: str) -> None:
 
 
 def _has_positions(model: nn.Module, limit: int) -> bool:
-    """Whether a model has learnt embeddings of so many positions; OPT's table has two rows more."""
-    of_tokens = getattr(model, "get_input_embeddings", lambda: None)()
-    tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not of_tokens)
-    return any(limit <= table.num_embeddings <= limit + 2 for table in tables)
+    """Whether a model has learnt embeddings of so many positions, by what they are called; OPT's has two rows more."""
+    tables = (each for name, each in model.named_modules() if re.search("(?<![a-z])(position|pos_emb|wpe)", name))
+    return any(isinstance(each, nn.Embedding) and limit <= each.num_embeddings <= limit + 2 for each in tables)
 
 
 def checked_loss(found: Any, sequences: int) -> tuple[Tensor, Tensor]:
