@@ -391,17 +391,19 @@ class MixtureController:
     def _resume(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Go on in the middle of a stage, or decide the next one if that is due."""
         self.timetable.check_step(step)
-        if (folder := self.folder) is not None:
-            # Not as the state is loaded: files are left alone where the run is then refused.
-            on_every_rank(lambda: folder.rewind(self.dataset.schedule.num_stages))
-            if self.sampler is not None:
-                self.sampler.begin(folder.path, step, self._samples_wanted())
+        on_every_rank(self._rewind_files)  # not as the state is loaded: it is left alone where the run is then refused
+        if self.sampler is not None and self.folder is not None:
+            self.sampler.begin(self.folder.path, step, self._samples_wanted())
         if self.in_run is not None and self.folder is not None and self._window is not None:
             window = self._window_from(int(self._window["began"]))
             self.in_run.resume(model, self.folder, self._window, step, window)
         self._ahead = Ahead(self.dataset)
         self._ahead.look(step * self.batch_size, self.total)
         return self._decide(model, step) if self.timetable.is_due(step) else None
+
+    def _rewind_files(self) -> None:
+        if self.folder is not None:  # a rank that does not write may have none
+            self.folder.rewind(self.dataset.schedule.num_stages)
 
     def _describe(self, model: nn.Module) -> dict[str, Any]:
         return {

@@ -408,6 +408,45 @@ def test_a_rank_that_cannot_write_the_runs_files_tells_the_others(tmp_path, proc
     assert "<1 RuntimeError: another rank failed: NotADirectoryError: " in printed
 
 
+def test_ranks_resume_together_also_where_one_alone_has_a_folder(tmp_path, processes):
+    script = tmp_path / "resume.py"
+    script.write_text(
+        textwrap.dedent("""
+        import json, sys
+        import torch.distributed as dist
+        from dynmix.journal import Journal
+        from tests import running
+        from tests.small import Bigram
+
+        dist.init_process_group("gloo")
+        rank, model = dist.get_rank(), Bigram(0)
+        output = None if rank else sys.argv[1]
+        first = running.begun(running.controller(running.dataset(), output=output), model)
+        for step in range(1, 12):
+            first.step_ended(model, step)
+            if step == 6:
+                state = json.dumps(first.state_dict())
+        for truncate in (Journal.truncate, lambda *_: 1 / 0):
+            again = running.controller(running.dataset(), output=output)
+            again.load_state_dict(json.loads(state))
+            Journal.truncate = truncate
+            try:
+                running.begun(again, model, 6)
+                for step in range(7, 26):
+                    again.step_ended(model, step)
+                again.finish(model, 25)
+            except Exception as failure:
+                print(f"<{rank} {type(failure).__name__}: {failure}>", flush=True)
+        dist.destroy_process_group()
+        """)
+    )
+    status, printed = processes.run(script, tmp_path / "run", ranks=2, timeout=60)
+    assert status == 0, printed
+    assert {row["error"] for row in Journal(tmp_path / "run" / "journal.jsonl").rows()} == {None}
+    assert "<0 ZeroDivisionError: " in printed
+    assert "<1 RuntimeError: another rank failed: ZeroDivisionError: " in printed
+
+
 def test_a_run_takes_off_the_model_what_an_interrupted_one_left():
     model = Bigram()
     first, second = (controller(dataset(), mixer) for mixer in ("odm", Static()))
