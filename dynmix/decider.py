@@ -81,9 +81,10 @@ class Decider:
         if self.needs & {"loss", "reference_loss"}:
             self.watch = TrainingLoss(self.random_access(), reference if "reference_loss" in self.needs else None)
         self._observed = False
-        first = self._start()
-        if first is not None:
-            dataset.begin(integer_cdf(normalized(first, dataset.domains)))
+        self._first = dataset.schedule.weights_at(dataset.schedule.starts[0])
+        given = self._start()
+        if given is not None:
+            dataset.begin(integer_cdf(normalized(given, dataset.domains)))
 
     def _start(self) -> Mapping[str, float] | None:
         dataset, length, schedule = self.dataset, self.dataset.sequence_length, self.dataset.schedule

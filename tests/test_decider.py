@@ -73,6 +73,8 @@ def test_a_mixer_is_told_of_the_run_s_first_weights_where_the_state_has_left_the
     data.schedule.load_state_dict(state["schedule"])
     decider.load_state_dict({"name": "Told", "state": mixer.state_dict()})
     assert mixer.first == {**dataset().schedule.weights_at(0), "c": 0.0}
+    Decider(later := Told(), data, None)  # of a dataset that was loaded before, all that is known
+    assert later.first == data.schedule.weights_at(data.schedule.starts[0])
 
 
 def test_a_rehearsal_leaves_the_mixer_as_it_was():
