@@ -161,6 +161,7 @@ class Decider:
                     "mode was seen: give the controller the model that the loop calls"
                 )
             if seen is not None:
+                self._follow()
                 self.mixer.observe(seen)
                 if not self._observed:
                     self._as_saved(self.mixer)  # now, and not at the first checkpoint

@@ -164,6 +164,7 @@ MIXERS = (
     {"name": "tikmix-d", "against": "run", "confidence": 0},
     "tikmix-m",
     "doge",
+    "doremi",
     "odm",
     "ado",
     "uniform",
@@ -189,7 +190,8 @@ def test_a_domain_that_joins_is_decided_on_as_in_a_run_that_resumes(mixer, tmp_p
             num_samples=100,
             block=BATCH,
         )
-        return controller(data, mixer, curvature=Identity(), output=tmp_path / name, keep=0)
+        reference = Bigram(1) if mixer == "doremi" else None
+        return controller(data, mixer, reference=reference, curvature=Identity(), output=tmp_path / name, keep=0)
 
     whole, again, model = loop_of("whole"), loop_of("again", "abc"), Bigram(0)
     begun(whole, model)
