@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import dynmix.measurement
 from dynmix import (
@@ -159,11 +159,15 @@ def test_a_sequence_longer_than_the_models_table_of_positions_is_named():
     room = measurement(frozenset(), guards=None)
     with pytest.raises(ValueError, match=r"tasks\['t'\] has a sequence of 5 tokens, the model takes 4 at most"):
         room.check(model)
-    room.sets["t"] = [{"input_ids": batch["input_ids"][:, :4]} for batch in room.sets["t"]]
+    whole = room.sets["t"]
+    room.sets["t"] = [{"input_ids": batch["input_ids"][:, :4]} for batch in whole]
     with pytest.raises(ValueError, match=r"domains\['a'\] has a sequence of 5 tokens.*lower sequence_length"):
         room.check(model)
     apart = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "input_ids": torch.zeros(1, 5, dtype=torch.long)}
     check_fits(model, [apart], "documents of 3 and 2 tokens")
+    sizes = {"hidden_size": 8, "ffn_dim": 8, "word_embed_proj_dim": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="the model takes 4 at most"):
+        check_fits(OPTForCausalLM(OPTConfig(max_position_embeddings=4, **sizes)), whole, "its table has 6")
     rotary = LlamaConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     rotary.max_position_embeddings = 64  # as many as tokens
     model, long = LlamaForCausalLM(rotary), [{"input_ids": torch.zeros(1, 65, dtype=torch.long)}]
