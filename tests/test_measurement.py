@@ -151,6 +151,9 @@ def test_a_token_that_the_model_does_not_have_is_named():
         room.check(model)
     with pytest.raises(ValueError, match="guards"):
         room.check(nn.parallel.DataParallel(model))
+    model.config = type("OfImagesToo", (), {"get_text_config": lambda text=model.config: text})
+    with pytest.raises(ValueError, match="guards"):
+        room.check(model)
 
 
 def test_a_sequence_longer_than_the_models_table_of_positions_is_named():

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dynmix import Influence, TiKMiXD, TokenStore, group_influence
@@ -63,6 +63,21 @@ def test_the_command_that_comes_next_can_be_copied_as_it_stands(measured, tmp_pa
     assert f"dynmix propose '{out}/influence.json'" in said
 
 
+def test_a_checkpoint_that_cannot_read_a_store_is_refused(measured, tmp_path):
+    folder = measured[0]
+    TokenStore.write(tmp_path / "long", [[1] * 90])
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 8}
+    GPT2LMHeadModel(GPT2Config(vocab_size=20, **sizes)).save_pretrained(tmp_path / "model")
+    words = ("influence", tmp_path / "model", "--out", tmp_path / "out", "--tasks", folder / "valid", "--data")
+    for data, length, message in (
+        (folder / "stores/noise", 8, "domain 'noise' has token 29, the model's vocabulary has 20"),
+        (tmp_path / "long", 9, "domain 'long' has a sequence of 9 tokens, the model takes 8 at most"),
+    ):
+        refused = call(*words, data, "--sequence-length", length)
+        assert refused.exit_code == 1
+        assert message in " ".join(refused.output.split())
+
+
 def test_a_table_for_people(measured):
     done = call("inspect", measured[0] / "out/influence.json")
     assert done.exit_code == 0
@@ -96,9 +111,9 @@ def test_guards_and_least_weights(measured):
     weights = json.loads(both.stdout)["weights"]
     assert weights["noise"] <= 0.2 + 1e-6  # as with one option for both
     assert weights["web"] <= 0.3 + 1e-6
-    refused = call("propose", folder / "out", "--guards", "number")
+    refused = call("propose", folder / "out", "--guards", "number", "--guards", "letters,words")
     assert refused.exit_code == 1
-    assert "['number'] are no rows of the influence" in refused.output
+    assert "['number', 'letters', 'words'] are no rows of the influence" in refused.output
 
 
 @pytest.mark.parametrize(
