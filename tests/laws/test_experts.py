@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dynmix.laws.experts import Experts
 
@@ -44,6 +45,19 @@ def test_a_corner_is_the_experts_own_loss_however_bad():
     experts = Experts(log_p, TOKENS)
     np.testing.assert_allclose(experts.corners, slowly(log_p, np.eye(4)), rtol=1e-6)
     np.testing.assert_array_equal(experts.corners, experts.losses(np.eye(4)))
+
+
+def test_blas_has_one_thread_as_long_as_the_tokens_are_passed_over(experts, monkeypatch):
+    def threads():
+        return {each["num_threads"] for each in threadpool_info() if "numpy" in each["filepath"]}
+
+    seen = []
+    monkeypatch.setattr("dynmix.laws.experts._log_sums", lambda p: seen.append(threads()) or p.sum(axis=1))
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        experts.losses(mixtures(3))
+        assert threads() == before
+    assert all(each <= {1} for each in seen)
 
 
 def test_products_of_tiny_probabilities_do_not_vanish():
