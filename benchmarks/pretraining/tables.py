@@ -147,8 +147,9 @@ def overview(cells: Cells) -> str:
     for name in order(cells):
         own = list(cells.cells[name].values())
         row = [f"`{name}`", str(len(own)), *(against_prior(cells, name, cells.mean(group)) for group in cells.groups)]
-        if PAIRS in own[0]["final"]:
-            row.append(f"{100 * np.mean([cell['final'][PAIRS]['accuracy'] for cell in own]):.1f} %")
+        right = [cell["final"][PAIRS]["accuracy"] for cell in own if PAIRS in cell["final"]]
+        if right and None not in right:  # of examples without choices there is none
+            row.append(f"{100 * np.mean(right):.1f} %")
         row.append(f"{np.mean([cell['tokens'] for cell in own]) / 1e6:.2f}M")
         rows.append(row)
     pairs = [f"{PAIRS} pairs"] if rows and len(rows[0]) == len(cells.groups) + 4 else []

@@ -14,6 +14,7 @@ from benchmarks.pretraining.tables import (
     interval,
     markdown,
     overspent,
+    overview,
     share_of_tokens,
     sweeps,
 )
@@ -53,6 +54,16 @@ def test_traps_are_no_part_of_a_mean() -> None:
     found = cells(natural=[5.0])
     found.cells["natural"][0]["final"]["text/noise"]["loss"] = 100.0
     assert found.mean("domains' own text")(found.cells["natural"][0]) == 5.0
+
+
+@pytest.mark.parametrize(("accuracies", "shown"), [((0.5, 0.7), "60.0 %"), ((None, None), None)])
+def test_pairs_are_shown_where_examples_have_choices(accuracies: tuple[float | None, ...], shown: str | None) -> None:
+    found = cells(natural=[5.0, 6.0])
+    for own, accuracy in zip(found.cells["natural"].values(), accuracies, strict=True):
+        own["final"]["blimp"] = {"loss": 1.0, "accuracy": accuracy}
+    head, _, row = overview(found).splitlines()
+    assert ("blimp pairs" in head) is (shown is not None)
+    assert shown is None or shown in row
 
 
 def test_the_share_of_tokens_is_read_off_the_curve() -> None:
