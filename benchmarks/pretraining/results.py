@@ -60,7 +60,7 @@ def write_results(output: Path | None, file: Path, fidelity: Path | None = None)
         if plain.cells:
             budgets[name] = plain
             parts += _budget(name, plain, drawn)
-        parts += _sweeps(name, cells) + hindsight.section(name, cells)
+        parts += _sweeps(name, cells) + _others(name, cells) + hindsight.section(name, cells)
     if not budgets:
         parts.append("## Pretraining runs\n\nNot run.\n")
     if len(budgets) > 1:
@@ -161,6 +161,16 @@ def _sweeps(name: str, cells: Cells) -> list[str]:
         efficiency(own) + "\n",
         *_traps(cells),
     ]
+
+
+def _others(name: str, cells: Cells) -> list[str]:
+    """What was run beside the methods and the variants that have a table."""
+    varied = [variant for names in SWEEPS.values() for variant in names] if BASE in cells.cells else []
+    others = [method for method in cells.cells if method not in (*METHODS, *varied)]
+    if not others:
+        return []
+    own = Cells(cells.settings, {method: cells.cells[method] for method in (PRIOR, *others) if method in cells.cells})
+    return [f"### Other runs in `{name}`\n", overview(own) + "\n", efficiency(own) + "\n", sampled(own) + "\n"]
 
 
 def _traps(cells: Cells) -> list[str]:

@@ -184,6 +184,8 @@ def test_the_page_says_what_the_cells_say(run: Path) -> None:
             line for line in text.splitlines() if line.startswith(f"| `{name}` |")
         )
         assert 0 < part < 1
+    own = f"{measured['final']['t']['loss']:.3f}"  # of no table of methods, and with nothing that it varies
+    assert f"| `{VARIANT}` | 1 | {own} (" in text.split("### Other runs in `tiny`")[1]
     assert "Not run: uniform (seed 0)" in text.replace("natural (seed 1), natural (seed 2), ", "")
     assert (run / "results" / "curves-tiny.svg").exists()
     kept = [json.loads(line) for line in (run / "results" / "cells-tiny.jsonl").read_text().splitlines()]
