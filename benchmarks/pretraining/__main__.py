@@ -92,18 +92,20 @@ def claims(
     folder: Annotated[
         Path | None, typer.Option(help="Of the windows, that of fidelity.py; default: OUTPUT/claims.")
     ] = None,
-    mixtures: Annotated[int, typer.Option(help="Trained from one checkpoint, for Figure 4.")] = 24,
-    repeats: Annotated[int, typer.Option(help="Windows of each of them, with other sequences.")] = 8,
-    samples: Annotated[int, typer.Option(help="Mixtures that are measured, for Appendix D.")] = 256,
+    mixtures: Annotated[int, typer.Option(min=2, help="Trained from one checkpoint, for Figure 4.")] = 24,
+    repeats: Annotated[int, typer.Option(min=1, help="Windows of each of them, with other sequences.")] = 8,
+    samples: Annotated[int, typer.Option(min=2, help="Mixtures that are measured, for Appendix D.")] = 256,
     sequences: Annotated[str, typer.Option(help="Of each of them, by commas.")] = "64,1024,4096,16384,65536",
     pool: Annotated[
         int,
-        typer.Option(help="Sequences of each domain that they are drawn from; the domains' own are as many others."),
+        typer.Option(
+            min=1, help="Sequences of each domain that they are drawn from; the domains' own are as many others."
+        ),
     ] = 3500,
     size: Annotated[str | None, typer.Option(help="Budget whose model it is; default: that of fidelity.py.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the run up to the last checkpoint.")] = 120,
-    window: Annotated[int, typer.Option(help="Steps of a window.")] = 12,
-    probes: Annotated[int, typer.Option(help="Sequences of each domain.")] = 64,
+    steps: Annotated[int, typer.Option(min=3, help="Of the run up to the last checkpoint, of three.")] = 120,
+    window: Annotated[int, typer.Option(min=1, help="Steps of a window.")] = 12,
+    probes: Annotated[int, typer.Option(min=1, help="Sequences of each domain.")] = 64,
     curvatures: Annotated[str, typer.Option(help="By commas.")] = "EKFAC:0.1",
     corpus: CorpusOption = CORPUS,
     device: str = "cpu",
@@ -111,15 +113,14 @@ def claims(
     """Replicate the paper's claims; needs cells of tikmix-d and regmix for the overhead alone."""
     for curvature in curvatures.split(","):
         curvature_maker(curvature)
+    counts = _numbers("sequences", sequences, least=1)
     check_device(device)
     folder = folder or output / "claims"
     settings = Settings(steps=steps, warm_up=steps // 5, window=window, probes=probes)
     if size is not None:
         settings = replace(settings, size=_budget(size).size)
     windows = Windows(Corpus(corpus, folder, length=settings.size.length), folder, settings, device)
-    found = run_claims(
-        windows, output, mixtures, repeats, [int(n) for n in sequences.split(",")], samples, pool, curvatures.split(",")
-    )
+    found = run_claims(windows, output, mixtures, repeats, counts, samples, pool, curvatures.split(","))
     write(output / "claims.json", {"claims": found})
     for claim in found:
         print(f"{claim['claim']}: {claim['here']} (paper: {claim['paper']}; {claim['on']})")
@@ -139,7 +140,7 @@ def _run(
     output: Path, methods: list[str] | tuple[str, ...], seeds: str, budget: str, corpus: Path, device: str,
     unseen_tasks: str, unseen_domains: str,
 ) -> None:  # fmt: skip
-    chosen, wanted = _budget(budget), _seeds(seeds)
+    chosen, wanted = _budget(budget), _numbers("seeds", seeds, least=0)
     parsed = [Method.parse(name) for name in methods]
     check_device(device)
     data = Corpus(corpus, output, length=chosen.size.length, without=_names(unseen_domains))
@@ -164,14 +165,14 @@ def _budget(name: str) -> Budget:
     return BUDGETS[name]
 
 
-def _seeds(text: str) -> list[int]:
+def _numbers(option: str, text: str, least: int) -> list[int]:
     try:
-        seeds = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        seeds = [-1]
-    if min(seeds) < 0:
-        raise SystemExit(f"--seeds {text!r}: whole numbers of at least 0, by commas")
-    return seeds
+        numbers = [least - 1]
+    if min(numbers) < least:
+        raise SystemExit(f"--{option} {text!r}: whole numbers of at least {least}, by commas")
+    return numbers
 
 
 def _names(text: str) -> tuple[str, ...]:

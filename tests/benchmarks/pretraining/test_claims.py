@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.pretraining import claims
+from benchmarks.pretraining.__main__ import app
 from benchmarks.pretraining.claims import additivity, figure4, overhead
 from benchmarks.pretraining.tables import Cells
 from dynmix import Influence, TokenStore
@@ -95,3 +97,27 @@ def test_the_overhead_says_which_budget_it_is_of() -> None:
     assert found["here"] == "25 % of the operations"
     assert found["on"] == "`swift`, 1 and 1 seeds"
     assert overhead(Cells({}, {"tikmix-d": spent(0, 1)}), "swift") is None
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("sequences=64,x", "--sequences '64,x': whole numbers of at least 1"),
+        ("sequences=0", "--sequences '0': whole numbers of at least 1"),
+        ("mixtures=1", "--mixtures"),
+        ("repeats=0", "--repeats"),
+        ("samples=1", "--samples"),
+        ("steps=2", "--steps"),
+        ("window=0", "--window"),
+        ("probes=0", "--probes"),
+        ("pool=0", "--pool"),
+    ],
+)
+def test_what_claims_cannot_be_made_of_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, message: str
+) -> None:
+    monkeypatch.setattr("benchmarks.pretraining.__main__.Corpus", lambda *_, **__: pytest.fail("read"))
+    shown = CliRunner().invoke(app, ["claims", f"--output={tmp_path / 'out'}", f"--{option}"], env={"COLUMNS": "200"})
+    assert shown.exit_code
+    assert message in shown.output + str(shown.exception)
+    assert not (tmp_path / "out").exists()
