@@ -54,3 +54,32 @@ def test_the_best_mixture_repeats_no_domain_often_but_as_the_whole_corpus_is(cor
     law, runs = Ridge().fit(W, 5 - W[:, :1]), SimpleNamespace(domains=["few", "many"], W=W)
     weights = beforehand._best(bench, law, runs)  # type: ignore[arg-type]
     assert weights["few"] * wanted / few == pytest.approx(epochs)
+
+
+def _bench(tokens: dict[str, float]) -> Any:
+    return SimpleNamespace(budget=BUDGETS["tiny"], tokens=tokens)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0, 0.4), (1, 0.9)])
+def test_regmix_trains_on_the_mean_of_what_its_law_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, expected: float
+) -> None:
+    """Of what makes no difference it is that of the corpus; and searching takes seconds that are paid for."""
+    tokens = {"good": 4e6, "one": 2e6, "two": 4e6}
+    W = np.random.default_rng(0).dirichlet(np.ones(3), 200)
+    rows = ["weight/good,weight/one,weight/two,loss/t", *(",".join(map(str, (*w, 5 - gain * w[0]))) for w in W)]
+    (tmp_path / "runs.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(beforehand, "_proxies", lambda *_, **__: SimpleNamespace(table=tmp_path / "runs.csv"))
+    spent = Spent()
+    weights = beforehand._regmix(_bench(tokens), 0, tmp_path, spent, 1.0)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert weights["good"] == pytest.approx(expected, abs=0.1)
+    assert weights["one"] / weights["two"] == pytest.approx(0.5, abs=0.2)
+    assert spent.seconds["before"] > 0 == spent.flops["before"]
+
+
+def test_mde_leaves_no_domain_out() -> None:
+    W = np.array([[0.8, 0.2], [0.5, 0.5], [0.2, 0.8]])
+    law, runs = Ridge().fit(W, 5 + W[:, :1]), SimpleNamespace(domains=["bad", "good"], W=W)
+    weights = beforehand._best(_bench({"bad": 1e9, "good": 1e9}), law, runs)
+    assert weights == pytest.approx({"bad": 0.005, "good": 0.995})
