@@ -127,6 +127,7 @@ class AutoLaw(Law):
         self.laws_ = {name: clone(laws[name]).fit(W, L) for name in last}
         self.left_out_ = L - misses
         self.seen_ = np.all([law.seen_ for law in self.laws_.values()], axis=0)
+        self.steps = all(law.steps for law in self.laws_.values())
         self._scale_uncertainty(L, misses, std)
         self.report_ = self._table(chosen)
 

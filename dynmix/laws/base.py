@@ -134,9 +134,11 @@ class Law(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-l
         n_features_in_: n_domains of the runs it was fitted to.
         n_targets_: n_targets of them.
         seen_: bool[n_domains], the domains that a run had: the law knows nothing of the others.
+        steps: whether it is a function of steps, without a slope.
     """
 
     min_runs = 2
+    steps = False
 
     def fit(self, W: ArrayLike, L: ArrayLike) -> Self:
         """Fit to runs.

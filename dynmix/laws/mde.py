@@ -118,6 +118,7 @@ class WithExperts(Law):
         elif (np.isfinite(L[~alone]).sum(axis=0) >= W.shape[1]).all():
             W, L = W[~alone], L[~alone]  # fewer would leave the weights' own part open
         self.seen_ = np.ones(W.shape[1], dtype=bool)  # an expert is a run of its domain
+        self.steps = self.law.steps
         self.law_ = clone(self.law).set_params(extra=MDEFeatures(self.experts)).fit(W, L)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:

@@ -18,6 +18,7 @@ SMOOTHING = 0.01  # MDE's: 0.99 w + 0.01 uniform
 SWEEPS = 3  # over the domains, in turn, at most
 SHARES = np.linspace(0, 1, 25) ** 2  # between a domain's bounds: where they are small a little more matters most
 SLOPE = 1e-4  # a weight's change for a difference quotient
+DRAWN, LIKED = 2**14, 128  # mixtures, and those that a law of steps likes best
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class BestMixture:
         std: its standard deviation, of a run with those weights; NaN if the law has none.
         targets, targets_std: each target's, float64[n_targets].
         best_run: the criterion that the law predicts for the best of `compare`, NaN without them.
-        message: what held the search back, else "".
+        message: what held the search back, and how it was made where it is no least one, else "".
     """
 
     weights: Array
@@ -59,6 +60,9 @@ def best_mixture(
 ) -> BestMixture:
     """Return the mixture with the least predicted criterion within the bounds.
 
+    The very least of a law of steps (`Law.steps`) is a corner that the noise of the runs has chosen: of such a law the
+    answer is the mean of the mixtures that it likes best, as in RegMix (arXiv 2407.01492).
+
     Args:
         law: fitted.
         criterion: weight of each target, float[n_targets], at least 0; they are made to sum to 1. None: all equal.
@@ -85,6 +89,7 @@ def best_mixture(
         raise ValueError(f"smoothing={smoothing}: a share between 0 and 1 is needed")
     rng = np.random.default_rng(random_state)
 
+    messages = [bounds.message] if bounds.message else []
     if caution and not np.isfinite(_deviation(law, np.full((1, k), 1 / k), v)[0]).all():
         raise ValueError(
             f"caution={caution}: {type(law).__name__} has no standard deviation: AutoLaw has, or caution=0"
@@ -95,12 +100,18 @@ def best_mixture(
         return np.asarray(mean + caution * _deviation(law, W, v)[0] if caution else mean, dtype=np.float64)
 
     seen = check_mixtures(compare, k) if compare is not None else np.empty((0, k))
-    scattered = rng.dirichlet(np.full(k, 0.5), size=64 * starts)
-    candidates = np.array([bounds.nearest(w) for w in (np.full(k, 1 / k), *seen, *scattered)])
-    order = np.argsort(value(candidates), kind="stable")[:starts]
-    bar = Bar(candidates[order], desc="searching the best mixture", unit="start")
-    found = [_descend(value, w, bounds) for w in bar]
-    w = found[int(np.argmin(value(np.array(found))))]
+    if law.steps:
+        around = np.maximum(seen.mean(axis=0), 1e-6) if len(seen) else np.full(k, 1 / k)
+        drawn = np.array([bounds.nearest(w) for w in rng.dirichlet(k / 2 * around, size=DRAWN)])
+        w = bounds.nearest(drawn[np.argsort(value(drawn), kind="stable")[:LIKED]].mean(axis=0))
+        messages.append(f"it is the mean of the {LIKED} of {DRAWN:,} mixtures that the law of steps likes best")
+    else:
+        scattered = rng.dirichlet(np.full(k, 0.5), size=64 * starts)
+        candidates = np.array([bounds.nearest(w) for w in (np.full(k, 1 / k), *seen, *scattered)])
+        order = np.argsort(value(candidates), kind="stable")[:starts]
+        bar = Bar(candidates[order], desc="searching the best mixture", unit="start")
+        found = [_descend(value, w, bounds) for w in bar]
+        w = found[int(np.argmin(value(np.array(found))))]
     if smoothing:
         w = bounds.nearest((1 - smoothing) * w + smoothing / k)
     mean = _columns(law.predict(w[None]))[0]
@@ -112,7 +123,7 @@ def best_mixture(
         targets=mean,
         targets_std=each[0],
         best_run=float((_columns(law.predict(seen)) @ v).min()) if len(seen) else float("nan"),
-        message=bounds.message,
+        message="; ".join(messages),
     )
 
 

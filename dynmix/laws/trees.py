@@ -10,13 +10,15 @@ class LightGBM(Law):
 
     LightGBM's least leaf of 20 runs makes one leaf, a constant, of 25 runs; here a leaf holds 1 in 64 of the runs, at
     least 2, and a tree has at most as many leaves as fit twice, up to 12. Trees are step functions: they have no slope
-    to optimise by, and predict nothing beyond the runs.
+    to optimise by (`best_mixture` averages what they like best), and predict nothing beyond the runs.
 
     Args:
         trees: boosting rounds.
         learning_rate: of each.
         extra: what the law is told besides the weights.
     """
+
+    steps = True
 
     def __init__(self, trees: int = 300, learning_rate: float = 0.05, extra: Features | None = None):
         self.trees = trees
