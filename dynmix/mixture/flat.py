@@ -174,16 +174,14 @@ def _layout(file: Path) -> tuple[np.dtype[Any] | None, int]:
 
 def _counted_layout(file: Path, header: bytes) -> tuple[np.dtype[Any] | None, int]:
     """`_layout` by a header of llm.c."""
-    if len(header) < _HEADER_BYTES or any(header[12:]):
-        return None, 0
-    magic, _, count = np.frombuffer(header[:12], "<i4").tolist()
+    magic, _, count = np.frombuffer(header[:12].ljust(12, b"\0"), "<i4").tolist()
     size = file.stat().st_size - _HEADER_BYTES
-    if count > 0 and size in (2 * count, 4 * count):
+    if len(header) == _HEADER_BYTES and not any(header[12:]) and count > 0 and size in (2 * count, 4 * count):
         return np.dtype(f"<u{size // count}"), _HEADER_BYTES
     if magic in _COUNTED:
         raise StoreError(
-            f"{file} was cut or damaged: its header says {count} tokens, and {size} bytes follow it; copy or write it"
-            " anew"
+            f"{file} was cut or damaged: its first bytes are those of llm.c, which zeros up to byte {_HEADER_BYTES} and"
+            f" then {count} tokens follow, and it has {_HEADER_BYTES + size} bytes; copy or write it anew"
         )
     return None, 0
 

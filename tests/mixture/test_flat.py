@@ -72,6 +72,22 @@ def test_the_header_of_a_shard_of_llm_c_is_no_tokens(tmp_path: Path, magic: int,
         FlatTokens(path, "int64")
 
 
+@given(st.sampled_from([(20240520, "uint16"), (20240801, "uint32")]), st.integers(1, 255), st.data())
+def test_a_damaged_header_of_llm_c_is_refused(kind: tuple[int, str], flipped: int, data: st.DataObject) -> None:
+    magic, dtype = kind
+    tokens = np.random.default_rng(0).integers(0, 50257, 1000).tolist()
+    content = bytearray(counted(magic, 1000, tokens, dtype))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "x.bin")
+        if data.draw(st.booleans()):
+            path.write_bytes(content[: data.draw(st.integers(4, len(content) - 1))])
+        else:
+            content[data.draw(st.integers(8, 1023))] ^= flipped
+            path.write_bytes(content)
+        with pytest.raises(StoreError, match="was cut or damaged"):
+            FlatTokens(path)
+
+
 @given(st.sampled_from(["uint16", "uint32", "int64"]), st.integers(1, 300), st.integers(0, 2**32), st.data())
 @settings(max_examples=25)
 def test_the_type_of_a_raw_file_is_told_or_the_file_is_refused(
@@ -194,7 +210,7 @@ def test_a_whole_npy_file_is_told_from_one_cut_at_any_byte_or_flipped(tmp_path: 
         (npy([], "uint32"), {}, "no tokens"),
         (npy([1, 2], "uint32") + b"x", {}, "damaged or truncated npy file: 137 bytes, where its header says 136"),
         (npy([{}], "object"), {}, "x.bin is a damaged or truncated npy file"),
-        (counted(20240520, 1000, [*range(999)], "uint16"), {}, "header says 1000 tokens, and 1998 bytes follow"),
+        (counted(20240520, 1000, [*range(999)], "uint16"), {}, "then 1000 tokens follow, and it has 3022 bytes"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, content: bytes, options: dict[str, Any], message: str) -> None:
