@@ -122,7 +122,7 @@ class JoinedDocuments(Documents):
     """The documents of several `parts`, one part after the other, as one; no token is copied.
 
     Args:
-        parts: at least one.
+        parts: none where there are no documents, as in a dataset without rows.
     """
 
     def __init__(self, parts: Sequence[Documents]) -> None:
@@ -153,10 +153,9 @@ class JoinedDocuments(Documents):
 
     def starts(self, documents: Ints) -> Ints:
         """First token of each of `documents`, int64[n]; for document `len(self)`, one past the last token."""
-        # The last part for the document one past the end.
-        part = np.minimum(np.searchsorted(self._documents, documents, side="right") - 1, len(self.parts) - 1)
-        found = np.empty(len(documents), np.int64)
-        for number in np.unique(part).tolist():
+        part = np.searchsorted(self._documents, documents, side="right") - 1
+        found = np.full(len(documents), self.num_tokens)  # as one past the end is, which no part has
+        for number in np.unique(part[part < len(self.parts)]).tolist():
             here = part == number
             found[here] = self.parts[number].starts(documents[here] - self._documents[number]) + self._tokens[number]
         return found

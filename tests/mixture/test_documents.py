@@ -10,7 +10,7 @@ from dynmix.mixture.documents import ArrayDocuments, Documents, Ints, JoinedDocu
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.view import DocumentView
 
-contents = st.lists(st.lists(st.lists(st.integers(0, 2**40), max_size=9), max_size=5), min_size=1, max_size=5)
+contents = st.lists(st.lists(st.lists(st.integers(0, 2**40), max_size=9), max_size=5), max_size=5)
 
 
 class Listed(Documents):
