@@ -26,6 +26,7 @@ from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.sequences import Rows, Sequences, token_ids
 from dynmix.mixture.store import StoreError, with_room
 from dynmix.mixture.text import Tokenizer, check_stores, leaves, load, tokenised, vocabulary_size
+from dynmix.mixture.view import RowView
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,8 +96,9 @@ def open_documents(
     if isinstance(source, list | tuple) and source and all(map(_is_part, source)):
         found = _joined([opened(part) for part in source])
     _check_random_access(found, "the source")
-    if vocab_size is not None and isinstance(found, Documents):
-        check_vocabulary(found, repr(found), vocab_size)
+    if vocab_size is not None:
+        for each in [found] if isinstance(found, Documents) else [rows.store for rows in _packed(found)]:
+            check_vocabulary(each, repr(each), vocab_size)
     return found
 
 
@@ -114,7 +116,7 @@ def open_domains(
         for name, data in domains.items()
     }
     if tokenizer is not None:
-        check_stores([rows.store for rows in found.values() if isinstance(rows, PackedSequences)], tokenizer)
+        check_stores([each.store for rows in found.values() for each in _packed(rows)], tokenizer)
     return found
 
 
@@ -149,6 +151,8 @@ def as_sequences(
         opened = open_documents(data, tokenizer=tokenizer, eos_token_id=end, cache_dir=cache_dir)
         if apart and isinstance(opened, Documents):
             _check_borders(opened)
+        if packing.get("each_document"):
+            _check_apart(opened)
     except ValueError as error:
         raise StoreError(f"domain {name!r}: {error}") from error
     tokens = "none"
@@ -177,6 +181,22 @@ def _check_borders(documents: Documents) -> None:
             )
         if isinstance(each, FlatTokens) and len(each) == 1:
             logger.warning("%r is one document: the token that was to end its documents is not in it", each)
+
+
+def _check_apart(rows: Any) -> None:
+    for each in _packed(rows):
+        if not each.each_document:
+            raise ValueError(
+                f"its sequences were packed without boundaries, and do not say where documents end ({each!r}): give the"
+                " documents instead, or sequences of a dataset with boundaries"
+            )
+
+
+def _packed(rows: Any) -> list[PackedSequences]:
+    """What rows are that were packed before, through views at any depth."""
+    if isinstance(rows, RowView):
+        return [each for part in rows.parts for each in _packed(part)]
+    return [rows] if isinstance(rows, PackedSequences) else []
 
 
 def _is_part(source: Any) -> bool:

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from dynmix import FlatTokens, MixtureDataset, TokenStore
 from dynmix.mixture.documents import Documents
 from dynmix.mixture.packing import PackedSequences
-from dynmix.mixture.sources import as_sequences, open_documents
+from dynmix.mixture.prepare import prepare
+from dynmix.mixture.sources import as_sequences, open_documents, open_domains
 from dynmix.mixture.store import StoreError
-from dynmix.mixture.view import DocumentView
+from dynmix.mixture.view import DocumentView, RowView
 from tests.small import word_tokenizer
 
 datasets = pytest.importorskip("datasets")
@@ -303,6 +304,29 @@ def test_ids_beyond_the_vocabulary_of_the_tokenizer_are_refused(tmp_path: Path) 
         as_sequences("x", kind(tmp_path, [[5, 999]]), 1, tokenizer=TOKENIZER)
         with pytest.raises(StoreError, match="domain 'x': .*has token 1000, and the vocabulary 1000 ids"):
             as_sequences("x", kind(tmp_path, [[5, 1000]]), 1, tokenizer=TOKENIZER)
+
+
+def test_rows_of_sequences_of_another_tokenizer_are_refused_as_their_documents_are(tmp_path: Path) -> None:
+    made = PackedSequences(prepare({"a": datasets.Dataset.from_dict({"text": ["5 7"]})}, tmp_path, TOKENIZER)["a"], 1)
+    beyond = PackedSequences(store(tmp_path, [[5, 1000]]), 1)
+    other = word_tokenizer(["<eos>", *map(str, range(999, 0, -1))], "<eos>", pre_tokenizers.Whitespace())
+    for view in (lambda rows: rows, lambda rows: RowView([RowView([rows], [0], [0])], [0], [0])):
+        assert len(open_domains({"x": view(made)}, 1, tokenizer=TOKENIZER)["x"])
+        with pytest.raises(ValueError, match="a: made with another tokenizer"):
+            open_domains({"x": view(made)}, 1, tokenizer=other)
+        with pytest.raises(ValueError, match="domain 'x': .*has token 1000, and the vocabulary 1000 ids"):
+            open_domains({"x": view(beyond)}, 1, tokenizer=TOKENIZER)
+
+
+def test_sequences_that_do_not_say_where_documents_end_are_not_taken_for_one(tmp_path: Path) -> None:
+    documents = store(tmp_path, [[5, 6], [7, 8, 9]])
+    known, unknown = (PackedSequences(documents, 5, each_document=apart) for apart in (True, False))
+    apart = MixtureDataset({"x": RowView([known], [0], [0])}, num_samples=1, boundaries="position_ids")
+    assert apart[0]["position_ids"].tolist() == [0, 1, 0, 1, 2]
+    for rows in (unknown, RowView([known, unknown], [0, 1], [0, 0])):
+        assert MixtureDataset({"x": rows}, num_samples=1)[0]["labels"].tolist() == [5, 6, 7, 8, 9]
+        with pytest.raises(ValueError, match="domain 'x': its sequences were packed without boundaries"):
+            MixtureDataset({"x": rows}, num_samples=1, boundaries="position_ids")
 
 
 def test_items_with_ids_beyond_the_vocabulary_are_refused() -> None:
