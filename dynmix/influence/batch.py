@@ -150,7 +150,7 @@ def check_fits(model: nn.Module, batches: Iterable[Batch], where: str) -> None:
     config = getattr(config, "get_text_config", lambda: config)()
     vocabulary, limit = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))
     vocabulary = vocabulary if isinstance(vocabulary, int) else sys.maxsize
-    positions = limit if isinstance(limit, int) and _has_positions(unwrap(model), limit) else sys.maxsize
+    positions = limit if isinstance(limit, int) and has_positions(unwrap(model), limit) else sys.maxsize
     for batch in batches:
         ids, places = batch["input_ids"], batch.get("position_ids")
         if (largest := int(ids.max())) >= vocabulary:
@@ -165,7 +165,7 @@ def check_fits(model: nn.Module, batches: Iterable[Batch], where: str) -> None:
             )
 
 
-def _has_positions(model: nn.Module, limit: int) -> bool:
+def has_positions(model: nn.Module, limit: int) -> bool:
     """Whether a model has learnt embeddings of so many positions, by what they are called; OPT's has two rows more."""
     tables = (each for name, each in model.named_modules() if re.search("(?<![a-z])(position|pos_emb|wpe)", name))
     return any(isinstance(each, nn.Embedding) and limit <= each.num_embeddings <= limit + 2 for each in tables)

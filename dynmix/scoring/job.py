@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.batches import Batch, by_length, collate
-from dynmix.influence.batch import next_token_labels
+from dynmix.influence.batch import has_positions, next_token_labels
 from dynmix.influence.curvature import Curvature
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.isolation import unwrap
@@ -138,7 +138,7 @@ class ShardScorer:
     """
 
     def __init__(self, job: Job, source: Source, load: Load | None = None, device: str | None = None) -> None:
-        self._job, self._source = job, source
+        self._job, self._source, self._given = job, source, load is not None
         if device is None and load is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = (load or load_model)(source.path)
@@ -221,7 +221,8 @@ class ShardScorer:
         """Raise ValueError if the model cannot read the batch; on a GPU it would not say why."""
         config, ids = getattr(unwrap(self.model), "config", None), batch["input_ids"]
         limit, vocabulary = (getattr(config, key, None) for key in ("max_position_embeddings", "vocab_size"))
-        if limit and ids.shape[1] > limit:
+        # A model that is given may be trained on longer sequences than it was made for, if it computes positions.
+        if limit and ids.shape[1] > limit and (not self._given or has_positions(unwrap(self.model), limit)):
             raise ValueError(
                 f"{what} has a sequence of {ids.shape[1]} tokens, checkpoint {self._source.name!r} takes {limit} at"
                 " most (max_position_embeddings): give a smaller sequence_length, and make tasks with that max_length"

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from itertools import count
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from transformers import LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from dynmix.batches import collate
 from dynmix.influence.curvature import Identity
@@ -402,6 +403,18 @@ def test_bad_arguments_are_refused_before_anything_is_written(setting: Setting, 
 def test_bad_tasks_are_refused(setting: Setting, tmp_path, examples, said):
     with pytest.raises(ValueError, match=said):
         score_corpus(**setting.arguments(out=tmp_path / "out", tasks=setting.tasks | {"arc": examples}))
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, GPT2LMHeadModel])
+def test_a_model_that_is_given_may_read_longer_sequences_if_it_computes_positions(setting: Setting, tmp_path, kind):
+    def load(path):
+        return kind(kind.config_class(**sizes)).eval()
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "max_position_embeddings": LENGTH - 1, "bos_token_id": 1, "eos_token_id": 2}
+    arguments = setting.arguments(out=tmp_path / "out", load=load)
+    with nullcontext() if kind is LlamaForCausalLM else pytest.raises(ValueError, match="takes 11 at most"):
+        score_corpus(**arguments)
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(setting: Setting, tmp_path):
