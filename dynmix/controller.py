@@ -346,7 +346,7 @@ class MixtureController:
             if self.in_run is None:
                 self._say_memory(model)
         if self.sampler is not None and not self.resumed:
-            found.samples = self.sampler.rehearse(model)
+            found.samples = self.sampler.rehearse(model, self.measurement.scored_of_each())
         schedule = self.dataset.schedule
         last = schedule.starts[-1]
         # The run's last stage may be shorter than others, and what is left of the domains no more than it takes.

@@ -206,7 +206,7 @@ class Measurement:
         """Measure on one sequence of each domain and set, so that whatever would fail raises now."""
         if isinstance(self.curvature, AdamDiagonal):
             self.curvature.check()  # before the first step the optimizer has no moments to try it with
-        domains = {name: [self._scored(name, rows)] for name, rows in self._some_of_each().items()}
+        domains = {name: [batch] for name, batch in self.scored_of_each().items()}
         sets = {name: [scored_sequence(batches, self._called(name))] for name, batches in self._rows({}).items()}
         if self.held_out_sequences:
             sets[HELD_OUT] = next(iter(domains.values()))
@@ -240,10 +240,16 @@ class Measurement:
         few = max(1, min(_LOOKED_AT, _LOOKED_AT_IN_ALL // max(1, len(sizes))))
         return {name: np.linspace(0, size - 1, min(size, few)).astype(np.int64) for name, size in sizes.items()}
 
-    def _scored(self, domain: str, rows: Ints) -> Batch:
-        """The first sequence among these rows of a domain that has a token to score."""
-        looked_at = f"domains[{domain!r}], of which {len(rows)} sequences were looked at"
-        return scored_sequence((self._batches(domain, row[None])[0] for row in rows), looked_at)
+    @random_state_kept()
+    def scored_of_each(self) -> dict[str, Batch]:
+        """Of each domain the first sequence with a token to score, among a few that are evenly spread over it."""
+        return {
+            name: scored_sequence(
+                (self._batches(name, row[None])[0] for row in rows),
+                f"domains[{name!r}], of which {len(rows)} sequences were looked at",
+            )
+            for name, rows in self._some_of_each().items()
+        }
 
     # -- at a boundary -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dynmix.batches import Batch, collate, scored_sequence
+from dynmix.batches import Batch, scored_sequence
 from dynmix.checkpoints import Checkpoint, evenly_spaced, metric_of
 from dynmix.influence.curvature import Curvature
 from dynmix.influence.isolation import random_state_kept
@@ -116,16 +116,14 @@ class Sampler:
                     len(lacking), lacking[0], step,
                 )  # fmt: skip
 
-    @random_state_kept()  # a domain's items may draw from it
-    def rehearse(self, model: nn.Module) -> SampleScores:
+    def rehearse(self, model: nn.Module, domains: Mapping[str, Batch]) -> SampleScores:
         """Score one sequence of each domain with the model as it is; raises whatever fails, then or later."""
         for task in self.tasks.values():
             task.check(model)
         check_like(model)
-        names = tuple(self.dataset.domains)
-        batches = [collate([self.dataset.sequence(name, 0)]) for name in names]
+        names = tuple(domains)
         tasks = {name: [scored_sequence(some, f"tasks[{name!r}]")] for name, some in self.sets.items()}
-        found = sample_influence(model, batches, tasks, self.curvature, layers=self.layers)
+        found = sample_influence(model, list(domains.values()), tasks, self.curvature, layers=self.layers)
         return SampleScores(
             names, np.arange(len(names)), np.zeros(len(names), np.int64),
             np.full(len(names), self.dataset.sequence_length), tuple(Column(task, "now", 1) for task in tasks),

@@ -43,8 +43,19 @@ def test_items_that_draw_random_numbers_leave_the_training_its_own():
     batch = {"input_ids": torch.arange(6)[None]}
     hook = MixtureHook(model, dataset, {"code": [batch]}, AutoMixer(), stage_steps=4)
     before = torch.get_rng_state()
-    hook.controller.sampler.rehearse(model)
+    hook.controller.sampler.rehearse(model, hook.controller.measurement.scored_of_each())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_whose_first_sequences_have_no_label_begins(tmp_path):
+    masked = {"input_ids": [1, 2, 3, 4], "labels": [-100] * 4}
+    rows = [masked, *({"input_ids": [k, 2, 3, 4]} for k in range(5, 35))]
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    dataset = MixtureDataset({"code": rows, "web": rows}, num_samples=64)
+    task = {"code": [{"input_ids": torch.arange(6)[None]}]}
+    hook = MixtureHook(model, dataset, task, AutoMixer(), stage_steps=4, output=tmp_path)
+    hook.controller.plan(batch_size=4)
+    hook.controller.begin(model)
 
 
 TWO_RANKS = """
