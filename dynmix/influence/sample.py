@@ -19,7 +19,7 @@ from dynmix.influence.capture import Capture
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.isolation import isolated, unwrap
-from dynmix.influence.layers import LayerFilter, Layers, measurable_layers, plain_name
+from dynmix.influence.layers import LayerFilter, Layers, measurable_layers, output_layer, plain_name
 from dynmix.influence.probes import spread_rows
 from dynmix.influence.sets import ProbeSet, Products, mean_gradients
 from dynmix.observation import Array
@@ -180,7 +180,7 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
     twice the cost of all the rest. A pattern that names the embedding (`layers="embed_tokens|..."`) pays it.
 
     The blocks are the longest `nn.ModuleList` or `nn.Sequential` that holds linear layers and is in no other one; what
-    predicts is any linear layer that is in none.
+    predicts is what the model says, or else any linear layer that is in none.
 
     Raises:
         ValueError: the model has no such list: name the layers; all of these are frozen, and other parameters are not.
@@ -198,11 +198,11 @@ def last_layers(model: nn.Module, blocks: int = 1) -> Callable[[str], bool]:
     stack = max(outer, key=lambda name: lists[name])
     numbers = range(lists[stack] - min(blocks, lists[stack]), lists[stack])
     last = tuple(f"{stack}.{number}" for number in numbers)
-    chosen = {
-        layer
-        for layer in linear
-        if any(_inside(layer, block) for block in last) or not any(_inside(layer, name) for name in lists)
-    }
+    output = output_layer(model)
+    head = [plain_name(name) for name, module in model.named_modules() if module is output]
+    if not head:  # others may have linear layers at the bottom, too, as a factor of OPT's embedding
+        head = [layer for layer in linear if not any(_inside(layer, name) for name in lists)]
+    chosen = {layer for layer in linear if any(_inside(layer, name) for name in (*last, *head))}
     trained = {name for name, layer in linear.items() if layer.weight.requires_grad}
     if not trained & chosen and any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

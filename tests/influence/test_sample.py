@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from dynmix.influence.batch import Batches, next_token_loss
 from dynmix.influence.curvature import EKFAC, Identity
@@ -128,6 +129,14 @@ def test_layers_by_default_are_the_head_and_the_last_block(tiny_lm: Models) -> N
     model.transformer.ln_f.requires_grad_(True)
     with pytest.raises(ValueError, match="are frozen: no linear layer trains"):
         last_layers(model)
+
+
+def test_linear_layers_below_the_blocks_are_not_among_those_by_default() -> None:
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(vocab_size=97, word_embed_proj_dim=16, **sizes))
+    wanted = last_layers(model)
+    chosen = {name for name, _ in model.named_modules() if wanted(name)}
+    assert {name for name in chosen if not name.startswith("model.decoder.layers.1.")} == {"lm_head"}
 
 
 def test_the_backward_pass_ends_where_the_chosen_layers_end(tiny_lm: Models, token_batches: Batcher) -> None:
