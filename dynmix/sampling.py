@@ -159,6 +159,12 @@ class Sampler:
         Raises:
             ValueError: no task has a finite value yet, or as `score_corpus` does; on every rank if it does on one.
         """
+        if joined := self.dataset.domains[len(self.dataset.sequences) :]:
+            logger.warning(
+                "domains %s joined the run and are not scored, so no group has anything of them: list them among the "
+                "domains that a run begins with",
+                list(joined),
+            )
         if (last := self.peaks.last_step) is None or last < step:
             self._evaluate(model, step, wanted=True)
         # Rank 0's, which has written the last snapshot by then: the others may not see it yet.

@@ -28,7 +28,7 @@ class AutoMixer(Mixer):
 
     The domains before the boundary are the dataset's, with its weights; after it they are `group:<task>`, and
     `group:rest` of what helps no task, whose weight is 0 unless the others cannot hold the run within `max_epochs`.
-    The groups are views: no token is copied.
+    The groups are views: no token is copied. Domains that joined the run before are in no group.
 
     Args:
         after: stages after which the corpus is scored and regrouped. Where a run goes on from there with groups in

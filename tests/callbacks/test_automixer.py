@@ -238,6 +238,17 @@ def test_groups_too_small_for_the_run_s_own_limit_are_read_within_it(training, t
     assert min(epochs for name, epochs in seen.items() if name.startswith("group:")) > 0.9
 
 
+def test_a_domain_that_joined_before_is_said_to_be_in_no_group(training, tmp_path, caplog):
+    class Joining(TrainerCallback):
+        def on_step_end(self, args, state, control, train_dataloader, **kwargs):
+            if state.global_step == 2:
+                train_dataloader.dataset.extend({"late": training.sequences(0, 12, salt=2)})
+
+    training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8), extra=(Joining(),))
+    assert groups_of(tmp_path)["error"] is None
+    assert "domains ['late'] joined the run and are not scored" in caplog.text
+
+
 @pytest.mark.parametrize("checkpoints", ["last", 2])
 def test_checkpoints_by_step_alone(training, tmp_path, checkpoints):
     training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8, checkpoints=checkpoints))
