@@ -69,8 +69,11 @@ class Corpus:
         self.tokenizer_name = str(root / "tokenizers" / name) if name in there else name
         self.domains = sorted(found - {*without})
         self._given = {name: root / "domains" / name for name in self.domains if name in given}
-        if not self.domains:
-            raise SystemExit(f"all domains of {root} are held back: leave some out of --unseen-domains")
+        if len(self.domains) < 2:
+            raise SystemExit(
+                f"{root} has {self.domains} to train on, of {sorted(found)}: two at least, or there is nothing to mix; "
+                "leave some out of --unseen-domains"
+            )
         self.tasks = sorted(path.stem for path in (root / "tasks").glob("*.jsonl"))
         self.texts = sorted(path.name.removesuffix(".valid.jsonl.gz") for path in root.glob("tasks/*.valid.jsonl.gz"))
 

@@ -314,7 +314,8 @@ def test_the_tokenizer_of_a_corpus_may_have_any_name_where_it_is_the_only_one(co
         ({"seeds": "1.5"}, "--seeds '1.5': whole numbers of at least 0"),
         ({"device": "cuda:99"}, "--device cuda:99: "),
         ({"unseen-tasks": "t,u"}, "no task to optimise"),
-        ({"unseen-domains": "one,two,three"}, "all domains of"),
+        ({"unseen-domains": "one,two,three"}, "has [] to train on"),
+        ({"unseen-domains": "one,three"}, "has ['two'] to train on, of ['one', 'three', 'two']: two at least"),
     ],
 )
 def test_what_cannot_be_run_is_said_at_once(
