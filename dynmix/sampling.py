@@ -250,7 +250,9 @@ class Sampler:
         return found
 
     def _snapshots(self) -> list[tuple[Path, int]]:
-        return [(path, int(path.name[5:])) for path in sorted((self.folder / "checkpoints").glob("step-*"))]
+        # `step-0000008-best` is a copy that somebody made, and theirs.
+        found = sorted((self.folder / "checkpoints").glob("step-*"))
+        return [(path, int(path.name[5:])) for path in found if path.name[5:].isdecimal()]
 
 
 def _packed(batch: Batch) -> bool:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynmix.callbacks import MixtureHook
 from dynmix.mixers import AutoMixer
 from dynmix.mixture.dataset import MixtureDataset
+from tests.small import Bigram
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -145,3 +146,14 @@ def test_every_rank_reads_the_scores_or_none(processes, tmp_path, how, told):
     assert status == 0, printed
     for words in told:
         assert words in printed
+
+
+def test_a_copy_that_somebody_made_of_a_checkpoint_is_theirs(tmp_path):
+    copy = tmp_path / "checkpoints" / "step-0000002-best"
+    copy.mkdir(parents=True)
+    dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
+    task = {"code": [{"input_ids": torch.arange(6)[None]}]}
+    sampler = MixtureHook(Bigram(), dataset, task, AutoMixer(checkpoints=2), stage_steps=4).controller.sampler
+    sampler.begin(tmp_path, 0)
+    sampler.saved(3, wanted=False)
+    assert copy.is_dir()
