@@ -71,7 +71,8 @@ class PeakCallback(TrainerCallback):
         folder = self.folder or Path(args.output_dir or ".") / "peaks"
         if not state.global_step:
             set_aside(folder)
-        self.snapshots = PeakSnapshots(folder, metric=self.metric, min_delta=self.min_delta, keep=self.keep)
+        rule: dict[str, Any] = {"metric": self.metric, "min_delta": self.min_delta, "keep": self.keep}
+        self.snapshots = on_every_rank(lambda: PeakSnapshots(folder, **rule))
         self.snapshots.rewind(state.global_step)
         self._tried = self.snapshots.last_step
 

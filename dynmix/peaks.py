@@ -18,7 +18,7 @@ from dynmix import run_folder
 from dynmix.checkpoints import METRICS, Checkpoint, improvements, metric_of
 from dynmix.checkpoints import list_checkpoints as list_checkpoints  # part of this module's names
 from dynmix.checkpoints import select_checkpoints as select_checkpoints
-from dynmix.ranks import from_rank_0, is_rank_0
+from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
 from dynmix.scores import Metric
 from dynmix.snapshot import write_snapshot
 from dynmix.tasks import Task
@@ -32,8 +32,7 @@ Curve = list[tuple[int, float]]
 
 def set_aside(folder: str | os.PathLike[str]) -> None:
     """Move what an earlier run left in a `PeakSnapshots` folder to `previous-N` in it; every rank calls this."""
-    run_folder.set_aside(Path(folder), ("peaks.json", "step-*"))
-    from_rank_0(None)  # nobody goes on before it is done
+    on_every_rank(lambda: run_folder.set_aside(Path(folder), ("peaks.json", "step-*")))
 
 
 def evaluated(
@@ -139,31 +138,34 @@ class PeakSnapshots:
 
         If the snapshot of a task's peak is gone, because the run goes back further than the last durable step, its peak
         becomes the best recorded step whose snapshot still exists, with a warning. A fresh run goes back to step 0, so
-        that of one that goes on the folder has a record, and a warning says if not. Every rank calls it.
+        that of one that goes on the folder has a record, and a warning says if not. Every rank calls it; where it fails
+        on one, all raise.
         """
-        if is_rank_0():
-            if step and not self._file.exists():
-                logger.warning(
-                    "%s is not there: how the tasks did up to step %d is not known, and peaks are those from there on; "
-                    "a run that goes on in another folder needs what it recorded in the one before",
-                    self._file, step,
-                )  # fmt: skip
-            self.curves = {task: [p for p in curve if p[0] <= step] for task, curve in self.curves.items()}
-            self.curves = {task: curve for task, curve in self.curves.items() if curve}
-            self._lost = {lost for lost in self._lost if lost <= step}
-            there = {there for there, _ in self._snapshots() if there <= step}
-            before = self.selected
-            while gone := {peak.step for peak in self.selected.values()} - there:
-                self._lost |= gone
-            for task, peak in before.items():
-                if (now := self.selected.get(task)) != peak:
-                    logger.warning(
-                        "%s: the snapshot of task %r at its peak, step %d, is gone; its peak is now %s",
-                        self.folder, task, peak.step, f"step {now.step}" if now else "still to come",
-                    )  # fmt: skip
-            self._write()
-            self.prune(step)
+        on_every_rank(lambda: self._rewind(step) if is_rank_0() else None)
         self.curves, self._lost = from_rank_0((self.curves, self._lost))
+
+    def _rewind(self, step: int) -> None:
+        if step and not self._file.exists():
+            logger.warning(
+                "%s is not there: how the tasks did up to step %d is not known, and peaks are those from there on; "
+                "a run that goes on in another folder needs what it recorded in the one before",
+                self._file, step,
+            )  # fmt: skip
+        self.curves = {task: [p for p in curve if p[0] <= step] for task, curve in self.curves.items()}
+        self.curves = {task: curve for task, curve in self.curves.items() if curve}
+        self._lost = {lost for lost in self._lost if lost <= step}
+        there = {there for there, _ in self._snapshots() if there <= step}
+        before = self.selected
+        while gone := {peak.step for peak in self.selected.values()} - there:
+            self._lost |= gone
+        for task, peak in before.items():
+            if (now := self.selected.get(task)) != peak:
+                logger.warning(
+                    "%s: the snapshot of task %r at its peak, step %d, is gone; its peak is now %s",
+                    self.folder, task, peak.step, f"step {now.step}" if now else "still to come",
+                )  # fmt: skip
+        self._write()
+        self.prune(step)
 
     @property
     def last_step(self) -> int | None:

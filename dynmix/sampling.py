@@ -100,21 +100,24 @@ class Sampler:
         `peaks/` with the tasks' curves and snapshots, and `scores/`, are kept there. `wanted` as in `evaluate`.
         """
         self.folder = folder
-        self.peaks = PeakSnapshots(folder / "peaks", metric=self.plan.metric, min_delta=self.plan.min_delta)
+        rule: dict[str, Any] = {"metric": self.plan.metric, "min_delta": self.plan.min_delta}
+        self.peaks = on_every_rank(lambda: PeakSnapshots(folder / "peaks", **rule))
         self.peaks.rewind(step)
-        if is_rank_0():
-            for path, later in self._snapshots():
-                if later > step:
-                    shutil.rmtree(path)
-            due = range(self.every, step + 1, self.every) if wanted and self.plan.checkpoints != "peak" else range(0)
-            there = [at for _, at in self._snapshots()]
-            if lacking := [at for at in (due[-1:] if self.plan.checkpoints == "last" else due) if at not in there]:
-                logger.warning(
-                    "snapshots of %d steps are not there, the first that of step %d (they go when a later checkpoint "
-                    "is saved than that of step %d, which this run goes on from): others score in their place, and its "
-                    "groups may be others",
-                    len(lacking), lacking[0], step,
-                )  # fmt: skip
+        on_every_rank(lambda: self._forget_after(step, wanted) if is_rank_0() else None)
+
+    def _forget_after(self, step: int, wanted: bool) -> None:
+        for path, later in self._snapshots():
+            if later > step:
+                shutil.rmtree(path)  # or it would score
+        due = range(self.every, step + 1, self.every) if wanted and self.plan.checkpoints != "peak" else range(0)
+        there = [at for _, at in self._snapshots()]
+        if lacking := [at for at in (due[-1:] if self.plan.checkpoints == "last" else due) if at not in there]:
+            logger.warning(
+                "snapshots of %d steps are not there, the first that of step %d (they go when a later checkpoint "
+                "is saved than that of step %d, which this run goes on from): others score in their place, and its "
+                "groups may be others",
+                len(lacking), lacking[0], step,
+            )  # fmt: skip
 
     def rehearse(self, model: nn.Module, domains: Mapping[str, Batch]) -> SampleScores:
         """Score one sequence of each domain with the model as it is; raises whatever fails, then or later."""

@@ -292,3 +292,32 @@ def test_every_rank_records_what_rank_0_has_measured(processes, tmp_path):
     assert (tmp_path / "rank-0").read_text() == (tmp_path / "rank-1").read_text()
     assert (tmp_path / "rank-0").read_text().startswith("([['a'], ['a'], []], {'a': Checkpoint(path=")
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-0000002"]
+
+
+FAILING = """
+import sys, torch.distributed as dist
+from pathlib import Path
+from dynmix import peaks
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+snapshots = peaks.PeakSnapshots(folder)
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+peaks.write_json = peaks.run_folder.set_aside = full if rank == 0 else print
+for attempt in (lambda: snapshots.rewind(0), lambda: peaks.set_aside(folder)):
+    try:
+        attempt()
+    except Exception as failure:
+        print(f"<{rank} {failure}>", flush=True)
+dist.barrier()
+"""
+
+
+def test_what_fails_as_a_run_begins_on_the_rank_that_writes_is_raised_on_all(processes, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    status, printed = processes.run(tmp_path / "failing.py", tmp_path, ranks=2, timeout=60)
+    assert status == 0, printed
+    assert printed.count("<0 [Errno 28] No space left on device>") == 2
+    assert printed.count("<1 another rank failed: OSError: [Errno 28] No space left on device>") == 2

@@ -148,6 +148,45 @@ def test_every_rank_reads_the_scores_or_none(processes, tmp_path, how, told):
         assert words in printed
 
 
+BEGINNING = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+import dynmix.sampling
+from dynmix import AutoMixer, MixtureDataset
+from dynmix.callbacks import MixtureHook
+from tests.small import Bigram
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+
+def failing(*args, **kwargs):
+    raise OSError(5, "Input/output error")
+
+dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
+task = {"code": [{"input_ids": torch.arange(6)[None]}]}
+sampler = MixtureHook(Bigram(), dataset, task, AutoMixer(checkpoints=2), stage_steps=4).controller.sampler
+for owner, name, where in ((dynmix.sampling, "PeakSnapshots", 1), (dynmix.sampling.shutil, "rmtree", 0)):
+    whole = getattr(owner, name)
+    if rank == where:
+        setattr(owner, name, failing)
+    try:
+        sampler.begin(folder, 2)
+    except Exception as failure:
+        print(f"<{rank} {name}: {failure}>", flush=True)
+    setattr(owner, name, whole)
+dist.barrier()
+"""
+
+
+def test_where_the_files_of_a_run_fail_as_it_begins_on_one_rank_all_raise(processes, tmp_path):
+    (tmp_path / "checkpoints" / "step-0000004").mkdir(parents=True)
+    (tmp_path / "beginning.py").write_text(BEGINNING)
+    status, printed = processes.run(tmp_path / "beginning.py", tmp_path, ranks=2, timeout=60)
+    assert status == 0, printed
+    for name, where in (("PeakSnapshots", 1), ("rmtree", 0)):
+        assert f"<{where} {name}: [Errno 5] Input/output error>" in printed
+        assert f"<{1 - where} {name}: another rank failed: OSError: [Errno 5] Input/output error>" in printed
+
+
 def test_a_copy_that_somebody_made_of_a_checkpoint_is_theirs(tmp_path):
     copy = tmp_path / "checkpoints" / "step-0000002-best"
     copy.mkdir(parents=True)
