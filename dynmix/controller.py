@@ -273,7 +273,7 @@ class MixtureController:
         with self._recorder.listening():
             self.watch(model)
             check_ranks(self.dataset, self.timetable.state_dict() | {"samples of the run": self.total})
-            self.measurement.check(model)
+            on_every_rank(lambda: self.measurement.check(model))
             self._rehearse(model)
             return self._resume(model, step) if self.resumed else self._begin_afresh(model, step)
 
@@ -345,13 +345,13 @@ class MixtureController:
             found.influence, found.drawn = self.measurement.rehearse(model)
             if self.in_run is None:
                 self._say_memory(model)
-        if self.sampler is not None and not self.resumed:
-            found.samples = self.sampler.rehearse(model, self.measurement.scored_of_each())
+        if (sampler := self.sampler) is not None and not self.resumed:
+            found.samples = on_every_rank(lambda: sampler.rehearse(model, self.measurement.scored_of_each()))
         schedule = self.dataset.schedule
         last = schedule.starts[-1]
         # The run's last stage may be shorter than others, and what is left of the domains no more than it takes.
         upper = self.budget.upper(last, max(1, min(self.timetable.stage_samples, self.total - last)))
-        self.decider.rehearse(found, schedule.weights_at(last), upper)
+        on_every_rank(lambda: self.decider.rehearse(found, schedule.weights_at(last), upper))
 
     def _say_memory(self, model: nn.Module) -> None:
         try:

@@ -23,6 +23,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.mixture.weights import integer_cdf
 from dynmix.observation import Influence, Observation
+from dynmix.ranks import on_every_rank
 from dynmix.scores import SampleScores
 from dynmix.training_loss import TrainingLoss
 
@@ -150,26 +151,32 @@ class Decider:
         return state
 
     def observe(self, step: int, batch_size: int) -> None:
-        """Show the losses of the step that ended. A failure at the first one is a mistake in the set-up, and raises."""
-        if self.watch is None:
+        """Show the losses of the step that ended. A failure at the first one is a mistake in the set-up, and raises.
+
+        Every rank calls it; where the first one fails on one of them, all raise.
+        """
+        if (watch := self.watch) is None:
+            return
+        if not self._observed:
+            on_every_rank(lambda: self._observe(watch.take(step, batch_size)))
+            self._observed = True
             return
         try:
-            seen = self.watch.take(step, batch_size)
-            if seen is None and not self._observed:
-                raise ValueError(
-                    f"{self.name} needs the training loss of each step, but no forward pass of the model in training "
-                    "mode was seen: give the controller the model that the loop calls"
-                )
-            if seen is not None:
-                self._follow()
-                self.mixer.observe(seen)
-                if not self._observed:
-                    self._as_saved(self.mixer)  # now, and not at the first checkpoint
+            self._observe(watch.take(step, batch_size))
         except Exception as failure:
-            if not self._observed:
-                raise
             logger.warning("step %d taught the mixer nothing: %s: %s", step, type(failure).__name__, failure)
-        self._observed = True
+
+    def _observe(self, seen: Observation | None) -> None:
+        if seen is None and not self._observed:
+            raise ValueError(
+                f"{self.name} needs the training loss of each step, but no forward pass of the model in training mode "
+                "was seen: give the controller the model that the loop calls"
+            )
+        if seen is not None:
+            self._follow()
+            self.mixer.observe(seen)
+            if not self._observed:
+                self._as_saved(self.mixer)  # now, and not at the first checkpoint
 
     def decide(
         self,

@@ -204,12 +204,7 @@ class Measurement:
     @random_state_kept()
     def rehearse(self, model: nn.Module) -> tuple[Influence, DrawnMixtures | None]:
         """Measure on one sequence of each domain and set, so that whatever would fail raises now."""
-        if isinstance(self.curvature, AdamDiagonal):
-            self.curvature.check()  # before the first step the optimizer has no moments to try it with
-        domains = {name: [batch] for name, batch in self.scored_of_each().items()}
-        sets = {name: [scored_sequence(batches, self._called(name))] for name, batches in self._rows({}).items()}
-        if self.held_out_sequences:
-            sets[HELD_OUT] = next(iter(domains.values()))
+        domains, sets = on_every_rank(self._one_of_each)
         return self._measured(model, domains, sets, Identity(), 0, layers=self.layers, over_ranks=True)
 
     @random_state_kept()
@@ -227,6 +222,15 @@ class Measurement:
             layers=self.layers,
             **self.memory_options,
         )
+
+    def _one_of_each(self) -> tuple[Sets, Sets]:
+        if isinstance(self.curvature, AdamDiagonal):
+            self.curvature.check()  # before the first step the optimizer has no moments to try it with
+        domains = {name: [batch] for name, batch in self.scored_of_each().items()}
+        sets = {name: [scored_sequence(batches, self._called(name))] for name, batches in self._rows({}).items()}
+        if self.held_out_sequences:
+            sets[HELD_OUT] = next(iter(domains.values()))
+        return domains, sets
 
     def _called(self, name: str) -> str:
         return f"{'guards' if name in self.guards else 'tasks'}[{name!r}]"

@@ -410,6 +410,37 @@ def test_a_rank_that_cannot_write_the_runs_files_tells_the_others(tmp_path, proc
     assert "<1 RuntimeError: another rank failed: NotADirectoryError: " in printed
 
 
+def test_what_a_rank_cannot_read_as_a_run_begins_is_told_to_the_others(processes, tmp_path):
+    script = tmp_path / "read.py"
+    script.write_text(
+        textwrap.dedent("""
+        import types
+        import torch.distributed as dist
+        from dynmix import MixtureDataset
+        from tests import running
+        from tests.small import Bigram
+
+        def unreadable(*_):
+            raise OSError("no disk")
+
+        dist.init_process_group("gloo")
+        model = Bigram()
+        model.config = types.SimpleNamespace(vocab_size=64)
+        if dist.get_rank():
+            MixtureDataset.sequence = unreadable
+        try:
+            running.begun(running.controller(running.dataset(), "static"), model)
+        except Exception as failure:
+            print(f"<{dist.get_rank()} {type(failure).__name__}: {failure}>", flush=True)
+        dist.destroy_process_group()
+        """)
+    )
+    status, printed = processes.run(script, ranks=2, timeout=60)
+    assert status == 0, printed
+    assert "<0 RuntimeError: another rank failed: OSError: no disk>" in printed
+    assert "<1 OSError: no disk>" in printed
+
+
 def test_ranks_resume_together_also_where_one_alone_has_a_folder(tmp_path, processes):
     script = tmp_path / "resume.py"
     script.write_text(

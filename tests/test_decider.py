@@ -1,3 +1,5 @@
+import textwrap
+
 import numpy as np
 import pytest
 import torch
@@ -265,3 +267,47 @@ def test_what_a_mixer_of_ones_own_gets_wrong_is_said_at_the_start():
             running.begun(loop)
     with pytest.raises(ValueError, match=r"Greedy needs \['everything'\]"):
         running.controller(running.dataset(), Greedy())
+
+
+def test_where_a_mixer_fails_at_the_start_on_one_rank_all_raise(processes, tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        textwrap.dedent("""
+        import torch
+        import torch.distributed as dist
+        from dynmix import Static
+        from tests import running
+        from tests.small import Bigram
+
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+
+        class Learner(Static):
+            def __init__(self):
+                self.needs = frozenset({"loss"})
+            def observe(self, seen):
+                if rank == 1:
+                    raise OSError("no table")
+
+        class Decider(Static):
+            def propose(self, influence, prior, upper=None):
+                if rank == 1:
+                    raise OSError("no table")
+                return super().propose(influence, prior, upper)
+
+        for mixer in (Learner(), Decider()):
+            try:
+                model, data = Bigram(), running.dataset()
+                loop = running.controller(data, mixer, guards=None)
+                running.begun(loop, model)
+                model(torch.stack([data[g]["input_ids"] for g in range(running.BATCH)]))
+                loop.step_ended(model, 1)
+            except Exception as failure:
+                print(f"<{rank} {type(failure).__name__}: {failure}>", flush=True)
+        dist.destroy_process_group()
+        """)
+    )
+    status, printed = processes.run(script, ranks=2, timeout=60)
+    assert status == 0, printed
+    assert printed.count("<0 RuntimeError: another rank failed: OSError: no table>") == 2
+    assert printed.count("<1 OSError: no table>") == 2

@@ -376,6 +376,7 @@ def test_ranks_agree_that_one_of_them_could_not_read(processes, tmp_path):
             lambda: room.influence(model, probes, PRIOR),
             lambda: room.gradient(model, probes),
             lambda: room.task_gradients(model, probes, PRIOR, 2),
+            lambda: room.rehearse(model),
         ):
             MixtureDataset.sequence = fails
             try:
@@ -390,5 +391,5 @@ def test_ranks_agree_that_one_of_them_could_not_read(processes, tmp_path):
     )
     status, printed = processes.run(script, ranks=2, timeout=60)
     assert status == 0, printed
-    assert printed.count("<0 RuntimeError: another rank failed: OSError: stale file handle>") == 3
-    assert printed.count("<1 OSError: stale file handle>") == 3
+    assert printed.count("<0 RuntimeError: another rank failed: OSError: stale file handle>") == 4
+    assert printed.count("<1 OSError: stale file handle>") == 4
