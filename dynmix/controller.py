@@ -447,7 +447,7 @@ class MixtureController:
                 torch.cuda.empty_cache()
 
         # Rank 0 decides: float sums may differ between machines, a mixture must not.
-        cdf, proposal = from_rank_0((cdf, proposal))
+        cdf, proposal, error = from_rank_0((cdf, proposal, error))
         if proposal.groups:
             try:
                 on_every_rank(lambda: self._let_in(proposal))

@@ -441,6 +441,39 @@ def test_what_a_rank_cannot_read_as_a_run_begins_is_told_to_the_others(processes
     assert "<1 OSError: no disk>" in printed
 
 
+def test_a_mixer_that_fails_on_a_rank_that_does_not_decide_changes_nothing(processes, tmp_path):
+    script = tmp_path / "decide.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        import torch.distributed as dist
+        from dynmix import Proposal, Static
+        from tests import running
+        from tests.small import Bigram
+
+        dist.init_process_group("gloo")
+
+        class Moving(Static):
+            def propose(self, influence, prior, upper=None):
+                if dist.get_rank() and self.decides:
+                    raise ValueError("nonsense")
+                return Proposal({"a": 0.1, "b": 0.9})
+
+        Moving.decides = False
+        loop, model = running.begun(running.controller(running.dataset(), Moving(), output=sys.argv[1])), Bigram()
+        Moving.decides = True
+        for step in range(1, 12):
+            loop.step_ended(model, step)
+        dist.destroy_process_group()
+        """)
+    )
+    status, printed = processes.run(script, tmp_path / "run", ranks=2, timeout=60)
+    assert status == 0, printed
+    _, *rows = Journal(tmp_path / "run" / "journal.jsonl").rows()
+    assert [row["weights"]["b"] for row in rows] == pytest.approx([0.9, 0.9])
+    assert [(row["error"], row["warnings"]) for row in rows] == [(None, [])] * 2
+
+
 def test_ranks_resume_together_also_where_one_alone_has_a_folder(tmp_path, processes):
     script = tmp_path / "resume.py"
     script.write_text(
