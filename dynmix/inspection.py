@@ -5,6 +5,7 @@ Knows files and their formats; loads no model. Every answer is a title, facts by
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def inspect_path(path: Path) -> Inspected:
     """Say what is at a path. Raises ValueError where there is nothing, or nothing of ours, or it is damaged."""
     kinds: list[tuple[Callable[[Path], bool], Callable[[Path], Inspected]]] = [
         (lambda p: p.suffix in (".yaml", ".yml"), _recipe),
-        (lambda p: p.suffix == ".jsonl" or (p / "journal.jsonl").is_file(), _run),
+        (lambda p: _is_journal(p) or (p / "journal.jsonl").is_file(), _run),
         (lambda p: (p / "trainer_state.json").exists() or p.name.startswith("checkpoint-"), _checkpoint),
         (lambda p: (p / "dynmix" / "journal.jsonl").is_file() or (p / "run.json").is_file(), _run),
         (lambda p: p.suffix == ".json" or (p / "influence.json").is_file(), _influence),
@@ -51,6 +52,16 @@ def inspect_path(path: Path) -> Inspected:
         f"{path}: {what}; a token store, a folder of stores, a run folder or journal.jsonl, a Trainer's checkpoint, a "
         "recipe (.yaml) or influence.json can be inspected"
     )
+
+
+def _is_journal(path: Path) -> bool:
+    """Whether a file is named or begins like a journal; other .jsonl files are texts or tasks."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    first = None
+    with open(path, "rb") as file, suppress(ValueError):
+        first = json.loads(file.readline(1 << 24))
+    return path.name == "journal.jsonl" or (isinstance(first, dict) and {"kind", "stage"} <= first.keys())
 
 
 def _stem(path: Path) -> Path:

@@ -34,6 +34,9 @@ def test_a_store_and_a_folder_of_stores(tmp_path):
     ("name", "message"),
     [
         ("nothing", "no such file or folder"),
+        ("nothing.jsonl", "no such file or folder"),
+        ("texts/web.jsonl", "there is nothing of dynmix's in it"),
+        ("texts/journal.jsonl", "journal.jsonl:1: not a row of a journal"),
         ("empty", "there is nothing of dynmix's in it"),
         ("checkpoint-3", "half-w"),
         (".", "there is nothing of dynmix's in it"),
@@ -41,8 +44,10 @@ def test_a_store_and_a_folder_of_stores(tmp_path):
 )
 def test_what_is_none_is_one_sentence(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "checkpoint-3"):
+    for folder in ("empty", "checkpoint-3", "texts"):
         (tmp_path / folder).mkdir()
+    for file in ("web.jsonl", "journal.jsonl"):
+        (tmp_path / "texts" / file).write_text('{"text": "a document"}\n')
     done = call(name)
     assert done.exit_code == 1
     assert message in done.output
