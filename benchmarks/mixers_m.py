@@ -7,6 +7,7 @@ problems it is the linear programme's. `noise` is the standard deviation of a me
 the box. Takes under two minutes of one core.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -163,6 +164,7 @@ def tikmix_m_tables() -> list[Table]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for table in tikmix_m_tables():
         Console().print(table)
 

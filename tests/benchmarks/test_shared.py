@@ -23,10 +23,14 @@ def test_a_missing_corpus_is_named(
     assert "set $DYNMIX_SHARED" in str(ended.value)
 
 
-def test_help_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("script", ["mde", "mixers_m"])
+def test_help_is_all_that_is_done(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    monkeypatch.setattr("sys.argv", ["mde.py", "--help"])
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        importlib.import_module("mde").main()
+        importlib.import_module(script).main()
+    assert capsys.readouterr().out.startswith("usage: ")
     assert not [*tmp_path.iterdir()]
