@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import time
 
+import torch
 from torch.utils.data import get_worker_info
 
 from dynmix.mixture.schedule import MixtureSchedule, Undecided
@@ -57,12 +58,18 @@ class Progress:
         self._cells.array[_STEP] = samples
 
     def note_begin(self, end: int) -> None:
-        """Note that a reader begins at position 0, and warn, once, if the stream of `end` samples was read before."""
+        """Note that a reader begins at position 0, and warn, once, if the stream of `end` samples was read before.
+
+        What is read without gradients is an evaluation, which is to read the same again. (A worker cannot tell.)
+        """
+        if get_worker_info() is None and not torch.is_grad_enabled():
+            return
         begun = int(self._cells.array[_BEGUN])
         if again := begun == 1 and self.read_until > end - self.read_span:
             logger.warning(
-                "position 0 is read again, after all of the %d samples: a second pass gives the same ones in the same"
-                " order, whatever max_epochs says; to train for longer raise num_samples: each domain is reshuffled",
+                "position 0 is read again, after all of the %d samples: right for an evaluation, but to train on them a"
+                " second time is to take the same ones in the same order, whatever max_epochs says; to train for longer"
+                " raise num_samples: each domain is reshuffled",
                 end,
             )
         self._cells.array[_BEGUN] = max(1, begun, 2 * again)

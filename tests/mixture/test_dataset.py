@@ -232,9 +232,14 @@ def test_a_pass_that_gives_the_same_samples_again_is_said(workers: int, caplog: 
         loader = DataLoader(read, batch_size=4, num_workers=workers, drop_last=True, worker_init_fn=logged_to_stderr)
         next(iter(loader))  # a look at the first batch
         first = first_tokens(loader)
+        if not workers:  # which cannot tell
+            with torch.no_grad():  # an evaluation
+                assert first_tokens(loader) == first
         assert "is read again" not in caplog.text + capfd.readouterr().err
         assert first_tokens(loader) == first
-        assert "position 0 is read again, after all of the 4" in caplog.text + capfd.readouterr().err
+        said = caplog.text + capfd.readouterr().err
+        assert "position 0 is read again, after all of the 4" in said
+        assert "right for an evaluation" in said
         caplog.clear()
         first_tokens(loader)  # as an evaluation does, which is to read the same: said once
         assert "is read again" not in caplog.text + capfd.readouterr().err
