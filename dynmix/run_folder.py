@@ -73,7 +73,8 @@ class RunFolder:
     def rewind(self, stages: int) -> None:
         """Drop the journal's rows, the snapshots and what is not `needed` of measurements, from stage `stages` on.
 
-        Otherwise files of stages that will be repeated would count as newer than what is then saved of them.
+        What cannot be deleted of these files, as one that somebody reads over NFS, is warned of, and stays until its
+        stage is saved anew.
         """
         if is_rank_0():
             self._journal.truncate(stages)
@@ -83,13 +84,10 @@ class RunFolder:
                     "report lacks them; a run that goes on in another folder needs what is in the one before",
                     self._journal.path, len(missing), stages, missing[0],
                 )  # fmt: skip
-            for snapshot in _by_stage(self.path / "snapshots", ""):
-                if int(snapshot.name[6:]) >= stages:
-                    shutil.rmtree(snapshot)
+            delete(path for path in _by_stage(self.path / "snapshots", "") if _stage(path) >= stages)
             for folder in (self.factors, self.in_run):
-                for file in _by_stage(folder):
-                    if int(file.stem[6:]) >= stages and file.name not in self.needed:
-                        file.unlink()
+                undone = (file for file in _by_stage(folder) if _stage(file) >= stages)
+                delete(file for file in undone if file.name not in self.needed)
 
     def save_factors(self, carried: Carried, stage: int, keep: int) -> str | None:
         """Save the curvature's factors under a stage's number and keep the newest few.
@@ -116,19 +114,19 @@ class RunFolder:
         except Exception as failure:  # of a full disk safetensors raises what is no OSError
             logger.error("%s was not saved, training goes on: %s", file, failure)
             return False
-        delete(old for old in _by_stage(file.parent)[: -max(2, keep)] if old.name not in self.needed)
+        delete(old for old in _up_to(file)[: -max(2, keep)] if old.name not in self.needed)
         return True
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:
         """Save the model under a stage's number and keep the newest few; every rank calls it."""
-        folder = self.path / "snapshots"
+        path = self.path / "snapshots" / f"stage-{stage:04d}"
         try:
-            write_snapshot(model, folder / f"stage-{stage:04d}", facts)
+            write_snapshot(model, path, facts)
         except Exception as failure:  # of a full disk safetensors raises what is no OSError
             logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
             return
         if is_rank_0():
-            delete(_by_stage(folder, "")[:-keep])
+            delete(_up_to(path)[:-keep])
 
 
 def delete(old: Iterable[Path]) -> None:
@@ -147,3 +145,12 @@ def _name(stage: int) -> str:
 def _by_stage(folder: Path, suffix: str = ".safetensors") -> list[Path]:
     """What is named by a stage and nothing else: `stage-0003-best` is a copy that somebody made, and theirs."""
     return sorted(p for p in folder.glob(f"stage-*{suffix}") if p.name[6:].removesuffix(suffix).isdecimal())
+
+
+def _up_to(saved: Path) -> list[Path]:
+    """What was saved of this stage and those before it; a later one is of what is undone, and could not be deleted."""
+    return [path for path in _by_stage(saved.parent, saved.suffix) if _stage(path) <= _stage(saved)]
+
+
+def _stage(path: Path) -> int:
+    return int(path.stem[6:])

@@ -101,6 +101,30 @@ def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what
     assert [path.name for path in kept.iterdir()] == ["stage-0002"]
 
 
+def test_what_is_undone_and_cannot_be_deleted_stops_no_run_and_does_not_count_as_newer(tmp_path, monkeypatch, caplog):
+    first, model = running.controller(running.dataset(), output=tmp_path, keep=1), Bigram()
+    running.begun(first, model)
+    for step in range(1, 26):
+        first.step_ended(model, step)
+        if step == 5:
+            state = first.state_dict()
+    again = running.controller(running.dataset(), output=tmp_path, keep=1)
+    again.load_state_dict(state)
+    removed = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if Path(path).name == "stage-0004":
+            raise OSError(39, "Directory not empty", ".nfs0001")
+        removed(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    running.begun(again, model, 5)
+    assert "snapshots/stage-0004 was not deleted, training goes on: [Errno 39] Directory not empty" in caplog.text
+    for step in range(6, 15):
+        again.step_ended(model, step)
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["stage-0003", "stage-0004"]
+
+
 def test_a_run_that_goes_on_without_rows_of_its_past_says_so(tmp_path, caplog):
     first, model = running.begun(running.controller(running.dataset(), output=tmp_path / "old")), Bigram()
     for step in range(1, 13):
