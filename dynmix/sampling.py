@@ -24,7 +24,7 @@ from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.peaks import PeakSnapshots, evaluated
-from dynmix.ranks import Ranks, from_rank_0, is_rank_0, on_every_rank
+from dynmix.ranks import Ranks, from_rank_0, gathered, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
 from dynmix.run_folder import delete
 from dynmix.scores import Column, SamplePlan, SampleScores
@@ -174,7 +174,7 @@ class Sampler:
         sources = from_rank_0(on_every_rank(lambda: self._sources() if is_rank_0() else []))
         out = self.folder / "scores" / f"step-{step:07d}"
         logger.info("scoring the corpus by %s", ", ".join(f"{s.name} for {'/'.join(s.tasks)}" for s in sources))
-        on_every_rank(lambda: self._score(model, sources, out))
+        self._score(model, sources, out)
         return replace(on_every_rank(lambda: self._read(out)), tokens_left=tokens_left)
 
     def _read(self, out: Path) -> SampleScores:
@@ -207,13 +207,19 @@ class Sampler:
                     tick=self.dataset.pulse,
                 )
 
-        try:
-            score()
-        except OtherConfiguration as problem:  # the run went back, and took another way here
-            logger.warning("scores of another way here are dropped: %s", problem)
-            on_every_rank(lambda: None)  # all have seen them, before they are gone
+        def others() -> str:
+            try:
+                score()
+            except OtherConfiguration as problem:
+                return str(problem)
+            return ""
+
+        # All have seen them, before they are gone.
+        if problems := [words for words in gathered(on_every_rank(others)) if words]:
+            # The run went back, and took another way here.
+            logger.warning("scores of another way here are dropped: %s", problems[0])
             on_every_rank(lambda: discard(out) if is_rank_0() else None)
-            score()
+            on_every_rank(score)
 
     def _evaluate(self, model: nn.Module, step: int, wanted: bool) -> dict[str, float]:
         values, logs = on_every_rank(lambda: within_memory(lambda: self._figures(model), self._halve))

@@ -196,3 +196,39 @@ def test_a_copy_that_somebody_made_of_a_checkpoint_is_theirs(tmp_path):
     sampler.begin(tmp_path, 0)
     sampler.saved(3, wanted=False)
     assert copy.is_dir()
+
+
+OTHERS = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+import dynmix.sampling
+from dynmix import AutoMixer, MixtureDataset
+from dynmix.callbacks import MixtureHook
+from tests.small import Bigram
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+
+def scored(*args, **options):
+    if rank == 1:
+        raise OSError(5, "Input/output error")
+    raise dynmix.sampling.OtherConfiguration("another layer")
+
+dynmix.sampling.score_corpus = scored
+dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
+task = {"code": [{"input_ids": torch.arange(6)[None]}]}
+sampler = MixtureHook(Bigram(), dataset, task, AutoMixer(), stage_steps=4).controller.sampler
+sampler.begin(folder, 0)
+try:
+    sampler.scores(Bigram(), 3, 64)
+except Exception as failure:
+    print(f"<{rank} {failure}>", flush=True)
+assert dynmix.sampling.from_rank_0(rank) == 0  # and the next that they do together is the same on both
+"""
+
+
+def test_a_rank_that_cannot_score_is_heard_where_another_finds_other_scores(processes, tmp_path):
+    (tmp_path / "others.py").write_text(OTHERS)
+    status, printed = processes.run(tmp_path / "others.py", tmp_path, ranks=2, timeout=60)
+    assert status == 0, printed
+    assert "<0 another rank failed: OSError: [Errno 5] Input/output error>" in printed
+    assert "<1 [Errno 5] Input/output error>" in printed
