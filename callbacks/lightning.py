@@ -16,7 +16,7 @@ from dynmix.callbacks.loop import check_micro_batch
 from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.ranks import Ranks
+from dynmix.ranks import Ranks, on_every_rank
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -93,8 +93,7 @@ class MixtureCallback(Callback):
                 f"the checkpoint at step {trainer.global_step} holds no state of a MixtureCallback: it was saved by a "
                 "run without one, and which samples that run took is not known here"
             )
-        batch_size, steps = self._check(trainer)
-        self.controller.plan(batch_size=batch_size, max_steps=steps)
+        on_every_rank(lambda: self._plan(trainer))
         self._log(trainer, self.controller.begin(self._lm(pl_module), self.steps))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -130,7 +129,7 @@ class MixtureCallback(Callback):
         """Go on from a checkpoint's state."""
         self.steps = int(state_dict["steps"])
         if self.steps:
-            self.controller.load_state_dict(state_dict["controller"])
+            on_every_rank(lambda: self.controller.load_state_dict(state_dict["controller"]))
             self.sampler.position = self.steps * self.controller.batch_size
 
     def _tell_saved(self) -> None:
@@ -156,6 +155,10 @@ class MixtureCallback(Callback):
     def _log(self, trainer: Trainer, logs: dict[str, float] | None) -> None:
         for logger in trainer.loggers if logs else ():
             logger.log_metrics(logs, step=trainer.global_step)  # type: ignore[arg-type]
+
+    def _plan(self, trainer: Trainer) -> None:
+        batch_size, steps = self._check(trainer)
+        self.controller.plan(batch_size=batch_size, max_steps=steps)
 
     def _check(self, trainer: Trainer) -> tuple[int, int]:
         """Return samples an optimizer step and steps of the run."""

@@ -14,7 +14,7 @@ from dynmix.controller import MixtureController
 from dynmix.mixers.base import Mixer
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture
-from dynmix.ranks import Ranks, is_rank_0
+from dynmix.ranks import Ranks, is_rank_0, on_every_rank
 
 
 class MixtureHook:
@@ -101,13 +101,14 @@ class MixtureHook:
             self._saving = None
         self.steps += 1
         logs, self._logs = self._logs if self._begun else self._begin(), None
-        assert self.batch_size is not None
+        batch_size = self.batch_size
+        assert batch_size is not None
         if not self._checked:
-            self._check_reading(self.batch_size)
+            on_every_rank(lambda: self._check_reading(batch_size))
         check_read(
             self.dataset,
             self.steps,
-            self.batch_size,
+            batch_size,
             "call hook.step() once an optimizer step, let the loader of a resumed run start with "
             "sampler=range(hook.position, len(dataset)), or correct batch_size",
         )
@@ -142,15 +143,23 @@ class MixtureHook:
         """
         if not state["steps"]:
             return
+        on_every_rank(lambda: self._load(state))
+        self._begun, self._finished = True, False
+        self._logs = self.controller.begin(self.model, self.steps)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(json.loads(state["controller"]))
         self._saving = None
         self.steps = int(state["steps"])
         self.batch_size = self.controller.batch_size
         self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
-        self._begun, self._finished = True, False
-        self._logs = self.controller.begin(self.model, self.steps)
 
     def _begin(self) -> dict[str, float] | None:
+        on_every_rank(self._plan)
+        self._begun = True
+        return self.controller.begin(self.model, self.steps)
+
+    def _plan(self) -> None:
         if self.batch_size is None:
             if not self.dataset.read_size:
                 raise ValueError(
@@ -159,8 +168,6 @@ class MixtureHook:
             self.batch_size = self.dataset.read_size * Ranks(shared=True).size
             self.controller.plan(batch_size=self.batch_size, max_steps=self.max_steps)
         self._check_reading(self.batch_size)
-        self._begun = True
-        return self.controller.begin(self.model, self.steps)
 
     def _check_reading(self, batch_size: int) -> None:
         self._checked = True

@@ -28,6 +28,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.mixture.text import check_stores
+from dynmix.ranks import on_every_rank
 from dynmix.trainer_checkpoint import STATE
 
 logger = logging.getLogger("dynmix")
@@ -72,6 +73,12 @@ class MixtureCallback(TrainerCallback):
         """Check the arguments, load the state of a checkpoint, and let the controller begin."""
         self._trainer, self._finished = trainer_on_the_stack(self), False
         self._can_go_back = bool(state.global_step) or args.save_strategy != "no"  # to a checkpoint
+        on_every_rank(lambda: self._prepare(args, state, kwargs))
+        log(self._trainer, self.controller.begin(model_of(kwargs), state.global_step), control)
+        _saved(state)[STATE] = self.controller.state_dict()
+
+    def _prepare(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+        """All that comes before the ranks first work together."""
         batch_size = _samples_per_step(args)
         self._check(args, state, batch_size)
         if isinstance(tokenizer := kwargs.get("processing_class"), PreTrainedTokenizerBase):
@@ -88,8 +95,6 @@ class MixtureCallback(TrainerCallback):
                 )
             self.controller.load_state_dict(_saved(state)[STATE])
         self.controller.plan(batch_size=batch_size, max_steps=state.max_steps)
-        log(self._trainer, self.controller.begin(model_of(kwargs), state.global_step), control)
-        _saved(state)[STATE] = self.controller.state_dict()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell the controller, log what it decided, and put its state where the next checkpoint will save it.

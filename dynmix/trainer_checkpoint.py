@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dynmix.ranks import from_rank_0, is_rank_0
+from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
 
 logger = logging.getLogger("dynmix")
 
@@ -18,24 +18,27 @@ STATE = "dynmix"  # key of the mixture's state among the callbacks' in `trainer_
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint in a Trainer's folder; every rank calls it.
+    """Return the newest whole checkpoint in a Trainer's folder; every rank calls it, and where one fails all raise.
 
     What a kill or a full disk left half-written is renamed to `broken-checkpoint-N`, with a warning: the Trainer would
     write into it, and count it among those that it keeps.
     """
+    return from_rank_0(on_every_rank(lambda: _newest(folder) if is_rank_0() else None))
+
+
+def _newest(folder: Path) -> Path | None:
     found: Path | None = None
-    if is_rank_0():
-        numbered = {int(n): path for path in folder.glob("checkpoint-*") if (n := path.name[11:]).isdecimal()}
-        for _, path in sorted(numbered.items()):
-            if (why := broken(path)) is None:
-                found = path
-                continue
-            aside = path.with_name(f"broken-{path.name}")
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}x")
-            path.rename(aside)
-            logger.warning("%s is half-written (%s): it is skipped, and moved to %s", path, why, aside.name)
-    return from_rank_0(found)
+    numbered = {int(n): path for path in folder.glob("checkpoint-*") if (n := path.name[11:]).isdecimal()}
+    for _, path in sorted(numbered.items()):
+        if (why := broken(path)) is None:
+            found = path
+            continue
+        aside = path.with_name(f"broken-{path.name}")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}x")
+        path.rename(aside)
+        logger.warning("%s is half-written (%s): it is skipped, and moved to %s", path, why, aside.name)
+    return found
 
 
 def broken(checkpoint: Path) -> str | None:

@@ -131,7 +131,11 @@ def build_run(recipe: Recipe, on_paper: bool = False) -> RecipeRun:
         ValueError: data that is not there or damaged, in the words of the library.
     """
     arguments = training_arguments(recipe)
-    on_every_rank(lambda: _check_folder(recipe))
+    return on_every_rank(lambda: _built(recipe, arguments, on_paper))
+
+
+def _built(recipe: Recipe, arguments: TrainingArguments, on_paper: bool) -> RecipeRun:
+    _check_folder(recipe)
     steps = recipe.training["max_steps"]
     if recipe.stages.steps >= steps:
         raise RecipeError(
@@ -161,7 +165,7 @@ def build_run(recipe: Recipe, on_paper: bool = False) -> RecipeRun:
         from dynmix.recipe.proxy import decided  # laws and scoring take seconds to import, and few runs need them
 
         if recipe.proxy is not None and not on_paper:  # what they leave is of this recipe
-            on_every_rank(lambda: _write_recipe(recipe))
+            _write_recipe(recipe)
         domains, weights = decided(recipe, domains, tasks, tokenizer, on_paper)
     dataset = make_dataset(recipe, domains, weights, tokenizer, cache)
     trainers: list[Trainer] = []
@@ -195,7 +199,7 @@ def _train(run: RecipeRun, console: Console | None) -> int:
     if checkpoint is not None and is_rank_0():
         logger.warning("going on from %s", checkpoint)
     on_every_rank(lambda: _write_down(run, checkpoint))
-    model = make_model(run.recipe.model, run.config, run.recipe.seed, checkpoint)
+    model = on_every_rank(lambda: make_model(run.recipe.model, run.config, run.recipe.seed, checkpoint))
     stop = _Stop()
     shown = [PrintStages(Journal(folder / "dynmix" / "journal.jsonl"), console)] if console and is_rank_0() else []
     trainer = Trainer(

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,19 @@ def training():
     sys.modules["dynmix_training"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def told(processes):
+    """Run an adapter whose controller fails in one method on rank 1; returns what the two ranks raised."""
+
+    def told(output: Path, adapter: str, method: str) -> list[str]:
+        script = Path(__file__).with_name("failing.py")
+        status, printed = processes.run(script, output, adapter, method, ranks=2, timeout=90)
+        assert status == 0, printed[-4000:]
+        return sorted(re.findall("<(. .*Error: .*)>", printed))
+
+    return told
 
 
 @pytest.fixture(scope="session")

@@ -151,3 +151,10 @@ def test_snapshots_go_only_once_the_checkpoint_is_on_the_disk(lightning, trainin
         enable_progress_bar=False, enable_model_summary=False, callbacks=[saving, made],
     ).fit(lightning.Module(), DataLoader(data, training.BATCH, sampler=made.sampler))  # fmt: skip
     assert told == [(6, True), (12, True), (18, True)]
+
+
+def test_what_fails_on_one_rank_before_they_work_together_is_raised_on_all(told, tmp_path):
+    assert told(tmp_path, "lightning", "plan") == [
+        "0 RuntimeError: another rank failed: OSError: no disk",
+        "1 OSError: no disk",
+    ]

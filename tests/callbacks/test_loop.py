@@ -389,3 +389,11 @@ def test_the_curvature_of_an_optimizer_that_keeps_none_is_refused_at_the_first_s
     optimizers.append(torch.optim.SGD(loop.model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="AdamDiagonal: the optimizer has no betas"):
         loop.run(steps=1)
+
+
+@pytest.mark.parametrize("method", ["plan", "load_state_dict"])
+def test_what_fails_on_one_rank_before_they_work_together_is_raised_on_all(told, tmp_path, method):
+    assert told(tmp_path, "loop", method) == [
+        "0 RuntimeError: another rank failed: OSError: no disk",
+        "1 OSError: no disk",
+    ]

@@ -435,3 +435,10 @@ def with_collator(collate):
         return Trainer.get_train_dataloader(trainer)
 
     return get_train_dataloader
+
+
+def test_what_fails_on_one_rank_before_they_work_together_is_raised_on_all(told, tmp_path):
+    assert told(tmp_path, "trainer", "plan") == [
+        "0 RuntimeError: another rank failed: OSError: no disk",
+        "1 OSError: no disk",
+    ]

@@ -324,3 +324,42 @@ def test_a_recipe_may_be_mended_until_something_is_trained_by_it(world):
     Path("run/recipe.yaml").write_text(yaml.safe_dump(old))
     Path("run/checkpoint-3").mkdir()
     runs._check_folder(recipe)
+
+
+RANKS = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+import dynmix.recipe.run as runs
+import dynmix.trainer_checkpoint as checkpoints
+from dynmix.recipe.read import read_recipe
+
+def fails(*_, **__):
+    raise OSError("no disk")
+
+os.chdir(sys.argv[1])
+rank = int(os.environ["RANK"])
+for owner, name, where in ((runs, "load_tokenizer", 1), (checkpoints, "_newest", 0), (runs, "make_model", 1)):
+    whole = getattr(owner, name)
+    if rank == where:
+        setattr(owner, name, fails)
+    try:
+        recipe = read_recipe(Path("recipe.yaml"), [*sys.argv[2:], "training.per_device_train_batch_size=2"])
+        runs.train(runs.build_run(recipe))
+    except Exception as failure:
+        print(f"<{rank} {name} {type(failure).__name__}: {failure}>", flush=True)
+    setattr(owner, name, whole)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_what_one_rank_cannot_read_of_a_recipe_is_told_to_the_others(world, processes):
+    Path("recipe.yaml").write_text(example("tikmix-d"))
+    Path("ranks.py").write_text(RANKS)
+    given = [*SHORT, *HELD_OUT, *TINY, "output=run", "training.use_cpu=true"]
+    status, printed = processes.run(world / "ranks.py", world, *given, ranks=2, timeout=120)
+    assert status == 0, printed
+    for name, where in (("load_tokenizer", 1), ("_newest", 0), ("make_model", 1)):
+        assert f"<{where} {name} OSError: no disk>" in printed
+        assert f"<{1 - where} {name} RuntimeError: another rank failed: OSError: no disk>" in printed
