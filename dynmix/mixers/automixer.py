@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dynmix.mixers.base import Mixer, Proposal, within
+from dynmix.mixers.base import Mixer, Proposal, Run, within
 from dynmix.mixers.regroup import Blend, Group, blending, group_weights, regroup
 from dynmix.observation import Influence
 from dynmix.scores import Metric, SamplePlan, SampleScores
@@ -44,7 +44,7 @@ class AutoMixer(Mixer):
             `dynmix.scores.SamplePlan`.
 
     Raises:
-        ValueError: arguments out of range.
+        ValueError: arguments out of range; as the run is made, a domain whose name begins with `group:`.
     """
 
     needs = frozenset({"samples"})
@@ -71,6 +71,16 @@ class AutoMixer(Mixer):
         blending([], blend)
         self.after, self.keep, self.blend, self.budget, self.max_epochs = after, keep, blend, budget, max_epochs
         self.sample_plan = SamplePlan(every, metric, min_delta, checkpoints)
+
+    def start(self, run: Run) -> None:
+        """Refuse a first domain that is called as a group is.
+
+        Raises:
+            ValueError: there is one.
+        """
+        # Groups that entered have no weight in the first stage.
+        if taken := [name for name, weight in run.weights.items() if weight and name.startswith(PREFIX)]:
+            raise ValueError(f"domain {taken[0]!r}: AutoMixer calls its own groups {PREFIX}...; give it another name")
 
     def wants_samples(self, boundary: int, prior: Mapping[str, float]) -> bool:
         """Once, after `after` stages; again at later boundaries only where that came to nothing."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dynmix import AutoMixer
+from dynmix.mixers.base import Run
 from dynmix.scores import Column, SampleScores
 
 PRIOR = {"web": 0.25, "noise": 0.75}
@@ -62,3 +63,10 @@ def test_raw_domains_stay_away_while_the_groups_hold_the_stage(upper, want):
 def test_raw_domains_that_have_weight_keep_it():
     prior = {"web": 0.5, "group:a": 0.5, "group:rest": 0.0}
     assert AutoMixer().propose(None, prior, {"group:a": 0.9}).weights == pytest.approx(prior)
+
+
+def test_a_domain_that_is_called_as_a_group_is_refused():
+    first = {"web": 0.5, "group:code": 0.5}
+    with pytest.raises(ValueError, match="domain 'group:code': AutoMixer calls its own groups group:"):
+        AutoMixer().start(Run(dict.fromkeys(first, 100), 1000, first))
+    AutoMixer().start(Run(dict.fromkeys(first, 100), 1000, {"web": 1.0, "group:code": 0.0}))  # one that entered
