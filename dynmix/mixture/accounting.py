@@ -73,67 +73,52 @@ def used_up(schedule: MixtureSchedule, start: int, stop: int) -> list[UsedUp]:
     limits, first = schedule.limits.draws(schedule.sizes), max(start - 1, schedule.starts[0])
     # Domains may join from another process meanwhile, of which nothing is drawn here.
     before, after = (schedule.counts(position)[: len(limits)] for position in (first, stop - 1))
-    emptied = np.flatnonzero((before < limits) & (after >= limits))
-    return sorted(_emptied(schedule, first, stop - 1, limits, emptied))
+    last_draws = [(n, int(limits[n]) - 1) for n in np.flatnonzero((before < limits) & (after >= limits)).tolist()]
+    found = _located(schedule, first, stop - 1, before, last_draws)
+    return sorted(UsedUp(position + 1, schedule.names[number]) for position, number, _ in found)
 
 
-def _emptied(schedule: MixtureSchedule, first: int, last: int, limits: Ints, numbers: Ints) -> Iterator[UsedUp]:
-    """Where, beyond `first` and up to `last`, each of the domains `numbers` reaches its limit, as all of them do."""
-    if not numbers.size:
-        return
-    if last - first <= _WALKED:
-        domain, left = schedule.assign(first, last)[0], limits[numbers] - schedule.counts(first)[numbers]
-        for number, n in zip(numbers.tolist(), left.tolist(), strict=True):
-            position = first + int(np.flatnonzero(domain == number)[n - 1]) + 1
-            yield UsedUp(position, schedule.names[number])
-        return
-    middle = (first + last) // 2
-    early = schedule.counts(middle)[numbers] >= limits[numbers]
-    yield from _emptied(schedule, first, middle, limits, numbers[early])
-    yield from _emptied(schedule, middle, last, limits, numbers[~early])
-
-
-def new_epochs(
-    schedule: MixtureSchedule, start: int, stop: int, assigned: tuple[Ints, Ints] | None = None
-) -> list[NewEpoch]:
+def new_epochs(schedule: MixtureSchedule, start: int, stop: int, assigned: Ints | None = None) -> list[NewEpoch]:
     """Where domains begin to be read again in [start, stop), in order of position.
 
     Told are a domain's 2nd to 16th epoch and, of one that is read more often, the 32nd, the 64th and so on. With
-    `assigned`, the domain and the epoch of each of these positions, nothing is searched for.
+    `assigned`, the domain of each of these positions, nothing is searched for.
     """
     sizes = np.maximum(1, np.array(list(schedule.sizes.values()), np.int64))
     before, after = (schedule.counts(position)[: len(sizes)] for position in (start, stop))  # as in `used_up`
     first, last = np.maximum(1, -(-before // sizes)), (after - 1) // sizes
-    wanted = [
-        (number, epoch)
+    first_draws = [
+        (number, epoch * int(sizes[number]))
         for number in np.flatnonzero(last >= first).tolist()
         for epoch in _epochs_told(int(first[number]), int(last[number]))
     ]
-    return sorted(_located(schedule, start, stop, sizes, wanted, assigned))
+    found = _located(schedule, start, stop, before, first_draws, assigned)
+    return sorted(NewEpoch(at, schedule.names[number], draw // int(sizes[number])) for at, number, draw in found)
 
 
 def _located(
     schedule: MixtureSchedule,
     start: int,
     stop: int,
-    sizes: Ints,
+    before: Ints,
     wanted: Sequence[tuple[int, int]],
-    assigned: tuple[Ints, Ints] | None = None,
-) -> Iterator[NewEpoch]:
-    """Where in [start, stop) each of the epochs begins that are `wanted` by domain number, and do begin there."""
+    assigned: Ints | None = None,
+) -> Iterator[tuple[int, int, int]]:
+    """Position, domain and number of each draw that is `wanted` by domain and number, all of them in [start, stop).
+
+    `before` are the draws of each domain before `start`; `assigned` as in `new_epochs`.
+    """
     if not wanted:
         return
     if assigned is not None or stop - start <= _WALKED:
-        domain, epochs = schedule.assign(start, stop)[::2] if assigned is None else assigned
-        for number, epoch in wanted:
-            position = start + int(np.argmax((domain == number) & (epochs == epoch)))
-            yield NewEpoch(position, schedule.names[number], epoch)
+        domain = schedule.assign(start, stop)[0] if assigned is None else assigned
+        for number, draw in wanted:
+            yield start + int(np.flatnonzero(domain == number)[draw - before[number]]), number, draw
         return
     middle = (start + stop) // 2
     drawn = schedule.counts(middle)
-    before = [(number, epoch) for number, epoch in wanted if drawn[number] > epoch * sizes[number]]
-    yield from _located(schedule, start, middle, sizes, before)
-    yield from _located(schedule, middle, stop, sizes, sorted({*wanted} - {*before}))
+    yield from _located(schedule, start, middle, before, [(n, draw) for n, draw in wanted if draw < drawn[n]])
+    yield from _located(schedule, middle, stop, drawn, [(n, draw) for n, draw in wanted if draw >= drawn[n]])
 
 
 def _epochs_told(first: int, last: int) -> list[int]:

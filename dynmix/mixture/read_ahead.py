@@ -79,6 +79,6 @@ class ReadAhead:
         domain, row, epoch = schedule.assign(start, last)
         found: list[NewEpoch | UsedUp] = []
         if events:
-            found += new_epochs(schedule, start, last, (domain, epoch)) if epoch.any() else []
+            found += new_epochs(schedule, start, last, domain) if epoch.any() else []
             found += used_up(schedule, start, last)
         return _Window(generation, start, last, domain, row, sorted(found))

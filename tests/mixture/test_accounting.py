@@ -38,7 +38,7 @@ def test_epochs_and_what_is_left_agree_with_walking(
     told = [each for each in walked if each.epoch < 16 or (each.epoch + 1) & each.epoch == 0]
     within = [each for each in told if start <= each.position < stop]
     assert new_epochs(made, start, stop) == within
-    assert new_epochs(made, start, stop, (domain[start:stop], epoch[start:stop])) == within
+    assert new_epochs(made, start, stop, domain[start:stop]) == within
     for name, n, left in zip("abc", states[start], remaining(made, start, 7).values(), strict=True):
         size = domains[name]
         limit = max(0, int(2.5 * size) - n) if name == "a" else None
