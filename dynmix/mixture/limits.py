@@ -271,13 +271,9 @@ class Course:
 
 
 def redistributed(units: Ints) -> Ints:
-    """Integer cdf of shares in proportion to `units`, none of them 0 that is not; exact, the same on every machine.
+    """`integer_cdf` of shares in proportion to integers with a sum from 1 to 2**32; exact, the same on every machine.
 
-    Args:
-        units: int64[n_domains] >= 0, with a sum from 1 to 2**32.
-
-    Returns:
-        int64[n_domains], as `integer_cdf` gives.
+    None of them is 0 that is not among `units`.
     """
     total = int(units.sum())
     if total == TOTAL:
@@ -291,11 +287,7 @@ def redistributed(units: Ints) -> Ints:
 def bracket(reached: Callable[[int], bool], low: int, guess: int, width: int) -> tuple[int, int]:
     """Two positions at most `width` apart, between which `reached` begins to hold, and from then on holds.
 
-    Args:
-        reached: asked about positions beyond `low` alone.
-        low: a position at which it does not hold yet.
-        guess: of where it begins to; the better, the fewer positions are asked about.
-        width: of the result, at least 1.
+    It does not hold at `low`. The better the `guess` of where it begins to, the fewer positions are asked about.
     """
     high, step = max(guess, low + 1), width
     while not reached(high):

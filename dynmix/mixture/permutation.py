@@ -19,14 +19,7 @@ _LOW_32 = np.uint64(32)
 
 
 def mix(*words: int | npt.NDArray[np.integer]) -> UInts:
-    """Hash of a sequence of integers, elementwise over broadcast arrays (SplitMix64's finaliser, chained).
-
-    Args:
-        words: non-negative integers below 2**64, or arrays of them.
-
-    Returns:
-        uint64 array of the broadcast shape (0-dimensional for plain integers).
-    """
+    """Hash of integers below 2**64, uint64, elementwise over broadcast arrays (SplitMix64's finaliser, chained)."""
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):  # wrapping is the point
         for word in words:
@@ -42,15 +35,8 @@ def mix(*words: int | npt.NDArray[np.integer]) -> UInts:
 def permute(index: npt.NDArray[np.integer], length: int | UInts, key: int | UInts) -> UInts:
     """Image of each index under the bijection on [0, length) that belongs to (length, key).
 
-    The image of one element depends on its own index, length and key alone, so any split of a call gives the same.
-
-    Args:
-        index: integers in [0, length), any shape.
-        length: 1 to 2**62, scalar or one an element.
-        key: uint64, scalar or one an element.
-
-    Returns:
-        uint64 array of the shape of `index`.
+    `length`, 1 to 2**62, and `key`, uint64, are scalars or one an element of `index`. The image of an element depends
+    on its own index, length and key alone, so any split of a call gives the same.
     """
     numbers, lengths, keys = (np.asarray(given).astype(np.uint64) for given in (index, length, key))
     return _walked(numbers, lengths, *_sides(lengths), keys)
@@ -59,16 +45,8 @@ def permute(index: npt.NDArray[np.integer], length: int | UInts, key: int | UInt
 def permute_runs(first: Ints, count: Ints, length: UInts, key: UInts) -> UInts:
     """Images of the indices from `first` to `first + count - 1` under each of many bijections, end to end.
 
-    The same as `permute`, but what depends on the bijection alone is computed once for all its indices.
-
-    Args:
-        first: int64[n], first index of each run.
-        count: int64[n], number of its indices.
-        length: uint64[n], of the bijections.
-        key: uint64[n], of the bijections.
-
-    Returns:
-        uint64[count.sum()].
+    The same as `permute`, but what depends on the bijection alone is computed once for all its indices. All arguments
+    are [n], one a bijection.
     """
     ends = np.cumsum(count)
     index = np.repeat(first - ends + count, count)

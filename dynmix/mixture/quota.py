@@ -44,15 +44,9 @@ class Quota(NamedTuple):
         return self.domains(int(counts.sum()), number, counts)[1]
 
     def domains(self, start: int, stop: int, before: Ints) -> tuple[Ints, Ints]:
-        """Domain of each draw from `start` to `stop - 1`, and `self.before(stop)`.
+        """Domain of each draw from `start` to `stop - 1`, at most 2**19 of them, and `self.before(stop)`.
 
-        Args:
-            start: number of the first draw.
-            stop: one more than that of the last, at most 2**19 beyond `start`.
-            before: `self.before(start)`.
-
-        Returns:
-            int64[stop - start] and int64[n_domains].
+        `before` is `self.before(start)`.
         """
         times = self._near(stop, 1) - before  # those wanted, and some behind them
         domain, index = np.repeat(np.arange(len(times)), times), np.arange(int(times.sum()))
