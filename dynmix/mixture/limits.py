@@ -2,8 +2,8 @@
 
 Under "redistribute", from the very position at which a domain of a stage reaches its limit on, that domain's share of
 the stage's integers belongs to the others, in proportion to theirs; the stage keeps its blocks and its keys. All of it
-follows from the stage's row, the limits and a way to count, so every process finds the same, when it first needs it.
-Knows rows of the stage table; nothing of how they are drawn, of tokens, loaders or who decides weights.
+follows from the stage's row, the limits and the order, so every process finds the same, when it first needs it.
+Knows rows of the stage table and their order; nothing of tokens, loaders or who decides weights.
 """
 
 import math
@@ -11,11 +11,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dynmix.mixture.order import Order
 from dynmix.mixture.quota import TOTAL, Ints
 from dynmix.mixture.stages import StageRow
 
@@ -145,22 +147,14 @@ class Course:
         stage: the stage as it was published.
         limit: int64[n_domains], draws of each domain over the whole run.
         policy: what happens where a domain reaches its limit.
-        counts: draws of each domain before a position, under a row; not decreasing with the position.
-        domains: domain of each of some positions, from the second argument to before the third, under a row.
+        order: of the schedule.
 
     Attributes:
         dry: first position that the stage has nothing for; `NEVER` if there is none.
     """
 
-    def __init__(
-        self,
-        stage: StageRow,
-        limit: Ints,
-        policy: Policy,
-        counts: Callable[[StageRow, int], Ints],
-        domains: Callable[[StageRow, int, int], Ints],
-    ) -> None:
-        self._stage, self._limit, self._counts, self._domains = stage, limit, counts, domains
+    def __init__(self, stage: StageRow, limit: Ints, policy: Policy, order: Order) -> None:
+        self._stage, self._limit, self._order = stage, limit, order
         self._units = np.diff(stage.cdf, prepend=0)
         self._weighted = self._units > 0
         begins_used_up = bool((self._weighted & (stage.base >= limit)).any())
@@ -185,25 +179,21 @@ class Course:
 
     def counts(self, position: int) -> Ints:
         """Draws of each domain before `position`, which lies in the stage, or at its end."""
-        return self._counts(self.at(position)[0], position)
+        return self._order.counts(self.at(position)[0], position)
 
-    def owed(self, position: int, drawn: Ints, group: int) -> Ints:
-        """What the weights gave each domain until `position`, where the stage ends, beyond what was drawn of it.
+    def ended(self, position: int) -> tuple[Ints, Ints]:
+        """`base` and `owed` of a stage that follows at `position`, which is at most where this one runs dry.
 
-        With what it was owed at the stage's start, in draws of `group` positions, as in `Quota`.
-
-        Args:
-            position: at most where the stage runs dry.
-            drawn: `counts(position)`.
-            group: of the order.
+        A domain is owed what it was owed at the start and what the weights gave it since, less what was drawn.
         """
+        drawn, group = self.counts(position), self._order.group
         owed = self._stage.owed - ((drawn - self._stage.base) // group << 32)
         stretches = self._found[: self._index(position) + 1]
         stops = [*(stretch.start for stretch in stretches[1:]), position]
         for (start, _, row, _), stop in zip(stretches, stops, strict=True):
             # Modulo 2**64, as the draws before; what is left of both is small.
             owed = owed + np.diff(row.cdf, prepend=0) * ((stop - start) // group)
-        return owed
+        return drawn, owed
 
     def used_up(self, position: int) -> list[int]:
         """Numbers of the stage's domains that have reached their limit before `position`."""
@@ -230,7 +220,7 @@ class Course:
         """The row that holds from `start` on, before which `drawn` was drawn: of the domains below their limits."""
         left = np.where(drawn < self._limit, self._units, 0)
         row = self._stage._replace(cdf=redistributed(left), base=np.zeros_like(drawn))
-        return row._replace(base=drawn - self._counts(row, start))
+        return row._replace(base=drawn - self._order.counts(row, start))
 
     def _stretch(self, row: StageRow, start: int, drawn: Ints) -> _Stretch:
         """The positions from `start` on, before which `drawn` was drawn, until a domain of the row reaches its limit.
@@ -248,8 +238,9 @@ class Course:
         guess = start + math.ceil(wait)
         near = min(_WALKED, _NEAR + 2 * (guess - start)) if wait < _WALKED else _NEAR
         if (found := self._walk(row, live, start, start + near, drawn)) is None:
-            low, high = bracket(lambda g: bool((self._counts(row, g)[live] >= limit).any()), start, guess, _WALKED)
-            found = self._walk(row, live, low, high, self._counts(row, low))
+            counts = partial(self._order.counts, row)
+            low, high = bracket(lambda g: bool((counts(g)[live] >= limit).any()), start, guess, _WALKED)
+            found = self._walk(row, live, low, high, counts(low))
             assert found is not None
         stop, then = found
         return _Stretch(start, stop, row, then)
@@ -259,7 +250,7 @@ class Course:
 
         `drawn` are draws before `low`; those before the position come with it.
         """
-        domain = self._domains(row, low, high)
+        domain = self._order.domains(row, low, high)
         order = np.argsort(domain, kind="stable")
         # Where in that order the draw is that takes a domain to its limit, if there are so many draws of it here.
         last = np.searchsorted(domain[order], live) + (self._limit - drawn)[live] - 1

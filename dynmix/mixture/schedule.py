@@ -175,10 +175,7 @@ class MixtureSchedule:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
         self.check_not_exhausted(start)
         number, end, cdf = self.num_stages, self._checked_end(start, end), checked_cdf(weights, self.sizes)
-        course = self._course(last.number)
-        base = course.counts(start)
-        owed = course.owed(start, base, self.homogeneous)
-        self._table.write(number, [StageRow(number, start, end, cdf, base, owed)])
+        self._table.write(number, [StageRow(number, start, end, cdf, *self._course(last.number).ended(start))])
         logger.info("stage %d begins at position %d, with the weights %s", number, start, self._floats(cdf))
 
     def hold(self, end: int) -> None:
@@ -373,8 +370,7 @@ class MixtureSchedule:
                 course = self._course_of(stages[-1], limit)
                 if not stages[-1].start < start <= course.dry or start % self.homogeneous:
                     raise ValueError(f"damaged state: stage {number} cannot begin at {start}")
-                base = course.counts(start)
-                owed = course.owed(start, base, self.homogeneous)
+                base, owed = course.ended(start)
             stages.append(StageRow(number, start, None, checked_cdf(weights, sizes), base, owed))
         stages[-1] = stages[-1]._replace(end=self._checked_end(stages[-1].start, saved.end))
         self.limits = limits
@@ -462,8 +458,7 @@ class MixtureSchedule:
         return courses[number]
 
     def _course_of(self, stage: StageRow, limit: Ints) -> Course:
-        policy = self.limits.when_exhausted or "repeat"
-        return Course(stage, limit[: len(stage.cdf)], policy, self._order.counts, self._order.domains)
+        return Course(stage, limit[: len(stage.cdf)], self.limits.when_exhausted or "repeat", self._order)
 
     def _whole_groups(self, what: str, position: int) -> int:
         position = operator.index(position)
