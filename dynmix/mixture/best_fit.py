@@ -21,12 +21,7 @@ def best_fit(lengths: Ints, size: int) -> tuple[Ints, int]:
     in a row, because what is left of it stays the best fit. A bin meets a length only while its room is at least that
     and leaves it with less than half, so there are O(n_lengths log size) steps in all, each on whole arrays.
 
-    Args:
-        lengths: of the items, int[n], 1 to `size` each.
-        size: of a bin.
-
-    Returns:
-        Bin of each item, int64[n], and the number of bins. Bins are numbered as they are opened.
+    Returns the bin of each item, of 1 to `size`, and the number of bins, which are numbered as they are opened.
     """
     bin_of = np.empty(len(lengths), np.int64)
     narrow = lengths.astype(np.min_scalar_type(size))
@@ -82,11 +77,7 @@ def lay_out(documents: Documents, size: int, lead: int = 0) -> Layout:
 
     A document that is longer than a sequence is cut into whole sequences first, and what remains is packed as a
     document of its own. Pieces stand in a sequence in the order of their documents; documents without tokens in none.
-
-    Args:
-        documents: what is packed.
-        size: tokens of a sequence.
-        lead: tokens that each piece is given in front of its own (a BOS), below `size`.
+    Each piece takes `lead` more tokens than its own, for a BOS in front of it.
     """
     room = size - lead
     bounds = documents.starts(np.arange(len(documents) + 1))

@@ -29,13 +29,9 @@ def firsts(documents: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def mask_labels(labels: Ints, documents: Ints, ignored: Sequence[int], apart: bool) -> None:
-    """Set labels to -100 in place where padding or an `ignored` id is.
+    """Set labels to -100 in place, where padding or an `ignored` id is; int64[n, length], as the `documents`' numbers.
 
-    Args:
-        labels: as the data has them, mostly the ids themselves, int64[n, length].
-        documents: number of each token's document in its sequence, int64[n, length].
-        ignored: ids that are not to be learnt.
-        apart: documents do not see each other: nothing is there to predict the first token of one from, so it is -100.
+    If documents are read `apart`, there is nothing to predict the first token of one from: it is -100 too.
     """
     if ignored:
         labels[np.isin(labels, ignored)] = IGNORED

@@ -119,11 +119,7 @@ class ArrayDocuments(Documents):
 
 
 class JoinedDocuments(Documents):
-    """The documents of several `parts`, one part after the other, as one; no token is copied.
-
-    Args:
-        parts: none where there are no documents, as in a dataset without rows.
-    """
+    """The documents of several `parts`, end to end; no token is copied. Of no parts there are none."""
 
     def __init__(self, parts: Sequence[Documents]) -> None:
         self.parts = tuple(parts)

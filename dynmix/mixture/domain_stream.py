@@ -144,18 +144,11 @@ def kept_aside(name: str, source: ItemSource, encode: Encoder, length: int, coun
 
 
 class DomainReader:
-    """Sequences of one domain for one reader, without end.
+    """Sequences of one domain for one of its `readers`, without end; items whose hash is `held` are left out.
 
     An item that was cut goes on in the next sequence, and the end of a pass runs into the next one. The state holds
-    fewer than `length` tokens: an item of which sequences are still to come is read again.
-
-    Args:
-        items: of the domain, as far as they are this reader's.
-        encode: token ids of an item.
-        length: tokens of a sequence.
-        held: hashes of items that are left out.
-        readers: how many share the domain.
-        state: of `state_dict`; `items` are those of its "items".
+    fewer than `length` tokens: an item of which sequences are still to come is read again. To go on from one, `items`
+    go on from its "items".
     """
 
     def __init__(

@@ -18,14 +18,9 @@ Numbers = npt.NDArray[np.unsignedinteger]
 
 
 def numbered(sizes: Sequence[int], part: npt.ArrayLike, row: npt.ArrayLike, part_name: str, row_name: str) -> Numbers:
-    """Numbers of rows `row` of collections `part`, unsigned integers just wide enough for all that there are, [n].
+    """Numbers of rows `row` of collections `part` that have `sizes`; unsigned integers just wide enough for them all.
 
-    Args:
-        sizes: rows of each collection.
-        part: int[n], collection of each row.
-        row: int[n], which row of it.
-        part_name: what an error calls the collections.
-        row_name: what an error calls the rows.
+    The names are what an error calls collections and rows.
 
     Raises:
         ValueError: no rows, arrays that are no integers of one length, a collection or a row that is not there.

@@ -111,17 +111,10 @@ def _check_there(name: str, part: Ints, parts: Sequence[Sequences]) -> None:
 
 
 def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> JoinedDomain:
-    """A domain of rows of its own.
-
-    Args:
-        name: of the domain.
-        data: what it was given as.
-        rows: that, opened.
-        length: tokens of one.
-        workers: whether processes run that were started before and are to see them, which open them by a path.
+    """A domain of rows of its own: `data` as it was given, `rows` as it was opened.
 
     Raises:
-        ValueError: data that those cannot open, or rows that are not of this length.
+        ValueError: rows of another `length`, or data that running `workers`, which open it by a path, cannot see.
     """
     source = {"hash": content_hash(rows, length, f"domain {name!r}")}
     if isinstance(data, TokenStore):
@@ -192,11 +185,7 @@ def unlike(
 ) -> list[str]:
     """In words, why the domains that a run lists cannot go on from those of a state; none if they can.
 
-    Args:
-        then: the state's first domains and how many rows they had.
-        joined: those that joined.
-        listed: the domains of this run.
-        drawn: shares of all of the state's domains in its last stage.
+    `then` are the state's first domains and their rows, `drawn` shares of all its domains in its last stage.
     """
     order, now = [name for name in then if name in listed], [name for name in listed if name in then]
     found = [] if order == now else [f"the domains' order was {order} and is {now}"]

@@ -17,12 +17,9 @@ def probe_rows(schedule: MixtureSchedule, domain: int, count: int, start: int, w
     Args:
         schedule: the schedule, with every stage before `start` published.
         domain: number of the domain.
-        count: rows wanted; all of the domain's rows if it has fewer.
+        count: rows wanted; all of the domain's rows if it has fewer. They are all different.
         start: position of the stage boundary.
         window: positions from `start` on that must not hold a probe row, as far as the domain's size allows.
-
-    Returns:
-        int64[min(count, size)], all different.
 
     Raises:
         Undecided: `start` is beyond the last stage's declared end.

@@ -32,11 +32,7 @@ class _Window(NamedTuple):
 
 
 class ReadAhead:
-    """What a schedule assigns to a window of positions, kept until the schedule changes.
-
-    Args:
-        schedule: whose assignments they are.
-    """
+    """What a schedule assigns to a window of positions, kept until the schedule changes."""
 
     def __init__(self, schedule: MixtureSchedule) -> None:
         self._schedule = schedule
@@ -51,12 +47,9 @@ class ReadAhead:
         return self._window.holds(start, stop, self._schedule)
 
     def assigned(self, run: range, ends_at: Callable[[], int], *, events: bool = False) -> tuple[Ints, Ints]:
-        """Domain number and row of each position of `run`, int64[len(run)] each.
+        """Domain number and row of each position of `run`, which are decided, int64[len(run)] each.
 
-        Args:
-            run: the positions, ascending and decided.
-            ends_at: end of the stream, beyond which nothing is looked up.
-            events: note what `events` is to tell of the positions that are looked up.
+        Nothing is looked up beyond `ends_at()`. With `events`, the method of that name can tell of what is looked up.
         """
         start, stop, window = run[0], run[-1] + 1, self._window
         if not window.holds(start, stop, self._schedule):

@@ -16,11 +16,7 @@ _REMEDY = (
 
 
 class InOrder:
-    """Checks the requests of one process against each other.
-
-    Args:
-        num_samples: positions there are at most.
-    """
+    """Checks the requests of one process against each other."""
 
     def __init__(self, num_samples: int) -> None:
         self._num_samples = num_samples
@@ -28,11 +24,9 @@ class InOrder:
         self._steps_back: deque[bool] = deque(maxlen=8)
 
     def runs(self, request: Sequence[int], length_of: Callable[[], int]) -> list[range]:
-        """The request as one ascending range, or two where it wraps from the end of the stream to its start.
+        """The request, not empty, as one ascending range, or two where it wraps from the stream's end to its start.
 
-        Args:
-            request: positions, at least one.
-            length_of: the stream, at which samplers wrap; asked where one may have.
+        Only where it may have wrapped is the stream asked for its length.
 
         Raises:
             IndexError: a position outside the stream.

@@ -36,10 +36,9 @@ class Domains(NamedTuple):
 
 
 class Roster:
-    """The domains of one schedule. Only the process that made it may change it.
+    """The domains of one schedule: the first ones, name -> rows, which stay, and those that joined.
 
-    Args:
-        sizes: name -> rows of each of the first domains, which stay.
+    Only the process that made it may change it.
 
     Raises:
         ValueError: a name that is no string, a size that is no number of rows.

@@ -56,13 +56,7 @@ def direct(tables: Tables, length: int, domain: Ints, row: Ints) -> npt.NDArray[
 
 
 def parts_of(sequences: Callable[[int], Any], names: Sequence[str], domain: Ints, row: Ints) -> list[Part]:
-    """Rows of many domains, by domain.
-
-    Args:
-        sequences: those of a domain, by its number.
-        names: of the domains.
-        domain, row: int64[n], number of each row's domain, and its number in it.
-    """
+    """The rows of a request, domain by domain; `sequences` gives those of a domain by its number."""
     found = []
     for number in np.unique(domain).tolist():
         here, own = np.flatnonzero(domain == number), sequences(number)
@@ -79,14 +73,9 @@ def as_items(
     parts: Sequence[Part],
     options: SequenceOptions | None,
 ) -> Samples:
-    """Items of rows whose domains are `domain`.
+    """Items of the rows of a request; `domain` is the number of each one's.
 
-    Args:
-        domain: number of the domain of each row.
-        length: tokens of a sequence.
-        tokens: of the rows, if they were found as they are.
-        parts: all rows, by domain, where `tokens` or labels are to be read of them.
-        options: what items tell of documents; None if there is nothing to tell.
+    `parts` are read where `tokens` were not found as they are, and with `options`, for labels and documents.
     """
     # Inputs and labels as one piece of memory, which the allocator keeps for the next request: two would go back to the
     # system each time, and to fill fresh pages takes longer than all else here. Labels are their own, because a

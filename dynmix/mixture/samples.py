@@ -73,9 +73,7 @@ class _First(Sample):
 class Samples(list[Sample]):
     """The rows of a batch as a list of items, filled when they are looked at; pickled and copied as an ordinary list.
 
-    Args:
-        batch: tensors of one first dimension; an item holds a view on its row of each.
-        domain: of each row, int64[n]; an item has its own as an int, and a batch a tensor.
+    An item holds a view on its row of each tensor of `batch`, and the number of its domain as an int.
     """
 
     def __init__(self, batch: dict[str, Tensor], domain: Ints) -> None:

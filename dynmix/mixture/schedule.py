@@ -306,14 +306,9 @@ class MixtureSchedule:
         return self._course_at(position).counts(position)
 
     def rows(self, domain: int | Ints, draws: Ints) -> tuple[Ints, Ints]:
-        """Row and epoch of a domain's draws, counted from 0. Each epoch is a permutation of the domain's rows.
+        """Row and epoch, int64[n] each, of a domain's draws, which are counted from 0.
 
-        Args:
-            domain: number of the domain, or one for each draw.
-            draws: int64[n] >= 0.
-
-        Returns:
-            row and epoch, int64[n] each.
+        Each epoch is a permutation of the domain's rows. `domain` is its number, or one for each draw.
         """
         numbers = draws.astype(np.uint64)
         size = self._roster.now.rows[domain]

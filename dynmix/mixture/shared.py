@@ -28,14 +28,7 @@ class SharedArray:
 
     Memory is taken page by page when it is first written, so a large shape costs nothing; it has no name anywhere and
     is given back when the last process ends, killed or not. Sent to a starting process it stays one memory; pickled or
-    copied in any other way it becomes an independent copy of its content.
-
-    Args:
-        shape: shape of `array`.
-        dtype: type of its integers.
-
-    Attributes:
-        array: the integers, a writable view on the shared memory.
+    copied in any other way it becomes an independent copy of its content. `array` is a writable view on the memory.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int64) -> None:
