@@ -111,7 +111,9 @@ class MixtureDataset(Steered, Dataset[Item]):
         schedule: the `MixtureSchedule` of this stream.
         sequence_length: tokens of a sequence.
         boundaries: as given.
+        homogeneous: as given.
         options: how documents become sequences, and what items say of them.
+        masks_labels: whether labels of some items may be -100: of padding, first tokens of documents, or ignored ids.
         controlled: whether a controller publishes the stages; it then also logs what happens in them.
 
     Raises:
@@ -162,7 +164,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._contents: dict[str, str] = {}  # hashes of the listed domains
         self._late: dict[str, Sequences] = {}  # of the domains that joined, by the hash of their content
         self._tables: Tables | None = None  # of the first domains, when they are first needed
-        self._masked = bool(boundaries or self.options.ignore_token_ids) or any(is_padded(rows) for rows in self._first)
+        masks = bool(boundaries or self.options.ignore_token_ids)
+        self.masks_labels = masks or any(is_padded(rows) for rows in self._first)
         named = {f"domain {name!r}": rows for name, rows in self._listed.items()}
         self.sequence_length = common_length(named, sequence_length)
         sizes = {name: len(rows) for name, rows in self._listed.items()}
@@ -176,8 +179,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         for name, weight in weights.items():
             if not isinstance(weight, SupportsFloat) or not 0 <= float(weight) < float("inf"):
                 raise ValueError(f"weights[{name!r}]={weight!r}: a weight is a finite number, at least 0")
-        group = whole("homogeneous", homogeneous)
-        self.schedule = MixtureSchedule(weights, sizes, seed, block, max_epochs, when_exhausted, group)
+        self.homogeneous = whole("homogeneous", homogeneous)
+        self.schedule = MixtureSchedule(weights, sizes, seed, block, max_epochs, when_exhausted, self.homogeneous)
         self.controlled = False
         self._collated: Any = None  # by what function, as was checked last
         self._progress, self._reading = Progress(), InOrder(self.num_samples)
@@ -204,11 +207,6 @@ class MixtureDataset(Steered, Dataset[Item]):
         if (dry := self.schedule.exhausted_at) is None:
             return self.num_samples
         return min(self.num_samples, dry - dry % max(1, self._progress.step_size))
-
-    @property
-    def homogeneous(self) -> int:
-        """Sequences of one domain that stand in a row."""
-        return self.schedule.homogeneous
 
     def __getitem__(self, position: int) -> Item:
         """Item at `position`, in any order and without side effects: for inspection, not for training."""
@@ -246,7 +244,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         for event in self._ahead.events(start, stop):
             if any(event.position in run for run in runs):
                 logger.warning("%s", event)
-        if self._masked:
+        if self.masks_labels:
             collate = _collate_of_loader(sys._getframe(1))
             if collate is not None and collate is not self._collated and items.any_label(IGNORED):
                 self.check_collate(collate)
@@ -279,11 +277,6 @@ class MixtureDataset(Steered, Dataset[Item]):
         return dict(self._rows(np.array([self.domains.index(domain)]), np.array([row]))[0])
 
     @property
-    def masks_labels(self) -> bool:
-        """Whether labels of some items may be -100: of padding, the first tokens of documents, or ignored ids."""
-        return self._masked
-
-    @property
     def gone(self) -> tuple[str, ...]:
         """Domains of a state that was loaded which this dataset was not given: they cannot be drawn any more."""
         return tuple(rows.name for rows in (*self._first, *self._late.values()) if isinstance(rows, late.Gone))
@@ -294,11 +287,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         return dict(zip(self.domains, self._first, strict=False))
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
-        """`schedule.publish`, refused for positions that the loader has read already: they belong to the stage before.
-
-        Raises:
-            ValueError: also when `start` is below `read_until`.
-        """
+        """`schedule.publish`, refused (ValueError) for a `start` below `read_until`; logs what will be read again."""
         super().publish(weights, start, end)
         number, stop = self.schedule.num_stages - 1, min(self.ends_at, self.num_samples if end is None else end)
         if again := new_epochs(self.schedule, start, stop) if start < stop else []:
@@ -402,7 +391,7 @@ class MixtureDataset(Steered, Dataset[Item]):
             "schedule": self.schedule.state_dict(since=self.read_until or None),
             "sequence_length": self.sequence_length,
             "options": self.options.chosen,
-            "fingerprint": dict(self.fingerprint),
+            "fingerprint": self.fingerprint,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], views: str | os.PathLike[str] | None = None) -> None:
@@ -529,8 +518,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         if self._tables is None:
             self._tables = tables_of(self._first)
         tokens = direct(self._tables, self.sequence_length, domain, row)
-        parts = parts_of(self._sequences, self.domains, domain, row) if tokens is None or self._masked else []
-        return as_items(domain, self.sequence_length, tokens, parts, self.options if self._masked else None)
+        parts = parts_of(self._sequences, self.domains, domain, row) if tokens is None or self.masks_labels else []
+        return as_items(domain, self.sequence_length, tokens, parts, self.options if self.masks_labels else None)
 
     def _sequences(self, number: int) -> Sequences:
         if number < len(self._first):
@@ -539,7 +528,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         content = domain.source["hash"]
         if content not in self._late:
             self._late[content] = late.rows_of(domain, self._first, self._listed, self._open, self.sequence_length)
-        self._masked |= is_padded(self._late[content])
+        self.masks_labels |= is_padded(self._late[content])
         return self._late[content]
 
 
