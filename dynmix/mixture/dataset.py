@@ -421,10 +421,14 @@ class MixtureDataset(Steered, Dataset[Item]):
             raise ValueError("this state belongs to other data: " + "; ".join(found))
         if self._is_of_worker(saved) or self._is_loaded(saved):
             return
-        first = late.first_rows(then, self._listed, self.sequence_length, state["fingerprint"])
+        contents, length = state["fingerprint"], self.sequence_length
+        first = tuple(
+            self._listed[name] if name in self._listed else late.Gone(name, size, length, contents[name])
+            for name, size in then.items()
+        )
         drawn = last_shares(saved)
         opened = {
-            domain.source["hash"]: late.rows_of(domain, first, self._listed, self._open, self.sequence_length, drawn)
+            domain.source["hash"]: late.rows_of(domain, first, self._listed, self._open, length, drawn)
             for domain in joined
         }
         if list(then) == list(self.schedule.sizes)[: len(self._first)]:

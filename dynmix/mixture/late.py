@@ -200,12 +200,3 @@ def unlike(
         if name not in listed and drawn.get(name)
     ]
     return [*(f"domain {name!r} is new" for name in listed if found and name not in sizes), *found]
-
-
-def first_rows(
-    then: Mapping[str, int], listed: Mapping[str, Sequences], length: int, contents: Mapping[str, str]
-) -> tuple[Sequences, ...]:
-    """The rows of a state's first domains, as far as this run lists them; `contents` are the hashes it had."""
-    return tuple(
-        listed[name] if name in listed else Gone(name, size, length, contents[name]) for name, size in then.items()
-    )
