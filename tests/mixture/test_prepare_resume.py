@@ -152,7 +152,7 @@ def test_processes_give_the_same_bytes_and_one_that_is_killed_is_told(corpus, tm
 
 def test_a_process_ends_with_its_parent_also_in_the_middle_of_a_message(tmp_path):
     handle = os.open(tmp_path, os.O_RDONLY)
-    process = workers_module._Process({}, handle)
+    process = workers_module._Process(handle)
     os.write(process.tasks.fileno(), (1000).to_bytes(4, "big") + b"some of it")
     process.tasks.close()
     assert process.popen.wait(60) == 0

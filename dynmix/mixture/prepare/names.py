@@ -52,13 +52,7 @@ def is_utf8(name: str) -> bool:
 
 
 class Names:
-    """Domains by the field's value, refused where two values make one name.
-
-    Args:
-        field: where the values are from, for errors.
-        held_out: whether every domain has a held-out part.
-        taken: names of stores that are there already and stay.
-    """
+    """Domains by the value of `field`, refused where two values make one name, or that of a store that is `taken`."""
 
     def __init__(self, field: str, held_out: bool, taken: Collection[str]) -> None:
         self.field, self.held_out, self.taken = field, held_out, set(taken)

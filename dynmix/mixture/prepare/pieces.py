@@ -1,5 +1,4 @@
-"""Pieces of raw input, each read by one worker: bytes of jsonl or plain text, lines of a compressed
-file, rows of a table.
+"""Pieces of raw input, each read by one worker: bytes of jsonl or text, lines of a compressed file, rows of a table.
 
 A piece knows where its records are and says so in errors; what becomes of their values is not known here. Its records
 are numbered from 1; `where` turns such a number into the line or row of the whole input.

@@ -91,13 +91,8 @@ def write_stores(
 ) -> dict[str, dict[str, Any]]:
     """Make stores in `folder` of shards' documents, in their order, replacing what is there; return facts of each.
 
-    Memory: `_BUFFER_BYTES` and 4 bytes per document; one file is open at a time.
-
-    Args:
-        shards: in order.
-        folder: of the stores.
-        name_of: name of a store, of the domain and whether its documents are held out.
-        scratch: an empty folder on the same file system.
+    Memory: `_BUFFER_BYTES` and 4 bytes per document; one file is open at a time. `name_of` makes a store's name of its
+    domain and whether it is held out; `scratch` is an empty folder on the same file system.
     """
     stores: dict[tuple[str, bool], _Store] = {}
     buffered = 0

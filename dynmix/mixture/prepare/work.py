@@ -56,16 +56,10 @@ class Work:
             os.close(handle)
 
     def begin(self, plan: Plan, stores: Iterable[str], piece: int, overwrite: bool) -> bool:
-        """Take up unfinished work of the same plan, or begin; return whether there was some.
-
-        Args:
-            plan: what is to be done.
-            stores: names of those that will be written, as far as they are known.
-            piece: bytes of a piece, if the work begins now.
-            overwrite: discard work of another plan, and replace stores that are there.
+        """Take up unfinished work of the same plan, or begin, in pieces of `piece` bytes; return whether there was any.
 
         Raises:
-            PrepareError: there is work of another plan, or a store, and not `overwrite`.
+            PrepareError: there is work of another plan, or one of the `stores` to write, and not `overwrite`.
         """
         plan = json.loads(json.dumps(plan))
         known = self._read("plan.json")

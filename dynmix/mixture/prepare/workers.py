@@ -27,10 +27,7 @@ Ts = TypeVarTuple("Ts")
 class Workers:
     """Up to `count` processes, started when they are needed; with 1, all is done in this process.
 
-    Args:
-        count: processes at a time.
-        job: what every task is given first.
-        held: a file descriptor that they hold open as long as they live.
+    Every task is given `job` first. The processes hold the file descriptor `held` open as long as they live.
     """
 
     def __init__(self, count: int, job: Job, held: int) -> None:
@@ -97,22 +94,22 @@ class Workers:
         return result
 
     def _start(self, slot: int) -> _Process:
-        # One thread each: the processes are the parallelism.
-        own = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with self._lock:
             if self._closed:
                 raise RuntimeError("the workers are closed")
-            process = self._processes[slot] = _Process(own, self.held)
+            process = self._processes[slot] = _Process(self.held)
         return process
 
 
 class _Process:
-    def __init__(self, environment: dict[str, str], held: int) -> None:
+    def __init__(self, held: int) -> None:
+        # One thread each: the processes are the parallelism.
+        own = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self.popen = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | own | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             pass_fds=(held,),
             process_group=0,  # Ctrl-C is the parent's
         )
