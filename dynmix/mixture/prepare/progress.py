@@ -1,7 +1,5 @@
 """The bar: bytes of all inputs, tokens so far, their rate, and the time left."""
 
-from __future__ import annotations
-
 import time
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,11 +7,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from dynmix.shown import stderr_console
 
 
-class Bar:
+class Bar(Progress):
     """One bar on stderr over all domains, or nothing if not `visible`."""
 
     def __init__(self, total: int, visible: bool) -> None:
-        self._bar = Progress(
+        super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
@@ -22,20 +20,13 @@ class Bar:
             console=stderr_console(),
             disable=not visible,
         )
-        self._task = self._bar.add_task("", total=total, start=False, tokens="")
+        self._bar = self.add_task("", total=total, start=False, tokens="")
         self._begun: float | None = None
         self._before = self._tokens = 0
 
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
     def reading(self, domain: str) -> None:
         """Name what is being read."""
-        self._bar.update(self._task, description=domain)
+        self.update(self._bar, description=domain)
 
     def found(self, size: int, tokens: int) -> None:
         """Count what an earlier call has done: it says nothing of the rate."""
@@ -51,9 +42,9 @@ class Bar:
         """From here on time counts."""
         if self._begun is None:
             self._begun = time.perf_counter()
-            self._bar.reset(self._task, start=True, completed=int(self._bar.tasks[0].completed))
+            self.reset(self._bar, start=True, completed=int(self.tasks[0].completed))
 
     def _show(self, size: int) -> None:
         seconds = 0.0 if self._begun is None else time.perf_counter() - self._begun
         rate = f", {self._tokens / seconds:,.0f}/s" if seconds else ""
-        self._bar.update(self._task, advance=size, tokens=f"{self._before + self._tokens:,} tokens{rate}")
+        self.update(self._bar, advance=size, tokens=f"{self._before + self._tokens:,} tokens{rate}")
