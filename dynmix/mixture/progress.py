@@ -82,19 +82,6 @@ class Progress:
         cells[cell] = max(int(cells[cell]), stop)
         cells[_SIZE], cells[_SPAN] = size, size * stride
 
-    def check_begin(self) -> None:
-        """Raise ValueError if a loader has read: then the weights of the first stage cannot change."""
-        if self.read_until:
-            raise ValueError(f"the loader has read {self.read_until} samples: the weights of the first stage stay")
-
-    def check_publish(self, start: int) -> None:
-        """Raise ValueError if a loader has read beyond `start`: those samples belong to the stage before."""
-        if start < self.read_until:
-            raise ValueError(
-                f"start={start}: position already read by the loader, which is at {self.read_until}; declare where a"
-                f" stage ends before it is read (schedule.hold(end)), or publish from {self.read_until} on"
-            )
-
     def forget(self) -> None:
         """Start again from zero, but keep what a step takes."""
         self._cells.array[[_PULSE, _SIZE, _SPAN, _BEGUN]], self._cells.array[_MAIN:] = 0, 0

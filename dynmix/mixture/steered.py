@@ -37,7 +37,8 @@ class Steered:
 
     def begin(self, weights: Weights) -> None:
         """`schedule.begin`, refused once the loader has read. Raises ValueError."""
-        self._progress.check_begin()
+        if read := self.read_until:
+            raise ValueError(f"the loader has read {read} samples: the weights of the first stage stay")
         self.schedule.begin(weights)
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
@@ -46,7 +47,11 @@ class Steered:
         Raises:
             ValueError: also when `start` is below `read_until`.
         """
-        self._progress.check_publish(start)
+        if start < (read := self.read_until):
+            raise ValueError(
+                f"start={start}: position already read by the loader, which is at {read}; declare where a stage ends"
+                f" before it is read (schedule.hold(end)), or publish from {read} on"
+            )
         self.schedule.publish(weights, start, end)
 
     @property
