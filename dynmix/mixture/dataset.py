@@ -261,11 +261,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._collated = collate_fn
 
     def look(self, start: int, stop: int) -> Samples:
-        """Items of the positions [start, stop), wherever loaders are: for inspection, not for training.
-
-        Raises:
-            Exhausted, Undecided, ValueError: as `schedule.check_decided`.
-        """
+        """Items of positions [start, stop), wherever loaders are: to look at. Raises as `schedule.check_decided`."""
         return self._rows(*self.schedule.assign(start, stop)[:2])
 
     def sequence(self, domain: str, row: int) -> Item:
@@ -455,10 +451,7 @@ class MixtureDataset(Steered, Dataset[Item]):
     def _differences(self, state: Mapping[str, Any], saved: Mapping[str, Any], schedule: MixtureSchedule) -> list[str]:
         """In words, why this dataset cannot go on from a state; none if it can.
 
-        Args:
-            state: the state.
-            saved: its schedule's part.
-            schedule: one of the state's first domains, with the settings of this one.
+        `saved` is its schedule's part, `schedule` one of the state's first domains with the settings of this one.
         """
         then, joined = domains_of(saved)
         found = schedule.differences(saved, self._listed)
@@ -475,9 +468,6 @@ class MixtureDataset(Steered, Dataset[Item]):
         """In words, what of a dataset of another process is not as it is here; none if both are of one stream.
 
         The content counts of those domains that have a fingerprint; items of others may be made as they are asked for.
-
-        Args:
-            state: the other's.
         """
         found = self.schedule.differences(state["schedule"], self._listed)
         found += self.options.differences(state["options"]) + self._other_length(state)

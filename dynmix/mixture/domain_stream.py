@@ -23,13 +23,10 @@ TokenizerOrFunction = Any  # of transformers, the path or hub name of one, or a 
 
 
 class Encoder:
-    """Token ids of an item: its `input_ids` as they are, or its text through a tokenizer.
+    """Token ids of an item: its `input_ids` as they are, or its text, in a mapping under `text_field`, by `tokenizer`.
 
-    Args:
-        tokenizer: of transformers, or its path or hub name: adds no special token but its EOS after each text, and
-            refuses `input_ids` that it does not have. A function from text to token ids: as it says. None: there is no
-            text.
-        text_field: key of the text in items that are mappings.
+    One of transformers, or its path or hub name, adds no special token but its EOS after each text, and refuses
+    `input_ids` that it does not have. Else it is a function from text to token ids, or None: there is no text.
     """
 
     def __init__(self, tokenizer: TokenizerOrFunction, text_field: str) -> None:
@@ -118,8 +115,7 @@ class KeptAside(NamedTuple):
 def kept_aside(name: str, source: ItemSource, encode: Encoder, length: int, count: int) -> KeptAside:
     """The first `count` sequences of a domain, or as many as one pass has; then nothing is held, and a warning says so.
 
-    Raises:
-        ValueError: not one whole sequence.
+    Raises ValueError if that is not one whole sequence.
     """
     items, held, parts, tokens = Items(name, source, once=True), set[bytes](), [np.empty(0, np.int64)], 0
     try:

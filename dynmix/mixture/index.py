@@ -77,11 +77,7 @@ def write_numbers(file: Path, numbers: Numbers) -> None:
 
 
 def read_numbers(file: Path) -> Numbers:
-    """The numbers in `file`, memory-mapped.
-
-    Raises:
-        ValueError: there is no such file, or it is no vector of unsigned integers in npy format.
-    """
+    """The numbers in `file`, memory-mapped. Raises ValueError if it is no vector of unsigned integers in npy format."""
     try:
         found = np.lib.format.open_memmap(file, mode="r")
     except FileNotFoundError as error:

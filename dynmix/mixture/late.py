@@ -86,11 +86,7 @@ def written(domain: JoinedDomain, numbers: Numbers, parts: Sequence[Sequences]) 
 
 
 def view(domain: JoinedDomain, parts: Sequence[Sequences]) -> RowView:
-    """The domain's view, its index checked against its hash.
-
-    Raises:
-        ValueError: the file is missing, damaged or changed; the message says what to do.
-    """
+    """The domain's view. Raises ValueError, saying what to do, if its index is missing, damaged or changed."""
     try:
         return RowView.open(domain.source["file"], parts, domain.source["hash"])
     except ValueError as error:

@@ -146,8 +146,7 @@ class Course:
     Args:
         stage: the stage as it was published.
         limit: int64[n_domains], draws of each domain over the whole run.
-        policy: what happens where a domain reaches its limit.
-        order: of the schedule.
+        policy, order: of the schedule.
 
     Attributes:
         dry: first position that the stage has nothing for; `NEVER` if there is none.

@@ -43,11 +43,7 @@ def probe_rows(schedule: MixtureSchedule, domain: int, count: int, start: int, w
 
 
 def repeated(schedule: MixtureSchedule, domain: int, rows: Ints, start: int, stop: int) -> int:
-    """How many of `rows` the positions [start, stop) do hold, now that their stages are published.
-
-    Raises:
-        Undecided: `stop` is beyond the last stage's declared end.
-    """
+    """How many of `rows` the positions [start, stop) do hold, now that their stages are published."""
     first, last = (int(schedule.counts(position)[domain]) for position in (start, stop))
     last = min(last, first + 2 * schedule.sizes[schedule.names[domain]])  # a whole epoch and more: every row
     return int(np.isin(rows, schedule.rows(domain, np.arange(first, last))[0]).sum())

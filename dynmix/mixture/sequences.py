@@ -59,8 +59,7 @@ class Rows(Sequence[Item]):
 def gather(sequences: Sequences, rows: Ints, length: int, where: str) -> Ints:
     """Token ids of many sequences, int64[len(rows), length].
 
-    Raises:
-        ValueError: an item that is no sequence of `length` integers; the message says `where`.
+    Raises ValueError, saying `where`, for an item that is no sequence of `length` integers.
     """
     if isinstance(sequences, Rows):
         return sequences.gather(rows)
@@ -77,8 +76,7 @@ def gather(sequences: Sequences, rows: Ints, length: int, where: str) -> Ints:
 def documents(sequences: Sequences, rows: Ints, length: int, where: str) -> Ints:
     """`Rows.documents` of any sequences: a dict is one document, and padding where its `attention_mask` is 0.
 
-    Raises:
-        ValueError: an `attention_mask` of another form; the message says `where`.
+    Raises ValueError, saying `where`, for an `attention_mask` of another form.
     """
     if isinstance(sequences, Rows):
         return sequences.documents(rows)
@@ -95,8 +93,7 @@ def documents(sequences: Sequences, rows: Ints, length: int, where: str) -> Ints
 def labels(sequences: Sequences, rows: Ints, ids: Ints, where: str) -> Ints:
     """`Rows.labels` of any sequences: those of a dict that has `labels`.
 
-    Raises:
-        ValueError: `labels` that are not as many integers as the ids; the message says `where`.
+    Raises ValueError, saying `where`, for `labels` that are not as many integers as the ids.
     """
     if isinstance(sequences, Rows):
         return sequences.labels(rows, ids)
@@ -154,8 +151,7 @@ def token_ids(sequences: Sequences, row: int, where: str) -> Ints:
 def common_length(parts: Mapping[str, Sequences], given: int | None = None) -> int:
     """Tokens of a sequence of every part, name -> sequences; of those that are no `Rows` the first item is read.
 
-    Raises:
-        ValueError: they are not all of this length, or not of the `given` one.
+    Raises ValueError if they are not all of one length, or not of the `given` one.
     """
     lengths = {
         where: rows.sequence_length if isinstance(rows, Rows) else len(token_ids(rows, 0, where))

@@ -129,15 +129,9 @@ def as_sequences(
     cache_dir: str | os.PathLike[str] | None = None,
     **packing: Any,
 ) -> Sequences:
-    """A domain as rows, whatever it was given as.
+    """A domain as rows, whatever it was given as; `packing` is of documents, as in `PackedSequences`.
 
-    Args:
-        name: of the domain, for errors.
-        data: see `open_documents`.
-        sequence_length: tokens of a row. None is for sequences, and for datasets whose rows have one length.
-        tokenizer: see `open_documents`; of a sequence of dicts 64 items are looked at.
-        cache_dir: see `open_documents`.
-        packing: of documents, as in `PackedSequences`.
+    No `sequence_length` is needed of sequences, and of datasets whose rows have one length.
 
     Raises:
         ValueError: it cannot be opened, has not one row, or is to be cut where documents end and does not say where;

@@ -31,9 +31,7 @@ def tokenised(
 
     The store is kept in a folder of `cache_dir` that is named by the dataset's fingerprint and the tokenizer: what
     `Dataset.map` and the like make of a dataset has another fingerprint. One process makes it, the others wait for it.
-
-    Raises:
-        ValueError: the column holds something else than text, no row has any, or the tokenizer cannot be used.
+    Raises ValueError if the column holds something else than text, no row has any, or the tokenizer cannot be used.
     """
     from dynmix.mixture.prepare import prepare
     from dynmix.mixture.prepare.manifest import describe_tokenizer

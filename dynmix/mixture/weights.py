@@ -16,16 +16,8 @@ Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
 def integer_cdf(weights: npt.ArrayLike) -> Ints:
     """Cumulative weights in units of 2**-32; compute it once and share it, as float sums may differ between machines.
 
-    Domain k is drawn by the integers [cdf[k - 1], cdf[k]). A zero weight has none; a positive one has at least one.
-
-    Args:
-        weights: float[n_domains], finite, >= 0, with a sum within 1e-6 of 1 (it is normalised).
-
-    Returns:
-        int64[n_domains], non-decreasing, the last exactly 2**32.
-
-    Raises:
-        ValueError: anything else.
+    Domain k is drawn by the integers [cdf[k - 1], cdf[k]), and the last of them is 2**32. A zero weight has none; a
+    positive one has at least one. Raises ValueError unless all are finite, >= 0, with a sum within 1e-6 of 1.
     """
     share = np.asarray(weights, np.float64)
     if share.ndim != 1 or not share.size:
@@ -50,8 +42,7 @@ def integer_cdf(weights: npt.ArrayLike) -> Ints:
 def checked_cdf(weights: Weights, sizes: Mapping[str, int]) -> Ints:
     """Return `weights` as an integer cdf over the domains of `sizes`, int64[n_domains].
 
-    Raises:
-        ValueError: other domains, no distribution, weight on a domain without rows.
+    Raises ValueError for other domains, no distribution, or weight on a domain without rows.
     """
     if isinstance(weights, Mapping):
         cdf = integer_cdf(list(matched(weights, tuple(sizes), "weights").values()))

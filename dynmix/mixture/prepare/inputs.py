@@ -87,11 +87,7 @@ class File:
             _log.warning("%s: it grew while it was read: what was appended may be missing from the store", self.name)
 
     def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
-        """Cut it, about every `size` bytes of text.
-
-        Raises:
-            PrepareError: it is damaged, truncated or without the text field.
-        """
+        """Cut it, about every `size` bytes of text. Raises PrepareError if it is damaged or without the text field."""
         if self.path.suffix == ".parquet":
             return _cut_parquet(self, fields, size)
         return _cut_stream(self, size) if self.path.suffix in (".gz", ".zst") else _cut_plain(self, size)

@@ -47,8 +47,7 @@ def load_tokenizer(tokenizer: AnyTokenizer) -> PreTrainedTokenizerBase:
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The tokenizer.json of a fast tokenizer; None for a slow one.
 
-    Raises:
-        PrepareError: it has parts written in Python, which other processes cannot be given.
+    Raises PrepareError if it has parts written in Python, which other processes cannot be given.
     """
     if not tokenizer.is_fast:
         return None

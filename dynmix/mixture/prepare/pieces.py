@@ -72,11 +72,7 @@ class Piece(ABC):
 
     @abstractmethod
     def records(self, fields: Fields) -> Iterator[Record]:
-        """The records, in order.
-
-        Raises:
-            PrepareError: a record that is not UTF-8, not JSON, no object, or has no text field.
-        """
+        """The records, in order; raises PrepareError for one that is not UTF-8, no object or without the text field."""
 
     @abstractmethod
     def where(self, number: int) -> str:

@@ -38,13 +38,7 @@ class Document(NamedTuple):
 
 @dataclass
 class Summary:
-    """What is in a shard, or in several.
-
-    Attributes:
-        documents: of each domain.
-        empty: texts of each domain that are empty, and no documents.
-        tokens: of all.
-    """
+    """Documents, texts that are `empty` and no documents, by domain; and all tokens of a shard, or of several."""
 
     documents: Counter[str] = field(default_factory=Counter)
     empty: Counter[str] = field(default_factory=Counter)

@@ -82,8 +82,7 @@ def is_held_out(text: bytes, share: float) -> bool:
 def tokenise(job: Job, piece: Piece, domain: str, path: Path) -> Summary:
     """Write the shard of a piece; `domain` is that of its documents, where no field says it.
 
-    Raises:
-        PrepareError: damaged or bad input; the message names the file and the line or row.
+    Raises PrepareError, naming the file and the line or row, for damaged or bad input.
     """
     return write_shard(path, _encoded(job, piece, domain), np.dtype(job.dtype))
 
