@@ -6,6 +6,7 @@ nothing of what the rows are.
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,9 @@ def write_numbers(file: Path, numbers: Numbers) -> None:
 
     So any number of processes may write the same, and those that have it mapped keep what they have.
     """
-    try:
+    with suppress(ValueError):
         if digest(read_numbers(file)) == digest(numbers):
             return
-    except ValueError:
-        pass
     with whole_file(file, shared=True) as beside, open(beside, "xb") as stream:
         np.lib.format.write_array(stream, numbers.astype(numbers.dtype.newbyteorder("<"), copy=False))
 

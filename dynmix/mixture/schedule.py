@@ -132,20 +132,14 @@ class MixtureSchedule:
     def extend(self, domains: Sequence[JoinedDomain]) -> None:
         """Append domains, with weight 0 until a stage is published that gives them weight.
 
-        No position changes its sample. (Extend the schedule of a dataset by `MixtureDataset.extend`.)
-
-        Raises:
-            ValueError: a name that is taken, a domain without rows, more than 1,024 of them.
+        No position changes its sample. (Extend the schedule of a dataset by `MixtureDataset.extend`.) Raises ValueError
+        for a name that is taken, a domain without rows, or more than 1,024 of them.
         """
         self._roster.put(domains, keep=len(self.joined))
         self.outdate()
 
     def begin(self, weights: Weights) -> None:
-        """Give the first stage other weights, as long as it is the only one.
-
-        Raises:
-            ValueError: a later stage is published already; bad weights.
-        """
+        """Give the first stage other weights. Raises ValueError for bad ones, or once a later stage is published."""
         if self.num_stages > 1:
             raise ValueError(f"{self.num_stages} stages are published already: the weights of the first one stay")
         self._table.write(0, [self._stage(0)._replace(cdf=checked_cdf(weights, self.sizes))])
@@ -181,8 +175,7 @@ class MixtureSchedule:
     def hold(self, end: int) -> None:
         """Declare that the last stage ends at `end`: from there on positions are undecided until a stage is published.
 
-        Raises:
-            ValueError: `end` is not beyond the stage's start, or another end was declared.
+        Raises ValueError if `end` is not beyond the stage's start, or another one was declared.
         """
         last = self._table[self.num_stages - 1]
         if last.end not in (None, end):
@@ -269,20 +262,15 @@ class MixtureSchedule:
     def weights_at(self, position: int) -> dict[str, float]:
         """Weights, name -> float, that decide `position`: its stage's, without domains that are used up by then.
 
-        Raises:
-            Exhausted, Undecided: as `check_decided`.
+        Raises as `check_decided`.
         """
         self.check_decided(position, position + 1)
         return self._floats(self._course_at(position).at(position)[0].cdf)
 
     def assign(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
-        """Domain number, row within the domain and epoch of the domain, for every position of [start, stop).
+        """Domain number, row within the domain and epoch of the domain, int64[n] each, of the positions [start, stop).
 
-        Returns:
-            three int64 arrays of shape [stop - start].
-
-        Raises:
-            Exhausted, Undecided, ValueError: as `check_decided`.
+        Raises as `check_decided`.
         """
         self.check_decided(start, stop)
         first, starts = self._table.first, self._table.starts.tolist()
@@ -299,8 +287,7 @@ class MixtureSchedule:
     def counts(self, position: int) -> Ints:
         """Draws of each domain before `position`, int64[n_domains], in time independent of the position.
 
-        Raises:
-            Exhausted, Undecided, ValueError: as `check_decided`.
+        Raises as `check_decided`.
         """
         self.check_decided(min(position, int(self._table.starts[0])), position)
         return self._course_at(position).counts(position)
