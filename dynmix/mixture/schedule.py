@@ -89,7 +89,7 @@ class MixtureSchedule:
             )
         self._setup(sizes, seed, block, limits)
         none = np.zeros(len(weights), np.int64)
-        self._table.write(0, [StageRow(0, 0, None, checked_cdf(weights, self.sizes), none, none)])
+        self._table.write(StageRow(0, 0, None, checked_cdf(weights, self.sizes), none, none))
 
     def _setup(self, sizes: Mapping[str, int], seed: int, block: int, limits: Limits) -> None:
         self._roster = Roster(sizes)
@@ -142,7 +142,7 @@ class MixtureSchedule:
         """Give the first stage other weights. Raises ValueError for bad ones, or once a later stage is published."""
         if self.num_stages > 1:
             raise ValueError(f"{self.num_stages} stages are published already: the weights of the first one stay")
-        self._table.write(0, [self._stage(0)._replace(cdf=checked_cdf(weights, self.sizes))])
+        self._table.write(self._stage(0)._replace(cdf=checked_cdf(weights, self.sizes)))
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
         """Begin a stage at position `start`; the samples before it stay the same.
@@ -169,7 +169,7 @@ class MixtureSchedule:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
         self.check_not_exhausted(start)
         number, end, cdf = self.num_stages, self._checked_end(start, end), checked_cdf(weights, self.sizes)
-        self._table.write(number, [StageRow(number, start, end, cdf, *self._course(last.number).ended(start))])
+        self._table.write(StageRow(number, start, end, cdf, *self._course(last.number).ended(start)))
         logger.info("stage %d begins at position %d, with the weights %s", number, start, self._floats(cdf))
 
     def hold(self, end: int) -> None:

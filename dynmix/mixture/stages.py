@@ -83,19 +83,19 @@ class StageTable:
     def replace(self, stages: Sequence[StageRow]) -> None:
         """Put `stages` in place of all that are there; the number of the first becomes that of the first known."""
         self._shared.array[0, 1:3] = stages[0].number
-        self.write(stages[0].number, stages)
+        self.write(*stages)
 
-    def write(self, first: int, stages: Sequence[StageRow]) -> None:
-        """Put `stages` into the table from number `first` on; what follows them is dropped."""
+    def write(self, *stages: StageRow) -> None:
+        """Put consecutive stages into the table under their numbers; what follows them is dropped."""
         table = self._shared.array
-        table[0, 1] = first
+        table[0, 1] = stages[0].number
         for stage in stages:
             head = [stage.start, _OPEN if stage.end is None else stage.end, len(stage.cdf)]
             row = np.concatenate([head, stage.cdf, stage.base, stage.owed])
             table[1 + stage.number, : len(row)] = row
         # Readers in other processes look at the count only: a row they can see is whole. The generation comes last, so
         # that what is computed from the old rows is never taken for new.
-        table[0, 1] = first + len(stages)
+        table[0, 1] = stages[-1].number + 1
         self.outdate()
 
 

@@ -16,7 +16,7 @@ def same(one: StageRow, other: StageRow) -> bool:
 
 def test_the_widest_and_the_last_stage_have_room() -> None:
     table = StageTable(1024)
-    table.write(MAX_STAGES - 2, [row(MAX_STAGES - 2, 1024), row(MAX_STAGES - 1, 1024, end=10**6)])
+    table.write(row(MAX_STAGES - 2, 1024), row(MAX_STAGES - 1, 1024, end=10**6))
     assert len(table) == MAX_STAGES
     assert same(table[MAX_STAGES - 2], row(MAX_STAGES - 2, 1024))
     assert same(table[MAX_STAGES - 1], row(MAX_STAGES - 1, 1024, end=10**6))
@@ -25,8 +25,8 @@ def test_the_widest_and_the_last_stage_have_room() -> None:
 
 def test_stages_of_other_widths_stand_side_by_side() -> None:
     table = StageTable(5)
-    table.write(0, [row(0, 2), row(1, 5), row(2, 3)])
-    table.write(1, [row(1, 4)])
+    table.write(row(0, 2), row(1, 5), row(2, 3))
+    table.write(row(1, 4))
     assert len(table) == 2
     assert table.starts.tolist() == [0, 10]
     assert same(table[0], row(0, 2))
@@ -44,9 +44,9 @@ def test_domains_that_joined_since_are_never_drawn() -> None:
 
 def test_every_change_is_a_new_generation() -> None:
     table = StageTable(2)
-    table.write(0, [row(0, 2)])
+    table.write(row(0, 2))
     seen = [table.generation]
     table.outdate()
     seen.append(table.generation)
-    table.write(1, [row(1, 2)])
+    table.write(row(1, 2))
     assert len({*seen, table.generation}) == 3
