@@ -36,8 +36,7 @@ class Items:
         name: of the domain, for messages.
         source: an iterable that can be iterated anew, or a function that makes one; it may have the parameters `epoch`,
             `shard` and `num_shards`. An iterable with `set_epoch` is told the number of each pass.
-        reader: number of this reader, from 0.
-        readers: how many there are.
+        reader, readers: number of this reader, from 0, and how many there are.
         once: raise `PassEnded` when the first pass ends.
         state: of `state_dict`, to go on from.
 

@@ -1,11 +1,14 @@
-"""Which domain is drawn when: each once in every stretch of 1 / weight moments, at a random moment of its middle.
+"""Which domain each draw of a stage is of.
 
-So at any moment a domain has had its share, mostly rounded to the nearest number, however long the stream and however
-small the weight; and how often it was drawn by then is closed-form. (This is stratified, or jittered, sampling of time.
-The error of a low-discrepancy sequence grows with the logarithm of its length; that of rounding does not grow. Anywhere
-in the stretch would round up or down at random, a third further off; always half-way would be one pattern for ever.)
-What rounding owes a domain at the end of one quota the next one pays. Draws are numbered in the order of their moments,
-those of one moment by domain. Knows nothing of names, stages, blocks or rows.
+Time runs in moments. A domain is drawn once in every stretch of 1 / weight moments, at a random one near its middle
+(stratified, or jittered, sampling of time). So by any moment a domain has had its share, mostly rounded to the nearest
+number, however long the stream and however small the weight, and how often it was drawn has a closed form. Draws are
+numbered in the order of their moments, those of one moment by domain. What rounding owes a domain at the end of one
+quota the next one pays.
+
+The error of a low-discrepancy sequence would grow with the logarithm of its length. A moment from anywhere in the
+stretch would round up or down at random, a third further off; always half-way would be one pattern for ever. Knows
+nothing of names, stages, blocks or rows.
 """
 
 from typing import NamedTuple
@@ -24,8 +27,8 @@ TOTAL = 1 << 32
 class Quota(NamedTuple):
     """Draws of domains by weight.
 
-    At moment t a domain has come `units` * t + `owed` along. Its draw j stands at j * 2**32 + a random place in that
-    stretch, and is of the first moment, from 0 on, at which the domain has come so far.
+    At moment t a domain has come `units` * t + `owed` along. Its draw j is of the first moment, from 0 on, at which it
+    has come to j * 2**32 + a random place in that stretch.
 
     Attributes:
         units: weights in units of 2**-32, int64[n_domains] >= 0 with a sum of 2**32.

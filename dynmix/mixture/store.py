@@ -124,16 +124,10 @@ class TokenStore(ArrayDocuments):
         *,
         sync: bool = True,
     ) -> TokenStore:
-        """Make the file `tokens` the tokens of a store at `path`, replacing one that is there; open it.
+        """Make a file of documents of these lengths, end to end, a store at `path`, replacing one there; open it.
 
-        The file is moved, so it is on the same file system. A crash leaves what one of `write` does.
-
-        Args:
-            path: of the store.
-            tokens: file of all documents' tokens, end to end.
-            lengths: int32[documents], tokens of each.
-            dtype: of the tokens.
-            sync: have everything on the disk before it is renamed; False: the caller sees to that, for many at once.
+        The file is moved, so it is on the same file system. A crash leaves what one of `write` does. With `sync`
+        everything is on the disk before it is renamed; without, the caller sees to that, for many at once.
 
         Raises:
             StoreError: there are no tokens, no integer store has this dtype, or the file is of another size.
