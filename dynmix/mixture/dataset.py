@@ -151,7 +151,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         )
         self.boundaries = boundaries
         self._tokenizer, self._cache_dir = tokenizer, cache_dir
-        # What is listed stays. With a state that is loaded, the first domains become those that its run began with.
+        # What is listed stays; the first domains become those of a state that is loaded.
         self._given, self._listed = dict(domains), self._open(domains, sequence_length)
         self._first = tuple(self._listed.values())
         if (packing != "concat" or bos_token_id not in (None, "auto")) and not any(
@@ -190,7 +190,7 @@ class MixtureDataset(Steered, Dataset[Item]):
             raise ValueError(f"max_epochs={max_epochs!r}: no sequence may be read at all; 1 is once, None no limit")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process opens the views that it meets, but for those that have no file: they were given as data.
+        # Views have files, from which a process opens those that it meets; other data goes with the dataset.
         files = {domain.source["hash"] for domain in self.schedule.joined if "file" in domain.source}
         late = {key: rows for key, rows in self._late.items() if key not in files}
         return {**self.__dict__, "_late": late, "_tables": None, "_collated": None}

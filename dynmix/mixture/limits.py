@@ -190,7 +190,7 @@ class Course:
         stretches = self._found[: self._index(position) + 1]
         stops = [*(stretch.start for stretch in stretches[1:]), position]
         for (start, _, row, _), stop in zip(stretches, stops, strict=True):
-            # Modulo 2**64, as the draws before; what is left of both is small.
+            # It wraps modulo 2**64, as the draws above do; the difference of both is small.
             owed = owed + np.diff(row.cdf, prepend=0) * ((stop - start) // group)
         return drawn, owed
 
@@ -224,13 +224,13 @@ class Course:
     def _stretch(self, row: StageRow, start: int, drawn: Ints) -> _Stretch:
         """The positions from `start` on, before which `drawn` was drawn, until a domain of the row reaches its limit.
 
-        Counts far away are closed-form, but take many steps to lead to a position; near by it is quicker to walk. And
-        of many domains near their limits the first one reaches it long before it is to be expected of each.
+        What is near is walked to; what is further away is bracketed by closed-form counts first. It may be near though
+        each domain is expected to last: of many near their limits, one reaches it early.
         """
         units = np.diff(row.cdf, prepend=0)
         live = np.flatnonzero((units > 0) & (drawn < self._limit) & (self._limit < NEVER))
         limit = self._limit[live]
-        # Positions until it is to be expected of the first of them.
+        # Positions until the first of them is expected to reach its limit.
         wait = float(((limit - drawn[live]) / units[live]).min(initial=math.inf)) * TOTAL
         if wait >= NEVER >> 1:
             return _Stretch(start, NEVER, row, drawn)

@@ -57,9 +57,9 @@ class InOrder:
         return [range(int(part[0]), int(part[-1]) + 1, stride) for part in parts]
 
     def _check_passes(self, first: int, stride: int) -> None:
-        # Within a request a shuffle shows at once, but a request may hold a single position. One step back may be a new
-        # pass (which starts where the earliest did, or beside it as another rank does) or a second loader; step after
-        # step of them is a shuffle.
+        # A request may hold a single position, so a shuffle may show between requests only. One step back may be a new
+        # pass (which starts where the earliest did, or beside it as another rank does) or a second loader; many are a
+        # shuffle.
         self._lowest = min(self._lowest, first)
         back = self._lowest + stride <= first < self._last
         self._steps_back.append(back)

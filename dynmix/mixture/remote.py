@@ -125,7 +125,7 @@ def _listed(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
         found = dict(system.glob(path, detail=True))
         for name in [name for name, info in found.items() if info["type"] == "directory"]:
             found |= system.find(name, detail=True)
-    # To see whether there is a folder, that of http reads all of what is there.
+    # `isdir` of http reads the whole file.
     elif path.endswith((".bin", ".idx", ".npy")) and system.isfile(path):
         found = {path: system.info(path)}
     elif system.isdir(path):
@@ -172,7 +172,7 @@ def _where(options: Any) -> Any:
         return {str(key): _where(value) for key, value in options.items() if not _CREDENTIALS.search(str(key))}
     if isinstance(options, list | tuple):
         return [_where(value) for value in options]
-    # Of an object no more is the same in every process.
+    # Of an object only its type is the same in every process.
     return options if isinstance(options, str | int | float | None) else type(options).__qualname__
 
 

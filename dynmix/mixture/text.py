@@ -93,5 +93,5 @@ def _loaded(path: str) -> "PreTrainedTokenizerBase":
 
 @functools.lru_cache(maxsize=4)
 def _largest_id(tokenizer: "PreTrainedTokenizerBase", size: int) -> int:
-    # Of its size too: tokens may be added to it. A domain after the other asks, and the vocabulary is large.
+    # Kept by size too, as tokens may be added. Every domain asks, and the vocabulary is large.
     return max(tokenizer.get_vocab().values())
