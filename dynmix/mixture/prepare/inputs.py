@@ -115,7 +115,24 @@ class DatasetRows:
 
     def pieces(self, fields: Fields, size: int) -> Iterator[Piece]:
         """Cut it."""
-        return _cut_dataset(self, fields, size)
+        check_columns(self.name, self.dataset.features.arrow_schema, fields.text)
+        table = self.dataset.select_columns(fields.columns(self.dataset.column_names)).with_format("arrow")
+        parts, first, done = list[pa.Table](), 0, 0
+        for start in range(0, len(table), 256):
+            parts.append(table[start : start + 256])
+            try:
+                parts[-1].validate(full=True)  # what is damaged would end the process, not the call
+            except pa.ArrowException as error:
+                raise PrepareError(f"{self.name}, after row {start}: damaged: {error}") from error
+            stop = first + sum(map(len, parts))
+            if sum(part.nbytes for part in parts) >= size or stop == len(table):
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, parts[0].schema) as stream:
+                    for part in parts:
+                        stream.write_table(part)
+                done, before = self.size * stop // len(table), done
+                yield TableRows(self.name, done - before, first + 1, sink.getvalue().to_pybytes())
+                parts, first = [], stop
 
 
 Input: TypeAlias = File | DatasetRows
@@ -329,24 +346,3 @@ def _cut_parquet(file: File, fields: Fields, piece: int) -> Iterator[Piece]:
                 file.name, done - before, first + start + 1, tuple(range(group, stop)), start, start + part, batch
             )
         first, group = first + count, stop
-
-
-def _cut_dataset(rows: DatasetRows, fields: Fields, piece: int) -> Iterator[Piece]:
-    check_columns(rows.name, rows.dataset.features.arrow_schema, fields.text)
-    table = rows.dataset.select_columns(fields.columns(rows.dataset.column_names)).with_format("arrow")
-    parts, first, done = list[pa.Table](), 0, 0
-    for start in range(0, len(table), 256):
-        parts.append(table[start : start + 256])
-        try:
-            parts[-1].validate(full=True)  # what is damaged would end the process, not the call
-        except pa.ArrowException as error:
-            raise PrepareError(f"{rows.name}, after row {start}: damaged: {error}") from error
-        stop = first + sum(map(len, parts))
-        if sum(part.nbytes for part in parts) >= piece or stop == len(table):
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, parts[0].schema) as stream:
-                for part in parts:
-                    stream.write_table(part)
-            done, before = rows.size * stop // len(table), done
-            yield TableRows(rows.name, done - before, first + 1, sink.getvalue().to_pybytes())
-            parts, first = [], stop
