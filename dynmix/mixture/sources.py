@@ -107,12 +107,11 @@ def open_domains(
     sequence_length: int | None,
     *,
     tokenizer: Tokenizer | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    **packing: Any,
+    **options: Any,
 ) -> dict[str, Sequences]:
     """`as_sequences` of each domain, and a check of their stores' manifests against the tokenizer."""
     found = {
-        name: as_sequences(name, data, sequence_length, tokenizer=tokenizer, cache_dir=cache_dir, **packing)
+        name: as_sequences(name, data, sequence_length, tokenizer=tokenizer, **options)
         for name, data in domains.items()
     }
     if tokenizer is not None:
