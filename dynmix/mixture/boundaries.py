@@ -113,9 +113,4 @@ def varlen_collate(items: list[Any]) -> dict[str, Any]:
     flat = batch["position_ids"].flatten()
     ends = torch.cat([torch.nonzero(flat == 0).flatten(), torch.tensor([len(flat)])]).to(torch.int32)
     longest = int(ends.diff().max())
-    return batch | {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    return batch | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
