@@ -4,13 +4,12 @@ Knows the Arrow layout of lists; nothing of tokenizers or mixtures.
 """
 
 import functools
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from dynmix.mixture.documents import ArrayDocuments, Documents, Ints, JoinedDocuments, Tokens, content_sample
+from dynmix.mixture.documents import ArrayDocuments, Documents, Ints, JoinedDocuments, Tokens, sampled_hash
 from dynmix.mixture.view import DocumentView
 
 if TYPE_CHECKING:
@@ -56,11 +55,8 @@ class ArrowTokens(JoinedDocuments):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex digest of the documents' lengths, and of 16,384 tokens from all over; not of how they are stored."""
-        digest = hashlib.blake2b(digest_size=16)
-        for chunk in self.parts:
-            digest.update(np.diff(chunk.starts(np.arange(len(chunk) + 1))).astype("<i8").tobytes())
-        digest.update(content_sample(self))
-        return digest.hexdigest()
+        starts = (chunk.starts(np.arange(len(chunk) + 1)) for chunk in self.parts)
+        return sampled_hash(self, (np.diff(each).astype("<i8").tobytes() for each in starts))
 
 
 class _Chunk(ArrayDocuments):

@@ -8,7 +8,7 @@ import hashlib
 import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import accumulate
 from typing import Any, SupportsIndex
 
@@ -145,7 +145,7 @@ class JoinedDocuments(Documents):
     @property
     def fingerprint(self) -> str:
         """Hex digest of the parts' own, in their order."""
-        return hashlib.blake2b("\n".join(part.fingerprint for part in self.parts).encode(), digest_size=16).hexdigest()
+        return joint_hash(part.fingerprint for part in self.parts)
 
     def starts(self, documents: Ints) -> Ints:
         """First token of each of `documents`, int64[n]; for document `len(self)`, one past the last token."""
@@ -201,10 +201,18 @@ def check_vocabulary(documents: Documents, where: str, vocab_size: int | None = 
         check_ids(documents.read(start[None], min(_CHUNK, documents.num_tokens)), where, vocab_size)
 
 
-def content_sample(documents: Documents) -> bytes:
-    """The first tokens, the last, and some between, as little-endian int64: what a fingerprint may be made of."""
-    length = min(_SAMPLE, documents.num_tokens)
-    return documents.read(spread(documents.num_tokens, length, _SAMPLES), length).astype("<i8").tobytes()
+def sampled_hash(documents: Documents, index: Iterable[bytes | memoryview]) -> str:
+    """Hex digest of what tells where documents are, and of their first tokens, the last, and some between."""
+    digest, length = hashlib.blake2b(digest_size=16), min(_SAMPLE, documents.num_tokens)
+    for part in index:
+        digest.update(part)
+    digest.update(documents.read(spread(documents.num_tokens, length, _SAMPLES), length).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def joint_hash(parts: Iterable[str]) -> str:
+    """Hex digest of several, in their order."""
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def spread(size: int, length: int, most: int) -> Ints:

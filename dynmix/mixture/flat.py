@@ -6,7 +6,6 @@ Knows the bytes of one file; nothing of tokenizers, domains or mixtures. Megatro
 
 import codecs
 import functools
-import hashlib
 import logging
 import operator
 import os
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dynmix.mixture.documents import ArrayDocuments, Ints, Tokens, check_vocabulary, content_sample, spread
+from dynmix.mixture.documents import ArrayDocuments, Ints, Tokens, check_vocabulary, sampled_hash, spread
 from dynmix.mixture.shared import SharedArray, shared
 from dynmix.mixture.store import StoreError, check_same, mapped, with_room
 
@@ -121,9 +120,7 @@ class FlatTokens(ArrayDocuments):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex digest of the numbers of tokens and of documents, and of 16,384 tokens from all over the file."""
-        digest = hashlib.blake2b(f"{self.num_tokens} {len(self)}".encode(), digest_size=16)
-        digest.update(content_sample(self))
-        return digest.hexdigest()
+        return sampled_hash(self, [f"{self.num_tokens} {len(self)}".encode()])
 
     def starts(self, documents: Ints) -> Ints:
         """First token of each of `documents`, int64[n]; for document `len(self)`, one past the last token."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import os
 import secrets
 import struct
@@ -26,7 +25,7 @@ from typing import IO, Any, NoReturn, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from dynmix.mixture.documents import ArrayDocuments, Ints, checked, content_sample
+from dynmix.mixture.documents import ArrayDocuments, Ints, checked, sampled_hash
 
 with contextlib.suppress(ImportError):  # on Windows, which has no such limit
     import resource  # not where it is needed: with no file left that may be opened nothing can be imported
@@ -175,9 +174,7 @@ class TokenStore(ArrayDocuments):
 
         Of tokens too, because stores of as many documents of one length have the same index.
         """
-        digest = hashlib.blake2b(self._index.data, digest_size=16)
-        digest.update(content_sample(self))
-        return digest.hexdigest()
+        return sampled_hash(self, [self._index.data])
 
     def starts(self, documents: Ints) -> Ints:
         """First token of each of `documents`, int64[n]; for document D, one past the last token."""

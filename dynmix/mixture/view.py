@@ -3,7 +3,6 @@
 A view knows what it is a view on and which parts of it it holds; why those is its caller's business.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from dynmix.mixture.documents import Documents, Tokens, check_windows, checked, enumerated
+from dynmix.mixture.documents import Documents, Tokens, check_windows, checked, enumerated, joint_hash
 from dynmix.mixture.index import Ints, digest, numbered, read_numbers, split
 from dynmix.mixture.sequences import Rows, Sequences, common_length, content_hash, documents, gather, is_padded, labels
 from dynmix.mixture.shared import SharedArray, shared
@@ -110,7 +109,7 @@ class RowView(Rows):
         parts = [
             content_hash(rows, self.sequence_length, f"part {k}") for k, rows in enumerate(self.parts) if len(rows)
         ]
-        return _hash([str(self._ends.tolist()), digest(self._numbers), *parts])
+        return joint_hash([str(self._ends.tolist()), digest(self._numbers), *parts])
 
 
 class DocumentView(Documents):
@@ -175,7 +174,7 @@ class DocumentView(Documents):
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the index and of the stores' own."""
-        return _hash([digest(self._numbers), *(store.fingerprint for store in self.stores)])
+        return joint_hash([digest(self._numbers), *(store.fingerprint for store in self.stores)])
 
     def starts(self, documents: Ints) -> Ints:
         """First token of each of `documents`, int64[n]; for document `len(self)`, one past the last token."""
@@ -204,7 +203,3 @@ class DocumentView(Documents):
         for of, start, begin, size in zip(*(each.tolist() for each in (store, source, at, count)), strict=True):
             self.stores[of].copy(start, ids[begin : begin + size])
         return ids.reshape(len(starts), length)
-
-
-def _hash(parts: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
