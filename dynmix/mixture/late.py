@@ -168,12 +168,8 @@ def relocated(state: Mapping[str, Any], folder: str | os.PathLike[str] | None) -
     if folder is None or "joined" not in state:
         return dict(state)
     where = Path(folder).absolute()
-    return {
-        **state,
-        "joined": [
-            {**at, "file": str(where / Path(at["file"]).name)} if "file" in at else at for at in state["joined"]
-        ],
-    }
+    joined = [{**at, "file": str(where / Path(at["file"]).name)} if "file" in at else at for at in state["joined"]]
+    return {**state, "joined": joined}
 
 
 def unlike(

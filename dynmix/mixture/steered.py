@@ -42,11 +42,7 @@ class Steered:
         self.schedule.begin(weights)
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
-        """`schedule.publish`, refused for positions that the loader has read already: they belong to the stage before.
-
-        Raises:
-            ValueError: also when `start` is below `read_until`.
-        """
+        """`schedule.publish`, refused (ValueError) for a `start` below `read_until`: that is of the stage before."""
         if start < (read := self.read_until):
             raise ValueError(
                 f"start={start}: position already read by the loader, which is at {read}; declare where a stage ends"
