@@ -154,8 +154,7 @@ class Course:
 
     def __init__(self, stage: StageRow, limit: Ints, policy: Policy, order: Order) -> None:
         self._stage, self._limit, self._order = stage, limit, order
-        self._units = np.diff(stage.cdf, prepend=0)
-        self._weighted = self._units > 0
+        self._weighted = stage.units > 0
         begins_used_up = bool((self._weighted & (stage.base >= limit)).any())
         if policy == "repeat":
             self.dry, first = NEVER, _Stretch(stage.start, NEVER, stage, stage.base)
@@ -191,7 +190,7 @@ class Course:
         stops = [*(stretch.start for stretch in stretches[1:]), position]
         for (start, _, row, _), stop in zip(stretches, stops, strict=True):
             # It wraps modulo 2**64, as the draws above do; the difference of both is small.
-            owed = owed + np.diff(row.cdf, prepend=0) * ((stop - start) // group)
+            owed = owed + row.units * ((stop - start) // group)
         return drawn, owed
 
     def used_up(self, position: int) -> list[int]:
@@ -217,7 +216,7 @@ class Course:
 
     def _row_from(self, start: int, drawn: Ints) -> StageRow:
         """The row that holds from `start` on, before which `drawn` was drawn: of the domains below their limits."""
-        left = np.where(drawn < self._limit, self._units, 0)
+        left = np.where(drawn < self._limit, self._stage.units, 0)
         row = self._stage._replace(cdf=redistributed(left), base=np.zeros_like(drawn))
         return row._replace(base=drawn - self._order.counts(row, start))
 
@@ -227,7 +226,7 @@ class Course:
         What is near is walked to; what is further away is bracketed by closed-form counts first. It may be near though
         each domain is expected to last: of many near their limits, one reaches it early.
         """
-        units = np.diff(row.cdf, prepend=0)
+        units = row.units
         live = np.flatnonzero((units > 0) & (drawn < self._limit) & (self._limit < NEVER))
         limit = self._limit[live]
         # Positions until the first of them is expected to reach its limit.

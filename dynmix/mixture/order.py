@@ -77,7 +77,7 @@ class Order(NamedTuple):
 
     def _quota(self, stage: StageRow) -> tuple[Ints, Quota]:
         """Numbers of the domains that the stage draws, and how it draws them."""
-        units = np.diff(stage.cdf, prepend=0)
+        units = stage.units
         live = np.flatnonzero(units)
         return live, Quota(units[live], mix(self.seed, _DOMAIN_KEY, stage.number, live), stage.owed[live])
 

@@ -168,9 +168,10 @@ class MixtureSchedule:
         if self.num_stages == MAX_STAGES:
             raise RuntimeError(f"all {MAX_STAGES} stages of this schedule are published: use longer stages")
         self.check_not_exhausted(start)
-        number, end, cdf = self.num_stages, self._checked_end(start, end), checked_cdf(weights, self.sizes)
-        self._table.write(StageRow(number, start, end, cdf, *self._course(last.number).ended(start)))
-        logger.info("stage %d begins at position %d, with the weights %s", number, start, self._floats(cdf))
+        end, cdf = self._checked_end(start, end), checked_cdf(weights, self.sizes)
+        row = StageRow(self.num_stages, start, end, cdf, *self._course(last.number).ended(start))
+        self._table.write(row)
+        logger.info("stage %d begins at position %d, with the weights %s", row.number, start, self._weights(row))
 
     def hold(self, end: int) -> None:
         """Declare that the last stage ends at `end`: from there on positions are undecided until a stage is published.
@@ -221,7 +222,7 @@ class MixtureSchedule:
         """Every published stage, oldest first, without those that a state left out."""
         rows = self._rows_kept()
         ends = [*(row.start for row in rows[1:]), self.end]  # an open stage ends where the next one was published
-        return [Stage(row.start, end, self._floats(row.cdf)) for row, end in zip(rows, ends, strict=True)]
+        return [Stage(row.start, end, self._weights(row)) for row, end in zip(rows, ends, strict=True)]
 
     def check_decided(self, start: int, stop: int) -> None:
         """Raise an error unless every position of [start, stop) has its stage.
@@ -265,7 +266,7 @@ class MixtureSchedule:
         Raises as `check_decided`.
         """
         self.check_decided(position, position + 1)
-        return self._floats(self._course_at(position).at(position)[0].cdf)
+        return self._weights(self._course_at(position).at(position)[0])
 
     def assign(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         """Domain number, row within the domain and epoch of the domain, int64[n] each, of the positions [start, stop).
@@ -456,9 +457,9 @@ class MixtureSchedule:
             raise ValueError(f"end={end} is not beyond start={start}")
         return end
 
-    def _floats(self, cdf: Ints) -> dict[str, float]:
-        # Not strict: more domains may have joined since the cdf was read.
-        return dict(zip(self.names, (np.diff(cdf, prepend=0) / TOTAL).tolist(), strict=False))
+    def _weights(self, row: StageRow) -> dict[str, float]:
+        # Not strict: more domains may have joined since the row was read.
+        return dict(zip(self.names, (row.units / TOTAL).tolist(), strict=False))
 
     def _assign_in(self, stage: StageRow, start: int, out: Ints) -> None:
         """Fill `out`, int64[3, n], with domain, row and epoch of the positions from `start` on, all in `stage`."""

@@ -29,6 +29,11 @@ class StageRow(NamedTuple):
     base: Ints
     owed: Ints
 
+    @property
+    def units(self) -> Ints:
+        """Weights in units of 2**-32."""
+        return np.diff(self.cdf, prepend=0)
+
     def widened(self, width: int) -> "StageRow":
         """The same stage with `width` domains, at least as many as it has."""
         more = width - len(self.cdf)
