@@ -29,7 +29,7 @@ def firsts(documents: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def mask_labels(labels: Ints, documents: Ints, ignored: Sequence[int], apart: bool) -> None:
-    """Set labels to -100 in place, where padding or an `ignored` id is; int64[n, length], as the `documents`' numbers.
+    """Set labels of padding and of `ignored` ids to -100, in place; `labels` and `documents` are int64[n, length].
 
     If documents are read `apart`, there is nothing to predict the first token of one from: it is -100 too.
     """
@@ -58,7 +58,7 @@ def block_mask(documents: Ints) -> Tensor:
 
 
 def check_collate(collate_fn: Callable[[Any], Any], item: Mapping[str, Any], boundaries: Boundaries | None) -> None:
-    """Raise ValueError if a collate function makes its own of what an item says of its documents and its labels.
+    """Raise ValueError if a collate function replaces what an item says of its documents and its labels.
 
     It is shown the item with no label to learn and with all positions 0, so that whatever it gives else is its own. A
     batch that is no mapping tells nothing.

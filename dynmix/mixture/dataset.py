@@ -279,7 +279,7 @@ class MixtureDataset(Steered, Dataset[Item]):
 
     @property
     def sequences(self) -> dict[str, Sequences]:
-        """Name -> sequences of each of the first domains, whose rows those of `extend` are."""
+        """Name -> sequences, of the domains that the run began with; the views of `extend` are on their rows."""
         return dict(zip(self.domains, self._first, strict=False))
 
     def publish(self, weights: Weights, start: int, end: int | None = None) -> None:
@@ -360,7 +360,7 @@ class MixtureDataset(Steered, Dataset[Item]):
 
     @property
     def read_span(self) -> int:
-        """`read_size`, times the ranks where these take the positions in turn."""
+        """`read_size`, times the number of ranks if these take the positions in turn."""
         return self._progress.read_span
 
     def plan_steps(self, samples: int) -> None:
@@ -527,7 +527,7 @@ class MixtureDataset(Steered, Dataset[Item]):
 
 
 def _bounds(runs: Sequence[range]) -> tuple[int, int]:
-    """The first position of one or two runs, and that behind their last."""
+    """The first position of one or two runs, and one past their last."""
     first, last = runs[0], runs[-1]
     return min(first[0], last[0]), max(first[-1], last[-1]) + 1
 

@@ -53,7 +53,7 @@ class Documents(ABC):
         """
 
     def copy(self, start: int, out: Ints) -> None:
-        """Put the tokens from `start` on into `out`, as many as it takes; for the reader to see that they are there."""
+        """Fill `out` with the tokens from `start` on; the caller has seen to it that there are so many."""
         if len(out):
             out[:] = self.read(np.array([start]), len(out))[0]
 
@@ -108,12 +108,12 @@ class ArrayDocuments(Documents):
         return ids
 
     def copy(self, start: int, out: Ints) -> None:
-        """Put the tokens from `start` on into `out`, as many as it takes."""
+        """Fill `out` with the tokens from `start` on."""
         out[:] = self.tokens[start : start + len(out)]
         self._check(out)
 
     def _check(self, ids: Ints) -> None:
-        """Of what was read, where the type of the tokens or a vocabulary leaves room for what is no id."""
+        """Check what was read, if its type or a vocabulary leaves room for what is no id."""
         if self.vocab_size is not None or self.dtype.kind == "i" or self.dtype.itemsize == 8:
             check_ids(ids, self.where, self.vocab_size)
 
@@ -165,7 +165,7 @@ class JoinedDocuments(Documents):
         return ids
 
     def copy(self, start: int, out: Ints) -> None:
-        """Put the tokens from `start` on into `out`, as many as it takes."""
+        """Fill `out` with the tokens from `start` on."""
         part, done = bisect_right(self._tokens, start) - 1, 0
         while done < len(out):
             count = min(self._tokens[part + 1] - start, len(out) - done)

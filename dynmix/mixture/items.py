@@ -169,7 +169,7 @@ def check_source(name: str, source: Any) -> None:
 
 
 def check_shared(domains: Mapping[str, ItemSource]) -> None:
-    """Raise ValueError if one object, which keeps its place for one reader, is several domains."""
+    """Raise ValueError if one object that keeps its place, for one reader, is given as several domains."""
     owners: dict[int, str] = {}
     for name, source in domains.items():
         first = owners.setdefault(id(source), name)

@@ -56,7 +56,7 @@ class Gone(Rows):
 
 
 def is_view(data: Any) -> bool:
-    """Whether what a domain was given as is a pair of integer vectors, the domain and the row of each of its rows."""
+    """Whether a domain was given as a view: a pair of vectors, the domain and the row of each of its rows."""
     return isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, _DATA) for part in data)
 
 

@@ -97,7 +97,7 @@ class Limits:
         return [name for name, n, any_ in zip(sizes, self.draws(sizes), some, strict=True) if any_ and not n]
 
     def state(self) -> dict[str, Any]:
-        """What the order depends on of it, JSON-able."""
+        """What the order depends on, JSON-able."""
         return {"max_epochs": self.max_epochs, "when_exhausted": self.when_exhausted} if self.hard else {}
 
     def differences(self, state: Mapping[str, Any], common: Collection[str]) -> list[str]:
@@ -199,7 +199,7 @@ class Course:
         return found
 
     def _index(self, position: int) -> int:
-        """Which of the stretches found has `position`, or ends there with the stage; finds those up to it first."""
+        """Index of the stretch that `position` is in, or ends, if the stage does; finds the stretches up to it."""
         last = self._found[-1]
         while last.stop <= position and last.stop < self.dry:
             row = self._row_from(last.stop, last.drawn_at_stop)

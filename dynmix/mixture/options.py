@@ -35,7 +35,7 @@ class SequenceOptions(NamedTuple):
         ignore_token_ids: Sequence[int],
         tokenizer: "Tokenizer | None",
     ) -> "SequenceOptions":
-        """Raises ValueError for values that are none, or that would do nothing."""
+        """The options; raises ValueError for values that there are not, or that would do nothing."""
         if is_default := bos_token_id == "auto":
             bos_token_id = None if tokenizer is None else _added_bos(tokenizer)
         if isinstance(bos_token_id, str):
@@ -58,7 +58,7 @@ class SequenceOptions(NamedTuple):
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """Those that are not as they are by default, JSON-able."""
+        """Options that differ from their defaults, JSON-able."""
         return {name: value for name, value in self._stated().items() if value != _DEFAULTS[name]}
 
     def _stated(self) -> dict[str, Any]:

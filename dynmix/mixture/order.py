@@ -68,7 +68,7 @@ class Order(NamedTuple):
             first = int(edges[-1]) * size
 
     def _parts(self, first: int, stop: int) -> Ints:
-        """Where the parts that draws `first` to `stop` - 1 are in begin, and where the last of them ends, as draws."""
+        """First draw of each part that holds draws `first` to `stop` - 1, and of the part behind them."""
         block = self.block // self.group
         parts = -(-block // _PART)  # of a block, as equal as can be: part n begins at n * block // parts
         part, last = (((draw + 1) * parts - 1) // block for draw in (first, stop - 1))
@@ -82,7 +82,7 @@ class Order(NamedTuple):
         return live, Quota(units[live], mix(self.seed, _DOMAIN_KEY, stage.number, live), stage.owed[live])
 
     def _scattered(self, stage: StageRow, edges: Ints, drawn: Ints) -> Ints:
-        """The domains `drawn`, given in the order of their draws, in that of positions: shuffled between `edges`."""
+        """Domains of draws in the order of their positions: shuffled within each of the parts between `edges`."""
         index = np.arange(len(drawn))
         key = mix(self.seed, _PART_KEY, stage.number)
         number = (mix(key + (index + edges[0]).view(np.uint64)) >> np.uint64(36)).view(np.int64)

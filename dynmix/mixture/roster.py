@@ -73,7 +73,7 @@ class Roster:
         return len(self.first) + MAX_JOINED
 
     def check(self, domains: Sequence[JoinedDomain], keep: int) -> None:
-        """Nothing, if `domains` can take their place behind the first `keep` that joined.
+        """Raise unless `domains` can take their place behind the first `keep` that joined.
 
         Raises:
             ValueError: a name that is taken, a domain without rows, more domains than there is room for.

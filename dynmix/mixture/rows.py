@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 def tables_of(domains: Sequence[Sequences]) -> Tables:
-    """Rows of all domains; of none where one's do not lie in memory, or have another type of tokens than the others."""
+    """Rows of all domains; none if those of one do not lie in memory, or are of another type than the others'."""
     found = [rows.table for rows in domains if isinstance(rows, PackedSequences) and rows.table is not None]
     if len(found) < len(domains) or len({table.dtype for table in found}) > 1:
         found = []

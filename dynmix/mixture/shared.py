@@ -53,7 +53,7 @@ class SharedArray:
 
 
 def shared(values: npt.NDArray[np.integer]) -> SharedArray:
-    """A copy of `values` in such memory."""
+    """A copy of `values` in shared memory."""
     found = SharedArray(values.shape, values.dtype)
     found.array[...] = values
     return found

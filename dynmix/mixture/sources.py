@@ -254,7 +254,7 @@ def _of_dataset(
 
 
 def _check_whole(dataset: Dataset) -> None:
-    """Raise ValueError for lists that do not lie one behind the other: to read such may end the process."""
+    """Raise ValueError for lists that do not lie one behind the other: reading such may crash the process."""
     columns = [name for name in ("input_ids", "labels", "attention_mask") if name in dataset.column_names]
     try:
         dataset.data.select(columns).validate(full=True)

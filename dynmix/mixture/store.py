@@ -184,7 +184,7 @@ class TokenStore(ArrayDocuments):
 
 
 def check_same(where: str, then: tuple[int, ...], now: tuple[int, ...]) -> None:
-    """Raise StoreError where what was pickled has another size when another process, as a worker, opens it."""
+    """Raise StoreError if data has another size now, as a worker opens it, than when it was pickled."""
     if then != now:
         raise StoreError(f"{where} was replaced since it was opened: its size was {then} and is {now}; start anew")
 
@@ -205,7 +205,7 @@ def mapped(file: Path, dtype: np.dtype[Any], offset: int = 0) -> NDArray[Any]:
 
 
 def with_room(file: Path, open_it: Callable[[], T]) -> T:
-    """What `open_it` returns; where too many files are open, room for more is made if there may be more."""
+    """What `open_it` returns; if too many files are open, the limit is raised as far as it may be."""
     try:
         return open_it()
     except OSError as error:

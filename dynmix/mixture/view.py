@@ -95,7 +95,7 @@ class RowView(Rows):
         return self._of_parts(rows, lambda part, row, here, where: labels(part, row, ids[here], where))
 
     def _of_parts(self, rows: Ints, read: Callable[[Sequences, Ints, Ints, str], Ints]) -> Ints:
-        """What `read` gives of each part, of its rows among `rows`, of which of these they are, and of its name."""
+        """What `read(part, rows of it, which of these rows they are, its name)` gives, for the rows of all parts."""
         part, row = self.where(rows)
         found = np.empty((len(rows), self.sequence_length), np.int64)
         for number in np.unique(part).tolist():

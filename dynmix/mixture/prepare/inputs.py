@@ -210,7 +210,7 @@ def _all_inputs(name: str, source: Any) -> list[Input]:
 
 
 def _check_outside(output: Path, source: Any) -> None:
-    """Stores in an input folder would be read with it the next time, as where the work goes on after a kill."""
+    """Raise PrepareError if stores would lie in an input folder: they would be read with it the next time."""
     if _is_dataset(source) or not os.path.isdir(source):
         return
     folder, within = os.path.realpath(source), Path(os.path.realpath(output))

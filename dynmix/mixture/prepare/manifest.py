@@ -89,7 +89,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Json:
 
 
 def _canonical(value: Any) -> Any:
-    """The same for what versions of the library write in different ways: absent, null and false; merges as strings."""
+    """One form for what versions of the library write in different ways: absent, null, false; merges as strings."""
     if isinstance(value, dict):
         return {
             name: [pair.split(" ") if isinstance(pair, str) else pair for pair in each]
@@ -139,7 +139,7 @@ def add_to_manifest(folder: Path, preparation: Json, stores: Mapping[str, Json])
 
 
 def drop_from_manifest(folder: Path, names: Collection[str]) -> None:
-    """Say nothing of these stores any more: they are about to be replaced."""
+    """Take these stores, which are about to be replaced, out of the manifest."""
     known = read_manifest(folder)
     if known is not None and not known["stores"].keys().isdisjoint(names):
         write_json(folder / FILE, _without(known, names))

@@ -33,7 +33,7 @@ def safe_name(value: str) -> str:
 
 
 def check_names(domains: Iterable[str], held_out: bool) -> None:
-    """Raises PrepareError for names that no store can have, and for a domain called as another's held-out part."""
+    """Raises PrepareError for names that no store can have, and for one that is another's held-out part."""
     names = list(domains)
     for name in names:
         if not isinstance(name, str):
@@ -47,7 +47,7 @@ def check_names(domains: Iterable[str], held_out: bool) -> None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether it has no bytes of a file name that are no text."""
+    """Whether a name is text, and not bytes that could not be decoded."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 

@@ -194,7 +194,7 @@ class Pipeline:
 
 
 def _why_not(group: Group, domains: list[str]) -> _Failure | None:
-    """Why the stores of a group that has been read are not written: an input has changed, or a domain is empty."""
+    """Why a group that was read gets no stores, if so: an input has changed, or a domain is empty."""
     for number, each in group.inputs.items():
         try:
             each.check()
@@ -211,7 +211,7 @@ def _why_not(group: Group, domains: list[str]) -> _Failure | None:
 
 
 def _warn_of_sides(facts: Json) -> None:
-    """Small domains may have all their documents on one side."""
+    """Say which domains have all their documents on one side, as small ones may."""
     domains = {name.removesuffix(HELD_OUT) if each["held_out"] else name for name, each in facts.items()}
     for held_out, what in ((True, "nothing was held out of"), (False, "everything was held out of")):
         if bare := sorted(name for name in domains if store_name(name, held_out) not in facts):

@@ -201,7 +201,7 @@ def _check_others(folder: Path, described: Json, overwrite: bool) -> None:
 
 
 def _warn_of_older(folder: Path, facts: Json) -> None:
-    """What was held out of a store that was replaced now may be in the new one."""
+    """Say which held-out stores are left from before: what they hold may be in the stores that are made now."""
     manifest = read_manifest(folder) or {"stores": {}}
     older = {name for name, each in manifest["stores"].items() if each["held_out"]} - facts.keys()
     if left := sorted(older & {store_name(name, True) for name in facts}):

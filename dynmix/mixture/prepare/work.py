@@ -95,7 +95,7 @@ class Work:
         return self._read(f"stores/{group:06d}.json")
 
     def finish(self, group: int, shards: Iterable[Path], facts: Mapping[str, Any]) -> None:
-        """The stores of a group of inputs are finished; their shards are not needed any more."""
+        """Note that the stores of a group of inputs are finished; their shards go."""
         write_json(self.folder / f"stores/{group:06d}.json", facts)
         for shard in shards:
             shard.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ class Work:
         return folder
 
     def forget(self, inputs: Mapping[int, str]) -> None:
-        """Inputs, names by number, are bad and will have to change: drop what was made of them.
+        """Drop what was made of inputs, names by number, that are bad and will have to change.
 
         If nothing else is finished, the whole folder goes.
         """
