@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 def dataset_documents(dataset: "Dataset") -> Documents:
     """The `input_ids` of a dataset's rows as documents, in the dataset's order (`select`, `shuffle` and `filter`).
 
-    Rows in another order than that of the Arrow table take the memory of a `DocumentView`.
-
-    Raises:
-        ValueError: the column holds something else, or a row without a list or with an id that is null.
+    Rows in another order than that of the Arrow table take the memory of a `DocumentView`. Raises ValueError if the
+    column holds something else, or a row without a list or with an id that is null.
     """
     table = ArrowTokens(dataset)
     indices = dataset._indices  # what select, shuffle and filter made; nothing public tells of it
@@ -33,14 +31,7 @@ def dataset_documents(dataset: "Dataset") -> Documents:
 
 
 class ArrowTokens(JoinedDocuments):
-    """All rows of a dataset's Arrow table as documents; pickles as the dataset does, by path if it is on disk.
-
-    Args:
-        dataset: the dataset; the order of its rows, if it has another than its table, does not count here.
-
-    Attributes:
-        dataset: the dataset.
-    """
+    """All rows of a dataset's Arrow table, in its order; pickles as the dataset does, by path if it is on disk."""
 
     def __init__(self, dataset: "Dataset") -> None:
         self.dataset = dataset

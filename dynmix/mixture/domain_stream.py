@@ -169,9 +169,7 @@ class DomainReader:
     def sequence(self) -> Ints:
         """The next sequence, int64[length].
 
-        Raises:
-            PassEnded: there is none, of items that are read once.
-            ValueError: an item that has no tokens to give; no item that has any.
+        Raises PassEnded if there is none, of items that are read once, and ValueError for items without token ids.
         """
         while len(self._tokens) - self._at < self._length:
             self._read_on()

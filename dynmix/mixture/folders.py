@@ -13,10 +13,8 @@ def files_in(path: str) -> list[str]:
     """The files in a folder at any depth, each real folder's once, in no order; of a file, itself.
 
     Links are followed, after what is there without them: one that leads back to where it is adds nothing. Folders whose
-    names begin with `.` or `_` are passed over.
-
-    Raises:
-        OSError: a folder that cannot be read, whose files would be missing silently.
+    names begin with `.` or `_` are passed over. Raises OSError for one that cannot be read: its files would be missing
+    silently.
     """
     if not os.path.isdir(path):
         return [path]

@@ -109,8 +109,7 @@ def _check_there(name: str, part: Ints, parts: Sequence[Sequences]) -> None:
 def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> JoinedDomain:
     """A domain of rows of its own: `data` as it was given, `rows` as it was opened.
 
-    Raises:
-        ValueError: rows of another `length`, or data that running `workers`, which open it by a path, cannot see.
+    Raises ValueError for rows of another `length`, or data that running `workers`, which open it by a path, cannot see.
     """
     source = {"hash": content_hash(rows, length, f"domain {name!r}")}
     if isinstance(data, TokenStore):
@@ -135,10 +134,8 @@ def rows_of(
 ) -> Sequences:
     """The rows of a domain that joined: a view on `parts`, or what this run lists, or finds at the path.
 
-    A domain that has none of these, or is a view on what is gone, may be `Gone`, if it has no share in `drawn`.
-
-    Raises:
-        ValueError: they are not there any more, or others; the message says what to do.
+    A domain that has none of these, or is a view on what is gone, may be `Gone`, if it has no share in `drawn`. Raises
+    ValueError, saying what to do, if the rows are not there any more, or are others.
     """
     found = view(domain, parts) if "file" in domain.source else None  # its index must be there, whatever is gone
     try:

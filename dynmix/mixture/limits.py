@@ -42,10 +42,7 @@ class Limits:
     """What the user says of repetition.
 
     Args:
-        max_epochs: how often each domain may be read over the whole run, for all or by name; None: no limit.
-        when_exhausted: what happens then. "repeat": it is reshuffled and read again, and the limit only bounds what
-            mixers may propose; "stop": the stream ends there; "redistribute": the others of the stage take its share,
-            and the stream ends when none is left. None: "redistribute" with a limit, "repeat" without.
+        max_epochs, when_exhausted: as in `MixtureDataset`.
         group: sequences that are drawn at once. One that ends the reading of its domain is never cut: the limit is
             reached with the last whole group, up to `group` - 1 sequences early.
 

@@ -38,10 +38,8 @@ class Domains(NamedTuple):
 class Roster:
     """The domains of one schedule: the first ones, name -> rows, which stay, and those that joined.
 
-    Only the process that made it may change it.
-
-    Raises:
-        ValueError: a name that is no string, a size that is no number of rows.
+    Only the process that made it may change it. Raises ValueError for a name that is no string, or a size that is no
+    number of rows.
     """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
@@ -73,10 +71,9 @@ class Roster:
         return len(self.first) + MAX_JOINED
 
     def check(self, domains: Sequence[JoinedDomain], keep: int) -> None:
-        """Raise unless `domains` can take their place behind the first `keep` that joined.
+        """Raise ValueError unless `domains` can take their place behind the first `keep` that joined.
 
-        Raises:
-            ValueError: a name that is taken, a domain without rows, more domains than there is room for.
+        That is for a name that is taken, a domain without rows, or more domains than there is room for.
         """
         if keep + len(domains) > MAX_JOINED:
             raise ValueError(

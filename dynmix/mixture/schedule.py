@@ -57,11 +57,8 @@ class MixtureSchedule:
         sizes: name -> rows (sequences) of the domain; >= 1 wherever a weight is positive.
         seed: 0 to 2**63 - 1.
         block: positions over which a keyed permutation scatters draws, best the global batch size; part of the state.
-        max_epochs: how often a domain may be read over the whole run, for all or by name; None: no limit.
-        when_exhausted: what happens then, as in `limits.Limits`: "repeat", "stop" or "redistribute".
-        homogeneous: number of consecutive positions that belong to one domain, for micro-batches of a single domain;
-            `block` and every stage's start and end are multiples of it. A limit is then reached with the last whole
-            group that fits. Part of the state.
+        max_epochs, when_exhausted: as in `MixtureDataset`.
+        homogeneous: as in `MixtureDataset`, of positions; part of the state.
 
     Raises:
         ValueError: names that do not match, weights that are not a distribution, sizes, seed, block or limits out of
@@ -328,10 +325,8 @@ class MixtureSchedule:
     def load_state_dict(self, state: Mapping[str, Any], limited: Collection[str] | None = None) -> None:
         """Replace the stages, and the domains that joined, by those of a saved state; on error nothing is replaced.
 
-        `limited` as in `differences`; other domains keep the limits of the state.
-
-        Raises:
-            ValueError: the state is of other domains, sizes, seed or block, or its stages do not fit together.
+        `limited` as in `differences`; other domains keep the limits of the state. Raises ValueError if the state is of
+        other domains, sizes, seed or block, or its stages do not fit together.
         """
         if differences := self.differences(state, limited):
             raise ValueError("this state belongs to another schedule: " + "; ".join(differences))

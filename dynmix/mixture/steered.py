@@ -68,10 +68,8 @@ class Steered:
         """Whether a state of this `schedule` is being loaded in a worker, which must not change the stages.
 
         A loader that keeps states of its workers loads them there. The table of stages is shared with the main process,
-        which may have published more since the worker's state was taken.
-
-        Raises:
-            ValueError: in a worker, stages that the main process does not have.
+        which may have published more since the worker's state was taken. Raises ValueError in a worker for stages that
+        the main process does not have.
         """
         if get_worker_info() is None:
             return False

@@ -189,12 +189,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
         return ()
 
     def sequence(self, domain: str, row: int) -> Item:
-        """Probe sequence `row` of a domain, as an item.
-
-        Raises:
-            KeyError: no such domain.
-            IndexError: it has no such probe.
-        """
+        """Probe sequence `row` of a domain, as an item. Raises KeyError or IndexError if there is none."""
         if domain not in self.domains:
             raise KeyError(f"no domain {domain!r}: there are {list(self.domains)}")
         if not 0 <= row < self.probes(domain):

@@ -159,14 +159,7 @@ def check_tokenizer(stores: AnyStore | Iterable[AnyStore], tokenizer: AnyTokeniz
     """Refuse a tokenizer that token stores were not made with, by the manifest beside them.
 
     A store without a manifest, or that is not the one which the manifest speaks of, is not checked. A tokenizer that
-    has more added tokens than the store's own is not refused.
-
-    Args:
-        stores: a store or its path, or several.
-        tokenizer: a transformers tokenizer, or the folder or name of one.
-
-    Raises:
-        PrepareError: it does not match; the message names store and tokenizers.
+    has more added tokens than the store's own is not refused. Raises PrepareError, naming store and tokenizers.
     """
     several = [stores] if isinstance(stores, TokenStore | str | os.PathLike) else list(stores)
     manifests: dict[Path, Json | None] = {}
