@@ -68,17 +68,11 @@ class Documents(ABC):
 
 
 class ArrayDocuments(Documents):
-    """Documents whose tokens lie end to end in one array.
+    """Documents whose tokens lie end to end in one array."""
 
-    Attributes:
-        tokens: [num_tokens], contiguous, mostly a memory map.
-        where: what an error calls it.
-        vocab_size: ids are below it; None: below 2^63.
-    """
-
-    tokens: Tokens
-    where: str
-    vocab_size: int | None = None
+    tokens: Tokens  # [num_tokens], contiguous, mostly a memory map
+    where: str  # what an error calls it
+    vocab_size: int | None = None  # ids are below it; None: below 2^63
 
     def __repr__(self) -> str:
         facts = f"documents={len(self)}, tokens={self.num_tokens}, dtype={self.dtype}"

@@ -123,15 +123,12 @@ def _draws(epochs: float, size: int) -> int:
 
 
 class _Stretch(NamedTuple):
-    """Positions [start, stop) of a stage, over which one row of integers holds.
-
-    `drawn_at_stop` are draws of each domain before `stop`, of no meaning where that is `NEVER`.
-    """
+    """Positions [start, stop) of a stage, over which one row of integers holds."""
 
     start: int
     stop: int
     row: StageRow
-    drawn_at_stop: Ints
+    drawn_at_stop: Ints  # of each domain, before `stop`; of no meaning where that is `NEVER`
 
 
 class Course:

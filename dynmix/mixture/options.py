@@ -22,8 +22,7 @@ class SequenceOptions(NamedTuple):
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     ignore_token_ids: tuple[int, ...] = ()
-    bos_is_default: bool = False
-    """Whether the BOS is the tokenizer's, for documents that have none."""
+    bos_is_default: bool = False  # it is the tokenizer's, for documents that have none
 
     @classmethod
     def checked(

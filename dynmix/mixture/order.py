@@ -19,17 +19,11 @@ _PART_KEY, _DOMAIN_KEY = 1, 2  # keep the hashes of one seed apart
 
 
 class Order(NamedTuple):
-    """The order of a schedule.
+    """The order of a schedule."""
 
-    Attributes:
-        seed: of all that is random.
-        block: positions that are never left by what is scattered, a multiple of `group`.
-        group: positions in a row, counted from the stage's start, that are of one domain.
-    """
-
-    seed: int
-    block: int
-    group: int = 1
+    seed: int  # of all that is random
+    block: int  # positions that are never left by what is scattered, a multiple of `group`
+    group: int = 1  # positions in a row, counted from the stage's start, that are of one domain
 
     def counts(self, stage: StageRow, position: int) -> Ints:
         """Draws of each domain before `position`, which lies in `stage` or at its end, int64[n_domains]."""

@@ -23,17 +23,14 @@ _ALWAYS = 4
 
 
 class Unpacked(NamedTuple):
-    """What a state says of its stages: `first` is the number of the first, `end` the declared end of the last one.
+    """What a state says of its stages."""
 
-    `drawn` and `owed` are the first one's `base` and `owed`, int64[n].
-    """
-
-    first: int
+    first: int  # number of the first
     starts: list[int]
-    end: int | None
+    end: int | None  # declared, of the last one
     cdfs: list[Ints]
-    drawn: Ints
-    owed: Ints
+    drawn: Ints  # the first one's `base`, int64[n_domains]
+    owed: Ints  # and its `owed`
 
 
 def pack(rows: Sequence[StageRow], since: int | None) -> dict[str, Any]:

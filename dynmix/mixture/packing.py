@@ -183,16 +183,11 @@ class PackedSequences(Rows):
 class _Pieces(NamedTuple):
     """Parts of documents as they stand in a request's sequences, in order; int64[n] each."""
 
-    starts: Ints
-    """First token in the store."""
-    lengths: Ints
-    """Tokens of the store."""
-    at: Ints
-    """Where the piece begins in the sequences end to end."""
-    number: Ints
-    """Of the document within its sequence, ascending."""
-    led: Ints
-    """Whether a BOS comes first."""
+    starts: Ints  # first token in the store
+    lengths: Ints  # tokens of the store
+    at: Ints  # where the piece begins in the sequences end to end
+    number: Ints  # of the document within its sequence, ascending
+    led: Ints  # whether a BOS comes first
 
 
 def _all_begin_with(token: int, store: Documents) -> bool:

@@ -30,16 +30,12 @@ class Quota(NamedTuple):
     At moment t a domain has come `units` * t + `owed` along. Its draw j is of the first moment, from 0 on, at which it
     has come to j * 2**32 + a random place in that stretch.
 
-    Attributes:
-        units: weights in units of 2**-32, int64[n_domains] >= 0 with a sum of 2**32.
-        keys: what is random, uint64[n_domains].
-        owed: draws that a domain should have had before the first one, in parts of 2**-32, int64[n_domains]; below 0
-            for what it had too many. A domain of no units waits with it.
+    It is owed draws that it should have had before the first one, below 0 if it had too many; without units it waits.
     """
 
-    units: Ints
-    keys: UInts
-    owed: Ints
+    units: Ints  # weights in units of 2**-32, int64[n_domains] >= 0 with a sum of 2**32
+    keys: UInts  # what is random, uint64[n_domains]
+    owed: Ints  # in parts of 2**-32, int64[n_domains]
 
     def before(self, number: int) -> Ints:
         """How many of the first `number` draws are of each domain, int64[n_domains]; exact for any below 2**62."""

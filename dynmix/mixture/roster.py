@@ -19,19 +19,19 @@ _ROOM = 16 << 20  # bytes of the log, taken page by page as they are written
 
 
 class JoinedDomain(NamedTuple):
-    """A domain that joins: `source` is whatever reads its rows needs to know of it, of no concern here."""
+    """A domain that joins."""
 
     name: str
     size: int
-    source: Mapping[str, str]
+    source: Mapping[str, str]  # what whoever reads its rows needs to know of it, of no concern here
 
 
 class Domains(NamedTuple):
-    """All domains at one moment; a domain's number is its index. `rows` is uint64[n_domains], the sizes again."""
+    """All domains at one moment; a domain's number is its index."""
 
     names: tuple[str, ...]
     sizes: dict[str, int]
-    rows: npt.NDArray[np.uint64]
+    rows: npt.NDArray[np.uint64]  # the sizes again, [n_domains]
     joined: tuple[JoinedDomain, ...]
 
 

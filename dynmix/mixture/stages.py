@@ -17,17 +17,14 @@ _OPEN = -1  # the end of a stage that has none
 
 
 class StageRow(NamedTuple):
-    """One row of the table; `cdf`, `base` (draws of each domain before it) and `owed` are int64[n_domains].
-
-    `owed` is what the weights of the stages before gave a domain beyond `base`, as in `Quota`.
-    """
+    """One row of the table."""
 
     number: int
     start: int
     end: int | None
-    cdf: Ints
-    base: Ints
-    owed: Ints
+    cdf: Ints  # as `integer_cdf` gives, int64[n_domains], as the two that follow
+    base: Ints  # draws of each domain before the stage
+    owed: Ints  # what the weights of the stages before gave a domain beyond `base`, as in `Quota`
 
     @property
     def units(self) -> Ints:

@@ -60,15 +60,10 @@ class Fields:
 
 @dataclass(frozen=True)
 class Piece(ABC):
-    """Part of an input.
+    """Part of an input."""
 
-    Attributes:
-        path: names the input in errors.
-        size: its part of the input's bytes.
-    """
-
-    path: str
-    size: int
+    path: str  # of the input, for errors
+    size: int  # its part of the input's bytes
 
     @abstractmethod
     def records(self, fields: Fields) -> Iterator[Record]:

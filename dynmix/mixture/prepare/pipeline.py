@@ -29,27 +29,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Group:
-    """Inputs whose stores are written together: of a domain or a few small ones, or all where a field says the domain.
-
-    Attributes:
-        number: of the group.
-        inputs: by number among all inputs.
-        domains: of the inputs, by number; none where a field says them.
-        shards: of its pieces, as far as they are cut.
-        summary: of the pieces that are done.
-        at_work: pieces that are cut and not done.
-        place: of its stores in the order of reading, once all its pieces are cut.
-        refused: whether a name of its domains is, so that its stores are not written.
-    """
+    """Inputs whose stores are written together: of a domain, of small ones, or of all where a field says the domain."""
 
     number: int
-    inputs: dict[int, Input]
-    domains: dict[int, str]
-    shards: list[Path] = field(default_factory=list)
-    summary: Summary = field(default_factory=Summary)
-    at_work: int = 0
-    place: int | None = None
-    refused: bool = False
+    inputs: dict[int, Input]  # by number among all inputs
+    domains: dict[int, str]  # of the inputs, by number; none where a field says them
+    shards: list[Path] = field(default_factory=list)  # of its pieces, as far as they are cut
+    summary: Summary = field(default_factory=Summary)  # of the pieces that are done
+    at_work: int = 0  # pieces that are cut and not done
+    place: int | None = None  # of its stores in the order of reading, once all its pieces are cut
+    refused: bool = False  # a name of its domains is, so that its stores are not written
 
     @property
     def size(self) -> int:

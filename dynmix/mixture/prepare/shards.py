@@ -38,11 +38,11 @@ class Document(NamedTuple):
 
 @dataclass
 class Summary:
-    """Documents, texts that are `empty` and no documents, by domain; and all tokens of a shard, or of several."""
+    """What is in a shard, or in several."""
 
-    documents: Counter[str] = field(default_factory=Counter)
-    empty: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
+    documents: Counter[str] = field(default_factory=Counter)  # of each domain
+    empty: Counter[str] = field(default_factory=Counter)  # texts of each domain that are empty, and no documents
+    tokens: int = 0  # of all
 
     def add(self, other: Summary) -> None:
         """Count what is in another one, too."""

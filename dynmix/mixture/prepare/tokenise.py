@@ -31,25 +31,15 @@ BATCH_CHARACTERS = 1 << 21
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker has to know; picklable.
+    """What every worker has to know; picklable."""
 
-    Attributes:
-        tokenizer: the tokenizer.json of a fast tokenizer, or a slow tokenizer itself.
-        end: ids that are put after each document.
-        dtype: name of the tokens' dtype.
-        fields: that are read.
-        default: domain of the documents that lack the domain field; None: they are an error.
-        held_out: share of the documents that is held out, by hash.
-        split_special: take special tokens that stand in a text for text; a tokenizer.json does not say.
-    """
-
-    tokenizer: str | PreTrainedTokenizerBase
-    end: tuple[int, ...]
-    dtype: str
-    fields: Fields
-    default: str | None = None
-    held_out: float = 0.0
-    split_special: bool = False
+    tokenizer: str | PreTrainedTokenizerBase  # the tokenizer.json of a fast one, or a slow one itself
+    end: tuple[int, ...]  # ids that are put after each document
+    dtype: str  # of the tokens
+    fields: Fields  # that are read
+    default: str | None = None  # domain of the documents that lack the domain field; None: they are an error
+    held_out: float = 0.0  # share of the documents that is held out, by hash
+    split_special: bool = False  # take special tokens in a text for text, which a tokenizer.json does not say
 
     @cached_property
     def encode(self) -> Encode:

@@ -28,17 +28,12 @@ Plan = dict[str, Any]
 
 
 class Work:
-    """The work folder in a folder of stores.
-
-    Attributes:
-        existing: names of the stores that were there when the work began and are not to be overwritten.
-        piece: bytes of a piece, as when the work began: shards are numbered by it.
-    """
+    """The work folder in a folder of stores."""
 
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, output / FOLDER
-        self.existing: list[str] = []
-        self.piece = 0
+        self.existing: list[str] = []  # stores that were there when the work began and are not to be overwritten
+        self.piece = 0  # bytes of a piece, as when the work began: shards are numbered by it
 
     @contextmanager
     def alone(self) -> Iterator[int]:
