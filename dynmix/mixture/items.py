@@ -33,7 +33,7 @@ class Items:
     parameters `shard` and `num_shards`, or an HF dataset whose shards can be dealt out evenly.
 
     Args:
-        name: of the domain, for messages.
+        name: of the domain.
         source: an iterable that can be iterated anew, or a function that makes one; it may have the parameters `epoch`,
             `shard` and `num_shards`. An iterable with `set_epoch` is told the number of each pass.
         reader, readers: number of this reader, from 0, and how many there are.

@@ -39,20 +39,15 @@ class Exhausted(LookupError, StopIteration):  # noqa: N818 (a state of affairs: 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user says of repetition.
+    """What the user says of repetition: `max_epochs` and `when_exhausted` as in `MixtureDataset`.
 
-    Args:
-        max_epochs, when_exhausted: as in `MixtureDataset`.
-        group: sequences that are drawn at once. One that ends the reading of its domain is never cut: the limit is
-            reached with the last whole group, up to `group` - 1 sequences early.
-
-    Raises:
-        ValueError: a limit below 0, a policy there is not, or one that has no limit to act on.
+    A limit is reached with the last whole group that fits, up to `group` - 1 sequences early. Raises ValueError for a
+    limit below 0, a policy there is not, or one that has no limit to act on.
     """
 
     max_epochs: MaxEpochs = None
     when_exhausted: Policy | None = None
-    group: int = 1
+    group: int = 1  # sequences that are drawn at once
     hard: bool = field(init=False)  # whether the order of the samples depends on the limits
 
     def __post_init__(self) -> None:
@@ -137,13 +132,8 @@ class Course:
     There is more than one row under "redistribute" alone: one for each stretch between two positions at which domains
     reach their limits. Every one follows from the one before; they are found when they are first asked for, and kept.
 
-    Args:
-        stage: the stage as it was published.
-        limit: int64[n_domains], draws of each domain over the whole run.
-        policy, order: of the schedule.
-
-    Attributes:
-        dry: first position that the stage has nothing for; `NEVER` if there is none.
+    Made of the stage as it was published, the draws that each domain may have over the whole run, int64[n_domains], and
+    the schedule's policy and order. `dry` is the first position that the stage has nothing for, `NEVER` if none.
     """
 
     def __init__(self, stage: StageRow, limit: Ints, policy: Policy, order: Order) -> None:
