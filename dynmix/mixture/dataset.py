@@ -320,7 +320,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         if views and folder is None:
             raise ValueError(f"folder is missing, where the index of {next(iter(views))!r} is kept")
         opened = self._open({name: domains[name] for name in domains if name not in views}, self.sequence_length)
-        self._join(domains, opened, late.numbered_domains(views, self._first, Path(folder or ".")))
+        self._join(domains, opened, late.joined_views(views, self._first, Path(folder or ".")))
 
     def _open(self, domains: Mapping[str, Source], sequence_length: int | None) -> dict[str, Sequences]:
         given = {"tokenizer": self._tokenizer, "cache_dir": self._cache_dir, **self.options.of_packing}
@@ -331,7 +331,7 @@ class MixtureDataset(Steered, Dataset[Item]):
     ) -> None:
         common_length({f"domain {name!r}": rows for name, rows in new.items()}, self.sequence_length)
         own = [
-            late.of_rows(name, given[name], rows, self.sequence_length, workers=self._progress.by_workers)
+            late.joined_domain(name, given[name], rows, self.sequence_length, workers=self._progress.by_workers)
             for name, rows in new.items()
         ]
         joining = [*own, *(domain for domain, _ in views)]

@@ -60,7 +60,7 @@ def is_view(data: Any) -> bool:
     return isinstance(data, tuple) and len(data) == 2 and not any(isinstance(part, _DATA) for part in data)
 
 
-def numbered_domains(
+def joined_views(
     domains: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], parts: Sequence[Sequences], folder: Path
 ) -> list[tuple[JoinedDomain, Numbers]]:
     """The domains of an `extend` that are views, and their numbers, checked; nothing is written."""
@@ -106,7 +106,7 @@ def _check_there(name: str, part: Ints, parts: Sequence[Sequences]) -> None:
         )
 
 
-def of_rows(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> JoinedDomain:
+def joined_domain(name: str, data: Any, rows: Sequences, length: int, *, workers: bool) -> JoinedDomain:
     """A domain of rows of its own: `data` as it was given, `rows` as it was opened.
 
     Raises ValueError for rows of another `length`, or data that running `workers`, which open it by a path, cannot see.
