@@ -512,10 +512,10 @@ class MixtureDataset(Steered, Dataset[Item]):
         if self._tables is None:
             self._tables = tables_of(self._first)
         tokens = direct(self._tables, self.sequence_length, domain, row)
-        parts = parts_of(self._sequences, self.domains, domain, row) if tokens is None or self.masks_labels else []
+        parts = parts_of(self._sequences_of, self.domains, domain, row) if tokens is None or self.masks_labels else []
         return as_items(domain, self.sequence_length, tokens, parts, self.options if self.masks_labels else None)
 
-    def _sequences(self, number: int) -> Sequences:
+    def _sequences_of(self, number: int) -> Sequences:
         if number < len(self._first):
             return self._first[number]
         domain = self.schedule.joined[number - len(self._first)]
