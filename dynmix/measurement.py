@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import numpy as np
 from torch import nn
@@ -41,6 +42,7 @@ from dynmix.shown import Bar
 
 logger = logging.getLogger("dynmix")
 
+P = ParamSpec("P")
 Sets = Mapping[str, list[Batch]]
 
 # Sequences that are searched for tokens outside the model's vocabulary: of each domain, and of all together.
@@ -60,6 +62,25 @@ class Probes:
     domains: dict[str, Ints]
     held_out: dict[str, Ints]
     seed: int
+
+
+def _within_memory(method: Callable[Concatenate["Measurement", P], T]) -> Callable[Concatenate["Measurement", P], T]:
+    """Where memory runs out, start again with smaller batches and the factors of before; random states are kept."""
+
+    @wraps(method)
+    @random_state_kept()
+    def measured(self: "Measurement", /, *args: P.args, **options: P.kwargs) -> T:
+        carried = self.carried
+        before = None if carried is None else (carried.fitted, carried.used)
+
+        def from_the_start() -> T:
+            if carried is not None and before is not None:
+                carried.fitted, carried.used = before
+            return method(self, *args, **options)
+
+        return within_memory(from_the_start, self._halve)
+
+    return measured
 
 
 class Measurement:
@@ -270,6 +291,7 @@ class Measurement:
             held_out[name] = np.resize(others if len(others) >= more else rows, more)
         return Probes(domains, held_out, seed=start)
 
+    @_within_memory
     def influence(
         self, model: nn.Module, probes: Probes, prior: Mapping[str, float]
     ) -> tuple[Influence, DrawnMixtures | None]:
@@ -277,34 +299,26 @@ class Measurement:
 
         The curvature is fitted in the proportions of `prior`.
         """
+        sets, (domains, pooled) = on_every_rank(lambda: (self._rows(probes.held_out), self._batches_of(probes, prior)))
+        options = self._options | self.memory_options | {"curvature_batches": pooled}
+        passes = self.curvature.passes * len(pooled)
+        with self._progress(passes, domains, sets, self.memory_options["layer_groups"]) as tick:
+            return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
 
-        def measure() -> tuple[Influence, DrawnMixtures | None]:
-            sets, (domains, pooled) = on_every_rank(
-                lambda: (self._rows(probes.held_out), self._batches_of(probes, prior))
-            )
-            options = self._options | self.memory_options | {"curvature_batches": pooled}
-            passes = self.curvature.passes * len(pooled)
-            with self._progress(passes, domains, sets, self.memory_options["layer_groups"]) as tick:
-                return self._measured(model, domains, sets, self.curvature, probes.seed, tick=tick, **options)
-
-        return self._within_memory(measure)
-
+    @_within_memory
     def gradient(self, model: nn.Module, probes: Probes) -> Influence:
         """Return the products of the domains' gradients with those of the sets: an influence without a curvature."""
+        sets, domains = on_every_rank(
+            lambda: (self._rows(probes.held_out), self._probe_batches(probes, probes.domains))
+        )
         options = self._options | self.memory_options
+        with self._progress(0, domains, sets, self.memory_options["layer_groups"]) as tick:
+            return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
 
-        def measure() -> Influence:
-            sets, domains = on_every_rank(
-                lambda: (self._rows(probes.held_out), self._probe_batches(probes, probes.domains))
-            )
-            with self._progress(0, domains, sets, self.memory_options["layer_groups"]) as tick:
-                return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
-
-        return self._within_memory(measure)
-
+    @_within_memory
     def losses(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
         """Return task or guard -> loss in nats per token, and -> its standard error."""
-        return self._within_memory(lambda: task_losses(model, self.sets, over_ranks=True))
+        return task_losses(model, self.sets, over_ranks=True)
 
     def warn_of_repeated(self, probes: Probes, start: int, stop: int) -> None:
         """Log which domains were too small to keep their probes out of the stage [start, stop), now published."""
@@ -320,28 +334,21 @@ class Measurement:
 
     # -- for an in-run influence ---------------------------------------------------------------------------------------
 
+    @_within_memory
     def task_gradients(self, model: nn.Module, probes: Probes, prior: Mapping[str, float], folds: int) -> TaskGradients:
         """Return the preconditioned gradient of each row of the influence, with the curvature as in `influence`."""
-        options = self._options | {"folds": folds}
+        sets, (_, pooled) = on_every_rank(lambda: (self._rows(probes.held_out), self._batches_of(probes, prior)))
+        with self._progress(self.curvature.passes * len(pooled), {}, sets) as tick:
+            return task_gradients(model, sets, self.curvature, pooled, folds=folds, tick=tick, **self._options)
 
-        def measure() -> TaskGradients:
-            sets, (_, pooled) = on_every_rank(lambda: (self._rows(probes.held_out), self._batches_of(probes, prior)))
-            with self._progress(self.curvature.passes * len(pooled), {}, sets) as tick:
-                return task_gradients(model, sets, self.curvature, pooled, tick=tick, **options)
-
-        return self._within_memory(measure)
-
+    @_within_memory
     def products(
         self, model: nn.Module, gradients: TaskGradients, probes: Probes, domains: Collection[str]
     ) -> dict[str, tuple[Array, Array]]:
         """Return the products of these domains' probes with the tasks' gradients, as `sequence_products`."""
-
-        def measure() -> dict[str, tuple[Array, Array]]:
-            sets = on_every_rank(lambda: self._probe_batches(probes, domains))
-            with self._progress(0, sets, {}) as tick:
-                return sequence_products(model, gradients, sets, tick=tick, over_ranks=True)
-
-        return self._within_memory(measure)
+        sets = on_every_rank(lambda: self._probe_batches(probes, domains))
+        with self._progress(0, sets, {}) as tick:
+            return sequence_products(model, gradients, sets, tick=tick, over_ranks=True)
 
     def whole(self, influence: Influence) -> Influence:
         """Return the influence with its guards named and a column for every domain of the dataset.
@@ -433,18 +440,6 @@ class Measurement:
                 bar.update()
 
             yield tick
-
-    @random_state_kept()
-    def _within_memory(self, measure: Callable[[], T]) -> T:
-        carried = self.carried
-        before = None if carried is None else (carried.fitted, carried.used)
-
-        def from_the_start() -> T:
-            if carried is not None and before is not None:
-                carried.fitted, carried.used = before
-            return measure()
-
-        return within_memory(from_the_start, self._halve)
 
     def _halve(self) -> int | None:
         if (largest := self._largest_batch) == 1:
