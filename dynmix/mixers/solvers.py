@@ -1,11 +1,13 @@
-"""Three solvers of TiKMiX-D's `Problem`, behind one signature: Problem -> (weights, multipliers of the rows).
+"""TiKMiX-D's `Problem` solved: three solvers behind one signature, Problem -> (weights, multipliers of the rows).
 
 The dual has 2 n_tasks unknowns however many domains there are, and a certified gap; it needs gamma above 0, and has no
 place for noise. Clarabel, an interior-point solver of conic programmes, takes those problems if it is installed; what
-remains is SciPy's SLSQP, slow beyond a few hundred domains. None of them is believed by its caller before the answer is
-verified.
+remains is SciPy's SLSQP, slow beyond a few hundred domains. `solve` tries them in turn, and believes no answer
+that it has not verified.
 """
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,44 @@ from dynmix.mixers.problem import Problem, lift
 from dynmix.mixers.simplex import water_fill
 from dynmix.observation import Array
 
+logger = logging.getLogger("dynmix.mixers")
+
+# Row-scaled violation up to which a constraint counts as met: what interior-point solvers leave, far below any score.
+FEASIBLE = 1e-7
 GAP = 1e-9  # relative duality gap at which the dual's answer is final
 ROUNDING = 1e-12  # row-scaled violation of a constraint that is no more than rounding
 NEWTON_STEPS = 200  # dozens are enough
 SLSQP_DOMAINS = 400
+
+
+def solve(problem: Problem) -> tuple[Array, Array, str]:
+    """Return (w, multipliers of the rows, solver): the first answer that keeps all constraints, or `start` and "prior".
+
+    Where an answer is no better than `start`, that is w.
+    """
+    solvers = {"dual": solve_dual} if problem.gamma > 0 and not problem.robust else {}
+    solvers |= {"clarabel": solve_clarabel, "slsqp": solve_slsqp}
+    # The mixture follows from the ratios of the three, and the solvers' tolerances are for an objective near 1.
+    unit = max(problem.alpha, problem.beta, problem.gamma) or 1.0
+    p = replace(problem, **{name: getattr(problem, name) / unit for name in ("alpha", "beta", "gamma", "cost")})
+    failures = []
+    for name, method in solvers.items():
+        try:
+            w, multipliers = method(p)
+        except ArithmeticError as failure:
+            failures.append(f"{name}: {failure}")
+            continue
+        inside = (w >= p.lower - 1e-9).all() and (w <= p.upper + 1e-9).all() and abs(w.sum() - 1) < 1e-9
+        better = p.objective(p.start) - p.objective(w)
+        accuracy = GAP * max(1.0, abs(p.objective(w)))
+        if inside and better >= -accuracy:
+            if better <= accuracy:
+                return p.start, unit * multipliers, name
+            if p.violation(w) <= FEASIBLE:
+                return w, unit * multipliers, name
+        failures.append(f"{name}: an answer that misses a bound or a constraint")
+    logger.warning("TiKMiX-D keeps the prior, because no solver answered: %s", "; ".join(failures))
+    return p.start, np.zeros(len(p.C)), "prior"
 
 
 def solve_dual(p: Problem) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """TiKMiX-D: the mixture that maximises group influence under a Pareto constraint (arXiv 2508.17677, Section 3.2).
 
-Turns a measured influence, its noise and the guards into a convex `Problem`, tries the solvers in turn, and checks
-their answers: a proposal is feasible and no worse than the prior, or it is the prior. Knows arrays and names; no model.
+Turns a measured influence, its noise and the guards into a convex `Problem`, has it solved, and says what came of it: a
+proposal is feasible and no worse than the prior, or it is the prior. Knows arrays and names; no model.
 """
 
 import logging
@@ -18,13 +18,11 @@ from dynmix.mixers.base import Mixer, Proposal, Run, bounds
 from dynmix.mixers.memory import Memory
 from dynmix.mixers.problem import Problem, slackest
 from dynmix.mixers.simplex import cap, normalized
-from dynmix.mixers.solvers import GAP, ROUNDING, solve_clarabel, solve_dual, solve_slsqp
+from dynmix.mixers.solvers import ROUNDING, solve
 from dynmix.observation import Array, Influence
 
 logger = logging.getLogger("dynmix.mixers")
 
-# Row-scaled violation up to which a constraint counts as met: what interior-point solvers leave, far below any score.
-FEASIBLE = 1e-7
 EPS = 1e-8  # Eq. 6's
 
 
@@ -201,7 +199,7 @@ class TiKMiXD(Mixer):
         if problem is None:
             w, solver, message = inside, "prior", f"prior {posed.kept}: {note}"
         else:
-            w, multipliers, solver = self._solve(problem)
+            w, multipliers, solver = solve(problem)
             message = f"objective {problem.objective(inside):.4f} -> {problem.objective(w):.4f}{note}"
             if np.array_equal(w, inside):
                 why = "no mixture does better and is no worse on any row, as sure as asked for"
@@ -344,33 +342,6 @@ class TiKMiXD(Mixer):
         of_guards = [given.get(name, 0.0) if isinstance(given, Mapping) else given for name in influence.tasks]
         scale = np.abs(influence.scores).max(axis=1)
         return np.asarray((EPS / np.maximum(scale, EPS)) ** 2 + np.where(influence.optimised, 0.0, of_guards))
-
-    def _solve(self, problem: Problem) -> tuple[Array, Array, str]:
-        solvers = {"dual": solve_dual} if self.gamma > 0 and not problem.robust else {}
-        solvers |= {"clarabel": solve_clarabel, "slsqp": solve_slsqp}
-        # The mixture follows from the ratios of the three, and the solvers' tolerances are for an objective near 1.
-        unit = max(self.alpha, self.beta, self.gamma) or 1.0
-        weights = {name: getattr(problem, name) / unit for name in ("alpha", "beta", "gamma", "cost")}
-        problem = replace(problem, **weights)
-        failures = []
-        for name, solve in solvers.items():
-            try:
-                w, multipliers = solve(problem)
-            except ArithmeticError as failure:
-                failures.append(f"{name}: {failure}")
-                continue
-            inside = (w >= problem.lower - 1e-9).all() and (w <= problem.upper + 1e-9).all()
-            inside = inside and abs(w.sum() - 1) < 1e-9
-            better = problem.objective(problem.start) - problem.objective(w)
-            accuracy = GAP * max(1.0, abs(problem.objective(w)))
-            if inside and better >= -accuracy:
-                if better <= accuracy:
-                    return problem.start, unit * multipliers, name
-                if problem.violation(w) <= FEASIBLE:
-                    return w, unit * multipliers, name
-            failures.append(f"{name}: an answer that misses a bound or a constraint")
-        logger.warning("TiKMiX-D keeps the prior, because no solver answered: %s", "; ".join(failures))
-        return problem.start, np.zeros(len(problem.C)), "prior"
 
     def _binding(
         self, influence: Influence, p: Problem, widest: tuple[Array, Array], w: Array, multipliers: Array

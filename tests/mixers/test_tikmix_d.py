@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
-import dynmix.mixers.tikmix_d
+import dynmix.mixers.solvers
 from dynmix.mixers.base import Run
 from dynmix.mixers.solvers import solve_dual
 from dynmix.mixers.tikmix_d import TiKMiXD, row_scales
@@ -221,7 +221,7 @@ def test_where_clarabel_fails_the_answer_is_nearly_the_same(monkeypatch):
     def fails(problem):
         raise ArithmeticError("no")
 
-    monkeypatch.setattr(dynmix.mixers.tikmix_d, "solve_clarabel", fails)
+    monkeypatch.setattr(dynmix.mixers.solvers, "solve_clarabel", fails)
     other = mixer.propose(observed(S), prior=prior)
     assert other.solver == "slsqp"
     p = mixer.problem(observed(S), prior)
@@ -453,7 +453,7 @@ def test_where_no_solver_answers_the_prior_stays_and_nothing_is_said_to_bind(mon
         raise ArithmeticError("it stalls")
 
     for name in ("solve_dual", "solve_clarabel", "solve_slsqp"):
-        monkeypatch.setattr(dynmix.mixers.tikmix_d, name, fails)
+        monkeypatch.setattr(dynmix.mixers.solvers, name, fails)
     S, prior = np.array([[1.0, 0.0, 0.2, -0.5], [-0.6, 0.2, 0.1, 0.1]]), named([0.1, 0.5, 0.2, 0.2])
     proposal = TiKMiXD(upper={"domain0": 0.1}).propose(observed(S), prior=prior)
     assert proposal.weights == pytest.approx(prior)
