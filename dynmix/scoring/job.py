@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dynmix.batches import Batch, by_length, collate
 from dynmix.influence.batch import has_positions, next_token_labels
 from dynmix.influence.curvature import Curvature
-from dynmix.influence.datainf import DataInf
 from dynmix.influence.isolation import unwrap
 from dynmix.influence.layers import Layers
 from dynmix.influence.sample import SampleScorer
@@ -31,8 +30,6 @@ from dynmix.scoring.sources import Source, check_sources
 from dynmix.snapshot import load_model
 
 Load = Callable[[Path], nn.Module]
-
-_SHARD_TOKENS = 1 << 18  # minutes of work on a CPU
 
 Examples = Sequence[Mapping[str, Any]]
 """A task: dicts with `input_ids` [tokens] and, if not all are scored, `labels`; a `dynmix.tasks.Task` is one."""
@@ -252,32 +249,6 @@ def task_batches(name: str, examples: Examples, batch_tokens: int) -> list[Batch
     if not any((next_token_labels(batch) != -100).any() for batch in batches):
         raise ValueError(f"tasks[{name!r}] has no token to score: every label is -100 or first of its sequence")
     return batches
-
-
-def make_job(
-    corpus: Corpus,
-    tasks: Mapping[str, Examples],
-    sources: Sequence[Source],
-    *,
-    layers: str | None,
-    curvature: Curvature | None,
-    curvature_sequences: int,
-    batch_tokens: int,
-    shard_samples: int | None,
-) -> Job:
-    """The job of these tasks' examples; DataInf's curvature if none is given. Raises ValueError, as `Job` does."""
-    if shard_samples is None:
-        shard_samples = max(1, _SHARD_TOKENS * len(corpus) // max(1, int(corpus.tokens.sum())))
-    return Job(
-        corpus,
-        {name: task_batches(name, examples, batch_tokens) for name, examples in tasks.items()},
-        tuple(sources),
-        DataInf() if curvature is None else curvature,
-        curvature_sequences,
-        layers,
-        batch_tokens,
-        shard_samples,
-    )
 
 
 def _batches_hash(batches: Sequence[Mapping[str, Tensor]]) -> str:

@@ -15,16 +15,18 @@ from functools import partial
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynmix.influence.curvature import Curvature
+from dynmix.influence.curvature import Curvature, DataInf
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.scoring.corpus import Corpus, Domains, Unit
 from dynmix.scoring.cost import describe
 from dynmix.scoring.folder import ScoreFolder
-from dynmix.scoring.job import Examples, Load, ShardScorer, make_job
+from dynmix.scoring.job import Examples, Job, Load, ShardScorer, task_batches
 from dynmix.scoring.sources import Source
 from dynmix.shown import stderr_console
 
 logger = logging.getLogger(__name__)
+
+_SHARD_TOKENS = 1 << 18  # minutes of work on a CPU
 
 
 def score_corpus(
@@ -92,10 +94,12 @@ def score_corpus(
     if actors < 0 or (actors and world > 1):
         raise ValueError(f"actors={actors}, part={part}: 0 or more actors, and with actors no part of your own")
     _check_device(device, here=not actors)
-    job = make_job(
-        Corpus(domains, unit, sequence_length), tasks, checkpoints, layers=layers, curvature=curvature,
-        curvature_sequences=curvature_sequences, batch_tokens=batch_tokens, shard_samples=shard_samples,
-    )  # fmt: skip
+    corpus = Corpus(domains, unit, sequence_length)
+    if shard_samples is None:
+        shard_samples = max(1, _SHARD_TOKENS * len(corpus) // max(1, int(corpus.tokens.sum())))
+    batches = {name: task_batches(name, examples, batch_tokens) for name, examples in tasks.items()}
+    curvature = DataInf() if curvature is None else curvature
+    job = Job(corpus, batches, tuple(checkpoints), curvature, curvature_sequences, layers, batch_tokens, shard_samples)
     folder = ScoreFolder.begin(out, job.config())
     mine = range(rank, folder.shards, world)
     folder.join(mine)
