@@ -37,17 +37,7 @@ Examples = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Job:
-    """All that a scoring depends on.
-
-    Attributes:
-        corpus: the samples.
-        tasks: batches of each task's examples, by name.
-        sources: checkpoints, and which tasks each scores for.
-        curvature: how gradients are preconditioned.
-        curvature_sequences: how many sequences of the corpus the curvature is fitted on.
-        layers: regular expression on names of layers; None: `dynmix.influence.sample.last_layers`.
-        batch_tokens: tokens of a forward and backward pass, padding included.
-        shard_samples: samples that are scored, and written, together.
+    """All that a scoring depends on: the arguments of `dynmix.scoring.score_corpus` that change its scores.
 
     Raises:
         ValueError: numbers below 1, sources and tasks that do not fit.
@@ -71,8 +61,8 @@ class Job:
 
     def config(self) -> dict[str, Any]:
         """The job as JSON-able values, with fingerprints of data, tasks and checkpoints."""
-        corpus = self.corpus
-        facts = zip(corpus.names, corpus.sizes.tolist(), corpus.tokens.tolist(), corpus.fingerprints, strict=True)
+        corpus, facts = self.corpus, ("name", "samples", "tokens", "fingerprint")
+        domains = zip(corpus.names, corpus.sizes.tolist(), corpus.tokens.tolist(), corpus.fingerprints, strict=True)
         return {
             "unit": corpus.unit,
             "sequence_length": corpus.sequence_length,
@@ -81,10 +71,7 @@ class Job:
             "curvature_sequences": self.curvature_sequences,
             "batch_tokens": self.batch_tokens,
             "shard_samples": self.shard_samples,
-            "domains": [
-                {"name": name, "samples": samples, "tokens": tokens, "fingerprint": fingerprint}
-                for name, samples, tokens, fingerprint in facts
-            ],
+            "domains": [dict(zip(facts, domain, strict=True)) for domain in domains],
             "tasks": [
                 {
                     "name": name,
@@ -122,12 +109,7 @@ class ShardScorer:
     Args:
         job: the job.
         source: one of its sources.
-        load: gives the model of a path, put where it is to run; None: `load_model`.
-        device: where the model is put; None: a GPU if there is one, or with `load` where that put it.
-
-    Attributes:
-        model: the model.
-        scorer: of single batches.
+        load, device: as in `dynmix.scoring.score_corpus`.
 
     Raises:
         ValueError: the model cannot read the tasks or the corpus, a layer that it does not have, or nothing to fit the

@@ -49,17 +49,8 @@ def score_on_ray(
     """Score these shards and write them to the folder, which every node must see under the same path.
 
     Connects to the cluster as `ray.init()` does (`RAY_ADDRESS`), unless that has been called. Yields in the order in
-    which shards are done.
-
-    Args:
-        job: what to score, and how; the stores and checkpoints are read by path on every node.
-        folder: of the scores.
-        shards: by source.
-        actors: how many, each a process with a model.
-        resources: what an actor takes, as arguments of Ray: {"num_gpus": 1}; None: a GPU if the cluster has any, else a
-            core.
-        load: as in `score_corpus`.
-        device: as in `score_corpus`.
+    which shards are done. The stores and checkpoints are read by path on every node. Arguments as in `score_corpus`;
+    `shards` are their numbers, by source.
 
     Raises:
         ImportError: Ray is not installed.
