@@ -190,7 +190,7 @@ class InRunInfluence:
         if isinstance(window.watch, TokenProducts):  # else units are micro-batches, and sequences of rare domains
             with np.errstate(invalid="ignore"):  # of a domain that is not here
                 influence = replace(influence, scored_tokens=window.tally.tokens / window.tally.units)
-        return self.measurement.whole(influence), window.seconds
+        return self.measurement.completed(influence), window.seconds
 
     def close(self) -> None:
         """Stop observing."""

@@ -313,7 +313,7 @@ class Measurement:
         )
         options = self._options | self.memory_options
         with self._progress(0, domains, sets, self.memory_options["layer_groups"]) as tick:
-            return self.whole(group_influence(model, domains, sets, Identity(), tick=tick, **options))
+            return self.completed(group_influence(model, domains, sets, Identity(), tick=tick, **options))
 
     @_within_memory
     def losses(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
@@ -350,7 +350,7 @@ class Measurement:
         with self._progress(0, sets, {}) as tick:
             return sequence_products(model, gradients, sets, tick=tick, over_ranks=True)
 
-    def whole(self, influence: Influence) -> Influence:
+    def completed(self, influence: Influence) -> Influence:
         """Return the influence with its guards named and a column for every domain of the dataset.
 
         The column of a domain that is not here is 0: it cannot be drawn, and its weight is bounded by 0.
@@ -385,13 +385,13 @@ class Measurement:
         self, model: nn.Module, domains: Sets, sets: Sets, curvature: Curvature, seed: int, **options: Any
     ) -> tuple[Influence, DrawnMixtures | None]:
         if "measure" not in self.needs:
-            return self.whole(group_influence(model, domains, sets, curvature, **options)), None
+            return self.completed(group_influence(model, domains, sets, curvature, **options)), None
         found = scored_groups(model, domains, sets, curvature, **options)
         # A domain that is not here is never drawn, but has a weight, 0.
         nothing, names = np.zeros((1, len(found.influence.tasks))), self.dataset.domains
         scores = {name: found.scores.get(name, nothing) for name in names}
         tokens = {name: found.tokens.get(name, np.zeros(1)) for name in names}
-        return self.whole(found.influence), DrawnMixtures(scores, tokens, self.sample_sequences, seed)
+        return self.completed(found.influence), DrawnMixtures(scores, tokens, self.sample_sequences, seed)
 
     @property
     def _options(self) -> dict[str, Any]:

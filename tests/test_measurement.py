@@ -101,11 +101,11 @@ def test_a_domain_that_is_not_here_has_a_column_that_says_nothing(monkeypatch):
     bound = {"left_out": [0.1], "left_out_bound": [[3.0]]}
     measured = Influence([[0.5]], ["t"], ["b"], [[0.1]], scored_tokens=[7.0], **bound)
     unseen = Influence([[np.nan, 0.5]], ["t"], ["a", "b"], [[np.nan, 0.1]], scored_tokens=[np.nan, 7.0])
-    for found in map(room.whole, (measured, unseen)):
+    for found in map(room.completed, (measured, unseen)):
         assert found.domains == ("a", "b")
         assert (found.scores.tolist(), found.standard_error.tolist()) == ([[0, 0.5]], [[0, 0.1]])
         assert found.scored_tokens.tolist() == [7, 7]
-    assert room.whole(measured).left_out_bound.tolist() == [[0, 3]]
+    assert room.completed(measured).left_out_bound.tolist() == [[0, 3]]
 
 
 def test_it_says_how_many_tokens_sequences_score():

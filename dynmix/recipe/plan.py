@@ -156,7 +156,7 @@ def _check_mixer(run: RecipeRun) -> None:
     rows = [*measurement.sets, *([HELD_OUT] if measurement.held_out_sequences else [])]
     influence = Influence(np.zeros((len(rows), len(dataset.domains))), rows, dataset.domains)
     upper = controller.budget.upper(0, controller.timetable.stage_samples)
-    decider.rehearse(Evidence(measurement.whole(influence)), dataset.schedule.weights_at(0), upper)
+    decider.rehearse(Evidence(measurement.completed(influence)), dataset.schedule.weights_at(0), upper)
 
 
 def _domains(run: RecipeRun, total: int, first: int) -> dict[str, DomainPlan]:
