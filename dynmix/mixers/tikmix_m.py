@@ -95,13 +95,8 @@ class TiKMiXM(Mixer):
     ):
         if not 0 <= low <= 1 <= high < np.inf:
             raise ValueError(f"low={low}, high={high}: the box is around the prior, 0 <= low <= 1 <= high")
-        least_of = {
-            "mixtures": (mixtures, 16),
-            "rounds": (rounds, 0),
-            "iterations": (iterations, 1),
-            "top_k": (top_k, 1),
-        }
-        for name, (value, least) in least_of.items():
+        least_of = {"mixtures": 16, "rounds": 0, "iterations": 1, "top_k": 1, "seed": 0}
+        for (name, least), value in zip(least_of.items(), (mixtures, rounds, iterations, top_k, seed), strict=True):
             if value < least:
                 raise ValueError(f"{name}={value}: at least {least}")
         if rounds > (most := mixtures - int(DESIGN * mixtures) - 1):
@@ -114,8 +109,6 @@ class TiKMiXM(Mixer):
             raise ValueError(f"anneal={anneal!r}: 'narrowing' or 'literal'")
         if surrogate != "auto" and surrogate not in NAMES:
             raise ValueError(f"surrogate={surrogate!r}: 'auto' or one of {list(NAMES)}")
-        if seed < 0:
-            raise ValueError(f"seed={seed}: at least 0")
         self.direct = _made(direct)
         self.low, self.high, self.mixtures, self.rounds = float(low), float(high), int(mixtures), int(rounds)
         self.iterations, self.samples, self.top_k = int(iterations), int(samples), int(top_k)
@@ -129,9 +122,8 @@ class TiKMiXM(Mixer):
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
-        own = super().describe() | {"direct": self.direct.describe()}
-        del own["search"]  # made of the others
-        return own
+        own = {name: value for name, value in super().describe().items() if name != "search"}  # made of the others
+        return own | {"direct": self.direct.describe()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many proposals were made: the next one's random numbers follow from it."""
