@@ -17,7 +17,7 @@ from dynmix.mixture.prepare import check_tokenizer
 from dynmix.observation import Influence
 from dynmix.recipe.build import curvature as named_curvature
 from dynmix.recipe.names import in_a_line
-from dynmix.scoring.inputs import find_stores, find_tasks
+from dynmix.scoring.inputs import by_name, find_stores, find_tasks
 from dynmix.shown import Bar
 from dynmix.tasks import Task
 
@@ -86,14 +86,8 @@ def _tasks(paths: Sequence[Path]) -> dict[str, Path]:
         if not inside:
             raise ValueError(f"--tasks {path}: no .jsonl or .jsonl.gz file and no token store in this folder")
         files += inside
-    found: dict[str, Path] = {}
-    for file in files:
-        stem = file.name
-        for suffix in (".jsonl.gz", ".jsonl", ".idx", ".bin"):
-            stem = stem.removesuffix(suffix)
-        if stem in found:
-            raise ValueError(f"--tasks: {found[stem]} and {file} have the same name {stem!r}: rename one")
-        found[stem] = file.with_name(stem) if file.suffix in (".idx", ".bin") else file
-        if not file.exists() and not file.with_name(f"{stem}.idx").exists():
+    found = by_name("--tasks", files, (".jsonl.gz", ".jsonl", ".idx", ".bin"))
+    for name, file in found.items():
+        if not file.exists() and not file.with_name(f"{name}.idx").exists():
             raise ValueError(f"--tasks {file}: no such file or token store")
-    return found
+    return {name: file.with_name(name) if file.suffix in (".idx", ".bin") else file for name, file in found.items()}

@@ -6,9 +6,8 @@ Knows the command's options, which its errors name; scores nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from transformers import AutoTokenizer
 
@@ -20,8 +19,6 @@ from dynmix.scores import Metric
 from dynmix.scoring.job import Examples
 from dynmix.scoring.sources import Source, all_sources, peak_sources
 from dynmix.tasks import Task
-
-T = TypeVar("T")
 
 
 def find_stores(paths: Sequence[Path]) -> dict[str, TokenStore]:
@@ -41,7 +38,7 @@ def find_stores(paths: Sequence[Path]) -> dict[str, TokenStore]:
         if not found:
             raise ValueError(f"--data {path}: no token store (.idx) in this folder; `dynmix prepare` makes them")
         files += found
-    return _by_name("--data", files, (".idx", ".bin"), TokenStore.open)
+    return {name: TokenStore.open(file) for name, file in by_name("--data", files, (".idx", ".bin")).items()}
 
 
 def _domains(folder: Path) -> list[Path]:
@@ -70,9 +67,8 @@ def find_tasks(paths: Sequence[Path], tokenizer: str, max_length: int) -> dict[s
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as problem:
         raise ValueError(f"--tokenizer {tokenizer}: no folder or name of a tokenizer: {problem}") from problem
-    tasks = _by_name(
-        "--tasks", files, (".jsonl.gz", ".jsonl"), lambda file: Task.from_jsonl(file, loaded, max_length=max_length)
-    )
+    named = by_name("--tasks", files, (".jsonl.gz", ".jsonl"))
+    tasks = {name: Task.from_jsonl(file, loaded, max_length=max_length) for name, file in named.items()}
     if "rest" in tasks:
         raise ValueError("--tasks: 'rest' is the group of what helps no task; rename the file")
     return tasks
@@ -158,12 +154,12 @@ def _checkpoints(path: Path) -> list[Checkpoint]:
     return own
 
 
-def _by_name(option: str, files: Sequence[Path], suffixes: tuple[str, ...], read: Callable[[Path], T]) -> dict[str, T]:
-    """What is read from each file, by its name without suffix."""
-    places: dict[str, Path] = {}
+def by_name(option: str, files: Sequence[Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files by their names without these suffixes. Raises ValueError, beginning with `option`, for two of one name."""
+    found: dict[str, Path] = {}
     for file in files:
         name = next((file.name.removesuffix(end) for end in suffixes if file.name.endswith(end)), file.name)
-        if name in places:
-            raise ValueError(f"{option}: {places[name]} and {file} have the same name {name!r}: rename one")
-        places[name] = file
-    return {name: read(file) for name, file in places.items()}
+        if name in found:
+            raise ValueError(f"{option}: {found[name]} and {file} have the same name {name!r}: rename one")
+        found[name] = file
+    return found
