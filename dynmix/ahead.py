@@ -14,11 +14,7 @@ logger = logging.getLogger("dynmix.mixture")
 
 
 class Ahead:
-    """The events of a dataset's stages, in the order of their positions.
-
-    Args:
-        dataset: whose schedule is looked at.
-    """
+    """The events of a dataset's stages, in the order of their positions."""
 
     def __init__(self, dataset: Mixture):
         self.dataset = dataset
@@ -27,12 +23,7 @@ class Ahead:
     def look(self, position: int, total: int) -> list[NewEpoch]:
         """Note what will happen from `position` to the end of the last stage; return the epochs that begin there.
 
-        Args:
-            position: where to start, in samples.
-            total: samples of the whole run.
-
-        Raises:
-            ValueError: a domain is drawn that this run does not have.
+        `total`: samples of the whole run. Raises ValueError if a domain is drawn that this run does not have.
         """
         schedule = self.dataset.schedule
         stop = min(schedule.end or total, total)

@@ -47,13 +47,9 @@ class Evidence:
 
 
 class Decider:
-    """A mixer in a run.
+    """A mixer in a run. It is started, and if it returns weights, the dataset's first stage gets them.
 
-    Args:
-        mixer: one, its name, or a mapping with name and arguments. It is started, and if it returns weights, the
-            dataset's first stage gets them.
-        dataset: what is trained on.
-        reference: the reference model, for mixers that need one.
+    Args: as in `dynmix.controller.MixtureController`.
 
     Raises:
         ValueError: an unknown mixer, an unknown need, a missing reference model.

@@ -67,14 +67,7 @@ class InRun:
 
 
 class InRunInfluence:
-    """The in-run influence of one run.
-
-    Args:
-        options: as given.
-        measurement: what measures tasks, and domains that were hardly seen.
-        dataset: what is trained on.
-        needs: of the mixer.
-        stage_steps: optimizer steps per stage.
+    """The in-run influence of one run; `measurement` measures its tasks, and the domains that were hardly seen.
 
     Raises:
         ValueError: a mixer, dataset or stage that it does not go with, with the remedy.
@@ -109,11 +102,9 @@ class InRunInfluence:
         Every process calls this, and the methods below.
 
         Args:
-            model: as it is now.
-            folder: where the tasks' gradients are kept.
-            stage: number of the stage.
+            model, step: as it is now, and optimizer steps done.
+            folder, stage: where the tasks' gradients are kept, and under which number.
             keep: how many of the newest of these files are kept, at least 2: a checkpoint in the window needs its own.
-            step: optimizer steps done.
             ahead: positions from here to the end of that stage, none of which should hold a probe.
         """
         clock = time.perf_counter()

@@ -23,13 +23,7 @@ Losses = tuple[dict[str, float], dict[str, float]]
 
 
 class Recorder:
-    """Writes the rows of one run, with what was warned of since the row before and what the training took.
-
-    Args:
-        dataset: the mixture that is trained on.
-        measurement: whose tasks and guards the rows are of.
-        mixer: its name.
-    """
+    """Writes the rows of one run, with what was warned of since the row before and what the training took."""
 
     def __init__(self, dataset: Mixture, measurement: Measurement, mixer: str):
         self.dataset, self.measurement, self.mixer = dataset, measurement, mixer

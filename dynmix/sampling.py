@@ -41,16 +41,11 @@ _PATIENCE = 120.0  # seconds; NFS looks after one what is new in a folder
 class Sampler:
     """Evaluates the tasks, keeps the checkpoints that will score, and has them score the dataset.
 
-    Args:
-        dataset: what is trained on; its first domains are what is scored.
+    Args: as in `dynmix.controller.MixtureController`, and
+        dataset: its first domains are what is scored.
         sources: the tasks as the user gave them: those that are `Task`s can be evaluated by more than their loss.
         sets: the tasks' batches: what a sequence's influence is on.
         plan: when to evaluate, and which checkpoints score.
-        stage_steps: optimizer steps per stage.
-        layers: regular expression on the names of the layers that are measured; None: `last_layers`.
-        curvature: None: `DataInf()`.
-        curvature_sequences: sequences of the dataset that it is fitted on.
-        micro_batch: sequences a forward pass.
 
     Raises:
         ValueError: a metric that a task does not have, a task of packed documents, layers that are no regular
