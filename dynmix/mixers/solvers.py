@@ -153,13 +153,11 @@ def solve_clarabel(p: Problem) -> tuple[Array, Array]:
         )
 
     eye = sparse.identity(m)
-    of_rows = np.zeros((n, len(rows)))
-    of_rows[rows, np.arange(len(rows))] = 1.0
     blocks = [
         (block(1, w=np.ones((1, m))), np.ones(1), [clarabel.ZeroConeT(1)]),
         (block(m, w=-eye), -p.lower, [clarabel.NonnegativeConeT(m)]),
         (block(m, w=eye), p.upper, [clarabel.NonnegativeConeT(m)]),
-        (block(n, w=-p.C, t=of_rows), -p.floor, [clarabel.NonnegativeConeT(n)]),
+        (block(n, w=-p.C, t=np.eye(n)[:, rows]), -p.floor, [clarabel.NonnegativeConeT(n)]),
         (sparse.vstack([block(1, s=[[-1.0]]), block(len(K), w=-K)]), np.zeros(len(K) + 1),
          [clarabel.SecondOrderConeT(len(K) + 1)]),
     ]  # fmt: skip
@@ -169,13 +167,7 @@ def solve_clarabel(p: Problem) -> tuple[Array, Array]:
         offset = np.concatenate([[0.0], -p.R[i] * p.centre])
         blocks.append((matrix, offset, [clarabel.SecondOrderConeT(m + 1)]))
     if p.gamma > 0:  # (x, y, z) with y exp(x / y) <= z, here (e_j, w_j, 1)
-        first = 3 * np.arange(m)
-        ones = -np.ones(m)
-        matrix = block(
-            3 * m,
-            w=sparse.csc_matrix((ones, (first + 1, np.arange(m))), shape=(3 * m, m)),
-            e=sparse.csc_matrix((ones, (first, np.arange(m))), shape=(3 * m, m)),
-        )
+        matrix = block(3 * m, e=-sparse.kron(eye, [[1], [0], [0]]), w=-sparse.kron(eye, [[0], [1], [0]]))
         blocks.append((matrix, np.tile([0.0, 0.0, 1.0], m), [clarabel.ExponentialConeT()] * m))
     cost = np.concatenate([p.linear, np.full(sizes["e"], -p.gamma), [1.0], p.cost[rows]])
     settings = clarabel.DefaultSettings()
@@ -231,7 +223,7 @@ def solve_slsqp(p: Problem) -> tuple[Array, Array]:
         method="SLSQP",
         bounds=[*zip(p.lower, p.upper, strict=True)],
         constraints=[
-            {"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones_like(w)},
+            {"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
             {
                 "type": "ineq",
                 "fun": lambda w: p.C @ w - risk(w)[0] - p.floor,
