@@ -189,9 +189,7 @@ class MixtureController:
         self.budget = EpochBudget(dataset, max_epochs)
         if isinstance(dataset, MixtureDataset):
             dataset.controlled = True
-        self.folder: RunFolder | None = None
-        if output is not None:
-            self.write_to(output)
+        self.folder = None if output is None else RunFolder(Path(output))
         self.memory: PeakMemory | None = None  # what a measurement takes, known when the run begins
         self._recorder = Recorder(dataset, self.measurement, self.decider.name)
         self._ahead = Ahead(dataset)

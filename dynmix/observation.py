@@ -64,8 +64,7 @@ class Influence:
         left_out_bound: ArrayLike | None = None,
         scored_tokens: ArrayLike | None = None,
     ) -> None:
-        names = {"tasks": _names("tasks", tasks), "domains": _names("domains", domains)}
-        names["guards"] = _names("guards", guards)
+        names = {key: _names(key, given) for key, given in (("tasks", tasks), ("domains", domains), ("guards", guards))}
         if unknown := [name for name in names["guards"] if name not in names["tasks"]]:
             raise ValueError(f"guards: {unknown} are no rows of the influence, which are {list(names['tasks'])}")
         row, column = (len(names["tasks"]),), (len(names["domains"]),)

@@ -88,11 +88,10 @@ class PeakSnapshots:
     @property
     def selected(self) -> dict[str, Checkpoint]:
         """The snapshot in which each task peaks; tasks that had no finite value yet are left out."""
-        peaks = ((task, self._improvements(task)) for task in self.curves)
         return {
-            task: Checkpoint(self._path(steps[-1]), steps[-1], dict(self.curves[task])[steps[-1]])
-            for task, steps in peaks
-            if steps
+            task: Checkpoint(self._path(steps[-1]), steps[-1], dict(curve)[steps[-1]])
+            for task, curve in self.curves.items()
+            if (steps := self._improvements(task))
         }
 
     def record(self, model: nn.Module, step: int, values: Mapping[str, float]) -> list[str]:
