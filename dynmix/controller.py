@@ -43,7 +43,7 @@ from dynmix.mixers.base import Mixer, Proposal, within
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.options import whole
 from dynmix.mixture.stream import Mixture, MixtureStream
-from dynmix.observation import Influence
+from dynmix.observation import Influence, Weights
 from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
 from dynmix.record import Losses, Recorder, losses_of
 from dynmix.run_folder import RunFolder
@@ -480,7 +480,7 @@ class MixtureController:
             seconds=seconds,
         )
 
-    def _measure(self, model: nn.Module, step: int, ahead: range, prior: Mapping[str, float], found: _Measured) -> None:
+    def _measure(self, model: nn.Module, step: int, ahead: range, prior: Weights, found: _Measured) -> None:
         """Measure what the mixer needs to decide the stage at positions `ahead`, into `found`, which survives an error.
 
         What measures the tasks also yields their losses; if nothing does, they are measured for the journal alone.
@@ -508,7 +508,7 @@ class MixtureController:
         elif stage % self.loss_every == 0:
             found.loss = self.measurement.losses(model)
 
-    def _kept(self, prior: Mapping[str, float], upper: Mapping[str, float]) -> tuple[Proposal, np.ndarray]:
+    def _kept(self, prior: Weights, upper: Weights) -> tuple[Proposal, np.ndarray]:
         """Return the weights of the stage that ends, inside their bounds, as a proposal and as it is published."""
         proposal = Proposal(within(prior, upper), solver="prior", message="the weights were kept")
         return proposal, self.decider.published(proposal, upper)

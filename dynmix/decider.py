@@ -22,7 +22,7 @@ from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.mixture.stream import Mixture, MixtureStream
 from dynmix.mixture.weights import integer_cdf
-from dynmix.observation import Influence, Observation
+from dynmix.observation import Influence, Observation, Weights
 from dynmix.ranks import on_every_rank
 from dynmix.scores import SampleScores
 from dynmix.training_loss import TrainingLoss
@@ -83,7 +83,7 @@ class Decider:
         if given is not None:
             dataset.begin(integer_cdf(normalized(given, dataset.domains)))
 
-    def _start(self) -> Mapping[str, float] | None:
+    def _start(self) -> Weights | None:
         dataset, length, schedule = self.dataset, self.dataset.sequence_length, self.dataset.schedule
         tokens = {name: size * length for name, size in dataset.sizes.items()}
         if not schedule.starts[0]:  # else the state of a long run has left it out, and it is as this run was made
@@ -126,7 +126,7 @@ class Decider:
                 "probe_sequences=, twice those of the controller"
             )
 
-    def rehearse(self, found: Evidence, prior: Mapping[str, float], upper: Mapping[str, float]) -> None:
+    def rehearse(self, found: Evidence, prior: Weights, upper: Weights) -> None:
         """Send a copy through a checkpoint and let it decide; raises whatever that raises."""
         understudy = copy.deepcopy(self.mixer)
         understudy.load_state_dict(self._as_saved(understudy))
@@ -177,12 +177,12 @@ class Decider:
     def decide(
         self,
         found: Evidence,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float],
+        prior: Weights,
+        upper: Weights,
         *,
         step: int,
         steps: int,
-        bound: Callable[[Mapping[str, int]], Mapping[str, float]] | None = None,
+        bound: Callable[[Mapping[str, int]], Weights] | None = None,
     ) -> tuple[Proposal, np.ndarray]:
         """Return the proposal for the next stage, and the integers that it is published as.
 
@@ -209,14 +209,7 @@ class Decider:
         return proposal, cdf
 
     def _decide(
-        self,
-        mixer: Mixer,
-        found: Evidence,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float],
-        *,
-        step: int,
-        steps: int,
+        self, mixer: Mixer, found: Evidence, prior: Weights, upper: Weights, *, step: int, steps: int
     ) -> tuple[Proposal, np.ndarray]:
         if found.gradient is not None:
             mixer.observe(Observation(step, gradient=found.gradient, steps=steps))
@@ -234,7 +227,7 @@ class Decider:
             )
         return proposal, self.published(proposal, upper)
 
-    def published(self, proposal: Proposal, upper: Mapping[str, float]) -> np.ndarray:
+    def published(self, proposal: Proposal, upper: Weights) -> np.ndarray:
         """Return the integers that a proposal is published as; raise ValueError if it is not a mixture of the domains.
 
         Domains that enter with it come after the others.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dynmix.observation import Array
+from dynmix.observation import Array, Weights
 
 
 class DrawnMixtures:
@@ -26,7 +26,7 @@ class DrawnMixtures:
         self.scores, self.tokens, self.sequences = dict(scores), dict(tokens), sequences
         self._random = np.random.default_rng(seed)
 
-    def __call__(self, weights: Mapping[str, float]) -> Array:
+    def __call__(self, weights: Weights) -> Array:
         """Return the influence of a freshly drawn sample of this mixture, float64[n_rows], nats per token.
 
         Each domain gets its share of the sample to within one sequence, as the training stream does. Its sequences are

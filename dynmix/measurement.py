@@ -35,7 +35,7 @@ from dynmix.mixture.probe import probe_rows, repeated
 from dynmix.mixture.schedule import Ints
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.stream import Mixture, MixtureStream
-from dynmix.observation import Array, Influence
+from dynmix.observation import Array, Influence, Weights
 from dynmix.ranks import Ranks, on_every_rank
 from dynmix.retry import T, within_memory
 from dynmix.shown import Bar
@@ -278,7 +278,7 @@ class Measurement:
 
     # -- at a boundary -------------------------------------------------------------------------------------------------
 
-    def probes(self, start: int, window: int, prior: Mapping[str, float]) -> Probes:
+    def probes(self, start: int, window: int, prior: Weights) -> Probes:
         """Return rows of each domain that the `window` samples from `start` on do not train on, if it has any."""
         shares = self._curvature_shares(prior)
         domains, held_out = {}, {}
@@ -292,9 +292,7 @@ class Measurement:
         return Probes(domains, held_out, seed=start)
 
     @_within_memory
-    def influence(
-        self, model: nn.Module, probes: Probes, prior: Mapping[str, float]
-    ) -> tuple[Influence, DrawnMixtures | None]:
+    def influence(self, model: nn.Module, probes: Probes, prior: Weights) -> tuple[Influence, DrawnMixtures | None]:
         """Return the group influence on these probes, and a sampler of mixtures of them if the mixer needs `measure`.
 
         The curvature is fitted in the proportions of `prior`.
@@ -335,7 +333,7 @@ class Measurement:
     # -- for an in-run influence ---------------------------------------------------------------------------------------
 
     @_within_memory
-    def task_gradients(self, model: nn.Module, probes: Probes, prior: Mapping[str, float], folds: int) -> TaskGradients:
+    def task_gradients(self, model: nn.Module, probes: Probes, prior: Weights, folds: int) -> TaskGradients:
         """Return the preconditioned gradient of each row of the influence, with the curvature as in `influence`."""
         sets, (_, pooled) = on_every_rank(lambda: (self._rows(probes.held_out), self._batches_of(probes, prior)))
         with self._progress(self.curvature.passes * len(pooled), {}, sets) as tick:
@@ -398,7 +396,7 @@ class Measurement:
         strata = {HELD_OUT: self.held_out_sequences} if self.held_out_sequences else {}
         return {"layers": self.layers, "strata": strata, "over_ranks": True}
 
-    def _batches_of(self, probes: Probes, prior: Mapping[str, float]) -> tuple[dict[str, list[Batch]], list[Batch]]:
+    def _batches_of(self, probes: Probes, prior: Weights) -> tuple[dict[str, list[Batch]], list[Batch]]:
         """Each domain's batches, and those of all of them that the curvature is fitted on."""
         shares, domains, pooled = self._curvature_shares(prior), dict[str, list[Batch]](), list[Batch]()
         for name, rows in probes.domains.items():
@@ -409,7 +407,7 @@ class Measurement:
             pooled += own[:count] + self._batches(name, rows[read : shares[name]])
         return domains, pooled
 
-    def _curvature_shares(self, prior: Mapping[str, float]) -> dict[str, int]:
+    def _curvature_shares(self, prior: Weights) -> dict[str, int]:
         """Return domain -> sequences the curvature is fitted on; they sum to `curvature_sequences`."""
         ends = np.rint(np.cumsum(list(prior.values())) * self.curvature_sequences).astype(int)
         return dict(zip(prior, np.diff(ends, prepend=0).tolist(), strict=True))

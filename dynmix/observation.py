@@ -15,6 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
+Weights = Mapping[str, float]
+"""Domain -> weight: its share of the sequences, or a bound of it."""
+
 
 @dataclass(frozen=True, init=False, eq=False)
 class Influence:

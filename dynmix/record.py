@@ -14,7 +14,7 @@ from dynmix.measurement import Measurement
 from dynmix.mixers.base import Proposal
 from dynmix.mixture.accounting import NewEpoch, as_rows
 from dynmix.mixture.stream import Mixture
-from dynmix.observation import Influence
+from dynmix.observation import Influence, Weights
 from dynmix.ranks import gathered
 from dynmix.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ class Recorder:
         seconds: Mapping[str, float],
         influence: Influence | None = None,
         proposal: Proposal | None = None,
-        prior: Mapping[str, float] | None = None,
+        prior: Weights | None = None,
         error: str | None = None,
         message: str = "",
         again: Sequence[NewEpoch] = (),

@@ -17,7 +17,7 @@ from dynmix.journal import Journal
 from dynmix.mixers.base import Proposal
 from dynmix.mixers.registry import find_mixer, make_mixer
 from dynmix.mixers.simplex import mixture
-from dynmix.observation import Influence
+from dynmix.observation import Influence, Weights
 from dynmix.recipe.names import check_arguments
 
 
@@ -90,12 +90,12 @@ def prior_weights(given: str | None, domains: Sequence[str], facts: Mapping[str,
 
 def propose_from(
     influence: Influence,
-    prior: Mapping[str, float],
+    prior: Weights,
     mixer: str,
     options: Mapping[str, Any],
     *,
-    upper: Mapping[str, float] | None = None,
-    lower: Mapping[str, float] | None = None,
+    upper: Weights | None = None,
+    lower: Weights | None = None,
 ) -> Proposal:
     """Let a mixer decide from an influence.
 

@@ -4,7 +4,7 @@ Knows the journal's rows and the registry alone; the HTML report is `dynmix.repo
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -14,7 +14,7 @@ from rich.table import Table
 from dynmix.journal import Row
 from dynmix.mixers.base import Proposal
 from dynmix.mixers.registry import find_mixer, mixer_names
-from dynmix.observation import Influence
+from dynmix.observation import Influence, Weights
 
 
 def stage_table(row: Row) -> Table:
@@ -74,7 +74,7 @@ def influence_table(influence: Influence) -> Table:
     return table
 
 
-def proposal_table(proposal: Proposal, prior: Mapping[str, float]) -> Table:
+def proposal_table(proposal: Proposal, prior: Weights) -> Table:
     """Return the weights beside the prior's, with the bounds that bind."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("domain", "prior", "weight", "change", "bound"):

@@ -1,14 +1,13 @@
 """ADO: sample where each domain's scaling law predicts the fastest fall of the loss (arXiv 2410.11820)."""
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from dynmix.mixers.base import Proposal, Run
 from dynmix.mixers.online import OnlineMixer, as_array, in_range
-from dynmix.observation import Array, Influence, Observation
+from dynmix.observation import Array, Influence, Observation, Weights
 
 BIN_STEPS = 10  # the authors' code fits each tenth step of a smoothed curve; here, means over ten steps
 MAX_BINS = 256  # then neighbours are merged, so that the state stays small in a run of any length
@@ -85,9 +84,7 @@ class ADO(OnlineMixer):
             mean = np.array(self._mean)
             self._mean = (mean + (self._preference() - mean) / (self._steps + 1)).tolist()
 
-    def propose(
-        self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
-    ) -> Proposal:
+    def propose(self, influence: Influence | None, prior: Weights, upper: Weights | None = None) -> Proposal:
         """Fit the laws to what was observed so far and return the policy that follows, inside `upper`."""
         if len(self._bins) >= MIN_BINS:
             curves = np.array(self._bins)

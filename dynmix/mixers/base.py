@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynmix.mixers.simplex import cap, normalized
-from dynmix.observation import Array, Influence, Observation
+from dynmix.observation import Array, Influence, Observation, Weights
 from dynmix.scores import SamplePlan
 
 Ints = NDArray[np.integer]
@@ -46,7 +46,7 @@ class Run:
 
     tokens: Mapping[str, int]
     total_tokens: int
-    weights: Mapping[str, float]
+    weights: Weights
     gone: tuple[str, ...] = ()
 
 
@@ -119,11 +119,11 @@ class Mixer(ABC):
     needs: Set[str] = frozenset()
     sample_plan: SamplePlan = SamplePlan()
 
-    def wants_samples(self, boundary: int, prior: Mapping[str, float]) -> bool:
+    def wants_samples(self, boundary: int, prior: Weights) -> bool:
         """Whether to score the corpus at this boundary, 1 being the end of the first stage; by default at each."""
         return True
 
-    def start(self, run: Run) -> Mapping[str, float] | None:
+    def start(self, run: Run) -> Weights | None:
         """Prepare for a run; return the weights of its first stage, or None to keep the dataset's.
 
         Called again when a run is resumed, before `load_state_dict`; what it returns is then ignored. If the state has
@@ -140,12 +140,7 @@ class Mixer(ABC):
         return None
 
     @abstractmethod
-    def propose(
-        self,
-        influence: Influence | None,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float] | None = None,
-    ) -> Proposal:
+    def propose(self, influence: Influence | None, prior: Weights, upper: Weights | None = None) -> Proposal:
         """Return weights for the next stage.
 
         If it raises, the weights stay as they are, and the error is written to the log and the journal.
@@ -174,7 +169,7 @@ class Mixer(ABC):
         return {"name": type(self).__name__} | {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
 
-def within(weights: Mapping[str, float], upper: Mapping[str, float] | None) -> dict[str, float]:
+def within(weights: Weights, upper: Weights | None) -> dict[str, float]:
     """Return `weights` moved inside the bounds: what is cut goes to the other domains in proportion (water-filling).
 
     Raises:
@@ -185,7 +180,7 @@ def within(weights: Mapping[str, float], upper: Mapping[str, float] | None) -> d
     return dict(zip(weights, moved.tolist(), strict=True))
 
 
-def bounds(domains: Sequence[str], *given: Mapping[str, float] | None, lower: bool = False) -> Array:
+def bounds(domains: Sequence[str], *given: Weights | None, lower: bool = False) -> Array:
     """Return the tightest of the upper (or lower) bounds, float64[n_domains]; 1 (or 0) where there is none.
 
     Raises:

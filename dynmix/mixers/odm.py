@@ -8,7 +8,7 @@ import numpy as np
 
 from dynmix.mixers.base import Proposal, Run
 from dynmix.mixers.online import OnlineMixer, as_array, in_range
-from dynmix.observation import Influence, Observation
+from dynmix.observation import Influence, Observation, Weights
 
 
 class ODM(OnlineMixer):
@@ -82,9 +82,7 @@ class ODM(OnlineMixer):
         policy = (1 - len(self._domains) * now) * gibbs / gibbs.sum() + now
         return dict(zip(self._domains, policy.tolist(), strict=True))
 
-    def propose(
-        self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
-    ) -> Proposal:
+    def propose(self, influence: Influence | None, prior: Weights, upper: Weights | None = None) -> Proposal:
         """Return the policy of the next step inside `upper`; the batches to come are drawn with it.
 
         (All but the next one: weights are published one step ahead of their stage.)

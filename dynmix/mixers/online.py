@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dynmix.mixers.base import Mixer, Proposal, Run, within
-from dynmix.observation import Array, Influence, Observation
+from dynmix.observation import Array, Influence, Observation, Weights
 
 logger = logging.getLogger("dynmix.mixers")
 
@@ -40,9 +40,7 @@ class OnlineMixer(Mixer):
     def _policy(self) -> dict[str, float] | None:
         """Return the weights that were learnt; None if there are none yet."""
 
-    def propose(
-        self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
-    ) -> Proposal:
+    def propose(self, influence: Influence | None, prior: Weights, upper: Weights | None = None) -> Proposal:
         """Return the learnt weights inside `upper`. See `Mixer.propose`."""
         policy = self._policy()
         if policy is None:

@@ -3,14 +3,14 @@
 Knows nothing of influence or of what a domain is.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from dynmix.observation import Array
+from dynmix.observation import Array, Weights
 
 
-def normalized(weights: Mapping[str, float], domains: Sequence[str]) -> Array:
+def normalized(weights: Weights, domains: Sequence[str]) -> Array:
     """Return weights as float64[n_domains] in the order of `domains`, summing to 1 exactly up to rounding.
 
     Raises:
@@ -28,7 +28,7 @@ def normalized(weights: Mapping[str, float], domains: Sequence[str]) -> Array:
     return np.asarray(w / w.sum(), dtype=np.float64)
 
 
-def mixture(weights: Mapping[str, float], domains: Collection[str], what: str) -> dict[str, float]:
+def mixture(weights: Weights, domains: Collection[str], what: str) -> dict[str, float]:
     """Return `normalized` weights by name, in the order of `domains`. Raises ValueError, beginning with `what`."""
     try:
         return dict(zip(domains, normalized(weights, tuple(domains)).tolist(), strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 
 from dynmix.mixers.base import Mixer, Proposal, Run, within
 from dynmix.mixers.simplex import mixture
-from dynmix.observation import Array, Influence
+from dynmix.observation import Array, Influence, Weights
 
 
 class Static(Mixer):
@@ -24,9 +24,7 @@ class Static(Mixer):
     def __init__(self, observe: bool = False):
         self.needs = frozenset({"influence"}) if observe else frozenset()
 
-    def propose(
-        self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
-    ) -> Proposal:
+    def propose(self, influence: Influence | None, prior: Weights, upper: Weights | None = None) -> Proposal:
         """Return `prior`, inside `upper`. See `Mixer.propose`."""
         moved = within(prior, upper)
         cut = any(prior[name] > bound for name, bound in (upper or {}).items())
@@ -51,9 +49,7 @@ class _Planned(Mixer):
         self._weights = self._plan(run)
         return dict(self._weights)
 
-    def propose(
-        self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
-    ) -> Proposal:
+    def propose(self, influence: Influence | None, prior: Weights, upper: Weights | None = None) -> Proposal:
         """Return the weights of `start` inside `upper`; the prior if no run was started. See `Mixer.propose`."""
         return Proposal(within(prior if self._weights is None else self._weights, upper), message="static mixture")
 
@@ -136,7 +132,7 @@ class Staged(_Planned):
             not the run's.
     """
 
-    def __init__(self, stages: Sequence[Mapping[str, float]]):
+    def __init__(self, stages: Sequence[Weights]):
         if isinstance(stages, Mapping) or not stages:
             raise ValueError("stages: a list of at least one mapping from domain to weight")
         self.stages = [mixture(stage, stages[0], f"stage {k}") for k, stage in enumerate(stages)]
@@ -148,9 +144,7 @@ class Staged(_Planned):
         self._done = 0
         return self._mixtures[0]
 
-    def propose(
-        self, influence: Influence | None, prior: Mapping[str, float], upper: Mapping[str, float] | None = None
-    ) -> Proposal:
+    def propose(self, influence: Influence | None, prior: Weights, upper: Weights | None = None) -> Proposal:
         """Return the next stage's weights inside `upper`. See `Mixer.propose`."""
         stage = min(self._done + 1, len(self.stages) - 1)
         proposal = Proposal(within(self._mixtures[stage], upper), message=f"{stage + 1} of {len(self.stages)} mixtures")
@@ -176,7 +170,7 @@ class Fixed(_Planned):
         ValueError: weights that are no mixture; from `start`, domains that are not the run's.
     """
 
-    def __init__(self, weights: Mapping[str, float]):
+    def __init__(self, weights: Weights):
         self.weights = mixture(weights, weights, "weights")
 
     def _plan(self, run: Run) -> dict[str, float]:
@@ -189,6 +183,6 @@ def _proportional(tokens: Mapping[str, int], exponent: float) -> dict[str, float
     return dict(zip(tokens, (shares / shares.sum()).tolist(), strict=True))
 
 
-def _given(weights: Mapping[str, float], run: Run, what: str) -> dict[str, float]:
+def _given(weights: Weights, run: Run, what: str) -> dict[str, float]:
     """Return the weights that a user gives in the order of the run's domains, of those that are gone 0."""
     return mixture(dict.fromkeys(run.gone, 0.0) | dict(weights), run.tokens, what)

@@ -19,7 +19,7 @@ from dynmix.mixers.memory import Memory
 from dynmix.mixers.problem import Problem, slackest
 from dynmix.mixers.simplex import cap, normalized
 from dynmix.mixers.solvers import ROUNDING, solve
-from dynmix.observation import Array, Influence
+from dynmix.observation import Array, Influence, Weights
 
 logger = logging.getLogger("dynmix.mixers")
 
@@ -86,8 +86,8 @@ class TiKMiXD(Mixer):
         against: Literal["stage", "run"] = "stage",
         guard_weight: float = 0.0,
         guard_slack: float | Mapping[str, float] = 0.0,
-        lower: float | Mapping[str, float] | None = None,
-        upper: float | Mapping[str, float] | None = None,
+        lower: float | Weights | None = None,
+        upper: float | Weights | None = None,
         max_change: float | None = None,
     ):
         if normalization not in ("absmax", "paper"):
@@ -114,7 +114,7 @@ class TiKMiXD(Mixer):
         self.lower, self.upper = lower, upper
         self.against: Literal["stage", "run"] = against
         self._memory = Memory(0.0)  # until a run starts, every proposal stands alone
-        self._first: Mapping[str, float] | None = None
+        self._first: Weights | None = None
 
     def start(self, run: Run) -> None:
         """Remember this run, and no other. See `Mixer.start`."""
@@ -132,10 +132,10 @@ class TiKMiXD(Mixer):
     def propose(
         self,
         influence: Influence | None,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float] | None = None,
+        prior: Weights,
+        upper: Weights | None = None,
         *,
-        lower: Mapping[str, float] | None = None,
+        lower: Weights | None = None,
     ) -> Proposal:
         """Return the weights that solve Eq. 7; by the influence given, never worse than `prior` on any task.
 
@@ -180,11 +180,11 @@ class TiKMiXD(Mixer):
     def decide(
         self,
         influence: Influence,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float] | None = None,
+        prior: Weights,
+        upper: Weights | None = None,
         *,
-        lower: Mapping[str, float] | None = None,
-        present: Mapping[str, float] | None = None,
+        lower: Weights | None = None,
+        present: Weights | None = None,
     ) -> Proposal:
         """Return what `propose` would for this influence alone; remembers nothing.
 
@@ -210,11 +210,7 @@ class TiKMiXD(Mixer):
         return Proposal(dict(zip(influence.domains, w.tolist(), strict=True)), solver, message, gain, error, binding)
 
     def problem(
-        self,
-        influence: Influence,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float] | None = None,
-        lower: Mapping[str, float] | None = None,
+        self, influence: Influence, prior: Weights, upper: Weights | None = None, lower: Weights | None = None
     ) -> Problem | None:
         """Return the problem that `propose` solves; None where it keeps the prior without one."""
         return self._pose(of_sequences(influence, prior), prior, upper, lower).problem
@@ -222,10 +218,10 @@ class TiKMiXD(Mixer):
     def _pose(
         self,
         influence: Influence,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float] | None,
-        lower: Mapping[str, float] | None,
-        present: Mapping[str, float] | None = None,
+        prior: Weights,
+        upper: Weights | None,
+        lower: Weights | None,
+        present: Weights | None = None,
     ) -> "_Posed":
         """Return the problem, or why there is none: first what may move, then whether the scores say anything of it."""
         wanted = normalized(prior, influence.domains)
@@ -250,9 +246,7 @@ class TiKMiXD(Mixer):
         problem, repair = _repaired(self._eq_7(influence, E, slack, wanted, inside, low, high), slack)
         return _Posed(problem, wanted, inside, widest, note + repair)
 
-    def _bounds(
-        self, domains: tuple[str, ...], upper: Mapping[str, float] | None, lower: Mapping[str, float] | None
-    ) -> tuple[Array, Array]:
+    def _bounds(self, domains: tuple[str, ...], upper: Weights | None, lower: Weights | None) -> tuple[Array, Array]:
         """Return the lower and the upper bounds, the tightest of these and the constructor's; without `max_change`."""
         low = bounds(domains, _for_all(self.lower, domains), lower, lower=True)
         high = bounds(domains, _for_all(self.upper, domains), upper)
@@ -261,11 +255,7 @@ class TiKMiXD(Mixer):
         return low, high
 
     def _reach(
-        self,
-        domains: tuple[str, ...],
-        widest: tuple[Array, Array],
-        wanted: Array,
-        present: Mapping[str, float] | None,
+        self, domains: tuple[str, ...], widest: tuple[Array, Array], wanted: Array, present: Weights | None
     ) -> tuple[tuple[Array, Array], Array]:
         """Return the `widest` bounds narrowed by `max_change`, and the prior `wanted` moved inside them."""
         low, high = widest
@@ -406,7 +396,7 @@ def _repaired(problem: Problem, slack: Array) -> tuple[Problem, str]:
     return moved, "; the bounds cut the prior: gains are counted from where that is made up for"
 
 
-def of_sequences(influence: Influence, prior: Mapping[str, float]) -> Influence:
+def of_sequences(influence: Influence, prior: Weights) -> Influence:
     """Return the influence of sequences, which weights are shares of, around the prior."""
     return influence.of_sequences(normalized(prior, influence.domains))
 
@@ -423,5 +413,5 @@ def predicted_gain(influence: Influence, move: Array) -> tuple[dict[str, float],
     return tuple(dict(zip(influence.tasks, x.tolist(), strict=True)) for x in (gain, spread))  # type: ignore[return-value]
 
 
-def _for_all(bound: float | Mapping[str, float] | None, domains: tuple[str, ...]) -> Mapping[str, float] | None:
+def _for_all(bound: float | Weights | None, domains: tuple[str, ...]) -> Weights | None:
     return bound if bound is None or isinstance(bound, Mapping) else dict.fromkeys(domains, float(bound))

@@ -21,7 +21,7 @@ from dynmix.mixers.search import Pareto, Search, largest
 from dynmix.mixers.simplex import normalized
 from dynmix.mixers.surrogate import NAMES, Name, Smooth, fit
 from dynmix.mixers.tikmix_d import EPS, TiKMiXD, of_sequences, predicted_gain, row_scales
-from dynmix.observation import Array, Influence
+from dynmix.observation import Array, Influence, Weights
 
 logger = logging.getLogger("dynmix.mixers")
 
@@ -139,8 +139,8 @@ class TiKMiXM(Mixer):
     def propose(
         self,
         influence: Influence | None,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float] | None = None,
+        prior: Weights,
+        upper: Weights | None = None,
         *,
         measure: Measure | None = None,
     ) -> Proposal:
@@ -245,7 +245,7 @@ class TiKMiXM(Mixer):
         weights = dict(zip(influence.domains, w.tolist(), strict=True))
         return Proposal(weights, solver, message, gain, error)
 
-    def _linear(self, influence: Influence, prior: Mapping[str, float], upper: Mapping[str, float] | None) -> Proposal:
+    def _linear(self, influence: Influence, prior: Weights, upper: Weights | None) -> Proposal:
         why = "without measure the target is exactly linear in the weights: this is TiKMiX-D's answer"
         if not self._warned:
             logger.warning("TiKMiX-M: %s; pass measure= to find mixture effects", why)
