@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dynmix.mixers.base import Mixer, Proposal, Run, within
 from dynmix.mixers.regroup import Blend, Group, blending, group_weights, regroup
-from dynmix.observation import Influence
+from dynmix.observation import Influence, Weights
 from dynmix.scores import Metric, SamplePlan, SampleScores
 
 logger = logging.getLogger("dynmix.mixers")
@@ -82,15 +82,15 @@ class AutoMixer(Mixer):
         if taken := [name for name, weight in run.weights.items() if weight and name.startswith(PREFIX)]:
             raise ValueError(f"domain {taken[0]!r}: AutoMixer calls its own groups {PREFIX}...; give it another name")
 
-    def wants_samples(self, boundary: int, prior: Mapping[str, float]) -> bool:
+    def wants_samples(self, boundary: int, prior: Weights) -> bool:
         """Once, after `after` stages; again at later boundaries only where that came to nothing."""
         return boundary >= self.after and not any(name.startswith(PREFIX) for name in prior)
 
     def propose(
         self,
         influence: Influence | None,
-        prior: Mapping[str, float],
-        upper: Mapping[str, float] | None = None,
+        prior: Weights,
+        upper: Weights | None = None,
         *,
         samples: SampleScores | None = None,
     ) -> Proposal:
@@ -142,12 +142,12 @@ class AutoMixer(Mixer):
 
     def describe(self) -> dict[str, Any]:
         """Return the configuration, JSON-able."""
-        return {name: value for name, value in super().describe().items() if name != "sample_plan"} | vars(
-            self.sample_plan
-        )
+        own = super().describe()
+        plan = own.pop("sample_plan")
+        return {**own, **vars(plan)}
 
 
-def _staying(prior: Mapping[str, float], upper: Mapping[str, float]) -> dict[str, float]:
+def _staying(prior: Weights, upper: Weights) -> dict[str, float]:
     """The prior inside its bounds; as long as the groups hold it, raw domains that they took the place of get nothing.
 
     What the others cannot hold would go to all domains of weight 0.
@@ -157,7 +157,7 @@ def _staying(prior: Mapping[str, float], upper: Mapping[str, float]) -> dict[str
     return within(prior, {**upper, **dict.fromkeys(replaced, 0.0)} if room >= 1 - 1e-12 else upper)
 
 
-def _words(groups: list[Group], weights: Mapping[str, float], samples: SampleScores) -> str:
+def _words(groups: list[Group], weights: Weights, samples: SampleScores) -> str:
     by: dict[str, list[str]] = {}
     for column in samples.columns:
         by.setdefault(column.task, []).append(column.checkpoint)
