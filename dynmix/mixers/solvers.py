@@ -224,11 +224,7 @@ def solve_slsqp(p: Problem) -> tuple[Array, Array]:
         bounds=[*zip(p.lower, p.upper, strict=True)],
         constraints=[
             {"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
-            {
-                "type": "ineq",
-                "fun": lambda w: p.C @ w - risk(w)[0] - p.floor,
-                "jac": lambda w: p.C - risk(w)[1],
-            },
+            {"type": "ineq", "fun": lambda w: p.C @ w - risk(w)[0] - p.floor, "jac": lambda w: p.C - risk(w)[1]},
         ],
         options={"maxiter": 500, "ftol": 1e-12},
     )
