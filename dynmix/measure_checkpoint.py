@@ -19,7 +19,6 @@ from dynmix.recipe.build import curvature as named_curvature
 from dynmix.recipe.names import in_a_line
 from dynmix.scoring.inputs import by_name, find_stores, find_tasks
 from dynmix.shown import Bar
-from dynmix.tasks import Task
 
 
 def measure_checkpoint(
@@ -51,12 +50,10 @@ def measure_checkpoint(
     made = named_curvature(curvature, {}, None, "--curvature")
     stores = find_stores(data)
     found, named = _tasks(tasks), tokenizer or checkpoint
+    sources: dict[str, Any] = dict(found)
     if files := [path for path in found.values() if path.name.endswith((".jsonl", ".jsonl.gz"))]:
-        read: dict[str, Task] = find_tasks(files, named, sequence_length)
+        sources |= find_tasks(files, named, sequence_length)
         check_tokenizer(stores.values(), named)
-        sources: dict[str, Any] = {name: read.get(name, path) for name, path in found.items()}
-    else:
-        sources = dict(found)
     options: Any = {"sequence_length": sequence_length, "micro_batch": micro_batch}
     domains = {n: as_batches(s, name=f"domain {n!r}", sequences=probe_sequences, **options) for n, s in stores.items()}
     sets = {n: as_batches(s, name=f"task {n!r}", sequences=task_sequences, **options) for n, s in sources.items()}
