@@ -5,6 +5,7 @@ Knows tables, laws and figures; nothing of how the runs were made.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,10 @@ def fit_runs(
 
 def print_fit(fit: Fit, console: Console) -> None:
     """Print what was understood, how well left-out runs are predicted, and the best mixture."""
+    say = partial(console.print, markup=False, highlight=False)
     for note in fit.runs.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    console.print(fit.law.report_, markup=False, highlight=False)
+        say(f"note: {note}", style="yellow")
+    say(fit.law.report_)
     errors = Table(title="left-out runs", box=box.SIMPLE_HEAD)
     for head in ("target", "share", "runs", "Spearman", "MAE", "standard deviation"):
         errors.add_column(head, justify="left" if head == "target" else "right")
@@ -149,11 +151,9 @@ def print_fit(fit: Fit, console: Console) -> None:
         beyond = "beyond the runs" if not low - 1e-3 <= best.weights[j] <= high + 1e-3 else ""
         mixture.add_row(escape(fit.runs.domains[j]), f"{best.weights[j]:.4f}", f"{low:.3f} to {high:.3f}", beyond)
     console.print(mixture)
-    console.print(
+    say(
         f"predicted {best.predicted:.4f} ± {best.std:.4f} (standard deviation of such a run); the best of the runs is "
-        f"predicted {best.best_run:.4f}" + (f"; {best.message}" if best.message else ""),
-        markup=False,
-        highlight=False,
+        f"predicted {best.best_run:.4f}" + (f"; {best.message}" if best.message else "")
     )
 
 
