@@ -149,7 +149,8 @@ def _of(
     factored = isinstance(curvature, FactoredCurvature | Carried)
     gradients = (2 * tasks + domains) * whole
     if rank is not None:  # one task's whole; only fitting factors sums up domains before the tasks are read
-        thin = sum(_thin(size, capture.layers[name].shape, rank) for name, size in sizes.items())
+        shapes = [(size, capture.layers[name].shape) for name, size in sizes.items()]
+        thin = sum(min(size, size * rank * sum(shape) // math.prod(shape)) for size, shape in shapes)
         gradients = 2 * tasks * thin + (2 + domains if factored else max(2, domains)) * whole
     if isinstance(curvature, DataInf):  # its sums, beside what they are of
         gradients = max(gradients, 2 * rows * whole)
@@ -167,26 +168,19 @@ def _of(
     )
 
 
-def _thin(size: int, shape: tuple[int, int], rank: int) -> int:
-    rows, columns = shape
-    return min(size, size * rank * (rows + columns) // (rows * columns))
-
-
 def _factors(curvature: Curvature, capture: Capture) -> tuple[int, int, int]:
     """Bytes of what preconditions, of the covariances that it was made from, and of the largest of these."""
     if isinstance(curvature, AdamDiagonal):
         return sum(4 * p.numel() for p in capture.model.parameters()), 0, 0
-    carried = isinstance(curvature, Carried)
-    if isinstance(curvature, Carried):
-        curvature = curvature.curvature
-    if not isinstance(curvature, FactoredCurvature):
+    factored = curvature.curvature if isinstance(curvature, Carried) else curvature
+    if not isinstance(factored, FactoredCurvature):
         return 0, 0, 0
     bases = covariances = largest = 0
     shared = set[tuple[str, ...]]()
     for name, layer in capture.layers.items():
         size = capture.dtype(name).itemsize
         sides = [
-            side_shape(layer, curvature.largest_basis, outputs=out, head=name == capture.head) for out in (False, True)
+            side_shape(layer, factored.largest_basis, outputs=out, head=name == capture.head) for out in (False, True)
         ]
         if (group := capture.sharing.get(name, (name,))) in shared:
             sides = sides[1:]
@@ -194,8 +188,9 @@ def _factors(curvature: Curvature, capture: Capture) -> tuple[int, int, int]:
         bases += size * (math.prod(layer.shape) + sum(n[0] ** 2 for n in sides if len(n) == 2))
         covariances += size * sum(math.prod(n) for n in sides)
         largest = max(largest, *(size * math.prod(n) for n in sides))
-    # Carried on are both, and those before while new ones are fitted.
-    return (bases + covariances, bases + covariances, largest) if carried else (bases, covariances, largest)
+    if isinstance(curvature, Carried):  # both are carried on, and those before while new ones are fitted
+        return bases + covariances, bases + covariances, largest
+    return bases, covariances, largest
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
