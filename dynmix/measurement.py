@@ -113,17 +113,10 @@ class Measurement:
         layer_groups: int = 1,
         rank: int | None = None,
     ):
-        for argument, value in {
-            "probe_sequences": probe_sequences,
-            "curvature_sequences": curvature_sequences,
-            "task_sequences": task_sequences,
-            "sample_sequences": sample_sequences,
-            "micro_batch": micro_batch,
-            "layer_groups": layer_groups,
-            "rank": rank,
-        }.items():
-            if value is None and argument in ("task_sequences", "rank"):
-                continue
+        counts = {"probe_sequences": probe_sequences, "curvature_sequences": curvature_sequences}
+        counts |= {"sample_sequences": sample_sequences, "micro_batch": micro_batch, "layer_groups": layer_groups}
+        optional = {"task_sequences": task_sequences, "rank": rank}
+        for argument, value in (counts | {name: n for name, n in optional.items() if n is not None}).items():
             if whole(argument, value) < 1:
                 raise ValueError(f"{argument}={value}: at least 1")
         if not isinstance(tasks, Mapping) or not tasks:
