@@ -23,6 +23,9 @@ Batch = Mapping[str, Any]
 Batches = Iterable[Batch]
 """A list or a DataLoader: something that can be read more than once and gives the same sequences each time."""
 
+Sets = Mapping[str, Batches]
+"""Batches by the name of the domain or the task that they are of."""
+
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 """(model, batch) -> (loss of each sequence, summed over its tokens in nats [B]; scored tokens of each [B])."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature, InverseCurvature, LayerByLayer, check_curvature
-from dynmix.influence.batch import Batch, Batches, Loss, next_token_loss
+from dynmix.influence.batch import Batch, Batches, Loss, Sets, next_token_loss
 from dynmix.influence.capture import Capture, NothingMeasuredError, layer_parts
 from dynmix.influence.carried import Carried
 from dynmix.influence.datainf import FittedDataInf
@@ -42,8 +42,8 @@ _ERROR_SEQUENCES = 8
 
 def group_influence(
     model: nn.Module,
-    domains: Mapping[str, Batches],
-    tasks: Mapping[str, Batches],
+    domains: Sets,
+    tasks: Sets,
     curvature: Curvature | None = None,
     *,
     layers: LayerFilter = None,
@@ -132,8 +132,8 @@ class ScoredGroups:
 
 def scored_groups(
     model: nn.Module,
-    domains: Mapping[str, Batches],
-    tasks: Mapping[str, Batches],
+    domains: Sets,
+    tasks: Sets,
     curvature: Curvature | None = None,
     *,
     over_ranks: bool = False,
@@ -165,12 +165,7 @@ class _How:
 
 
 def _measured(
-    model: nn.Module,
-    domains: Mapping[str, Batches],
-    tasks: Mapping[str, Batches],
-    curvature: Curvature | None,
-    how: _How,
-    ranks: Ranks,
+    model: nn.Module, domains: Sets, tasks: Sets, curvature: Curvature | None, how: _How, ranks: Ranks
 ) -> _Measured:
     """Measure part after part of the layers, and add up."""
     curvature = EKFAC() if curvature is None else curvature
@@ -208,9 +203,7 @@ def _measured(
 class _Measured:
     """One measurement, step by step."""
 
-    def __init__(
-        self, capture: Capture, domains: Mapping[str, Batches], tasks: Mapping[str, Batches], how: _How
-    ) -> None:
+    def __init__(self, capture: Capture, domains: Sets, tasks: Sets, how: _How) -> None:
         self.capture, self.how, strata = capture, how, how.strata or {}
         self.tasks = [ProbeSet("task", name, batches, strata.get(name)) for name, batches in tasks.items()]
         self.domains = [ProbeSet("domain", name, batches) for name, batches in domains.items()]
@@ -343,7 +336,7 @@ class _Pool:
         return chain.from_iterable(self._sets)
 
 
-def _check(domains: Mapping[str, Batches], tasks: Mapping[str, Batches], how: _How) -> None:
+def _check(domains: Sets, tasks: Sets, how: _How) -> None:
     for kind, sets in (("domains", domains), ("tasks", tasks)):
         if not sets:
             raise ValueError(f"{kind} is empty: give at least one, by name")

@@ -3,13 +3,11 @@
 Knows models and batches; the losses that come with an influence are `group_influence`'s own.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import nn
 
-from dynmix.influence.batch import Batch, Batches, next_token_loss, on_device
+from dynmix.influence.batch import Batch, Sets, next_token_loss, on_device
 from dynmix.influence.dealing import Turns
 from dynmix.influence.isolation import isolated, unwrap
 from dynmix.influence.sets import mean_and_error
@@ -18,7 +16,7 @@ from dynmix.ranks import Ranks
 
 
 def task_losses(
-    model: nn.Module, tasks: Mapping[str, Batches], *, over_ranks: bool = False
+    model: nn.Module, tasks: Sets, *, over_ranks: bool = False
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return each task's mean loss in nats per token, and its standard error over the task's sequences.
 

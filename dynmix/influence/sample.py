@@ -7,14 +7,14 @@ with names; it knows no mixture, no files and no trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature, check_curvature
-from dynmix.influence.batch import Batch, Batches, Loss, next_token_loss
+from dynmix.influence.batch import Batch, Batches, Loss, Sets, next_token_loss
 from dynmix.influence.capture import Capture
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.gradients import gradients_of
@@ -49,7 +49,7 @@ class SampleInfluence:
 def sample_influence(
     model: nn.Module,
     samples: Batches,
-    tasks: Mapping[str, Batches],
+    tasks: Sets,
     curvature: Curvature | None = None,
     *,
     layers: LayerFilter = None,
@@ -113,7 +113,7 @@ class SampleScorer:
     def __init__(
         self,
         model: nn.Module,
-        tasks: Mapping[str, Batches],
+        tasks: Sets,
         curvature_batches: Batches,
         *,
         curvature: Curvature | None = None,

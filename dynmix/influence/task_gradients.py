@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmix.influence.base import Curvature
-from dynmix.influence.batch import Batch, Batches, token_mask
+from dynmix.influence.batch import Batch, Batches, Sets, token_mask
 from dynmix.influence.capture import Capture
 from dynmix.influence.dealing import Turn, Turns
 from dynmix.influence.gradients import gradients_of
@@ -97,7 +97,7 @@ class TaskGradients:
 
 def task_gradients(
     model: nn.Module,
-    tasks: Mapping[str, Batches],
+    tasks: Sets,
     curvature: Curvature,
     curvature_batches: Batches,
     *,
@@ -148,7 +148,7 @@ def task_gradients(
 def sequence_products(
     model: nn.Module,
     gradients: TaskGradients,
-    sets: Mapping[str, Batches],
+    sets: Sets,
     *,
     tick: Callable[[], object] | None = None,
     over_ranks: bool = False,
@@ -198,7 +198,7 @@ def uses_of(model: nn.Module, gradients: TaskGradients) -> dict[str, Layer]:
 
 
 def _summed(
-    capture: Capture, tasks: Mapping[str, Batches], folds_of: Sequence[int], strata: Mapping[str, int]
+    capture: Capture, tasks: Sets, folds_of: Sequence[int], strata: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], list[tuple[Array, float, float]]]:
     """Each fold's gradient over its task's scored tokens, by layer; and each task's `_numbers`."""
     towards: dict[str, Tensor] = {}
