@@ -119,10 +119,7 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> Batch:
         return {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in names}
     ids = [torch.as_tensor(example["input_ids"]) for example in examples]
     labels = [torch.as_tensor(example.get("labels", example["input_ids"])) for example in examples]
-    masks = [
-        torch.as_tensor(example.get("attention_mask", torch.ones_like(i)))
-        for example, i in zip(examples, ids, strict=True)
-    ]
+    masks = [torch.as_tensor(e.get("attention_mask", torch.ones_like(i))) for e, i in zip(examples, ids, strict=True)]
     pad = torch.nn.utils.rnn.pad_sequence
     batch = {"input_ids": pad(ids, True), "labels": pad(labels, True, -100), "attention_mask": pad(masks, True)}
     if bool(batch["attention_mask"].all()):

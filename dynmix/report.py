@@ -96,6 +96,7 @@ def _write(run: RunRows, other: RunRows | None, output: Path, title: str, reload
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     env.filters.update(percent=percent, number=_number, name=_name, scaled=_scaled)
     weights_words = "Weight of each domain over the run, stacked; the table below has the numbers"
+    gain_words = "Predicted against realised gain of the task {}, one point a stage"
     with drawing():
         weights = weights_figure(run)
         page = env.get_template("report.html").render(
@@ -114,13 +115,7 @@ def _write(run: RunRows, other: RunRows | None, output: Path, title: str, reload
             comparison=[_compare(task, run, other) for task in run.sets if run.losses(task)],
             heatmaps=[(row, _heatmap(row)) for row in run.rows if row["influence"] is not None],
             gains=[
-                (
-                    task,
-                    gains,
-                    inline_svg(
-                        gain_figure(gains), f"Predicted against realised gain of the task {task}, one point a stage"
-                    ),
-                )
+                (task, gains, inline_svg(gain_figure(gains), gain_words.format(task)))
                 for task in run.sets
                 if (gains := run.gains(task))
             ],

@@ -54,11 +54,7 @@ class Group:
 
 
 def regroup(
-    scores: SampleScores,
-    *,
-    keep: float = 0.5,
-    blend: Blend = "step",
-    budget: int | Mapping[str, int] | None = None,
+    scores: SampleScores, *, keep: float = 0.5, blend: Blend = "step", budget: int | Mapping[str, int] | None = None
 ) -> list[Group]:
     """Group samples by the task that they help most, and keep of each group what has the most joint influence.
 

@@ -130,12 +130,7 @@ class TiKMiXD(Mixer):
         self._memory.load_state_dict(state)
 
     def propose(
-        self,
-        influence: Influence | None,
-        prior: Weights,
-        upper: Weights | None = None,
-        *,
-        lower: Weights | None = None,
+        self, influence: Influence | None, prior: Weights, upper: Weights | None = None, *, lower: Weights | None = None
     ) -> Proposal:
         """Return the weights that solve Eq. 7; by the influence given, never worse than `prior` on any task.
 
