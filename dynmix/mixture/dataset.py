@@ -80,7 +80,8 @@ class MixtureDataset(Steered, Dataset[Item]):
         domains: name -> token store, flat file (`FlatTokens`), view (`DocumentView`, `RowView`), HF `Dataset` with
             `input_ids` or text, path, folder or glob of these, local or remote (`s3://`), or a list of several; or any
             sequence of dicts with `input_ids` of one length. See `dynmix.mixture.sources.open_documents`. If such a
-            dict has `labels`, the item keeps them; if it has an `attention_mask`, labels are -100 where that is 0.
+            dict has `labels`, the item keeps them; if it has an `attention_mask`, labels are -100 where that is 0;
+            one that begins with padding needs `boundaries`.
         weights: of the first stage: "natural" (proportional to tokens), "uniform", or name -> weight.
         num_samples: length of the stream in sequences.
         sequence_length: tokens of a sequence; needed to cut token stores.

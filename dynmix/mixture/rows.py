@@ -14,7 +14,7 @@ from dynmix.mixture.boundaries import block_mask, mask_labels, position_ids
 from dynmix.mixture.options import SequenceOptions
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.samples import Samples
-from dynmix.mixture.sequences import Ints, Rows, Sequences, documents, gather, labels
+from dynmix.mixture.sequences import PADDING, Ints, Rows, Sequences, documents, gather, labels
 
 
 class Tables(NamedTuple):
@@ -87,12 +87,24 @@ def as_items(
         for here, sequences, rows, where in parts:
             both[1, here] = labels(sequences, rows, both[0, here], where)
         owners = _read(documents, parts, both[0].shape)
+        if options.boundaries is None:
+            _check_begins(owners, parts)
         mask_labels(both[1], owners, options.ignore_token_ids, apart=options.boundaries is not None)
         if options.boundaries is not None:
             batch["position_ids"] = torch.from_numpy(position_ids(owners))
         if options.boundaries == "mask":
             batch["attention_mask"] = block_mask(owners)
     return Samples(batch, domain)
+
+
+def _check_begins(owners: Ints, parts: Sequence[Part]) -> None:
+    """Raise ValueError for padding in front of a text, where nothing keeps the model from reading it as the text's."""
+    for here, _, rows, where in parts:
+        if (padded := owners[here, 0] == PADDING).any():
+            raise ValueError(
+                f"sequence {rows[padded][0]} of {where} begins with padding (attention_mask 0), which the text behind"
+                ' it would attend to: pad at the end, or pass boundaries="position_ids"'
+            )
 
 
 def _read(read: Callable[[Sequences, Ints, int, str], Ints], parts: Sequence[Part], shape: tuple[int, ...]) -> Ints:

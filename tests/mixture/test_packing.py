@@ -272,6 +272,15 @@ def test_labels_of_padding_that_is_in_the_data_are_masked() -> None:
         MixtureDataset({"a": damaged}, num_samples=1)[0]
 
 
+def test_padding_in_front_is_refused_where_the_text_would_attend_to_it() -> None:
+    rows = [{"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]}]
+    for domain in (rows, RowView([rows], [0], [0])):
+        with pytest.raises(ValueError, match=r"sequence 0 of domain 'a' begins with padding .*pad at the end, or pass"):
+            MixtureDataset({"a": domain}, num_samples=1)[0]
+        apart = MixtureDataset({"a": domain}, num_samples=1, boundaries="position_ids")[0]
+        assert (apart["labels"].tolist(), apart["position_ids"].tolist()) == ([-100, -100, 6], [0, 0, 1])
+
+
 def test_labels_and_masks_of_items_count_wherever_there_are_some() -> None:
     first, second = {"input_ids": [5, 6, 2]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 1]}
     third = {"input_ids": [4, 0, 3], "labels": np.array([4, 5, 6]), "attention_mask": [1, 0, 1]}
