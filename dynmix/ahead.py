@@ -56,4 +56,4 @@ class Ahead:
     def warn(self) -> None:
         """Log which domains will be read again."""
         if again := [each for each in self._untold if isinstance(each, NewEpoch)]:
-            logger.warning("stage 0 will read again: %s", in_words(again))
+            logger.warning("stage 0 will read again: %s", in_words(again, len(again)))

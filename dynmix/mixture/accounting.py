@@ -5,6 +5,7 @@ walked but the last few thousand positions. Knows schedules; nothing of files, l
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from dynmix.mixture.limits import NEVER
 from dynmix.mixture.schedule import Ints, MixtureSchedule
 
 _WALKED = 4096  # positions that are gone through one by one, which then is quicker than to halve them
+_SHOWN = 8  # epochs that are named where all of a stage are told at once
 _EACH = 16  # epochs that are told one by one; of a domain that is read more often, every doubling
 
 
@@ -75,7 +77,7 @@ def used_up(schedule: MixtureSchedule, start: int, stop: int) -> list[UsedUp]:
     before, after = (schedule.counts(position)[: len(limits)] for position in (first, stop - 1))
     last_draws = [(n, int(limits[n]) - 1) for n in np.flatnonzero((before < limits) & (after >= limits)).tolist()]
     found = _located(schedule, first, stop - 1, before, last_draws)
-    return sorted(UsedUp(position + 1, schedule.names[number]) for position, number, _ in found)
+    return [UsedUp(position + 1, schedule.names[number]) for position, number, _ in found]
 
 
 def new_epochs(schedule: MixtureSchedule, start: int, stop: int, assigned: Ints | None = None) -> list[NewEpoch]:
@@ -84,6 +86,19 @@ def new_epochs(schedule: MixtureSchedule, start: int, stop: int, assigned: Ints 
     Told are a domain's 2nd to 16th epoch and, of one that is read more often, the 32nd, the 64th and so on. With
     `assigned`, the domain of each of these positions, nothing is searched for.
     """
+    return list(_epochs(schedule, start, stop, assigned)[0])
+
+
+def first_epochs(schedule: MixtureSchedule, start: int, stop: int) -> tuple[list[NewEpoch], int]:
+    """The first few of `new_epochs`, without a search for the others, and how many there are of all."""
+    found, count = _epochs(schedule, start, stop)
+    return list(islice(found, _SHOWN)), count
+
+
+def _epochs(
+    schedule: MixtureSchedule, start: int, stop: int, assigned: Ints | None = None
+) -> tuple[Iterator[NewEpoch], int]:
+    """`new_epochs`, each searched for when it is asked for, and how many there are."""
     sizes = np.maximum(1, np.array(list(schedule.sizes.values()), np.int64))
     before, after = (schedule.counts(position)[: len(sizes)] for position in (start, stop))  # as in `used_up`
     first, last = np.maximum(1, -(-before // sizes)), (after - 1) // sizes
@@ -93,7 +108,8 @@ def new_epochs(schedule: MixtureSchedule, start: int, stop: int, assigned: Ints 
         for epoch in _epochs_told(int(first[number]), int(last[number]))
     ]
     found = _located(schedule, start, stop, before, first_draws, assigned)
-    return sorted(NewEpoch(at, schedule.names[number], draw // int(sizes[number])) for at, number, draw in found)
+    epochs = (NewEpoch(at, schedule.names[number], draw // int(sizes[number])) for at, number, draw in found)
+    return epochs, len(first_draws)
 
 
 def _located(
@@ -104,7 +120,7 @@ def _located(
     wanted: Sequence[tuple[int, int]],
     assigned: Ints | None = None,
 ) -> Iterator[tuple[int, int, int]]:
-    """Position, domain and number of each draw that is `wanted` by domain and number, all of them in [start, stop).
+    """Position, domain and number of each draw that is `wanted` by domain and number, all in [start, stop), in order.
 
     `before` are the draws of each domain before `start`; `assigned` as in `new_epochs`.
     """
@@ -112,8 +128,10 @@ def _located(
         return
     if assigned is not None or stop - start <= _WALKED:
         domain = schedule.assign(start, stop)[0] if assigned is None else assigned
-        for number, draw in wanted:
-            yield start + int(np.flatnonzero(domain == number)[draw - before[number]]), number, draw
+        yield from sorted(
+            (start + int(np.flatnonzero(domain == number)[draw - before[number]]), number, draw)
+            for number, draw in wanted
+        )
         return
     middle = (start + stop) // 2
     drawn = schedule.counts(middle)
@@ -135,6 +153,6 @@ def as_rows(found: Sequence[NewEpoch]) -> dict[str, list[tuple[int, int]]]:
     return rows
 
 
-def in_words(found: Sequence[NewEpoch]) -> str:
-    """The first of them, and how many more there are."""
-    return "; ".join(map(str, found[:8])) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
+def in_words(found: Sequence[NewEpoch], count: int) -> str:
+    """The first of `count` epochs, and how many more there are."""
+    return "; ".join(map(str, found[:_SHOWN])) + (f"; and {count - _SHOWN} more" if count > _SHOWN else "")

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dynmix.mixture import accounting, late
-from dynmix.mixture.accounting import Remaining, new_epochs
+from dynmix.mixture.accounting import Remaining, first_epochs, in_words
 from dynmix.mixture.boundaries import IGNORED, Boundaries, check_collate
 from dynmix.mixture.index import Numbers
 from dynmix.mixture.limits import Exhausted, MaxEpochs, Policy
@@ -287,8 +287,9 @@ class MixtureDataset(Steered, Dataset[Item]):
         """`schedule.publish`, refused (ValueError) for a `start` below `read_until`; logs what will be read again."""
         super().publish(weights, start, end)
         number, stop = self.schedule.num_stages - 1, min(self.ends_at, self.num_samples if end is None else end)
-        if again := new_epochs(self.schedule, start, stop) if start < stop else []:
-            logger.warning("stage %d will read again: %s", number, accounting.in_words(again))
+        again, count = first_epochs(self.schedule, start, stop) if start < stop else ([], 0)
+        if again:
+            logger.warning("stage %d will read again: %s", number, in_words(again, count))
         if (dry := self.schedule.exhausted_at) is not None and dry < self.num_samples:
             logger.warning("%s", self.schedule.why_exhausted(dry))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmix.mixture.accounting import NewEpoch, Remaining, new_epochs, remaining, used_up
+from dynmix.mixture.accounting import NewEpoch, Remaining, first_epochs, in_words, new_epochs, remaining, used_up
 from dynmix.mixture.roster import JoinedDomain
 from dynmix.mixture.schedule import MixtureSchedule
 
@@ -53,6 +53,25 @@ def test_a_domain_that_is_read_very_often_is_told_of_at_every_doubling() -> None
     epochs = [each.epoch + 1 for each in new_epochs(made, 0, 2**21) if each.domain == "one"]
     assert epochs[:16] == [*range(2, 17), 32]
     assert epochs[16:] == [2**k for k in range(6, 20 + (int(made.counts(2**21)[0] >= 2**20)))]
+
+
+def test_the_first_epochs_are_found_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that publishes stages of its own, open to the end of a long run, waits for nothing that is not shown."""
+    sizes = {f"d{k}": 1000 + 37 * k for k in range(60)}
+    made, counts, counted = MixtureSchedule(dict.fromkeys(sizes, 1 / 60), sizes), MixtureSchedule.counts, list[int]()
+
+    def counting(schedule: MixtureSchedule, position: int) -> npt.NDArray[np.int64]:
+        counted.append(position)
+        return counts(schedule, position)
+
+    monkeypatch.setattr(MixtureSchedule, "counts", counting)
+    found, count = first_epochs(made, 5, 10**9)
+    assert len(counted) < 100
+    every = new_epochs(made, 5, 2 * 10**6)
+    assert found == every[:8] == sorted(every)[:8]
+    assert count > 1200
+    assert in_words(found, count).endswith(f"position {found[7].position}, reshuffled; and {count - 8} more")
+    assert first_epochs(made, 5, every[3].position + 1) == (every[:4], 4)
 
 
 def test_it_takes_no_longer_at_the_end_of_a_long_run() -> None:
