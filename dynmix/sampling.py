@@ -178,7 +178,9 @@ class Sampler:
         while ScoreFolder(out).missing and time.monotonic() < end:
             self.dataset.pulse()
             time.sleep(0.5)
-        return read_scores(out)
+        found, names = read_scores(out), tuple(self.dataset.sequences)
+        numbers = np.array([names.index(name) for name in found.domains])  # some of the dataset may be gone
+        return replace(found, domains=names, domain=numbers[found.domain])
 
     def _score(self, model: nn.Module, sources: list[Source], out: Path) -> None:
         ranks = Ranks(shared=True)

@@ -49,8 +49,8 @@ class Corpus:
 
     Args:
         domains: name -> token store, path of one, or for rows also a `DocumentView`, `RowView` or any sequence of dicts
-            with `input_ids` of one length; or a `MixtureDataset`, whose first domains they are, and whose `boundaries`
-            and ignored ids its items have here too.
+            with `input_ids` of one length; or a `MixtureDataset`, whose first domains they are, without those that are
+            gone, and whose `boundaries` and ignored ids its items have here too.
         unit: a sample is a "sequence": a row of `sequence_length` tokens, as `MixtureDataset` has them; or a
             "document" of a token store.
         sequence_length: tokens of a row, and of what a model reads at once of a document. It may be left out where no
@@ -70,7 +70,8 @@ class Corpus:
     ) -> None:
         self._options = SequenceOptions()
         if isinstance(domains, MixtureDataset):
-            self._options, domains = domains.options, domains.sequences
+            self._options, gone = domains.options, domains.gone
+            domains = {name: rows for name, rows in domains.sequences.items() if name not in gone}
         if not domains:
             raise ValueError("domains is empty: a corpus needs at least one")
         if unit not in get_args(Unit):

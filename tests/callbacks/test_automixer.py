@@ -249,6 +249,26 @@ def test_a_domain_that_joined_before_is_said_to_be_in_no_group(training, tmp_pat
     assert "domains ['late'] joined the run and are not scored" in caplog.text
 
 
+def test_where_a_domain_is_gone_the_others_are_regrouped(training, tmp_path):
+    def loop(weights):
+        rows = {name: training.sequences(training.DOMAINS.index(name)) for name in weights}
+        data = MixtureDataset(rows, weights, num_samples=96, block=8)
+        output = tmp_path / "dynmix"
+        return MixtureHook(training.model(), data, training.tasks(), AutoMixer(every=2), 5, output=output, batch_size=8)
+
+    first = loop({"web": 0.5, "noise": 0.0, "code": 0.5})
+    for _ in DataLoader(first.dataset, batch_size=8, sampler=range(24)):
+        first.step()
+    second = loop({"web": 0.5, "code": 0.5})
+    second.load_state_dict(first.state_dict())
+    for _ in DataLoader(second.dataset, batch_size=8, sampler=range(24, 72)):
+        second.step()
+    assert errors(tmp_path) == [None] * 3
+    drawn = [second.dataset[i] for i in range(40, 72)]
+    assert {second.dataset.domains[item["domain"]] for item in drawn} <= {"group:web", "group:code", "group:rest"}
+    assert {item["input_ids"][0].item() for item in drawn} == {0, 1}  # which sequences tell
+
+
 @pytest.mark.parametrize("checkpoints", ["last", 2])
 def test_checkpoints_by_step_alone(training, tmp_path, checkpoints):
     training.run(tmp_path, mixer=AutoMixer(every=2, keep=0.8, checkpoints=checkpoints))
