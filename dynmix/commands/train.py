@@ -5,12 +5,15 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynmix.commands import command, print_json
 from dynmix.commands.interrupt import end_at_once
+
+if TYPE_CHECKING:
+    from dynmix.recipe.schema import Recipe
 
 logger = logging.getLogger("dynmix")
 
@@ -57,29 +60,36 @@ def train(
         end_at_once(lambda: _kept(asked.output) if os.environ.get("RANK") == "0" else "")
 
     import torch.distributed as dist
+
+    try:
+        _done(asked, dry_run, only_proxy, json)
+    finally:
+        # By now the model is gone: DDP's, if it is the last to know of the process group, may wait forever for a thread
+        # of gloo that waits for Python's lock.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _done(asked: "Recipe", dry_run: bool, only_proxy: bool, json: bool) -> None:
     from rich.console import Console
 
     from dynmix.ranks import is_rank_0
     from dynmix.recipe import run as runs
     from dynmix.recipe.plan import make_plan, print_plan
 
-    try:
-        run = runs.build_run(asked, on_paper=dry_run)
-        if dry_run:
-            plan = make_plan(run)
-            if is_rank_0():
-                print_json(asdict(plan)) if json else print_plan(plan, Console(emoji=False))
-        elif not only_proxy:
-            steps = runs.train(run, None if json else Console(stderr=True, emoji=False))
-            journal = quote(str(run.folder / "dynmix"))
-            facts = {"output": asked.output, "steps": steps, "model": str(run.folder / "model")}
-            if is_rank_0():
-                print_json(facts) if json else typer.echo(
-                    f"{steps} steps done; model in {facts['model']}; the report: dynmix report {journal}"
-                )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run = runs.build_run(asked, on_paper=dry_run)
+    if dry_run:
+        plan = make_plan(run)
+        if is_rank_0():
+            print_json(asdict(plan)) if json else print_plan(plan, Console(emoji=False))
+    elif not only_proxy:
+        steps = runs.train(run, None if json else Console(stderr=True, emoji=False))
+        journal = quote(str(run.folder / "dynmix"))
+        facts = {"output": asked.output, "steps": steps, "model": str(run.folder / "model")}
+        if is_rank_0():
+            print_json(facts) if json else typer.echo(
+                f"{steps} steps done; model in {facts['model']}; the report: dynmix report {journal}"
+            )
 
 
 def _kept(output: str) -> str:
