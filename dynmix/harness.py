@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynmix.influence.isolation import isolated, unwrap
-from dynmix.ranks import from_rank_0
+from dynmix.ranks import from_rank_0, on_every_rank
 
 
 class HarnessTasks:
@@ -51,12 +51,14 @@ class HarnessTasks:
         """Return "task/metric" -> value, standard errors ("task/metric_stderr") included; leaves no trace in the model.
 
         A metric that the harness takes after a filter of its own is "task/metric,filter". In a distributed run every
-        process must call this.
+        process must call this, and where it fails in one, all raise.
 
         Raises:
             ValueError: `model` is no transformers model.
         """
-        model = unwrap(model)
+        return from_rank_0(on_every_rank(lambda: self._evaluated(unwrap(model))))
+
+    def _evaluated(self, model: nn.Module) -> dict[str, float]:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"lm-evaluation-harness takes transformers models, got {type(model).__name__}")
         with isolated(model), torch.no_grad():
@@ -70,7 +72,7 @@ class HarnessTasks:
             harness = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
             found = simple_evaluate(harness, tasks=self.names, **{"log_samples": False} | self.options)
         # The harness returns nothing on other ranks than the first.
-        return from_rank_0({} if found is None else _figures(found["results"]))
+        return {} if found is None else _figures(found["results"])
 
 
 def _figures(results: dict[str, dict[str, Any]]) -> dict[str, float]:

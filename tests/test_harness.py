@@ -110,3 +110,37 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install 'dynmix\[lm-eval\]'"):
         HarnessTasks(["words"], tokenizer())
+
+
+FAILING = """
+import sys, types
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def simple_evaluate(*_, **__):
+    if dist.get_rank() == 0:
+        raise OSError("no metric")
+
+for name, content in (("lm_eval", {"simple_evaluate": simple_evaluate}), ("lm_eval.models", {}),
+                      ("lm_eval.models.huggingface", {"HFLM": dict}), ("lm_eval.tasks", {"TaskManager": dict})):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(content)
+from dynmix.harness import HarnessTasks
+
+dist.init_process_group("gloo")
+size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **size))
+try:
+    HarnessTasks(["sums"], "tokenizer").evaluate(model)
+except Exception as failure:
+    print(f"<{dist.get_rank()} {failure}>", flush=True)
+dist.barrier()
+"""
+
+
+def test_what_the_harness_raises_on_one_rank_is_told_to_the_others(processes, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    status, printed = processes.run(tmp_path / "failing.py", ranks=2, timeout=60)
+    assert status == 0, printed
+    assert "<0 no metric>" in printed
+    assert "<1 another rank failed: OSError: no metric>" in printed
