@@ -344,7 +344,8 @@ class MixtureController:
             if self.in_run is None:
                 self._say_memory(model)
         if (sampler := self.sampler) is not None and not self.resumed:
-            found.samples = on_every_rank(lambda: sampler.rehearse(model, self.measurement.scored_of_each()))
+            domains = on_every_rank(self.measurement.scored_of_each)  # before a sharded model's passes, which all share
+            found.samples = on_every_rank(lambda: sampler.rehearse(model, domains))
         schedule = self.dataset.schedule
         last = schedule.starts[-1]
         # The run's last stage may be shorter than others, and what is left of the domains no more than it takes.

@@ -59,6 +59,41 @@ def test_a_run_whose_first_sequences_have_no_label_begins(tmp_path):
     hook.controller.begin(model)
 
 
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+from dynmix import AutoMixer, MixtureDataset
+from dynmix.callbacks import MixtureHook
+from dynmix.measurement import Measurement
+dist.init_process_group("gloo")
+
+def failing(*args):
+    raise OSError(5, "Input/output error")
+
+model = LlamaForCausalLM(LlamaConfig(**TINY))
+fully_shard(model)
+dataset = MixtureDataset({"code": [{"input_ids": [1, 2, 3, 4]}] * 50}, num_samples=64, sequence_length=4)
+task = {"code": [{"input_ids": torch.arange(6)[None]}]}
+hook = MixtureHook(model, dataset, task, AutoMixer(), stage_steps=4, batch_size=4, output=sys.argv[1])
+if dist.get_rank():
+    Measurement.scored_of_each = failing
+try:
+    hook.controller.begin(model)
+except Exception as failure:
+    print(f"<{dist.get_rank()} {failure}>", flush=True)
+dist.barrier()
+"""
+
+
+def test_where_a_rank_cannot_read_what_a_sharded_model_rehearses_on_all_raise(processes, tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED.replace("**TINY", f"**{TINY}"))
+    status, printed = processes.run(tmp_path / "sharded.py", tmp_path / "run", ranks=2, timeout=60)
+    assert status == 0, printed
+    assert "<0 another rank failed: OSError: [Errno 5] Input/output error>" in printed
+    assert "<1 [Errno 5] Input/output error>" in printed
+
+
 TWO_RANKS = """
 import sys, time, torch, torch.distributed as dist
 from pathlib import Path
