@@ -14,10 +14,11 @@ Weights = Mapping[str, float] | npt.NDArray[np.integer] | Sequence[int]
 
 
 def integer_cdf(weights: npt.ArrayLike) -> Ints:
-    """Cumulative weights in units of 2**-32; compute it once and share it, as float sums may differ between machines.
+    """Cumulative weights in units of 2**-32, int64[n_domains], the last one 2**32.
 
-    Domain k is drawn by the integers [cdf[k - 1], cdf[k]), and the last of them is 2**32. A zero weight has none; a
-    positive one has at least one. Raises ValueError unless all are finite, >= 0, with a sum within 1e-6 of 1.
+    Compute it once and share it, as float sums may differ between machines. Domain k is drawn by the integers
+    [cdf[k - 1], cdf[k]): none for a weight of zero, at least one for a positive one. Raises ValueError unless all are
+    finite, >= 0, with a sum within 1e-6 of 1.
     """
     share = np.asarray(weights, np.float64)
     if share.ndim != 1 or not share.size:
