@@ -96,9 +96,8 @@ def open_documents(
     if isinstance(source, list | tuple) and source and all(map(_is_part, source)):
         found = _joined([opened(part) for part in source])
     _check_random_access(found, "the source")
-    if vocab_size is not None:
-        for each in [found] if isinstance(found, Documents) else [rows.store for rows in _packed(found)]:
-            check_vocabulary(each, repr(each), vocab_size)
+    if vocab_size is not None and isinstance(found, Documents):
+        check_vocabulary(found, repr(found), vocab_size)
     return found
 
 
@@ -109,13 +108,16 @@ def open_domains(
     tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> dict[str, Sequences]:
-    """`as_sequences` of each domain, and a check of their stores' manifests against the tokenizer."""
+    """`as_sequences` of each domain, and a check of their stores against the tokenizer, by manifests and by ids."""
     found = {
         name: as_sequences(name, data, sequence_length, tokenizer=tokenizer, **options)
         for name, data in domains.items()
     }
     if tokenizer is not None:
         check_stores([each.store for rows in found.values() for each in _packed(rows)], tokenizer)
+        # Documents are checked as they are opened. Of what was packed before, many domains may be views on one store.
+        for store, name in {each.store: name for name, data in domains.items() for each in _packed(data)}.items():
+            check_vocabulary(store, f"domain {name!r}: {store!r}", vocabulary_size(tokenizer))
     return found
 
 

@@ -314,8 +314,17 @@ def test_rows_of_sequences_of_another_tokenizer_are_refused_as_their_documents_a
         assert len(open_domains({"x": view(made)}, 1, tokenizer=TOKENIZER)["x"])
         with pytest.raises(ValueError, match="a: made with another tokenizer"):
             open_domains({"x": view(made)}, 1, tokenizer=other)
-        with pytest.raises(ValueError, match="domain 'x': .*has token 1000, and the vocabulary 1000 ids"):
-            open_domains({"x": view(beyond)}, 1, tokenizer=TOKENIZER)
+        with pytest.raises(ValueError, match="store.*has token 1000, and the vocabulary 1000 ids"):
+            open_domains({"x": view(made), "y": view(beyond)}, 1, tokenizer=TOKENIZER)
+
+
+def test_a_store_that_many_views_are_on_is_searched_for_such_ids_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, searched = PackedSequences(store(tmp_path, [[5, 7]]), 1), list[Documents]()
+    monkeypatch.setattr("dynmix.mixture.sources.check_vocabulary", lambda documents, *_: searched.append(documents))
+    open_domains({name: RowView([rows], [0], [row]) for row, name in enumerate("ab")}, 1, tokenizer=TOKENIZER)
+    assert searched == [rows.store]
 
 
 def test_sequences_that_do_not_say_where_documents_end_are_not_taken_for_one(tmp_path: Path) -> None:
