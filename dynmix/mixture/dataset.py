@@ -17,7 +17,7 @@ from typing import Any, Literal, SupportsFloat
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dynmix.mixture import accounting, late
 from dynmix.mixture.accounting import Remaining, first_epochs, in_words
@@ -210,11 +210,16 @@ class MixtureDataset(Steered, Dataset[Item]):
         return min(self.num_samples, dry - dry % max(1, self._progress.step_size))
 
     def __getitem__(self, position: int) -> Item:
-        """Item at `position`, in any order and without side effects: for inspection, not for training."""
+        """Item at `position`, in any order: for inspection, and for a dataset that wraps this one.
+
+        In the main process it has no side effects; a worker asks for what it reads ahead, which then counts as read.
+        """
         position = operator.index(position)
         if not 0 <= position < self.num_samples:
             raise IndexError(f"position {position} is not in [0, {self.num_samples})")
         self._progress.wait(self.schedule, position + 1, _WAITING)
+        if get_worker_info() is not None:  # before the stages are read, as in `__getitems__`
+            self._progress.note_until(position + 1)
         self.schedule.check_decided(position, position + 1)
         return dict(self._items([range(position, position + 1)])[0])
 

@@ -76,11 +76,15 @@ class Progress:
 
     def note(self, size: int, stop: int, stride: int = 1) -> None:
         """Say that a request of so many positions, each `stride`-th, was read, and so all positions before `stop`."""
+        self.note_until(stop)
+        self._cells.array[[_SIZE, _SPAN]] = size, size * stride
+
+    def note_until(self, stop: int) -> None:
+        """Say that all positions before `stop` were read, by requests of a size that is not known."""
         worker, cells = get_worker_info(), self._cells.array
         # A cell for each writer, because taking the maximum is not atomic between processes.
         cell = _MAIN if worker is None else _WORKERS + worker.id % _SLOTS
         cells[cell] = max(int(cells[cell]), stop)
-        cells[_SIZE], cells[_SPAN] = size, size * stride
 
     def forget(self) -> None:
         """Start again from zero, but keep what a step takes."""

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader  # type: ignore[import-untyped]
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dynmix.mixture import packed
@@ -304,6 +304,29 @@ def test_what_was_read_cannot_be_published_again() -> None:
     with pytest.raises(ValueError, match="start=29: position already read by the loader, which is at 30"):
         dataset.publish(half, start=29)
     dataset.publish(half, start=30)
+
+
+class Wrapping(Dataset[Any]):
+    """What users put around a dataset, to change its items."""
+
+    def __init__(self, dataset: MixtureDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.dataset[position]
+
+
+def test_what_workers_read_ahead_through_a_wrapping_dataset_cannot_be_published_again() -> None:
+    dataset = make()
+    batches = iter(DataLoader(Wrapping(dataset), batch_size=4, num_workers=2, multiprocessing_context="fork"))
+    assert [len(next(batches)["domain"]) for _ in range(3)] == [4] * 3
+    with pytest.raises(ValueError, match="start=8: position already read by the loader"):
+        dataset.publish(half, start=8)
+    assert dataset.read_until >= 12
+    assert dataset.read_size == 0
 
 
 @pytest.mark.parametrize(
