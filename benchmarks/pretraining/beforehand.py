@@ -5,6 +5,7 @@ Each returns fixed weights for the target run. Its share of the budget is the sa
 
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from dynmix.laws import Experts, LightGBM, Ridge, WithExperts, best_mixture
 from dynmix.laws.bounds import Bounds
 from dynmix.laws.optimise import SMOOTHING
 from dynmix.laws.runs import read_runs
-from dynmix.mixers.doge import DoGE
 from dynmix.mixers.doremi import DoReMi
 from dynmix.proxies import run_proxies, small_llama
 from dynmix.proxies.plan import Training as ProxyTraining
 from dynmix.proxies.train import token_log_probabilities
 
 from .cost import Counter, Spent
+from .doge import DogeProxy
 from .loop import step_flops, train
 from .methods import NO_TASKS, Bench
 from .training import Training
@@ -44,9 +45,12 @@ def _proxy(bench: Bench, seed: int) -> Training:
     return Training(bench.budget.proxy, len(bench.corpus.tokenizer), seed, bench.device)
 
 
-def _stream(bench: Bench, weights: Any, operations: float, seed: int) -> MixtureDataset:
-    make = partial(bench.budget.proxy.dataset, bench.corpus.stores, weights, seed=seed)
-    return make(max(4, 1 + int(operations / step_flops(_proxy(bench, seed), make(1)))))
+def _stream(
+    bench: Bench, weights: Any, operations: float, seed: int, proxy: Callable[[Bench, int], Training] = _proxy
+) -> MixtureDataset:
+    thrown_away = proxy(bench, seed)
+    make = partial(thrown_away.size.dataset, bench.corpus.stores, weights, seed=seed)
+    return make(max(4, 1 + int(operations / step_flops(thrown_away, make(1)))))
 
 
 def _run(training: Training, dataset: MixtureDataset, hook: Any, spent: Spent, operations: float, state: Path) -> None:
@@ -72,20 +76,16 @@ def _doremi(bench: Bench, seed: int, folder: Path, spent: Spent, operations: flo
 
 
 def _doge(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:
-    """A proxy whose domains are weighted by their gradients' alignment, and the mean of the weights (2310.15393).
+    """A proxy whose domains are weighted by their gradients' alignment, and the mean of the weights (2310.15393)."""
+    dataset, training = _stream(bench, "uniform", operations, seed, _doge_proxy), _doge_proxy(bench, seed)
+    _run(training, dataset, None, spent, operations, folder / "proxy.pt")
+    return dict(zip(dataset.domains, training.mean.tolist(), strict=True))
 
-    A measurement costs about as much as the steps of its stage, as in the paper, where a step measures on a batch: one
-    as large as TiKMiX's, between so few steps, would leave next to nothing for the proxy.
-    """
-    budget, training, mixer = bench.budget, _proxy(bench, seed), DoGE()
-    dataset = _stream(bench, "uniform", operations, seed)
-    hook = MixtureHook(
-        training.model, dataset, bench.tasks, mixer, budget.loss_steps, batch_size=training.size.batch,
-        probe_sequences=max(1, training.size.batch // 2), task_sequences=training.size.batch, guards=None,
-        micro_batch=16, keep=0, loss_every=10**9,
-    )  # fmt: skip
-    _run(training, dataset, hook, spent, operations, folder / "proxy.pt")
-    return mixer.mean
+
+def _doge_proxy(bench: Bench, seed: int) -> DogeProxy:
+    domains, size = len(bench.corpus.stores), bench.budget.proxy
+    size = replace(size, batch=-(-size.batch // domains) * domains)  # in an even stream, as many of each
+    return DogeProxy(size, len(bench.corpus.tokenizer), seed, bench.device, domains, bench.tasks)
 
 
 def _regmix(bench: Bench, seed: int, folder: Path, spent: Spent, operations: float) -> dict[str, float]:

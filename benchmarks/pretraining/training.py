@@ -18,6 +18,8 @@ from dynmix import MixtureDataset
 from dynmix.proxies import small_llama
 from dynmix.whole_file import whole_file
 
+LARGEST_NORM = 1.0  # of a gradient
+
 
 @dataclass(frozen=True)
 class Size:
@@ -74,13 +76,18 @@ class Training:
         """One optimizer step; returns the training loss, nats a token."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.size.rate * self.schedule(self.steps)
-        ids, labels = (batch[key].to(self.device) for key in ("input_ids", "labels"))
-        loss = self.model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        loss = self._backward(batch)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
+        return loss
+
+    def _backward(self, batch: dict[str, Tensor]) -> float:
+        """Give the parameters the gradients of the mean loss; returns that."""
+        ids, labels = (batch[key].to(self.device) for key in ("input_ids", "labels"))
+        loss = self.model(input_ids=ids, labels=labels).loss
+        loss.backward()
         return float(loss.detach())
 
     def save(self, file: Path, more: Any = None) -> None:

@@ -14,9 +14,10 @@ class DoGE(Multiplicative):
 
     The gradients are measured at stage boundaries only, so one measurement stands for all the steps of a stage: the
     exponent is step_size * steps * W_j. The gradients of the domains' sum are those of held-out samples, where the
-    paper takes both sides from the same batch. The authors' code (Olivia-fsm/DoGE) goes beyond the paper: it leaves
-    <g_j, g_j> out of the sum, divides W by the mean norm of the domains' gradients, and clips it to [0, 5]. That is not
-    done here, so step_size has to fit the size of the gradients and the length of the stages.
+    paper takes both sides from the same batch. The authors' code (Olivia-fsm/DoGE) goes beyond the paper: it clips
+    every gradient to a norm of 1, leaves <g_j, g_j> out of the sum, divides W by the mean norm of the domains'
+    gradients, and clips it to [0, 5]. That is not done here, so step_size has to fit the size of the gradients and the
+    length of the stages.
 
     Args:
         target: `"tasks"`: what is generalised to is the tasks, by the sum of their gradients. `"domains"`: all domains

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from benchmarks.pretraining import beforehand, cells
 from benchmarks.pretraining.__main__ import app
 from benchmarks.pretraining.corpus import Corpus
+from benchmarks.pretraining.doge import DogeProxy
 from benchmarks.pretraining.hindsight import Law
 from benchmarks.pretraining.loop import train
 from benchmarks.pretraining.tables import Cells
@@ -128,11 +129,20 @@ def test_methods_that_read_no_task_are_not_charged_for_any(
     assert reference["mixing"] == 0 < minimax["mixing"] < 0.002 * minimax["training"]
 
 
-def test_doge_measures_for_as_long_as_its_proxy_trains(
-    corpus: Path, tmp_path: Path, proxies: list[dict[str, float]]
+def test_doge_spends_its_share_on_a_proxy_of_which_each_step_holds_every_domain(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    step, held = DogeProxy.step, set()
+
+    def watched(training: DogeProxy, batch: Any) -> float:
+        held.add(tuple(sorted(batch["domain"].tolist())))
+        return step(training, batch)
+
+    monkeypatch.setattr(DogeProxy, "step", watched)
     assert bench(corpus, tmp_path, "doge").exit_code == 0
-    assert 0.2 < proxies[0]["mixing"] / proxies[0]["training"] < 1.2
+    assert held == {(0, 1)}
+    found = cell(tmp_path, "doge")
+    assert 0.5 * found["budget"] <= found["spent"]["flops"]["before"] < 0.51 * found["budget"]
 
 
 def test_what_is_there_is_not_run_again(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
