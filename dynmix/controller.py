@@ -271,6 +271,7 @@ class MixtureController:
         with self._recorder.listening():
             self.watch(model)
             check_ranks(self.dataset, self.timetable.state_dict() | {"samples of the run": self.total})
+            self._agree_on_folder()
             on_every_rank(lambda: self.measurement.check(model))
             self._rehearse(model)
             return self._resume(model, step) if self.resumed else self._begin_afresh(model, step)
@@ -337,6 +338,14 @@ class MixtureController:
 
     # -- the beginning -------------------------------------------------------------------------------------------------
 
+    def _agree_on_folder(self) -> None:
+        """Have a folder on all ranks, if rank 0 has one: it writes, but a sharded model is gathered by all of them."""
+        path = from_rank_0(None if self.folder is None else self.folder.path)
+        if path is None:
+            self.folder = None
+        elif self.folder is None:
+            self.write_to(path)
+
     def _rehearse(self, model: nn.Module) -> None:
         found = Evidence()
         if self.decider.measures:
@@ -401,7 +410,7 @@ class MixtureController:
         return self._decide(model, step) if self.timetable.is_due(step) else None
 
     def _rewind_files(self) -> None:
-        if self.folder is not None:  # a rank that does not write may have none
+        if self.folder is not None:
             self.folder.rewind(self.dataset.schedule.num_stages)
 
     def _describe(self, model: nn.Module) -> dict[str, Any]:

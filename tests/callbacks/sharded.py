@@ -38,7 +38,7 @@ def main(output: Path) -> None:
         probe_sequences=8,
         curvature_sequences=16,
         task_sequences=12,
-        output=output,
+        output=None if dist.get_rank() else output,  # as where one rank writes
         keep=1,
     )
     half = training.BATCH // 2
