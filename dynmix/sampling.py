@@ -157,11 +157,12 @@ class Sampler:
         Raises:
             ValueError: no task has a finite value yet, or as `score_corpus` does; on every rank if it does on one.
         """
-        if joined := self.dataset.domains[len(self.dataset.sequences) :]:
+        # Those with a file are views, as groups are, on what is scored.
+        if joined := [domain.name for domain in self.dataset.schedule.joined if "file" not in domain.source]:
             logger.warning(
                 "domains %s joined the run and are not scored, so no group has anything of them: list them among the "
                 "domains that a run begins with",
-                list(joined),
+                joined,
             )
         if (last := self.peaks.last_step) is None or last < step:
             self._evaluate(model, step, wanted=True)

@@ -233,6 +233,20 @@ def test_a_copy_that_somebody_made_of_a_checkpoint_is_theirs(tmp_path):
     assert copy.is_dir()
 
 
+def test_only_what_is_no_view_is_said_to_be_in_no_group(tmp_path, caplog):
+    rows = [{"input_ids": [1, 2, 3, 4]}] * 50
+    dataset = MixtureDataset({"code": rows}, num_samples=64)
+    model, task = LlamaForCausalLM(LlamaConfig(**TINY)), {"code": [{"input_ids": torch.arange(6)[None]}]}
+    sampler = MixtureHook(model, dataset, task, AutoMixer(), stage_steps=4).controller.sampler
+    dataset.extend({"group:code": ([0, 0], [3, 4])}, tmp_path / "groups")
+    sampler.begin(tmp_path, 0)
+    sampler.scores(model, 3, 64)
+    assert "not scored" not in caplog.text
+    dataset.extend({"late": rows[:9]})
+    sampler.scores(model, 4, 64)
+    assert "domains ['late'] joined the run and are not scored" in caplog.text
+
+
 OTHERS = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
