@@ -73,16 +73,20 @@ class Bounds(NamedTuple):
         return cls(low, high, message)
 
     def nearest(self, w: Array) -> Array:
-        """Return the nearest mixture within the bounds (Euclidean): clip(w + shift), the shift found by bisection."""
-        if (w >= self.low).all() and (w <= self.high).all() and abs(w.sum() - 1) < 1e-12:
+        """Return the mixtures within the bounds that are nearest to `w` float64[..., n_domains] (Euclidean).
+
+        They are clip(w + shift), the shift of each found by bisection.
+        """
+        inside = ((w >= self.low) & (w <= self.high)).all(-1) & (np.abs(w.sum(-1) - 1) < 1e-12)
+        if inside.all():
             return w
-        left, right = float((self.low - w).min()), float((self.high - w).max())
+        left, right = (self.low - w).min(-1, keepdims=True), (self.high - w).max(-1, keepdims=True)
         for _ in range(60):
             shift = 0.5 * (left + right)
-            below = np.clip(w + shift, self.low, self.high).sum() < 1
-            left, right = (shift, right) if below else (left, shift)
+            below = np.clip(w + shift, self.low, self.high).sum(-1, keepdims=True) < 1
+            left, right = np.where(below, shift, left), np.where(below, right, shift)
         x = np.clip(w + right, self.low, self.high)
-        return np.asarray(x / x.sum(), dtype=np.float64)
+        return np.where(inside[..., None], w, x / x.sum(-1, keepdims=True))
 
     def cheapest(self, cost: Array) -> Array:
         """Return the mixture within the bounds that minimises cost @ w: the cheapest domains, filled up in turn."""

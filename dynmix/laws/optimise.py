@@ -102,12 +102,12 @@ def best_mixture(
     seen = check_mixtures(compare, k) if compare is not None else np.empty((0, k))
     if law.steps:
         around = np.maximum(seen.mean(axis=0), 1e-6) if len(seen) else np.full(k, 1 / k)
-        drawn = np.array([bounds.nearest(w) for w in rng.dirichlet(k / 2 * around, size=DRAWN)])
+        drawn = bounds.nearest(rng.dirichlet(k / 2 * around, size=DRAWN))
         w = bounds.nearest(drawn[np.argsort(value(drawn), kind="stable")[:LIKED]].mean(axis=0))
         messages.append(f"it is the mean of the {LIKED} of {DRAWN:,} mixtures that the law of steps likes best")
     else:
         scattered = rng.dirichlet(np.full(k, 0.5), size=64 * starts)
-        candidates = np.array([bounds.nearest(w) for w in (np.full(k, 1 / k), *seen, *scattered)])
+        candidates = bounds.nearest(np.vstack([np.full(k, 1 / k), seen, scattered]))
         order = np.argsort(value(candidates), kind="stable")[:starts]
         bar = Bar(candidates[order], desc="searching the best mixture", unit="start")
         found = [_descend(value, w, bounds) for w in bar]
@@ -150,7 +150,7 @@ def _descend(value: Callable[[Array], Array], w: Array, bounds: Bounds) -> Array
             share = (bounds.low[j] + (min(bounds.high[j], 1) - bounds.low[j]) * SHARES)[:, None]
             others = np.where(np.arange(k) == j, 0, w if w[j] < 1 else 1 / k)
             line = share * np.eye(k)[j] + (1 - share) * others / max(others.sum(), 1e-300)
-            tried = np.array([w, *map(bounds.nearest, line)])
+            tried = np.vstack([w, bounds.nearest(line)])
             w = tried[int(np.argmin(value(tried)))]
         if np.array_equal(w, before):
             break
