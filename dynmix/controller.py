@@ -455,7 +455,9 @@ class MixtureController:
                 torch.cuda.empty_cache()
 
         # Rank 0 decides: float sums may differ between machines, a mixture must not.
-        cdf, proposal, error = from_rank_0((cdf, proposal, error))
+        own, (cdf, proposal, error) = error, from_rank_0((cdf, proposal, error))
+        if own and not error:
+            logger.warning("rank 0 decides stage %d, which another rank could not: %s", stage, own)
         if proposal.groups:
             try:
                 on_every_rank(lambda: self._let_in(proposal))
