@@ -100,7 +100,8 @@ def as_items(
 def _check_begins(owners: Ints, parts: Sequence[Part]) -> None:
     """Raise ValueError for padding in front of a text, where nothing keeps the model from reading it as the text's."""
     for here, _, rows, where in parts:
-        if (padded := owners[here, 0] == PADDING).any():
+        begun = owners[here] != PADDING  # a row of nothing but padding has no text to mislead
+        if (padded := ~begun[:, 0] & begun.any(axis=1)).any():
             raise ValueError(
                 f"sequence {rows[padded][0]} of {where} begins with padding (attention_mask 0), which the text behind"
                 ' it would attend to: pad at the end, or pass boundaries="position_ids"'

@@ -279,6 +279,8 @@ def test_padding_in_front_is_refused_where_the_text_would_attend_to_it() -> None
             MixtureDataset({"a": domain}, num_samples=1)[0]
         apart = MixtureDataset({"a": domain}, num_samples=1, boundaries="position_ids")[0]
         assert (apart["labels"].tolist(), apart["position_ids"].tolist()) == ([-100, -100, 6], [0, 0, 1])
+    blank = [{"input_ids": [0, 0], "attention_mask": [0, 0]}]  # as fills a data set up: there is no text behind
+    assert MixtureDataset({"a": blank}, num_samples=1)[0]["labels"].tolist() == [-100, -100]
 
 
 def test_labels_and_masks_of_items_count_wherever_there_are_some() -> None:
