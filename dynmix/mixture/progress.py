@@ -77,7 +77,8 @@ class Progress:
     def note(self, size: int, stop: int, stride: int = 1) -> None:
         """Say that a request of so many positions, each `stride`-th, was read, and so all positions before `stop`."""
         self.note_until(stop)
-        self._cells.array[[_SIZE, _SPAN]] = size, size * stride
+        cells = self._cells.array
+        cells[_SIZE], cells[_SPAN] = size, size * stride
 
     def note_until(self, stop: int) -> None:
         """Say that all positions before `stop` were read, by requests of a size that is not known."""
