@@ -150,7 +150,7 @@ def _read_sources(root: Path, seen: set[str]) -> tuple[list[_Source], list[_Sour
         for name, texts in (("code", [code]), ("docs", _unseen(prose, seen))):
             pieces = _pieces(texts)
             found[name].append(_within(pieces, room[name]))
-            room[name] -= _size(pieces)
+            room[name] -= sum(len(piece.encode()) for piece in pieces)
     return found["code"], found["docs"]
 
 
@@ -296,9 +296,9 @@ def _pieces(texts: Iterable[str]) -> list[str]:
     """`texts` joined by blank lines, then cut at line ends into documents of up to `_DOCUMENT_BYTES`."""
     pieces: list[str] = []
     part: list[str] = []
-    size = 0
+    size, width = 0, _DOCUMENT_BYTES // 4  # so many characters fit: each has at most 4 bytes
     for line in "\n\n".join(texts).splitlines(keepends=True):
-        for cut in _cut(line):
+        for cut in (line[i : i + width] for i in range(0, len(line), width)):
             length = len(cut.encode())
             if size + length >= _DOCUMENT_BYTES:  # a byte is for the last line's end
                 pieces.append("".join(part))
@@ -309,14 +309,6 @@ def _pieces(texts: Iterable[str]) -> list[str]:
     return [p.strip("\n") + "\n" for p in pieces if p.strip()]
 
 
-def _cut(line: str) -> list[str]:
-    """`line`, in parts where it alone is longer than a document: a character has at most 4 bytes."""
-    width = _DOCUMENT_BYTES // 4
-    if len(line) <= width:
-        return [line]
-    return [line[i : i + width] for i in range(0, len(line), width)]
-
-
 def _within(documents: list[str], room: int) -> list[str]:
     kept = []
     for document in documents:
@@ -325,10 +317,6 @@ def _within(documents: list[str], room: int) -> list[str]:
             break
         kept.append(document)
     return kept
-
-
-def _size(documents: Iterable[str]) -> int:
-    return sum(len(d.encode()) for d in documents)
 
 
 def _unseen(texts: Iterable[str], seen: set[str]) -> list[str]:
