@@ -23,14 +23,6 @@ Curve = Callable[..., tuple[Array, Array | None]]  # as `CurveLaw._curve`
 
 
 @dataclass(frozen=True)
-class Prior:
-    """Gaussian over the parameters: mean float64[n_targets, n_parameters], covariance [n_parameters, n_parameters]."""
-
-    mean: Array
-    covariance: Array
-
-
-@dataclass(frozen=True)
 class Floor:
     """Where each target's floor is sought, from `bottom` to `bottom + height`; float64[n_targets] all.
 
@@ -116,22 +108,25 @@ class CurveLaw(Law):
         """
 
     @abstractmethod
-    def _prior(self, W: Array) -> Prior:
-        """Return the prior, chosen with regard to W float64[n_runs, n_domains] and the floor."""
+    def _prior(self, W: Array) -> tuple[Array, Array]:
+        """Return the Gaussian prior of the parameters: its mean [n_targets, n_parameters], and its covariance.
+
+        It is chosen with regard to W float64[n_runs, n_domains] and the floor.
+        """
 
     def _fit(self, W: Array, L: Array) -> None:
         self._floor = Floor.of(L)
-        prior, curve = self._prior(W), self._curve
+        (mean, covariance), curve = self._prior(W), self._curve
         known = np.isfinite(L.T)
         Y = np.where(known, L.T, 0.0)
         expected = (self.noise * spread(L)) ** 2
-        precision = expected[:, None, None] * np.linalg.inv(prior.covariance)
+        precision = expected[:, None, None] * np.linalg.inv(covariance)
         weight = known.astype(np.float64)
-        u = fit_curve(curve, W, Y, weight, prior.mean, prior.mean, precision)
+        u = fit_curve(curve, W, Y, weight, mean, mean, precision)
         for _ in range(self.reweightings):
             residual = Y - curve(u, W, slope=False)[0]
             weight = known * (self.freedom + 1) / (self.freedom + residual**2 / expected[:, None])
-            u = fit_curve(curve, W, Y, weight, u, prior.mean, precision)
+            u = fit_curve(curve, W, Y, weight, u, mean, precision)
         f, J = curve(u, W)
         assert J is not None
         weighted = J * weight[:, :, None]

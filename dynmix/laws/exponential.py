@@ -3,7 +3,7 @@
 import numpy as np
 
 from dynmix.laws.base import Array
-from dynmix.laws.curve import CurveLaw, Prior
+from dynmix.laws.curve import CurveLaw
 
 STEEPEST = 30.0  # |sum_j t_ij w_j|: the exponential stays finite at every step of the fit
 
@@ -24,13 +24,13 @@ class DML(CurveLaw):
         self.tau = tau
         self.noise = noise
 
-    def _prior(self, W: Array) -> Prior:
+    def _prior(self, W: Array) -> tuple[Array, Array]:
         k, above = W.shape[1], self._floor.above
         mean = np.zeros((len(above), k + 1))
         mean[:, :k] = np.log(above)[:, None]
         covariance = np.eye(k + 1)
         covariance[:k, :k] = self.tau**2 * np.eye(k) + 1.0
-        return Prior(mean, covariance)
+        return mean, covariance
 
     def _curve(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
         """u = t [k], logit of the floor."""

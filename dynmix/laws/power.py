@@ -10,7 +10,7 @@ c + exp(-sum_j t_ij w_j) as alpha grows; with one a_ij above 0 it is BiMix's. Kn
 import numpy as np
 
 from dynmix.laws.base import Array
-from dynmix.laws.curve import CurveLaw, Prior
+from dynmix.laws.curve import CurveLaw
 
 SMALLEST = 1e-5  # added to every weight: 0^g has no derivative, and a weight of 0 in a table is often a rounded one
 
@@ -52,7 +52,7 @@ class PowerLaw(CurveLaw):
         self.tau_floor = tau_floor
         self.noise = noise
 
-    def _prior(self, W: Array) -> Prior:
+    def _prior(self, W: Array) -> tuple[Array, Array]:
         k, above = W.shape[1], self._floor.above
         worth = np.log(((W + SMALLEST) ** self.exponent).sum(axis=1).mean())
         mean = np.zeros((len(above), 2 * k + 2))
@@ -64,7 +64,7 @@ class PowerLaw(CurveLaw):
         covariance[:k, :k] = self.tau**2 * np.eye(k) + 4.0
         covariance[k : 2 * k, k : 2 * k] = self.tau_domain**2 * np.eye(k) + self.tau_exponent**2
         covariance[2 * k, 2 * k], covariance[-1, -1] = self.tau_alpha**2, self.tau_floor**2
-        return Prior(mean, covariance)
+        return mean, covariance
 
     def _curve(self, u: Array, W: Array, slope: bool = True) -> tuple[Array, Array | None]:
         """u = log a [k], log g [k], log alpha, logit of the floor."""
