@@ -96,7 +96,7 @@ def best_mixture(
         )
 
     def value(W: Array) -> Array:
-        mean = _columns(law.predict(W)) @ v
+        mean = law.predict(W).reshape(-1, t) @ v
         return np.asarray(mean + caution * _deviation(law, W, v)[0] if caution else mean, dtype=np.float64)
 
     seen = check_mixtures(compare, k) if compare is not None else np.empty((0, k))
@@ -114,7 +114,7 @@ def best_mixture(
         w = found[int(np.argmin(value(np.array(found))))]
     if smoothing:
         w = bounds.nearest((1 - smoothing) * w + smoothing / k)
-    mean = _columns(law.predict(w[None]))[0]
+    mean = law.predict(w[None]).reshape(t)
     std, each = _deviation(law, w[None], v)
     return BestMixture(
         weights=w,
@@ -122,7 +122,7 @@ def best_mixture(
         std=float(std[0]),
         targets=mean,
         targets_std=each[0],
-        best_run=float((_columns(law.predict(seen)) @ v).min()) if len(seen) else float("nan"),
+        best_run=float((law.predict(seen).reshape(-1, t) @ v).min()) if len(seen) else float("nan"),
         message="; ".join(messages),
     )
 
@@ -164,13 +164,9 @@ def _deviation(law: Law, W: Array, v: Array) -> tuple[Array, Array]:
     the most that the criterion can be off by.
     """
     try:
-        each = _columns(law.predict(W, return_std=True)[1])
+        each = law.predict(W, return_std=True)[1].reshape(len(W), -1)
     except ValueError:
         return np.full(len(W), np.nan), np.full((len(W), len(v)), np.nan)
     together = getattr(law, "correlation_", np.ones((len(v), len(v))))
     weighted = each * v
     return np.sqrt(np.maximum(((weighted @ together) * weighted).sum(axis=1), 0)), each
-
-
-def _columns(values: Array) -> Array:
-    return values[:, None] if values.ndim == 1 else values
