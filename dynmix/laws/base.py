@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 Features = Callable[[Array], Array]
 
 # Tables of weights are rounded, to three decimals for example; a sum further from 1 than this is a mistake.
-SUM_TOLERANCE = 0.01
+SUM_TOLERANCE = 0.01 + 1e-9
 
 
 def check_mixtures(W: ArrayLike, n_domains: int | None = None) -> Array:
@@ -45,7 +45,7 @@ def check_mixtures(W: ArrayLike, n_domains: int | None = None) -> Array:
             i, j = np.argwhere(bad)[0]
             raise ValueError(f"W[{i}, {j}] = {W[i, j]} {what} ({int(bad.sum())} such): {remedy}")
     total = W.sum(axis=1)
-    off = np.abs(total - 1) > SUM_TOLERANCE + 1e-9
+    off = np.abs(total - 1) > SUM_TOLERANCE
     if off.any():
         i = int(np.argmax(off))
         raise ValueError(

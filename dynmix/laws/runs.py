@@ -53,10 +53,8 @@ class Runs:
         for what, own, wanted in (("domains", self.domains, domains), ("targets", self.targets, targets)):
             if set(own) != set(wanted):
                 raise ValueError(f"the runs' {what} are {', '.join(own)}; wanted are {', '.join(wanted)}")
-        columns = [self.domains.index(d) for d in domains], [self.targets.index(t) for t in targets]
-        return replace(
-            self, domains=tuple(domains), targets=tuple(targets), W=self.W[:, columns[0]], L=self.L[:, columns[1]]
-        )
+        W, L = self.W[:, [*map(self.domains.index, domains)]], self.L[:, [*map(self.targets.index, targets)]]
+        return replace(self, domains=tuple(domains), targets=tuple(targets), W=W, L=L)
 
 
 def read_runs(
@@ -205,8 +203,7 @@ class _Table:
             for first in range(len(self.names) - length + 1):
                 part = slice(first, first + length)
                 if usable[part].all() and any(
-                    (np.abs(values[:, part].sum(axis=1) / whole - 1) <= SUM_TOLERANCE + 1e-9).all()
-                    for whole in (1, 100)
+                    (np.abs(values[:, part].sum(axis=1) / whole - 1) <= SUM_TOLERANCE).all() for whole in (1, 100)
                 ):
                     return self.names[part]
         return []
@@ -232,7 +229,7 @@ class _Table:
             self.notes.append("weights sum to 100: read as per cent")
         for i, j in np.argwhere((W < 0) | np.isinf(W)):
             self.fail(f"a weight of {W[i, j]:g}: weights are shares of the training tokens, at least 0", i, names[j])
-        for i in np.flatnonzero(np.abs(total - 1) > SUM_TOLERANCE + 1e-9):
+        for i in np.flatnonzero(np.abs(total - 1) > SUM_TOLERANCE):
             if np.isnan(W[i]).any():
                 j = int(np.argmax(np.isnan(W[i])))
                 self.fail(
@@ -280,7 +277,7 @@ class _Table:
             return False
         W = self._cells(names)
         total = np.nansum(W, axis=1) / (100 if np.nanmedian(np.nansum(W, axis=1)) > 50 else 1)
-        fine = (np.abs(total - 1) <= SUM_TOLERANCE + 1e-9) & ~(W < 0).any(axis=1)
+        fine = (np.abs(total - 1) <= SUM_TOLERANCE) & ~(W < 0).any(axis=1)
         return bool(fine.mean() > 0.5)
 
     def fail(self, problem: str, row: int | np.intp | None = None, column: str | None = None) -> NoReturn:
