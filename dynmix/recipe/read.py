@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
@@ -20,18 +19,19 @@ from dynmix.recipe.schema import AutoMixerProxy, MDEProxy, Recipe
 
 T = TypeVar("T")
 
+EXAMPLES = files("dynmix.recipe") / "examples"
 PROXIES: dict[str, type[MDEProxy] | type[AutoMixerProxy]] = {"mde": MDEProxy, "automixer": AutoMixerProxy}
 
 
 def example_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(each.name.removesuffix(".yaml") for each in _examples().iterdir() if each.name.endswith(".yaml"))
+    return sorted(each.name.removesuffix(".yaml") for each in EXAMPLES.iterdir() if each.name.endswith(".yaml"))
 
 
 def example(name: str) -> str:
     """One of them, as text. Raises RecipeError."""
     check_names("--example", [name], example_names())
-    return (_examples() / f"{name}.yaml").read_text(encoding="utf-8")
+    return (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -169,7 +169,3 @@ def _words(problem: OmegaConfBaseException) -> str:
         except RecipeError as found:
             return f"no key {problem.full_key!r}; {str(found).partition('; ')[2]}"
     return f"{problem.full_key}: {message}" if problem.full_key else message
-
-
-def _examples() -> Traversable:
-    return files("dynmix.recipe") / "examples"
