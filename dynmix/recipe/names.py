@@ -19,9 +19,13 @@ def check_names(where: str, given: Collection[str], known: Collection[str]) -> N
     """Raises RecipeError for a name that is not known, with the nearest one that is."""
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(str(name), [str(each) for each in known], n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(map(str, known))[:40])}"
-            raise RecipeError(f"{where}: no key {name!r}; {hint}")
+            raise RecipeError(f"{where}: no key {name!r}; {nearest(name, known)}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What to say to a name that is not known."""
+    close = difflib.get_close_matches(str(name), [str(each) for each in known], n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(map(str, known))[:40])}"
 
 
 def check_arguments(where: str, given: Mapping[str, Any], make: Callable[..., Any]) -> None:

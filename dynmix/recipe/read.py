@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dynmix.recipe.names import RecipeError, check_names, in_a_line, named
+from dynmix.recipe.names import RecipeError, check_names, in_a_line, named, nearest
 from dynmix.recipe.schema import AutoMixerProxy, MDEProxy, Recipe
 
 T = TypeVar("T")
@@ -162,10 +162,7 @@ def _at_home(value: Any) -> Any:
 def _words(problem: OmegaConfBaseException) -> str:
     """The library's message in a line, with the whole key; of names that are not known, ours."""
     message = str(problem).partition("\n")[0]
-    kind = problem.object_type
-    if "not in" in message and isinstance(kind, type) and is_dataclass(kind):
-        try:
-            check_names("", [str(problem.key)], [each.name for each in fields(kind)])
-        except RecipeError as found:
-            return f"no key {problem.full_key!r}; {str(found).partition('; ')[2]}"
+    known = [each.name for each in fields(problem.object_type)] if is_dataclass(problem.object_type) else []
+    if "not in" in message and known and problem.key not in known:
+        return f"no key {problem.full_key!r}; {nearest(str(problem.key), known)}"
     return f"{problem.full_key}: {message}" if problem.full_key else message
