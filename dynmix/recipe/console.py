@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerState
 
 from dynmix.journal import Journal
 from dynmix.tables import stage_table
@@ -21,14 +21,7 @@ logger = logging.getLogger("dynmix")
 class QuietProgress(ProgressCallback):
     """The Trainer's bar without its echo of the mixture's figures, which the tables show better."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Echo what is left of them."""
         left = {name: value for name, value in (logs or {}).items() if not name.startswith("dynmix/")}
         if left.keys() - {"epoch"}:
@@ -44,7 +37,7 @@ class PrintStages(TrainerCallback):
         self.printed = 0
         self._size = -1  # of the journal, when it was read last
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         """Print the rows of this call so far."""
         self.printed = len(self.journal.rows()) if state.global_step else 0
         self.on_step_end()
