@@ -153,7 +153,7 @@ def _check_mixer(run: RecipeRun) -> None:
     decider, measurement = controller.decider, controller.measurement
     if not isinstance(decider.mixer, TiKMiXD | TiKMiXM):  # others may not take it
         return
-    rows = [*measurement.sets, *([HELD_OUT] if measurement.held_out_sequences else [])]
+    rows = _rows(run)
     influence = Influence(np.zeros((len(rows), len(dataset.domains))), rows, dataset.domains)
     upper = controller.budget.upper(0, controller.timetable.stage_samples)
     decider.rehearse(Evidence(measurement.completed(influence)), dataset.schedule.weights_at(0), upper)
@@ -195,7 +195,7 @@ def _in_run_flops(run: RecipeRun, model: Any) -> float:
         return 0.0
     options, batch = controller.in_run.options, run.recipe.batch_size
     matrices = sum(layer.shape[0] * layer.shape[1] for layer in measurable_layers(model).values())
-    products = 2.0 * matrices * options.folds * _rows(run)
+    products = 2.0 * matrices * options.folds * len(_rows(run))
     if options.every is None:
         return options.window * batch / arguments.per_device_train_batch_size * products
     steps = -(-options.window // options.every)
@@ -204,26 +204,26 @@ def _in_run_flops(run: RecipeRun, model: Any) -> float:
 
 def _memory(run: RecipeRun, model: Any) -> dict[str, float]:
     """Bytes at a boundary; before the window of an in-run influence."""
-    controller = run.callback.controller
+    controller, rows, n_domains = run.callback.controller, len(_rows(run)), len(run.dataset.domains)
     measurement, in_run = controller.measurement, controller.in_run
     options = dict(measurement.memory_options) if in_run is None else {}
     if options.get("offload") == "cpu" and run.arguments.device.type == "cpu":
         options["offload"] = None
     peak = peak_memory(
-        model, None, domains=len(run.dataset.domains), tasks=_rows(run), micro_batch=measurement.micro_batch,
+        model, None, domains=n_domains, tasks=rows, micro_batch=measurement.micro_batch,
         curvature=measurement.curvature, layers=measurement.layers, **options,
     )  # fmt: skip
-    gradients, rows = peak.gradients, _rows(run)
+    gradients = peak.gradients
     if in_run is not None:
-        gradients = gradients * in_run.options.folds * rows // (2 * rows + len(run.dataset.domains))
+        gradients = gradients * in_run.options.folds * rows // (2 * rows + n_domains)
     found = {"gradients": gradients, "factors": peak.factors, "fitting": peak.fitting, "elsewhere": peak.elsewhere}
     return {name: float(size) for name, size in found.items() if size or name in ("gradients", "factors")}
 
 
-def _rows(run: RecipeRun) -> int:
+def _rows(run: RecipeRun) -> list[str]:
     """Rows of the influence: tasks, and guards if the mixer needs them."""
     measurement = run.callback.controller.measurement
-    return len(measurement.sets) + bool(measurement.held_out_sequences)
+    return [*measurement.sets, *([HELD_OUT] if measurement.held_out_sequences else [])]
 
 
 def _scoring(run: RecipeRun, model: Any, flops: float) -> float:
