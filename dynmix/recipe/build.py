@@ -150,14 +150,7 @@ def model_config(
 
 
 def make_model(model: Model, config: PreTrainedConfig, seed: int, checkpoint: Path | None = None) -> PreTrainedModel:
-    """Load the checkpoint, or make a new model with parameters drawn from `seed`. Raises RecipeError.
-
-    Args:
-        model: what the recipe says of it.
-        config: of the model.
-        seed: of its parameters.
-        checkpoint: of the Trainer, from which the run goes on.
-    """
+    """Load `model.path` or the Trainer's checkpoint, or draw a new model's parameters by `seed`. Raises RecipeError."""
     options: dict[str, Any] = {"dtype": _dtype(model)}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation

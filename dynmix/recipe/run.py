@@ -176,9 +176,7 @@ def _built(recipe: Recipe, arguments: TrainingArguments, on_paper: bool) -> Reci
 def train(run: RecipeRun, console: Console | None = None) -> int:
     """Train to the end, from the newest whole checkpoint on, and save the model; return the steps that were done.
 
-    Args:
-        run: what `build_run` made.
-        console: where each stage is shown; None: nothing is, not even a bar.
+    Each stage is shown on the console; without one nothing is, not even a bar.
 
     Raises:
         Interrupted: by SIGINT or SIGTERM; a checkpoint was saved, and the same call goes on from it.
@@ -298,10 +296,7 @@ def _check_folder(recipe: Recipe) -> None:
 def _may_change(key: str, *, decided: bool, trained: bool) -> bool:
     """Whether a value may differ from an earlier call's, which left small runs at least.
 
-    Args:
-        key: of the value.
-        decided: whether something was decided from the small runs.
-        trained: whether the run itself has begun.
+    `decided` says whether something was decided from these, `trained` whether the run itself has begun.
     """
     if key in _FREE or key.removeprefix("proxy.") in _FREE:
         return True

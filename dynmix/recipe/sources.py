@@ -36,11 +36,6 @@ def domain_sources(
     Text is tokenised into a folder of `cache` that is named by the files, their sizes and times, and the tokenizer:
     one process does it, the others wait, and a later run finds it.
 
-    Args:
-        domains: of the recipe.
-        tokenizer: of the run.
-        cache: folder for stores.
-
     Raises:
         ValueError: a path that is not there, text without a tokenizer, or that cannot be prepared.
     """
@@ -73,14 +68,9 @@ def task_sources(
     held_out: Mapping[str, Path],
     max_length: int,
 ) -> dict[str, Any]:
-    """Tasks or guards as the controller takes them: a `Task` of a file, or the path of a store.
+    """Tasks or guards (`kind` is "tasks" or "guards") as the controller takes them: a `Task`, or the path of a store.
 
-    Args:
-        kind: "tasks" or "guards", for errors.
-        tasks: of the recipe.
-        tokenizer: of the run.
-        held_out: domain -> store of what was held out of it.
-        max_length: tokens of a sequence at most.
+    `held_out` has the store of what was held out of each domain; a sequence has at most `max_length` tokens.
 
     Raises:
         ValueError: nothing at the path, no examples, a file without a tokenizer, a domain without a held-out part.

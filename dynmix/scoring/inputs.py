@@ -22,12 +22,9 @@ from dynmix.tasks import Task
 
 
 def find_stores(paths: Sequence[Path]) -> dict[str, TokenStore]:
-    """Token stores by name, in the order given and within a folder by name.
+    """The token stores by name, of paths of stores and folders of them, in that order and within a folder by name.
 
     In a folder, `x.valid` beside `x` is what was held out of it, and passed over.
-
-    Args:
-        paths: stores, with or without suffix, and folders of them.
 
     Raises:
         ValueError: a path that is neither, a folder without stores, two stores of one name, a damaged one.
@@ -47,12 +44,7 @@ def _domains(folder: Path) -> list[Path]:
 
 
 def find_tasks(paths: Sequence[Path], tokenizer: str, max_length: int) -> dict[str, Task]:
-    """Tasks by name, as `Task.from_jsonl` reads them.
-
-    Args:
-        paths: `.jsonl` and `.jsonl.gz` files, and folders of them.
-        tokenizer: folder or name of a transformers tokenizer.
-        max_length: tokens of a sequence at most.
+    """The tasks by name, of `.jsonl` and `.jsonl.gz` files and folders of them, as `Task.from_jsonl` reads these.
 
     Raises:
         ValueError: a path that is neither, a folder without such files, two of one name, a bad record or tokenizer.

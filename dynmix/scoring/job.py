@@ -104,12 +104,7 @@ class Job:
 
 
 class ShardScorer:
-    """One checkpoint of a job, loaded and prepared: it scores shards.
-
-    Args:
-        job: the job.
-        source: one of its sources.
-        load, device: as in `dynmix.scoring.score_corpus`.
+    """One of a job's checkpoints, loaded (`load` and `device` as in `score_corpus`) and prepared: it scores shards.
 
     Raises:
         ValueError: the model cannot read the tasks or the corpus, a layer that it does not have, or nothing to fit the
@@ -162,11 +157,8 @@ class ShardScorer:
 
         A row of the corpus is scored as the item that training gets of it, and by the labels that it has there.
         A document of several windows has their means, weighted by scored tokens: the influence and the loss of its mean
-        loss per token, each window on its own. NaN where there is no token to score.
-
-        Args:
-            shard: its number.
-            tick: called after each batch with the number of its tokens.
+        loss per token, each window on its own. NaN where there is no token to score. After each batch `tick` is called
+        with the number of its tokens.
         """
         corpus, (start, stop) = self._job.corpus, self._job.bounds(shard)
         lengths = corpus.lengths(start, stop)
