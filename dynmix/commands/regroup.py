@@ -54,15 +54,9 @@ def regroup(
         weights = {group.name: group.tokens / whole for group in groups}
     paths = {name: stores[name].path for name in found.domains}
     write_groups(output, groups, weights, found, paths, unit=unit, sequence_length=length)
+    made = {g.name: {"weight": weights[g.name], "samples": len(g.members), "tokens": g.tokens} for g in groups}
     if json:
-        print_json(
-            {
-                group.name: {"weight": weights[group.name], "samples": len(group.members), "tokens": group.tokens}
-                for group in groups
-            }
-        )
+        print_json(made)
         return
-    for group in groups:
-        typer.echo(
-            f"{group.name}: weight {weights[group.name]:.4f}, {len(group.members):,} samples, {group.tokens:,} tokens"
-        )
+    for name, each in made.items():
+        typer.echo(f"{name}: weight {each['weight']:.4f}, {each['samples']:,} samples, {each['tokens']:,} tokens")
