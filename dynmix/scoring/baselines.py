@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ def perplexity_scores(out: str | os.PathLike[str], checkpoint: str | None = None
     if name not in known:
         raise ValueError(f"checkpoint {name!r} scored nothing in {out}; there are {list(known)}")
     chosen = losses.of([known[name]])
-    return SampleScores(chosen.domains, chosen.domain, chosen.row, chosen.tokens, chosen.columns, -chosen.scores)
+    return replace(chosen, scores=-chosen.scores)
 
 
 def ngram_scores(
