@@ -51,18 +51,10 @@ def run_demo(
     console: Console | None = None,
     mixer: str = "tikmix-d",
 ) -> Path:
-    """Run the demonstration into the folder `output`; return the path of its report.
+    """Run the demonstration with this mixer into the folder `output`; return the path of its report.
 
-    Args:
-        output: folder for the stores, the journal, snapshots and report of the dynamic run; the static one is in
-            `output/static`. What an earlier demonstration left is moved aside.
-        seed: of the model's parameters and of the order of the data.
-        settings: sizes; the default takes about four minutes on two cores.
-        console: where the tables are printed.
-        mixer: name of the mixer of the dynamic run.
-
-    Raises:
-        ValueError: a mixer that is not there or needs arguments.
+    The static run is in `output/static`; what an earlier demonstration left is moved aside. Raises ValueError for a
+    mixer that is not there or needs arguments.
     """
     decider = make_mixer(mixer)
     if "reference_loss" in decider.needs:
