@@ -113,7 +113,7 @@ class PowerLawGP(Law):
     def _fit(self, W: Array, L: Array) -> None:
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-        self.law_ = (clone(self.law) if self.law is not None else PowerLaw()).fit(W, L)
+        self.law_ = clone(self.law or PowerLaw()).fit(W, L)
         residual = L - self.law_.predict(W)
         self._scale = np.maximum(np.sqrt(np.nanmean(residual**2, axis=0)), 1e-12)
         X = np.sqrt(W)

@@ -119,11 +119,10 @@ class WithExperts(Law):
             W, L = W[~alone], L[~alone]  # fewer would leave the weights' own part open
         self.seen_ = np.ones(W.shape[1], dtype=bool)  # an expert is a run of its domain
         self.steps = self.law.steps
-        self.law_ = clone(self.law).set_params(extra=MDEFeatures(self.experts)).fit(W, L)
+        self.law_: Law = clone(self.law).set_params(extra=MDEFeatures(self.experts)).fit(W, L)
 
     def _predict(self, W: Array, with_std: bool) -> tuple[Array, Array | None]:
-        found: tuple[Array, Array | None] = self.law_._predict(W, with_std)
-        return found
+        return self.law_._predict(W, with_std)
 
 
 WITH_EXPERTS = ("ridge + MDE", "LightGBM + MDE", "GP + MDE", "multi-task GP + MDE", "MDE")
