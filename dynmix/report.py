@@ -18,15 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from dynmix.journal import Journal, Row
-from dynmix.report_figures import (
-    drawing,
-    gain_figure,
-    inline_svg,
-    loss_figure,
-    percent,
-    power_of_1000,
-    weights_figure,
-)
+from dynmix.report_figures import drawing, gain_figure, inline_svg, loss_figure, percent, power_of_1000, weights_figure
 from dynmix.report_rows import PARTS, RunRows
 from dynmix.whole_file import write_whole
 

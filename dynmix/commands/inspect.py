@@ -11,8 +11,7 @@ from dynmix.commands import command, print_json
 @command
 def inspect(
     path: Annotated[
-        Path,
-        typer.Argument(help="Token store or folder of them, run or journal, checkpoint, recipe, influence."),
+        Path, typer.Argument(help="Token store or folder of them, run or journal, checkpoint, recipe, influence.")
     ],
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:

@@ -29,8 +29,7 @@ def report(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds from one look at the journal to the next.")] = 5.0,
     figures: Annotated[Path | None, typer.Option(help="Folder: each figure as a file of its own instead.")] = None,
     formats: Annotated[
-        list[Format] | None,
-        typer.Option("--format", help="Of --figures; may be given several times. Default: svg."),
+        list[Format] | None, typer.Option("--format", help="Of --figures; may be given several times. Default: svg.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print where the page or the figures are as JSON.")] = False,
 ) -> None:

@@ -33,8 +33,7 @@ def score(
     ] = None,
     unit: Annotated[str, typer.Option(help="What a sample is: sequence (packed row) or document.")] = "sequence",
     sequence_length: Annotated[
-        int,
-        typer.Option("--sequence-length", "--max-length", help="Tokens of a row, and that a model reads at once."),
+        int, typer.Option("--sequence-length", "--max-length", help="Tokens of a row, and that a model reads at once.")
     ] = 1024,
     layers: Annotated[
         str | None,

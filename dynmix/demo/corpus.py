@@ -38,15 +38,8 @@ _HELD_OUT_EVERY = {"code": 10, "docs": 10, "reference": 6, "arithmetic": 10}  # 
 
 # Tests, packages that are no part of the library, text that is the `reference` domain, and character tables.
 _SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "_bundled",
-    "pydoc_data",
-    "encodings",
-}
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "pydoc_data", "encodings",
+}  # fmt: skip
 _SKIPPED_MODULES = {"_tkinter", "readline", "_curses", "_curses_panel", "nis"}  # they open a display, terminal, network
 _LAYOUT = {tokenize.NL, tokenize.COMMENT}
 _LINE_START = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}

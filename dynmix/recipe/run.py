@@ -67,13 +67,8 @@ logger = logging.getLogger("dynmix")
 
 # What may change from one call to the next: it does not change what is computed, but for rounding.
 _FREE = {
-    "output",
-    "data.cache_dir",
-    "stages.keep",
-    "measurement.micro_batch",
-    "measurement.offload",
-    "measurement.layer_groups",
-    "proxy.jobs",
+    "output", "data.cache_dir", "stages.keep", "proxy.jobs",
+    "measurement.micro_batch", "measurement.offload", "measurement.layer_groups",
     *(
         f"training.{name}"
         for name in (
