@@ -212,6 +212,7 @@ def make_callback(
 ) -> MixtureCallback:
     """The callback that decides the mixture; `optimizer` is a function that returns the run's. Raises ValueError."""
     asked = recipe.measurement
+    made = {"curvature": _curvature(asked, optimizer), "layers": _layers(asked), "in_run": _in_run(asked)}
     return MixtureCallback(
         dataset,
         tasks,
@@ -219,17 +220,7 @@ def make_callback(
         recipe.stages.steps,
         guards=guards,
         reference=recipe.reference,
-        curvature=_curvature(asked, optimizer),
-        layers=_layers(asked),
-        probe_sequences=asked.probe_sequences,
-        curvature_sequences=asked.curvature_sequences,
-        task_sequences=asked.task_sequences,
-        sample_sequences=asked.sample_sequences,
-        micro_batch=asked.micro_batch,
-        offload=asked.offload,
-        layer_groups=asked.layer_groups,
-        rank=asked.rank,
-        in_run=_in_run(asked),
+        **(vars(asked) | made),  # the others as they are given
         max_stages=recipe.stages.max_stages,
         keep=recipe.stages.keep,
         loss_every=recipe.stages.loss_every,
