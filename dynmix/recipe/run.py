@@ -1,28 +1,15 @@
-"""A run from a recipe: its folder, its objects, and training that goes on where an earlier call stopped.
+"""A run from a recipe: its objects, and training that goes on where an earlier call stopped.
 
-    recipe.yaml       the recipe with all its values, which every later call must have, too
-    run.json          versions, fingerprints of recipe, tokenizer and domains, and every start
-    tokens/           stores of text that was tokenised here
-    proxy/            what the small runs of `proxy` left
-    checkpoint-N/     the Trainer's
-    dynmix/           journal, config and snapshots
-    model/            the trained model and its tokenizer, written last: the run is done
-
-Knows the order of things; how each is made is `build`'s.
+Knows the order of things; how each is made is `build`'s, and what is in the folder is `folder`'s.
 """
 
-import hashlib
-import json
 import logging
 import os
-import platform
 import shutil
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +31,6 @@ from dynmix.alone import alone
 from dynmix.callbacks import MixtureCallback
 from dynmix.journal import Journal
 from dynmix.mixture.dataset import MixtureDataset
-from dynmix.mixture.prepare.manifest import describe_tokenizer
 from dynmix.ranks import is_rank_0, on_every_rank
 from dynmix.recipe.build import (
     check_parts,
@@ -56,38 +42,14 @@ from dynmix.recipe.build import (
     training_arguments,
 )
 from dynmix.recipe.console import PrintStages, QuietProgress
+from dynmix.recipe.folder import check_folder, write_recipe, write_start
 from dynmix.recipe.names import RecipeError
-from dynmix.recipe.read import differences, read_recipe, structured, to_plain, to_yaml
+from dynmix.recipe.read import structured
 from dynmix.recipe.schema import Recipe, TaskFile
 from dynmix.recipe.sources import domain_sources, task_sources
 from dynmix.trainer_checkpoint import newest_checkpoint
-from dynmix.whole_file import write_json, write_whole
 
 logger = logging.getLogger("dynmix")
-
-# What may change from one call to the next: it does not change what is computed, but for rounding.
-_FREE = {
-    "output", "data.cache_dir", "stages.keep", "proxy.jobs",
-    "measurement.micro_batch", "measurement.offload", "measurement.layer_groups",
-    *(
-        f"training.{name}"
-        for name in (
-            "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "disable_tqdm",
-            "log_level", "logging_first_step", "logging_steps", "per_device_train_batch_size", "report_to", "run_name",
-            "save_steps", "save_strategy", "save_total_limit",
-        )
-    ),
-}  # fmt: skip
-
-# What small runs do not depend on, but what is decided by them: it may change until that is there.
-_OF_DECISION = {
-    "training.max_steps",
-    *(f"proxy.{name}" for name in ("blend", "criterion", "keep", "law", "max_epochs", "mixtures")),
-}
-
-# Sections that neither of the two depends on, but for `training.max_steps` above and for `model.path`, which may bring
-# the tokenizer: they may change until the run has begun.
-_OF_RUN = {"model", "guards", "mixer", "reference", "stages", "measurement", "training"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -130,7 +92,7 @@ def build_run(recipe: Recipe, on_paper: bool = False) -> RecipeRun:
 
 
 def _built(recipe: Recipe, arguments: TrainingArguments, on_paper: bool) -> RecipeRun:
-    _check_folder(recipe)
+    check_folder(recipe)
     steps = recipe.training["max_steps"]
     if recipe.stages.steps >= steps:
         raise RecipeError(
@@ -160,7 +122,7 @@ def _built(recipe: Recipe, arguments: TrainingArguments, on_paper: bool) -> Reci
         from dynmix.recipe.proxy import decided  # laws and scoring take seconds to import, and few runs need them
 
         if recipe.proxy is not None and not on_paper:  # what they leave is of this recipe
-            _write_recipe(recipe)
+            write_recipe(recipe)
         domains, weights = decided(recipe, domains, tasks, tokenizer, on_paper)
     dataset = make_dataset(recipe, domains, weights, tokenizer, cache)
     trainers: list[Trainer] = []
@@ -191,7 +153,12 @@ def _train(run: RecipeRun, console: Console | None) -> int:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None and is_rank_0():
         logger.warning("going on from %s", checkpoint)
-    on_every_rank(lambda: _write_down(run, checkpoint))
+
+    def write_down() -> None:
+        if is_rank_0():
+            write_start(run.recipe, checkpoint, run.arguments.world_size, run.tokenizer, run.dataset.fingerprint)
+
+    on_every_rank(write_down)
     model = on_every_rank(lambda: make_model(run.recipe.model, run.config, run.recipe.seed, checkpoint))
     stop = _Stop()
     shown = [PrintStages(Journal(folder / "dynmix" / "journal.jsonl"), console)] if console and is_rank_0() else []
@@ -258,80 +225,3 @@ class _Stop(TrainerCallback):
         """Save and stop, if asked."""
         if self.asked:
             control.should_save = control.should_training_stop = True
-
-
-def _check_folder(recipe: Recipe) -> None:
-    """Raises RecipeError where the folder has a run of another recipe or of none, or a recipe of the user's own."""
-    folder = Path(recipe.output)
-    file = folder / "recipe.yaml"
-    trained = sorted([*folder.glob("checkpoint-*"), *folder.glob("model")])
-    if not file.exists():
-        if trained:
-            raise RecipeError(f"output: {folder} has {trained[0].name} and no recipe.yaml: give another folder")
-        return
-    if not (folder / "run.json").exists():
-        raise RecipeError(
-            f"output: {file} is not of a run, which would write its own in its place: keep it in another folder, or "
-            "give another output"
-        )
-    if not trained and not (folder / "proxy").exists():  # a call that failed as it began, and may have been mended
-        return
-    decided = any((folder / "proxy" / name).exists() for name in ("fit.json", "groups/groups.json"))
-    before = to_plain(read_recipe(file))  # what an older version did not know has its default
-    changes = [(each.partition(" was ")[0], each) for each in differences(before, to_plain(recipe))]
-    found = [each for key, each in changes if not _may_change(key, decided=decided, trained=bool(trained))]
-    if found:
-        raise RecipeError(
-            f"output: {folder} has a run of another recipe: {'; '.join(found[:5])}"
-            + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-            + ". Give another output, or the recipe as it was"
-        )
-
-
-def _may_change(key: str, *, decided: bool, trained: bool) -> bool:
-    """Whether a value may differ from an earlier call's, which left small runs at least.
-
-    `decided` says whether something was decided from these, `trained` whether the run itself has begun.
-    """
-    if key in _FREE or key.removeprefix("proxy.") in _FREE:
-        return True
-    if trained:
-        return False
-    if key in _OF_DECISION:
-        return not decided
-    return key.partition(".")[0] in _OF_RUN and key != "model.path"
-
-
-def _write_recipe(recipe: Recipe) -> None:
-    if is_rank_0():
-        facts = Path(recipe.output) / "run.json"
-        if not facts.exists():  # first, because a recipe.yaml without it is the user's own
-            write_json(facts, {"starts": []})
-        write_whole(Path(recipe.output) / "recipe.yaml", to_yaml(recipe))
-
-
-def _write_down(run: RecipeRun, checkpoint: Path | None) -> None:
-    if not is_rank_0():
-        return
-    file, text = run.folder / "run.json", to_yaml(run.recipe)
-    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"starts": []}
-    start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "from": None if checkpoint is None else checkpoint.name,
-        "processes": run.arguments.world_size,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("dynmix", "torch", "transformers", "accelerate")},
-    }
-    if checkpoint is not None and facts["starts"]:
-        before = facts["starts"][-1]["versions"]
-        for change in differences(before, start["versions"], "version of"):
-            logger.warning("%s: what follows may differ in the last bits", change.replace("version of.", "version of "))
-    tokenizer = None if run.tokenizer is None else describe_tokenizer(run.tokenizer)["fingerprint"]
-    facts["fingerprints"] = {
-        "recipe": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-        "tokenizer": tokenizer,
-        "domains": run.dataset.fingerprint,
-    }
-    facts["starts"].append(start)
-    write_json(file, facts)
-    _write_recipe(run.recipe)

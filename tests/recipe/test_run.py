@@ -3,12 +3,10 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 from typer.testing import CliRunner
@@ -20,8 +18,7 @@ from dynmix.cli import app
 from dynmix.inspection import inspect_path
 from dynmix.journal import Journal
 from dynmix.proxies.run import Proxies
-from dynmix.recipe.names import RecipeError
-from dynmix.recipe.read import example, read_recipe, to_plain, to_yaml
+from dynmix.recipe.read import example
 from dynmix.scoring import Corpus
 
 SIZE = ("hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2")
@@ -210,37 +207,6 @@ def test_what_small_runs_leave_is_of_their_recipe(world):
     assert inspect_path(Path("run")).facts["starts"] == 0  # the run itself has not begun
 
 
-@pytest.mark.parametrize(
-    ("name", "last", "more"),
-    [
-        ("automixer", "groups/groups.json", ["proxy.training.per_device_train_batch_size=1"]),
-        ("mde", "fit.json", ["proxy.jobs=2"]),
-    ],
-)
-def test_what_small_runs_do_not_depend_on_may_change_until_it_is_used(world, name, last, more):
-    def check(*words):
-        runs._check_folder(read_recipe(_file(name), [*SHORT, "output=run", *words]))
-
-    runs._write_recipe(read_recipe(_file(name), [*SHORT, "output=run"]))
-    Path("run/proxy").mkdir()
-    ours = ["mixer=odm", "stages.steps=4", "training.learning_rate=1", "model.config.hidden_size=8", "reference=big"]
-    check(*ours, *more, "training.max_steps=9", "proxy.max_epochs=2")
-    for word in ("proxy.batch_size=3", "data.sequence_length=16", "model.path=base"):
-        with pytest.raises(RecipeError, match="a run of another recipe"):
-            check(word)
-    (Path("run/proxy") / last).parent.mkdir(exist_ok=True)
-    (Path("run/proxy") / last).touch()
-    check(*ours, *more)
-    for word in ("training.max_steps=9", "proxy.max_epochs=2"):
-        with pytest.raises(RecipeError, match="a run of another recipe"):
-            check(word)
-    Path("run/checkpoint-3").mkdir()
-    check(*more)
-    for word in ours:
-        with pytest.raises(RecipeError, match="a run of another recipe"):
-            check(word)
-
-
 def test_a_proxy_scores_sequences_as_the_run_will_read_them(world, monkeypatch):
     def score(corpus, tasks, sources, out, **options):
         items.extend(Corpus(corpus, sequence_length=32).items(np.arange(1), np.zeros(1, int)))
@@ -303,27 +269,6 @@ def test_a_second_call_is_kept_out_while_the_first_one_makes_small_runs(world, m
         result = train("automixer", *more, "output=mine", "--only-proxy")
     assert (result.exit_code, os.listdir("mine/proxy")) == (1, [".lock"])
     assert f"mine/proxy: another process ({os.getpid()}) makes these small runs" in " ".join(result.output.split())
-
-
-def test_a_recipe_may_be_mended_until_something_is_trained_by_it(world):
-    recipe = read_recipe(_file("staged"), [*SHORT, *HELD_OUT, *TINY, "output=run"])
-    Path("run").mkdir()
-    Path("run/recipe.yaml").write_text(to_yaml(replace(recipe, seed=1)))
-    Path("run/run.json").touch()
-    runs._check_folder(recipe)
-    for name in ("checkpoint-3", "model", "proxy"):
-        Path("run", name).mkdir()
-        with pytest.raises(RecipeError, match="a run of another recipe: seed was 1 and is 0"):
-            runs._check_folder(recipe)
-        less = replace(recipe, seed=1, measurement=replace(recipe.measurement, micro_batch=1, layer_groups=2))
-        runs._check_folder(less)  # which is but for rounding the same run
-        Path("run", name).rmdir()
-    # A recipe that was written before there were these keys.
-    old = to_plain(recipe)
-    del old["measurement"]["layer_groups"], old["data"]["homogeneous"]
-    Path("run/recipe.yaml").write_text(yaml.safe_dump(old))
-    Path("run/checkpoint-3").mkdir()
-    runs._check_folder(recipe)
 
 
 RANKS = """
