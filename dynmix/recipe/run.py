@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from rich.console import Console
@@ -198,8 +199,8 @@ class _Stop(TrainerCallback):
 
     @contextmanager
     def listening(self, arguments: TrainingArguments) -> Iterator[None]:
-        """Take SIGINT and SIGTERM; not in one of several processes, which would stop at different steps."""
-        if arguments.world_size > 1:
+        """Take SIGINT and SIGTERM; not in a thread, or in one of several processes, which would stop apart."""
+        if arguments.world_size > 1 or current_thread() is not main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -209,12 +210,8 @@ class _Stop(TrainerCallback):
             signal.signal(number, before[signal.Signals(number)])
             logger.warning("stopping after this step, with a checkpoint; once more stops at once")
 
-        try:
-            for number in before:
-                signal.signal(number, ask)
-        except ValueError:  # not the main thread: whoever owns that one takes signals
-            yield
-            return
+        for number in before:
+            signal.signal(number, ask)
         try:
             yield
         finally:
