@@ -7,7 +7,6 @@ done, and Ray starts lost actors again. Knows jobs, folders and Ray; not how a s
 
 from __future__ import annotations
 
-import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,6 @@ from numpy.typing import NDArray
 from dynmix.scoring.folder import ScoreFolder
 from dynmix.scoring.job import Job, Load, ShardScorer
 from dynmix.scoring.sources import Source
-
-logger = logging.getLogger(__name__)
 
 _BLOCKS = 10_000  # of the stream at most: Ray keeps track of each
 
