@@ -8,17 +8,6 @@ from transformers import PreTrainedTokenizerFast
 
 MODULES = {"web": ("argparse", "textwrap", "pathlib"), "code": ("json.decoder", "heapq", "bisect", "tokenize")}
 
-TINY = [
-    "model.config.hidden_size=16", "model.config.intermediate_size=32", "model.config.num_hidden_layers=1",
-    "model.config.num_attention_heads=2",
-]  # fmt: skip
-SHORT = [
-    "tokenizer=tokenizer", "data.sequence_length=32", "data.max_epochs=null", "batch_size=4", "stages.steps=4",
-    "training.max_steps=10", "training.per_device_train_batch_size=4", "training.disable_tqdm=true",
-    "measurement.probe_sequences=4", "measurement.curvature_sequences=4", "measurement.task_sequences=4",
-    "domains.web.held_out=0.2", "domains.code.held_out=0.2",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
