@@ -104,8 +104,8 @@ def _stores(path: Path) -> Inspected:
 
 
 def _run(path: Path) -> Inspected:
-    inside = [path / "journal.jsonl", path / "dynmix" / "journal.jsonl"]
-    rows = Journal(next((file for file in inside if file.is_file()), path if path.is_file() else inside[1])).rows()
+    places = [path, path / "journal.jsonl", path / "dynmix" / "journal.jsonl"]
+    rows = Journal(next(filter(Path.is_file, places), places[-1])).rows()
     facts: dict[str, Any] = {"stages": sum(row["kind"] == "stage" for row in rows)}
     if rows:
         last = rows[-1]
