@@ -7,7 +7,6 @@ import contextlib
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -22,8 +21,6 @@ from filelock import FileLock
 from dynmix.mixture.store import StoreError
 from dynmix.shown import Bar
 from dynmix.whole_file import whole_file
-
-logger = logging.getLogger("dynmix.mixture")
 
 # What file systems call the version of a file, the most reliable first.
 _VERSIONS = (
