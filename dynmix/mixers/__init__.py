@@ -1,4 +1,13 @@
-"""Decisions: what was measured in, weights out. Knows no torch."""
+"""Decisions: what was measured in, weights out. Knows no torch.
+
+The modules, in an order to read them in:
+
+- `base` says what a mixer is, `registry` finds them by name, `simplex` keeps weights within bounds.
+- By size or by hand: `static`. By the training's losses or gradients: `online`; then `odm`, `doremi`, `doge`, `ado`.
+- `tikmix_d` averages influences in its `memory` and poses a `problem`, which `solvers` solve.
+- `tikmix_m` has `candidates` measured, fits a `surrogate` to what was found, and makes a `search` on it.
+- `automixer` has a scored corpus put into groups by `regroup`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
