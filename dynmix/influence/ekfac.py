@@ -33,7 +33,6 @@ class EKFAC(FactoredCurvature):
     def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
         moments = Moments(capture, self.largest_basis)
         total, length = self._read(capture, batches, lambda batch, *caught: moments.add(*caught))
-        moments.add_up()
         factors = self._bases(capture, moments, previous)
         rotation = Rotation(capture)
 

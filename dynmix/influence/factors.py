@@ -147,8 +147,11 @@ class Moments:
         if not known:
             self._inputs[group].add(_only(real, g if _is_embedding(a) else a), real)
 
-    def add_up(self) -> None:
-        """Take in what the other ranks have taken in, each of which has seen batches of its own."""
+    def sides(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Add up what all ranks have taken in, and give up the sums: layer -> (A, S).
+
+        Those of layers that always shared their input are the same object.
+        """
         ranks, capture = self._capture.ranks, self._capture
 
         def device(key: str | tuple[str, ...]) -> torch.device:
@@ -159,25 +162,21 @@ class Moments:
             tokens = ranks.sum(f"tokens of {what}", {key: moment.tokens for key, moment in moments.items()}, device)
             return {key: _Moment(total, tokens[key]) for key, total in totals.items()}
 
-        self._inputs = summed("covariances of inputs", self._inputs)
-        self._outputs = summed("covariances of outputs", self._outputs)
+        inputs, self._inputs = summed("covariances of inputs", self._inputs), {}
+        outputs, self._outputs = summed("covariances of outputs", self._outputs), {}
         self._broken = ranks.sum("sequences left out", self._broken, capture.device)
+        means: dict[tuple[tuple[str, ...], ...], Tensor] = {}
+        found = {}
+        for layer, own in outputs.items():
+            groups = tuple(group for group in inputs if layer in group)
+            if groups not in means:
+                means[groups] = _mean([inputs[group] for group in groups])
+            found[layer] = means[groups], _mean([own])
+        return found
 
     def broken(self, layer: str) -> int:
-        """How many sequences were left out of this layer."""
+        """How many sequences were left out of this layer, on all ranks, once there are `sides`."""
         return int(self._broken[layer])
-
-    def sides(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> (A, S), and give up the sums. Those of layers that always shared their input are the same object."""
-        inputs: dict[tuple[tuple[str, ...], ...], Tensor] = {}
-        found = {}
-        for layer, outputs in self._outputs.items():
-            groups = tuple(group for group in self._inputs if layer in group)
-            if groups not in inputs:
-                inputs[groups] = _mean([self._inputs[group] for group in groups])
-            found[layer] = inputs[groups], _mean([outputs])
-        self._inputs, self._outputs = {}, {}
-        return found
 
     def _moment(self, layer: str, g: Tensor, *, outputs: bool) -> _Moment:
         head = layer == self._capture.head

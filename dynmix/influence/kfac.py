@@ -43,7 +43,6 @@ class KFAC(FactoredCurvature):
             add_squares(gradients_of(a, g), to, finite, sums, layer, batch)
 
         total, length = self._read(capture, batches, covariances, sums)
-        moments.add_up()
         factors = self._bases(capture, moments, previous)
         second = capture.ranks.sum("second moments", second, capture.device)
         for layer, f in factors.items():
