@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from dynmix.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 _WHAT = "gradients of tasks"
+_ARRAYS = ("tokens", "loss", "loss_standard_error")
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,16 @@ class TaskGradients:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        arrays = {name: getattr(self, name).tolist() for name in ("tokens", "loss", "loss_standard_error")}
-        facts = {"tasks": self.tasks, "folds": self.folds, "layers": self.layers, **arrays}
+        facts = {name: getattr(self, name) for name in ("tasks", "folds", "layers")}
+        facts |= {name: getattr(self, name).tolist() for name in _ARRAYS}
         write_tensors(path, _WHAT, self.parameters, facts)
 
     @classmethod
     def load(cls, path: Path) -> TaskGradients:
         """Read such a file. Raises ValueError if it is missing or another."""
         parameters, facts = read_tensors(path, _WHAT)
-        return cls(
-            tasks=tuple(facts["tasks"]),
-            folds=tuple(facts["folds"]),
-            tokens=np.array(facts["tokens"]),
-            loss=np.array(facts["loss"]),
-            loss_standard_error=np.array(facts["loss_standard_error"]),
-            layers=tuple(facts["layers"]),
-            parameters=parameters,
-        )
+        fields: dict[str, Any] = {k: np.array(x) if k in _ARRAYS else tuple(x) for k, x in facts.items()}
+        return cls(**fields, parameters=parameters)
 
 
 def task_gradients(
