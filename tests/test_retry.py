@@ -95,13 +95,13 @@ def test_out_of_memory_with_a_single_sequence_keeps_the_weights(tmp_path):
 
 def test_a_measurement_that_starts_twice_averages_the_factors_it_carries_on_once(tmp_path):
     plain = run(controller(tmp_path / "plain", curvature=EKFAC(ema=0.5, refresh_every=2)), Unlucky(), steps=19)
-    model, fit = Unlucky(), EKFAC.fit_and_sum
+    model, fit = Unlucky(), EKFAC.fit
     done = []
 
     class Late(EKFAC):
         """Memory runs out when the second fit is through."""
 
-        def fit_and_sum(self, *arguments):
+        def fit(self, *arguments):
             fitted = fit(self, *arguments)
             done.append(1)
             if len(done) == 2:

@@ -42,18 +42,14 @@ class Carried:
     def _fresh(self) -> bool:
         return self.fitted is not None and self.used < self.curvature.refresh_every
 
-    def fit(self, capture: Capture, batches: Batches) -> FittedFactors:
-        """The factors for this time."""
-        return self.fit_and_sum(capture, batches, Sums([], capture.stored))
-
-    def fit_and_sum(self, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
-        """As `fit`; `sums` gets the gradients of those batches that are read."""
+    def fit(self, capture: Capture, batches: Batches, sums: Sums | None = None) -> FittedFactors:
+        """The factors for this time; `sums` as in `FactoredCurvature.fit`, of batches that are read."""
         if self.fitted is not None:
             self.fitted = self.fitted.to(next(capture.model.parameters()).device)
             if self._fresh:
                 self.used += 1
                 return self.fitted
-        fitted = self.curvature.fit_and_sum(capture, batches, sums, self.fitted)
+        fitted = self.curvature.fit(capture, batches, sums, self.fitted)
         capture.ranks.exchange("the fitted curvature", None)  # kept on all ranks or on none
         if fitted.finite:
             self.fitted, self.used = fitted, 1

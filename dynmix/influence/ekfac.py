@@ -30,7 +30,7 @@ class EKFAC(FactoredCurvature):
 
     passes: ClassVar[int] = 2
 
-    def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+    def _fit(self, capture: Capture, batches: Batches, sums: Sums, previous: FittedFactors | None) -> FittedFactors:
         moments = Moments(capture, self.largest_basis)
         total, length = self._read(capture, batches, lambda batch, *caught: moments.add(*caught))
         factors = self._bases(capture, moments, previous)

@@ -83,21 +83,16 @@ class FactoredCurvature(ABC):
         if self.eigh_dtype not in ("float32", "float64"):
             raise ValueError(f'eigh_dtype must be "float32" or "float64", got {self.eigh_dtype!r}')
 
-    def fit(self, capture: Capture, batches: Batches) -> FittedFactors:
-        """Factors of these batches alone."""
-        return self.fit_and_sum(capture, batches, Sums([], capture.stored))
-
     @torch.no_grad()
-    def fit_and_sum(
-        self, capture: Capture, batches: Batches, sums: Sums, previous: FittedFactors | None = None
+    def fit(
+        self, capture: Capture, batches: Batches, sums: Sums | None = None, previous: FittedFactors | None = None
     ) -> FittedFactors:
-        """As `fit`, averaged with earlier factors; adds the gradients that `sums` wants of the batches read."""
+        """Factors of these batches, averaged with earlier ones; `sums` gets those gradients of theirs that it wants."""
         if self.labels == "sampled" and capture.loss is not next_token_loss:
             raise ValueError('labels="sampled" draws next tokens: it needs the default loss')
-        batches = within_budget(batches, self.factor_tokens)
-        if self.labels == "sampled":
-            sums = Sums([], capture.stored)  # these gradients are not the data's
-        fitted = self._fit(previous, capture, batches, sums)
+        if sums is None or self.labels == "sampled":  # whose gradients are not the data's
+            sums = Sums([], capture.stored)
+        fitted = self._fit(capture, within_budget(batches, self.factor_tokens), sums, previous)
         _add_idle_experts(capture, fitted.factors)
         if previous is None or not self.ema:
             return fitted
@@ -110,7 +105,7 @@ class FactoredCurvature(ABC):
         return FittedFactors(factors, self.damping, length)
 
     @abstractmethod
-    def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+    def _fit(self, capture: Capture, batches: Batches, sums: Sums, previous: FittedFactors | None) -> FittedFactors:
         """Factors with averaged covariances and bases, and the batches' own eigenvalues in them."""
 
     def _read(

@@ -222,7 +222,7 @@ class _Measured:
                 fit_on = list(fit_on)
         inverse: InverseCurvature
         if isinstance(curvature, FactoredCurvature | Carried):
-            inverse = curvature.fit_and_sum(capture, fit_on, sums)
+            inverse = curvature.fit(capture, fit_on, sums)
         else:
             inverse = curvature.fit(capture, fit_on)
         if isinstance(inverse, FittedFactors) and not isinstance(curvature, Carried):

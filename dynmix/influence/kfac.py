@@ -32,7 +32,7 @@ class KFAC(FactoredCurvature):
 
     passes: ClassVar[int] = 1
 
-    def _fit(self, previous: FittedFactors | None, capture: Capture, batches: Batches, sums: Sums) -> FittedFactors:
+    def _fit(self, capture: Capture, batches: Batches, sums: Sums, previous: FittedFactors | None) -> FittedFactors:
         moments = Moments(capture, self.largest_basis)
         second: dict[str, Tensor] = {}  # moments of the sequences' gradients, summed, [out, in]
 

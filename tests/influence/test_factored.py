@@ -19,7 +19,6 @@ from dynmix.influence.factors import FittedFactors, add_gram
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
-from dynmix.influence.sums import Sums
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
@@ -35,8 +34,7 @@ def fitted(
     **settings: Any,
 ) -> FittedFactors:
     with isolated(model):
-        capture = Capture(model, **settings)
-        return curvature.fit_and_sum(capture, batches, Sums([], capture.stored), before)
+        return curvature.fit(Capture(model, **settings), batches, previous=before)
 
 
 def brute(model: nn.Module, batches: Batches, layers: Any = None) -> tuple[dict[str, Tensor], ...]:
