@@ -15,6 +15,8 @@ from dynmix.influence.curvature import EKFAC, KFAC, Identity
 from dynmix.influence.factored import sampled_labels
 from dynmix.influence.factors import FittedFactors
 from dynmix.influence.isolation import isolated
+from tests.influence.test_capture import captured
+from tests.influence.test_group import Poisoned
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
@@ -27,12 +29,8 @@ def fitted(model: nn.Module, batches: Batches, curvature: EKFAC | None = None, *
 
 def sequence_gradients(model: nn.Module, batches: Batches, **settings: Any) -> dict[str, Tensor]:
     """Per layer the gradients of all sequences, [n, out, in]."""
-    parts: dict[str, list[Tensor]] = {}
-    capture = Capture(model, **settings)
-    with isolated(model):
-        for batch in batches:
-            capture.run(batch, lambda layer, a, g, mask: parts.setdefault(layer, []).append(g.mT @ a))
-    return {layer: torch.cat(some) for layer, some in parts.items()}
+    parts = [captured(model, batch, **settings) for batch in batches]
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 
 
 def test_factors_and_scores_of_the_reference(reference: Any) -> None:
@@ -160,22 +158,13 @@ def test_a_layer_without_gradient_gives_zero_not_nan(tiny_lm: Models, token_batc
 def test_sequences_that_are_not_finite_are_left_out(
     tiny_lm: Models, token_batches: Batcher, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Poisoned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = tiny_lm("llama", dtype=torch.float64)
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            logits: Tensor = self.inner(input_ids=input_ids).logits
-            return logits * torch.where(input_ids[:, :1] == 96, math.nan, 1.0)[..., None]
-
-    batches = token_batches(8)
+    model, batches = Poisoned(tiny_lm("llama", dtype=torch.float64)), token_batches(8)
     for batch in batches:
         batch["input_ids"][:, 0] = 5
-    clean = fitted(Poisoned(), [batches[0], {"input_ids": batches[1]["input_ids"][1:]}])
+    clean = fitted(model, [batches[0], {"input_ids": batches[1]["input_ids"][1:]}])
     batches[1]["input_ids"][0, 0] = 96
     assert not caplog.text
-    poisoned = fitted(Poisoned(), batches)
+    poisoned = fitted(model, batches)
     assert "1 of 8 sequences are not finite" in caplog.text
     assert poisoned.tokens_per_sequence == clean.tokens_per_sequence
     for layer, f in clean.factors.items():

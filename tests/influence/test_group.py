@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dynmix.influence.batch import next_token_loss
+from dynmix.influence.batch import Batches, next_token_loss
 from dynmix.influence.capture import Capture
 from dynmix.influence.curvature import EKFAC, KFAC, DataInf, Identity, LayerByLayer
 from dynmix.influence.group import group_influence
@@ -61,11 +61,17 @@ def scored(reference: Any, batch: dict[str, Tensor]) -> list[float]:
     return (batch["attention_mask"].sum(1) - 1).tolist()
 
 
-def mean_gradient(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[Tensor, float]:
-    """Gradient of the mean loss per token for all weights and biases of linear layers, and that loss; brute force."""
+def rows(batches: Batches) -> list[dict[str, Tensor]]:
+    return [{k: x[i : i + 1] for k, x in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
+
+
+def mean_gradient(
+    model: nn.Module, batches: Batches, parameters: list[nn.Parameter] | None = None
+) -> tuple[Tensor, float]:
+    """Gradient of the mean loss per token for parameters, None: of linear layers, and that loss; brute force."""
     model.eval()
-    names = list(Capture(model).layers)
-    parameters = [p for name in names for p in model.get_submodule(name).parameters()]
+    if parameters is None:
+        parameters = [p for name in Capture(model).layers for p in model.get_submodule(name).parameters()]
     results = [next_token_loss(model, batch) for batch in batches]
     loss = sum(losses.sum() for losses, _ in results) / sum(tokens.sum() for _, tokens in results)
     assert isinstance(loss, Tensor)
@@ -122,21 +128,16 @@ def test_same_call_same_bits_whatever_the_batches(tiny_lm: Models, sets: tuple[S
     one, two = (group_influence(model, domains, tasks) for _ in range(2))
     for name in ("scores", "standard_error", "task_loss", "task_loss_standard_error"):
         assert np.array_equal(getattr(one, name), getattr(two, name))
-    rows = [{key: x[None] for key, x in row.items()} for b in domains["web"] for row in unbatched(b)]
     double = tiny_lm("gpt2", dtype=torch.float64)
     pooled = domains["web"] + domains["code"]
-    rowwise: Any = rows
-    ways: list[Any] = [rows, domains["web"], DataLoader(rowwise, batch_size=None, shuffle=True)]
+    rowwise: Any = rows(domains["web"])
+    ways: list[Any] = [rowwise, domains["web"], DataLoader(rowwise, batch_size=None, shuffle=True)]
     again = [group_influence(double, domains | {"web": web}, tasks, curvature_batches=pooled) for web in ways]
     for other in again[1:]:
         np.testing.assert_allclose(other.scores, again[0].scores, rtol=1e-7)
         np.testing.assert_allclose(other.standard_error, again[0].standard_error, rtol=1e-7)  # type: ignore[arg-type]
     default = group_influence(double, domains, tasks)
     np.testing.assert_allclose(default.scores, again[0].scores, rtol=1e-7)
-
-
-def unbatched(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    return [{key: x[i] for key, x in batch.items()} for i in range(len(batch["input_ids"]))]
 
 
 def test_one_preconditioning_of_tasks_and_one_of_domains_a_layer(tiny_lm: Models, sets: tuple[Sets, Sets]) -> None:
@@ -190,8 +191,7 @@ def test_standard_error_of_each_side_alone(tiny_lm: Models, token_batches: Batch
     model = tiny_lm("llama", dtype=torch.float64)
     same = [{key: x[:1].repeat(5, 1) for key, x in token_batches(4, seed=1)[0].items()}]
     varied = token_batches(8, seed=2)
-    parts = [[{key: x[None] for key, x in row.items()}] for b in varied for row in unbatched(b)]
-    single = [float(mean_gradient(model, same)[0] @ mean_gradient(model, part)[0]) for part in parts]
+    single = [float(mean_gradient(model, same)[0] @ mean_gradient(model, [row])[0]) for row in rows(varied)]
     expected = np.std(single, ddof=1) / math.sqrt(8)
     for domains, tasks in (({"d": same}, {"t": varied}), ({"d": varied}, {"t": same})):
         error = group_influence(model, domains, tasks, Identity()).standard_error
@@ -205,10 +205,7 @@ def test_standard_error_from_all_pairs_of_sequences(tiny_lm: Models, token_batch
     tasks, domains = token_batches(m, seed=1), token_batches(n, seed=2)
     for batch in tasks + domains:
         batch["input_ids"] //= 24  # few tokens, so that the sequences' gradients have much in common
-    y, x = (
-        [mean_gradient(model, [{k: v[None] for k, v in row.items()}])[0] for b in batches for row in unbatched(b)]
-        for batches in (tasks, domains)
-    )
+    y, x = ([mean_gradient(model, [row])[0] for row in rows(batches)] for batches in (tasks, domains))
     K = np.array([[float(a @ b) for b in x] for a in y])
     signs = np.array([1, -1, 1, -1, 1])
     over_x, over_y = K.mean(0).var(ddof=1) / n, K.mean(1).var(ddof=1) / m
@@ -422,12 +419,7 @@ def test_everything_in_a_model_is_measured_on_request(token_batches: Batcher, ki
     domains, tasks = {"d": token_batches(5, seed=1)}, {"t": token_batches(4, seed=2, ragged=True)}
     layers = Layers(embeddings=True, norms=True)
     found = group_influence(model, domains, tasks, Identity(), layers=layers)
-    sides = []
-    for batches in (domains["d"], tasks["t"]):
-        parts = [next_token_loss(model, batch) for batch in batches]
-        loss = sum(nats.sum() for nats, _ in parts) / sum(tokens.sum() for _, tokens in parts)
-        grads = torch.autograd.grad(loss, list(model.parameters()))  # type: ignore[arg-type]
-        sides.append(torch.cat([g.flatten() for g in grads]))
+    sides = [mean_gradient(model, batches, list(model.parameters()))[0] for batches in (domains["d"], tasks["t"])]
     assert found.scores[0, 0] == pytest.approx(float(sides[0] @ sides[1]), rel=1e-5)
     for curvature in (EKFAC(), KFAC(), DataInf()):
         assert group_influence(model, domains, tasks, curvature, layers=layers).finite

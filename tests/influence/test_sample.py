@@ -13,21 +13,16 @@ from dynmix.influence.curvature import EKFAC, Identity
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.group import group_influence
 from dynmix.influence.sample import SampleScorer, last_layers, sample_influence
+from tests.influence.test_group import mean_gradient, rows
 
 Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
 
 
-def rows(batches: Batches) -> list[dict[str, Tensor]]:
-    return [{k: x[i : i + 1] for k, x in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
-
-
 def gradient(model: nn.Module, batches: Batches, names: list[str]) -> Tensor:
-    """Of the mean loss per token over some sequences, by autograd, for parameters by name; flat."""
-    parts = [next_token_loss(model, batch) for batch in batches]
-    loss = sum(nats.sum() for nats, _ in parts) / sum(tokens.sum() for _, tokens in parts)
+    """`mean_gradient` for parameters by name."""
     parameters = dict(model.named_parameters())
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [parameters[name] for name in names])])
+    return mean_gradient(model, batches, [parameters[name] for name in names])[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
