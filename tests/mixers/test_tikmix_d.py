@@ -16,14 +16,9 @@ from dynmix.mixers.tikmix_d import TiKMiXD, row_scales
 from dynmix.observation import Influence
 
 
-def observed(S, standard_error=None) -> Influence:
+def observed(S, standard_error=None, **more) -> Influence:
     n, m = np.shape(S)
-    return Influence(
-        scores=S,
-        tasks=[f"task{i}" for i in range(n)],
-        domains=[f"domain{j}" for j in range(m)],
-        standard_error=standard_error,
-    )
+    return Influence(S, [f"task{i}" for i in range(n)], [f"domain{j}" for j in range(m)], standard_error, **more)
 
 
 def named(w) -> dict[str, float]:

@@ -9,24 +9,11 @@ from scipy.optimize import linprog, minimize
 
 from dynmix.mixers.tikmix_d import TiKMiXD
 from dynmix.mixers.tikmix_m import TiKMiXM
-from dynmix.observation import Influence
+from tests.mixers.test_tikmix_d import array, named, observed
 
 # Where the quality of the search is not what is proven.
 SHORT = {"mixtures": 48, "rounds": 2, "iterations": 4, "samples": 64}
 QUICK = SHORT | {"mixtures": 32, "surrogate": "ridge"}
-
-
-def observed(S, **more) -> Influence:
-    n, m = np.shape(S)
-    return Influence(S, [f"task{i}" for i in range(n)], [f"domain{j}" for j in range(m)], **more)
-
-
-def named(w) -> dict[str, float]:
-    return {f"domain{j}": float(x) for j, x in enumerate(w)}
-
-
-def array(weights) -> np.ndarray:
-    return np.array(list(weights.values()))
 
 
 def problem(m, n, seed):
