@@ -49,13 +49,11 @@ class Scale:
     def arrived(self, gradient: Tensor) -> None:
         """Take the gradient of the logits, [B, T, V]."""
         self._tolerance = _TOLERANCE.get(gradient.dtype, _TOLERANCE_ELSE)  # whatever the logits were copied to later
-        flat, labels = gradient.flatten(0, 1), self._labels.flatten().clamp(min=0)
-        at = flat[self._index, labels[self._index]].to(self._miss.dtype)
-        chosen = self._scored.flatten()[self._index]
+        labels = self._labels.clamp(min=0)
         if not self._given:
-            with_gradient = gradient.gather(2, self._labels.clamp(min=0)[..., None])[..., 0] != 0
-            self._scored = self._scored & with_gradient
-            chosen = self._scored.flatten()[self._index]
+            self._scored = self._scored & (gradient.gather(2, labels[..., None])[..., 0] != 0)
+        at = gradient.flatten(0, 1)[self._index, labels.flatten()[self._index]].to(self._miss.dtype)
+        chosen = self._scored.flatten()[self._index]
         miss = self._miss * chosen
         # Least squares: tokens that were predicted well say little.
         scale = -(at * miss).sum() / miss.square().sum()
