@@ -78,7 +78,7 @@ def sequence_sums(model: nn.Module, batch: dict[str, Tensor], layers: Any) -> di
 
 
 def by_autograd(
-    model: nn.Module, batch: dict[str, Tensor], layers: list[str], row: int, which: Layers
+    model: nn.Module, batch: dict[str, Tensor], layers: list[str], row: int, which: Any
 ) -> dict[str, Tensor]:
     known = Capture(model, layers=which).layers
     one = {key: x[row : row + 1] for key, x in batch.items()}
@@ -94,6 +94,15 @@ def by_autograd(
     return {name: known[name].matrix(lambda p: of[id(p)]) for name in layers}
 
 
+def checked(model: nn.Module, batch: dict[str, Tensor], layers: Any) -> dict[str, Tensor]:
+    """`sequence_sums`, which are what `by_autograd` has."""
+    found = sequence_sums(model, batch, layers)
+    for row in range(len(batch["input_ids"])):
+        for name, expected in by_autograd(model, batch, list(found), row, layers).items():
+            torch.testing.assert_close(found[name][row], expected, rtol=1e-5, atol=1e-7)  # norms and routers: float32
+    return found
+
+
 EVERYTHING = Layers(embeddings=True, norms=True)
 
 
@@ -101,12 +110,9 @@ EVERYTHING = Layers(embeddings=True, norms=True)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_experts_routers_norms_and_embeddings_equal_autograd(token_batches: Batcher, kind: str, ragged: bool) -> None:
     model, [batch] = build(kind), token_batches(3, ragged=ragged)
-    found = sequence_sums(model, batch, EVERYTHING)
+    checked(model, batch, EVERYTHING)
     kinds = {layer.kind for layer in Capture(model, layers=EVERYTHING).layers.values()}
     assert kinds == {"linear", "embedding", "norm"} | ({"expert", "router"} if kind != "qwen3" else set())
-    for row in range(3):
-        for name, expected in by_autograd(model, batch, list(found), row, EVERYTHING).items():
-            torch.testing.assert_close(found[name][row], expected, rtol=1e-5, atol=1e-7)  # norms and routers: float32
     covered = sum(
         rows * columns for rows, columns in (k.shape for k in Capture(model, layers=EVERYTHING).layers.values())
     )
@@ -135,12 +141,7 @@ def test_latent_attention(token_batches: Batcher) -> None:
     latent = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
     settings = {key: value for key, value in TINY.items() if key != "head_dim"} | latent | {"num_key_value_heads": 2}
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings, first_k_dense_replace=2)).double()
-    [batch], every = token_batches(3, ragged=True), Layers()
-    found = sequence_sums(model, batch, every)
-    assert len(found) == 2 * 8 + 1
-    for row in range(3):
-        for name, expected in by_autograd(model, batch, list(found), row, every).items():
-            torch.testing.assert_close(found[name][row], expected, rtol=1e-5, atol=1e-7)
+    assert len(checked(model, token_batches(3, ragged=True)[0], None)) == 2 * 8 + 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -148,20 +149,15 @@ def test_norms_and_embeddings_of_dense_models_equal_autograd(
     tiny_lm: Models, token_batches: Batcher, kind: str
 ) -> None:
     model, [batch] = tiny_lm(kind, dtype=torch.float64), token_batches(2, ragged=True)
-    found = sequence_sums(model, batch, Layers(include="norm|ln_|embed|wte|wpe", embeddings=True, norms=True))
+    found = checked(model, batch, Layers(include="norm|ln_|embed|wte|wpe", embeddings=True, norms=True))
     assert len(found) == (6 if kind == "llama" else 7)
-    for name, expected in by_autograd(model, batch, list(found), 1, EVERYTHING).items():
-        torch.testing.assert_close(found[name][1], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_experts_that_are_used_twice(token_batches: Batcher) -> None:
     model, [batch] = build("mixtral"), token_batches(3, ragged=True)
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    found = sequence_sums(model, batch, None)
+    found = checked(model, batch, None)
     assert {name.split(".")[2] for name in found if "experts" in name} == {"0"}
-    for row in range(3):
-        for name, expected in by_autograd(model, batch, list(found), row, Layers()).items():
-            torch.testing.assert_close(found[name][row], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_forward_of_experts_is_the_models_own(token_batches: Batcher) -> None:
@@ -236,12 +232,9 @@ def test_lora_adapters(tiny_lm: Models, token_batches: Batcher) -> None:
             if "lora_B" in name:
                 parameter.normal_()
     adapted.double()
-    [batch] = token_batches(2)
-    found = sequence_sums(adapted, batch, None)
+    found = checked(adapted, token_batches(2)[0], None)
     assert len(found) == 2 * 2 * 2
     assert all("lora_" in name for name in found)
-    for name, expected in by_autograd(adapted, batch, list(found), 1, Layers()).items():
-        torch.testing.assert_close(found[name][1], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_layers_with_the_same_input_are_found(tiny_lm: Models, token_batches: Batcher) -> None:
