@@ -178,7 +178,7 @@ def _measured(
     if how.layer_groups > 1 and isinstance(curvature, GaussNewton):
         raise ValueError("layer_groups: GaussNewton is one matrix over all layers: leave layer_groups at 1")
     whole: _Measured | None = None
-    idle: NothingMeasuredError | None = None
+    idle: list[NothingMeasuredError] = []
     for layers in layer_parts(model, how.layers, how.layer_groups):
         capture = Capture(model, layers=layers, loss=how.loss, tick=how.tick, ranks=ranks, offload=how.offload)
         part = _Measured(capture, domains, tasks, how)
@@ -188,15 +188,14 @@ def _measured(
         except NothingMeasuredError as why:  # a tower, say, that these batches do not reach
             if ranks.size > 1:
                 raise  # the others may have found something
-            idle = why
+            idle.append(why)
             logger.warning("a part of the layers is left out: %s", why)
             continue
         if whole is not None:
             part.add(whole)
         whole = part
     if whole is None:
-        assert idle is not None
-        raise idle
+        raise idle[-1]
     return whole
 
 

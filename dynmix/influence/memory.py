@@ -115,7 +115,7 @@ def peak_memory(
         micro_batch: sequences of the largest batch.
     """
     curvature = EKFAC() if curvature is None else curvature
-    parts, idle = [], None
+    parts, idle = [], list[NothingMeasuredError]()
     for part in layer_parts(model, layers, layer_groups):
         capture, alive, sequences = Capture(model, layers=part, loss=loss), _Alive(), micro_batch
         if sequence is not None:
@@ -123,13 +123,12 @@ def peak_memory(
                 with isolated(model), alive:
                     capture.rerun(sequence)
             except NothingMeasuredError as why:
-                idle = why
+                idle.append(why)
                 continue
             sequences //= len(token_mask(sequence))
         parts.append(_of(capture, curvature, alive.peak * sequences, micro_batch, domains, tasks, offload, rank))
     if not parts:
-        assert idle is not None
-        raise idle
+        raise idle[-1]
     return max(parts, key=lambda peak: peak.alive)
 
 
