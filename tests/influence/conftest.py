@@ -15,12 +15,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 VOCABULARY = 97
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-TinyLM = Callable[..., Any]
+Models = Callable[..., Any]
 Batcher = Callable[..., list[dict[str, Tensor]]]
 
 
 @pytest.fixture(scope="session")
-def tiny_lm() -> TinyLM:
+def tiny_lm() -> Models:
     """`tiny_lm("llama" | "gpt2" | "qwen2", tied=False, dropout=0.0, seed=0, dtype=torch.float32)`, in training mode."""
 
     def build(

@@ -1,10 +1,8 @@
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from dynmix.influence.batch import next_token_loss
 from dynmix.influence.capture import Capture
@@ -12,9 +10,7 @@ from dynmix.influence.curvature import AdamDiagonal
 from dynmix.influence.group import group_influence
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
+from tests.influence.conftest import Batcher, Models
 
 EVERYTHING = Layers(embeddings=True, norms=True)
 

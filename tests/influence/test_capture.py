@@ -22,9 +22,7 @@ from dynmix.influence.batch import Batch, next_token_labels, next_token_loss, to
 from dynmix.influence.capture import Capture
 from dynmix.influence.isolation import isolated, unwrap
 from dynmix.influence.layers import Layers
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
+from tests.influence.conftest import Batcher, Models
 
 
 def captured(model: nn.Module, batch: Batch, **settings: Any) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from dynmix.influence.curvature import EKFAC, KFAC, Identity
 from dynmix.influence.factored import sampled_labels
 from dynmix.influence.factors import FittedFactors
 from dynmix.influence.isolation import isolated
+from tests.influence.conftest import Batcher, Models
 from tests.influence.test_capture import captured
 from tests.influence.test_group import Poisoned
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
 
 
 def fitted(model: nn.Module, batches: Batches, curvature: EKFAC | None = None, **settings: Any) -> FittedFactors:

@@ -1,6 +1,4 @@
 import logging
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -10,9 +8,7 @@ from dynmix.influence.capture import Capture
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.group import group_influence
 from dynmix.influence.isolation import isolated
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
+from tests.influence.conftest import Batcher, Models
 
 
 def test_is_the_mean_of_damped_inverses(tiny_lm: Models, token_batches: Batcher) -> None:

@@ -1,7 +1,6 @@
 """Factors against brute force, layer kind by layer kind; their budget, averages and files."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from dynmix.influence.factors import FittedFactors, add_gram
 from dynmix.influence.gradients import gradients_of
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
+from tests.influence.conftest import Batcher, Models
 
 EVERYTHING = Layers(embeddings=True, norms=True)
 

@@ -1,5 +1,4 @@
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,8 @@ from dynmix.influence.curvature import EKFAC, KFAC, GaussNewton, Identity
 from dynmix.influence.group import group_influence
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
+from tests.influence.conftest import Batcher, Models
 from tests.influence.test_layers import build
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
 
 
 def dense(model: Any, batches: list[dict[str, Tensor]], capture: Capture) -> Tensor:

@@ -1,6 +1,5 @@
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ from dynmix.influence.group import group_influence
 from dynmix.influence.layers import Layers
 from dynmix.influence.probes import picked, spread_rows
 from dynmix.influence.sets import ratio_of_sums
+from tests.influence.conftest import Batcher, Models
 from tests.influence.test_layers import build
 
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
 Sets = dict[str, list[dict[str, Tensor]]]
 
 

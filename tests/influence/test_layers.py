@@ -1,7 +1,6 @@
 """Every kind of layer against autograd, on models that have it."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,9 +27,7 @@ from dynmix.influence.gradients import gradients_of
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
 from dynmix.influence.task_gradients import with_tied_table
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
+from tests.influence.conftest import Batcher, Models
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,

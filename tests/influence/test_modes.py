@@ -1,12 +1,10 @@
 """A measurement of one model in the ways that it is trained: types, attention kernels, checkpointing, compiled."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed._composable.checkpoint_activation import checkpoint as composable
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynmix.influence.batch import next_token_loss
 from dynmix.influence.curvature import EKFAC
 from dynmix.influence.group import group_influence
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
+from tests.influence.conftest import Batcher, Models
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """What a model's own steps may do to what is caught; each kind of layer is checked in test_capture and test_layers."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +8,7 @@ from dynmix.influence.batch import next_token_loss
 from dynmix.influence.capture import Capture
 from dynmix.influence.isolation import isolated
 from dynmix.influence.layers import Layers
-
-Batcher = Callable[..., list[dict[str, Tensor]]]
+from tests.influence.conftest import Batcher
 
 
 class Positions(nn.Module):

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from dynmix.influence.curvature import EKFAC, Identity
 from dynmix.influence.datainf import DataInf
 from dynmix.influence.group import group_influence
 from dynmix.influence.sample import SampleScorer, last_layers, sample_influence
+from tests.influence.conftest import Batcher, Models, ReferenceLM
 from tests.influence.test_group import mean_gradient, rows
-
-Models = Callable[..., Any]
-Batcher = Callable[..., list[dict[str, Tensor]]]
 
 
 def gradient(model: nn.Module, batches: Batches, names: list[str]) -> Tensor:
@@ -56,8 +53,6 @@ def test_without_curvature_it_is_the_product_of_gradients(
 
 
 def test_reference_numbers_of_datainf(shared: Path) -> None:
-    from tests.influence.conftest import ReferenceLM
-
     folder = shared / "reference" / "influence"
     with np.load(folder / "datainf_reference.npz") as file:
         expected = dict(file)
