@@ -65,8 +65,8 @@ class Problem:
         return np.asarray(self.alpha * (self.A - self.A.mean(axis=0)) / np.sqrt(len(self.A)), dtype=np.float64)
 
     def risk(self, w: Array) -> Array:
-        """Return r(w), float64[n_rows]: what noise may take from each row's gain over `centre`."""
-        return np.asarray(np.sqrt(self.R**2 @ (w - self.centre) ** 2), dtype=np.float64)
+        """Return r(w) of w [..., n_domains], [..., n_rows]: what noise may take from a row's gain over `centre`."""
+        return np.asarray(np.sqrt((w - self.centre) ** 2 @ self.R.T**2), dtype=np.float64)
 
     def objective(self, w: Array) -> float:
         """Return the objective's value at `w` (natural logarithm, 0 log 0 = 0)."""
@@ -75,8 +75,7 @@ class Problem:
 
     def violation(self, w: Array) -> Array:
         """Return the largest row-scaled amount by which w [..., n_domains] misses the floor of a row, float64[...]."""
-        risk = np.sqrt((w - self.centre) ** 2 @ self.R.T**2)
-        return np.asarray((self.floor - w @ self.C.T + risk).max(axis=-1, initial=0.0), dtype=np.float64)
+        return np.asarray((self.floor - w @ self.C.T + self.risk(w)).max(axis=-1, initial=0.0), dtype=np.float64)
 
     def bound_multipliers(self, w: Array, multipliers: Array) -> Array:
         """Return the Lagrange multipliers of the bounds at the optimum `w`, float64[n_domains].
