@@ -72,7 +72,7 @@ def into(w: Array, lower: Array, upper: Array) -> Array:
         room = np.where(excess > 0, w - lower, upper - w)
         total = room.sum(axis=-1, keepdims=True)
         w = w - room * (excess / np.where(total > 0, total, np.inf))
-    return np.asarray(np.clip(w, lower, upper), dtype=np.float64)
+    return np.clip(w, lower, upper)
 
 
 def centre(lower: Array, upper: Array) -> Array:

@@ -66,7 +66,7 @@ class Problem:
 
     def risk(self, w: Array) -> Array:
         """Return r(w) of w [..., n_domains], [..., n_rows]: what noise may take from a row's gain over `centre`."""
-        return np.asarray(np.sqrt((w - self.centre) ** 2 @ self.R.T**2), dtype=np.float64)
+        return np.sqrt((w - self.centre) ** 2 @ self.R.T**2)
 
     def objective(self, w: Array) -> float:
         """Return the objective's value at `w` (natural logarithm, 0 log 0 = 0)."""
@@ -99,7 +99,7 @@ class Problem:
         else:
             level = (slope[at_upper].max() + slope[~at_upper].min()) / 2
         found = np.where(free, 0.0, level - slope)
-        return np.asarray(np.where(at_upper, np.maximum(found, 0), np.minimum(found, 0)), dtype=np.float64)
+        return np.where(at_upper, np.maximum(found, 0), np.minimum(found, 0))
 
 
 def slackest(p: Problem) -> tuple[Array, float]:
@@ -119,7 +119,7 @@ def slackest(p: Problem) -> tuple[Array, float]:
     if lp.status != 0:
         return p.start, -np.inf
     w = np.clip(lp.x[:-1], p.lower, p.upper)
-    return np.asarray(w / w.sum(), dtype=np.float64), float(lp.x[-1])
+    return w / w.sum(), float(lp.x[-1])
 
 
 def lift(p: Problem, w: Array) -> Array:
@@ -135,4 +135,4 @@ def lift(p: Problem, w: Array) -> Array:
     if slack <= 0:
         return w
     theta = worst / (worst + slack) * (1 + 1e-9)
-    return np.asarray((1 - theta) * w + theta * inner, dtype=np.float64)
+    return (1 - theta) * w + theta * inner

@@ -107,7 +107,7 @@ def cap(weights: Array, upper: Array, lower: Array | float = 0.0) -> Array:
     held = np.where(weights > 0, upper, lower).sum()
     if held < 1 - 1e-12:
         spare = np.where(weights > 0, 0, upper - lower)
-        return np.asarray(np.where(weights > 0, upper, lower + spare * (1 - held) / spare.sum()), dtype=np.float64)
+        return np.where(weights > 0, upper, lower + spare * (1 - held) / spare.sum())
     if held < 1:  # but for rounding, the others hold everything
         return np.asarray(np.where(weights > 0, upper, lower) / held, dtype=np.float64)
     with np.errstate(divide="ignore"):
