@@ -299,7 +299,7 @@ class _Measured:
 def _products(towards: Mapping[str, Held], gradients: Mapping[str, Tensor], capture: Capture) -> Array:
     """<`MEANS` of towards, gradients> summed over the layers, float64[n_tasks, n_domains]."""
     n_tasks, n_domains = len(next(iter(towards.values()))) // 2, len(next(iter(gradients.values())))
-    total: Array = np.zeros((n_tasks, n_domains))
+    total = np.zeros((n_tasks, n_domains))
     for layer, gradient in gradients.items():
         if layer in towards:
             device = capture.device(layer)

@@ -94,8 +94,7 @@ class LeftOut:
     @property
     def relative(self) -> Array:
         """|R - R'| / |R| over all layers, float64[n_tasks]; 0 of nothing."""
-        share: Array = np.sqrt(self._missing / np.where(self._whole == 0, 1.0, self._whole))
-        return share
+        return np.sqrt(self._missing / np.where(self._whole == 0, 1.0, self._whole))
 
     def note(self, task: int, layer: str, whole: Tensor, missing: Tensor) -> None:
         """Of a task's matrix in a layer, and the squared norm of what is missing of it."""

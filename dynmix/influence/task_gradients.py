@@ -260,8 +260,7 @@ def _numbers(
     if not tokens.sum():
         raise ValueError(f"task {name!r} has no scored token: every label is -100 or masked")
     number = np.arange(len(tokens)) % (stratum or k) % k
-    of_folds: Array = np.bincount(number, tokens, minlength=k).astype(np.float64)
-    return of_folds, *mean_and_error(losses, tokens, stratum)
+    return np.bincount(number, tokens, minlength=k).astype(np.float64), *mean_and_error(losses, tokens, stratum)
 
 
 def _by_parameter(capture: Capture, towards: dict[str, Tensor]) -> dict[str, Tensor]:
