@@ -33,27 +33,27 @@ class Sums:
         self._stored = stored
         self.gradients: dict[str, Tensor] = {}
         self.met: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in sets]
-        self._where: dict[int, list[tuple[int, int]]] = {}
-        self._added: dict[int, list[tuple[int, int]]] = {}
+        self._waiting: dict[int, list[tuple[int, int]]] = {}  # id of a batch -> its sets, and its numbers there
+        self._added: dict[int, list[tuple[int, int]]] = {}  # the same by the batch's number in the pass
         for index, batches in enumerate(sets):
             for number, batch in enumerate(batches if isinstance(batches, list | tuple) else ()):
-                self._where.setdefault(id(batch), []).append((index, number))
+                self._waiting.setdefault(id(batch), []).append((index, number))
 
     def waits_for(self, batch: Batch) -> bool:
         """Whether it is a batch of a set, and was not met yet."""
-        return id(batch) in self._where
+        return id(batch) in self._waiting
 
     def add(self, layer: str, batch: Batch, gradient: Tensor) -> None:
         """Add the gradient of the batch's summed loss, [out, in], to the sets that hold it."""
         if layer not in self.gradients:
             self.gradients[layer] = self._stored(layer, len(self.met))
-        for index, _ in self._where[id(batch)]:
+        for index, _ in self._waiting[id(batch)]:
             with on(self.gradients[layer][index], gradient.device) as total:
                 total += gradient
 
     def added(self, batch: Batch, number: int) -> None:
         """Every layer's gradient of batch `number` of a pass is added, on some rank; it is waited for no more."""
-        if (places := self._where.pop(id(batch), None)) is not None:
+        if (places := self._waiting.pop(id(batch), None)) is not None:
             self._added[number] = places
 
     def ended(self, found: Mapping[int, tuple[Tensor, Tensor]]) -> None:
