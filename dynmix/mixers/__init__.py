@@ -9,11 +9,11 @@ The modules, in an order to read them in:
 - `automixer` has a scored corpus put into groups by `regroup`.
 """
 
-from importlib import import_module
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 from dynmix.mixers.base import Mixer, Proposal, Run, within
-from dynmix.mixers.registry import BUILT_IN
+from dynmix.mixers.registry import BUILT_IN, GROUP
 from dynmix.mixers.static import Fixed, Natural, Staged, Static, Temperature, Uniform, UniMax
 from dynmix.mixers.tikmix_d import TiKMiXD
 
@@ -52,7 +52,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The others when they are asked for: what they fit laws and surrogates with takes a second to import.
     for place in BUILT_IN.values():
-        module, _, attribute = place.partition(":")
-        if attribute == name:
-            return getattr(import_module(module), name)
+        if place.endswith(f":{name}"):
+            return EntryPoint(name, place, GROUP).load()
     raise AttributeError(f"module 'dynmix.mixers' has no attribute {name!r}")

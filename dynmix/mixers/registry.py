@@ -9,7 +9,6 @@ Knows names and where classes are; a mixer's module is imported when its name is
 """
 
 import difflib
-import importlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -93,8 +92,7 @@ def find_mixer(name: str) -> Callable[..., Any]:
         if key in others:
             taken = f"{others[key].value}{_distribution(others[key])}"
             logger.warning("mixer %r is dynmix's own; the entry point %s of that name is not used", name, taken)
-        module, _, attribute = own[key].partition(":")
-        return cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
+        return cast(Callable[..., Any], EntryPoint(key, own[key], GROUP).load())
     if key not in others:
         close = difflib.get_close_matches(key, [*own, *others], n=1)
         named = {_key(known): known for known in mixer_names()}
