@@ -3,12 +3,12 @@
 Knows the shape of what was measured and decided; nothing of how.
 """
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
-from dynmix.heard import warnings_heard
 from dynmix.journal import Row
 from dynmix.measurement import Measurement
 from dynmix.mixers.base import Proposal
@@ -133,3 +133,34 @@ def log_keys(row: Row) -> dict[str, float]:
             if score is not None:
                 logs[f"dynmix/influence/{task}/{domain}"] = score
     return logs
+
+
+@contextmanager
+def warnings_heard(into: list[str]) -> Iterator[None]:
+    """Add every warning or error that dynmix logs meanwhile to `into`, each text once. The log gets them as ever."""
+    log = logging.getLogger("dynmix")
+    handlers: list[logging.Handler] = [_Listener(into)]
+    if not log.hasHandlers() and logging.lastResort is not None:
+        handlers.append(logging.lastResort)  # which Python leaves out where there is any handler, as the listener is
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+
+
+class _Listener(logging.Handler):
+    def __init__(self, into: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._into = into
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            words = record.getMessage()
+        except Exception:
+            self.handleError(record)  # arguments that do not fit the text: the caller must not suffer
+            return
+        if words not in self._into:
+            self._into.append(words)

@@ -10,7 +10,7 @@ from dynmix.journal import Journal
 from dynmix.mixers import Proposal
 from dynmix.mixture.dataset import MixtureDataset
 from dynmix.observation import Influence
-from dynmix.record import Recorder, log_keys, losses_of
+from dynmix.record import Recorder, log_keys, losses_of, warnings_heard
 from dynmix.run_folder import RunFolder
 from dynmix.saved_influence import propose_from, read_influence
 from tests import running
@@ -79,6 +79,30 @@ def test_a_recorder_gives_each_row_what_was_warned_of_since_the_one_before(tmp_p
     assert "training" not in first["seconds"]
     assert last["seconds"]["training"] >= 0
     assert recorder.write(None, "stage", **told)["dynmix/seconds/measure"] == 0.0
+
+
+def test_warnings_of_dynmix_are_heard_once_each_and_logged_as_ever(caplog):
+    heard: list[str] = []
+    with warnings_heard(heard):
+        for _ in range(2):
+            logging.getLogger("dynmix.influence.group").warning("%d of %d", 1, 2)
+        logging.getLogger("dynmix").error("worse")
+        logging.getLogger("dynmix").info("nothing")
+        logging.getLogger("other").warning("of no concern")
+    logging.getLogger("dynmix").warning("too late")
+    assert heard == ["1 of 2", "worse"]
+    assert [record.message for record in caplog.records if record.name.startswith("dynmix")].count("1 of 2") == 2
+
+
+def test_where_nobody_configured_logging_warnings_still_reach_stderr_once(monkeypatch, capsys):
+    for log in (logging.getLogger(), logging.getLogger("dynmix")):
+        monkeypatch.setattr(log, "handlers", [])
+    with warnings_heard([]), warnings_heard(heard := []):
+        logging.getLogger("dynmix.mixture").warning("inside")
+        logging.getLogger("dynmix").info("nothing")
+    logging.getLogger("dynmix").warning("outside")
+    assert capsys.readouterr().err == "inside\noutside\n"
+    assert heard == ["inside"]
 
 
 def test_the_last_row_counts_the_samples_that_there_were(tmp_path):
