@@ -130,7 +130,7 @@ class PeakSnapshots:
         """
         if is_rank_0():
             needed = self._needed(None) | self._needed(durable_step)
-            self._delete(path for step, path in self._snapshots() if step not in needed)
+            self._delete(path for step, path in run_folder.numbered(self.folder, "step-") if step not in needed)
 
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, from which the run resumes, and delete those snapshots.
@@ -153,7 +153,7 @@ class PeakSnapshots:
         self.curves = {task: [p for p in curve if p[0] <= step] for task, curve in self.curves.items()}
         self.curves = {task: curve for task, curve in self.curves.items() if curve}
         self._lost = {lost for lost in self._lost if lost <= step}
-        there = {there for there, _ in self._snapshots() if there <= step}
+        there = {there for there, _ in run_folder.numbered(self.folder, "step-") if there <= step}
         before = self.selected
         while gone := {peak.step for peak in self.selected.values()} - there:
             self._lost |= gone
@@ -186,9 +186,6 @@ class PeakSnapshots:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
-
-    def _snapshots(self) -> list[tuple[int, Path]]:
-        return [(int(path.name[5:]), path) for path in self.folder.glob("step-*") if path.name[5:].isdecimal()]
 
     def _saved(self, model: nn.Module, step: int, peaks: dict[str, float]) -> bool:
         try:

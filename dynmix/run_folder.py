@@ -84,9 +84,9 @@ class RunFolder:
                     "report lacks them; a run that goes on in another folder needs what is in the one before",
                     self._journal.path, len(missing), stages, missing[0],
                 )  # fmt: skip
-            delete(path for path in _by_stage(self.path / "snapshots", "") if _stage(path) >= stages)
+            delete(path for stage, path in numbered(self.path / "snapshots", "stage-") if stage >= stages)
             for folder in (self.factors, self.in_run):
-                undone = (file for file in _by_stage(folder) if _stage(file) >= stages)
+                undone = (file for stage, file in numbered(folder, "stage-", ".safetensors") if stage >= stages)
                 delete(file for file in undone if file.name not in self.needed)
 
     def save_factors(self, carried: Carried, stage: int, keep: int) -> str | None:
@@ -95,27 +95,25 @@ class RunFolder:
         Returns the file's name; None if there are no factors, or if they could not be written: a run that goes on from
         there fits them anew. Every rank calls it.
         """
-        if carried.fitted is None:
-            return None
-        name = _name(stage)
-        return name if from_rank_0(self._save(carried.save, self.factors / name, keep)) else None
+        return None if carried.fitted is None else from_rank_0(self._save(carried.save, self.factors, stage, keep))
 
     def save_task_gradients(self, gradients: TaskGradients, stage: int, keep: int) -> str:
         """Save the tasks' gradients of an in-run influence and keep the newest few; return the file's name."""
-        self._save(gradients.save, self.in_run / _name(stage), keep)
+        self._save(gradients.save, self.in_run, stage, keep)
         return _name(stage)
 
-    def _save(self, save: Callable[[Path], None], file: Path, keep: int) -> bool:
-        """Whether it was written; on rank 0, which writes."""
+    def _save(self, save: Callable[[Path], None], folder: Path, stage: int, keep: int) -> str | None:
+        """The name of what was written; on rank 0, which writes."""
         if not is_rank_0():
-            return False
+            return None
+        file = folder / _name(stage)
         try:
             save(file)
         except Exception as failure:  # of a full disk safetensors raises what is no OSError
             logger.error("%s was not saved, training goes on: %s", file, failure)
-            return False
-        delete(old for old in _up_to(file)[: -max(2, keep)] if old.name not in self.needed)
-        return True
+            return None
+        delete(old for old in _up_to(stage, folder, ".safetensors")[: -max(2, keep)] if old.name not in self.needed)
+        return file.name
 
     def save_snapshot(self, model: nn.Module, stage: int, facts: dict[str, Any], keep: int) -> None:
         """Save the model under a stage's number and keep the newest few; every rank calls it."""
@@ -126,7 +124,7 @@ class RunFolder:
             logger.error("the snapshot of stage %d was not saved, training goes on: %s", stage, failure)
             return
         if is_rank_0():
-            delete(_up_to(path)[:-keep])
+            delete(_up_to(stage, path.parent)[:-keep])
 
 
 def delete(old: Iterable[Path]) -> None:
@@ -138,19 +136,16 @@ def delete(old: Iterable[Path]) -> None:
             logger.warning("%s was not deleted, training goes on: %s", path, failure)
 
 
+def numbered(folder: Path, prefix: str, suffix: str = "") -> list[tuple[int, Path]]:
+    """What a number between these names, by number; `stage-0003-best` is a copy that somebody made, and theirs."""
+    found = ((path.name.removeprefix(prefix).removesuffix(suffix), path) for path in folder.glob(f"{prefix}*{suffix}"))
+    return sorted((int(number), path) for number, path in found if number.isdecimal())
+
+
 def _name(stage: int) -> str:
     return f"stage-{stage:04d}.safetensors"
 
 
-def _by_stage(folder: Path, suffix: str = ".safetensors") -> list[Path]:
-    """What is named by a stage and nothing else: `stage-0003-best` is a copy that somebody made, and theirs."""
-    return sorted(p for p in folder.glob(f"stage-*{suffix}") if p.name[6:].removesuffix(suffix).isdecimal())
-
-
-def _up_to(saved: Path) -> list[Path]:
+def _up_to(stage: int, folder: Path, suffix: str = "") -> list[Path]:
     """What was saved of this stage and those before it; a later one is of what is undone, and could not be deleted."""
-    return [path for path in _by_stage(saved.parent, saved.suffix) if _stage(path) <= _stage(saved)]
-
-
-def _stage(path: Path) -> int:
-    return int(path.stem[6:])
+    return [path for at, path in numbered(folder, "stage-", suffix) if at <= stage]

@@ -26,7 +26,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.peaks import PeakSnapshots, evaluated
 from dynmix.ranks import Ranks, from_rank_0, gathered, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
-from dynmix.run_folder import delete
+from dynmix.run_folder import delete, numbered
 from dynmix.scores import Column, SamplePlan, SampleScores
 from dynmix.scoring import Source, all_sources, peak_sources, read_scores, score_corpus
 from dynmix.scoring.folder import OtherConfiguration, ScoreFolder, discard
@@ -101,11 +101,11 @@ class Sampler:
         on_every_rank(lambda: self._forget_after(step, wanted) if is_rank_0() else None)
 
     def _forget_after(self, step: int, wanted: bool) -> None:
-        for path, later in self._snapshots():
+        for later, path in self._snapshots():
             if later > step:
                 shutil.rmtree(path)  # or it would score
         due = range(self.every, step + 1, self.every) if wanted and self.plan.checkpoints != "peak" else range(0)
-        there = [at for _, at in self._snapshots()]
+        there = [at for at, _ in self._snapshots()]
         if lacking := [at for at in (due[-1:] if self.plan.checkpoints == "last" else due) if at not in there]:
             logger.warning(
                 "snapshots of %d steps are not there, the first that of step %d (they go when a later checkpoint "
@@ -146,8 +146,8 @@ class Sampler:
         if not is_rank_0() or (wanted and self.plan.checkpoints != "last"):
             return
         # The last of a run that goes on from there, and of this one.
-        kept = [*[path for path, at in there if at <= step][-1:], there[-1][0]] if wanted and there else []
-        delete(path for path, _ in there if path not in kept)
+        kept = [*[at for at, _ in there if at <= step][-1:], there[-1][0]] if wanted and there else []
+        delete(path for at, path in there if at not in kept)
 
     def scores(self, model: nn.Module, step: int, tokens_left: int) -> SampleScores:
         """Have the checkpoints score every sequence of the dataset's first domains, for the tasks.
@@ -250,16 +250,14 @@ class Sampler:
             found = peak_sources({task: at for task, at in self.peaks.selected.items() if task in self.sets})
         else:
             n = 1 if self.plan.checkpoints == "last" else self.plan.checkpoints
-            kept = [Checkpoint(path, step) for path, step in self._snapshots()]
+            kept = [Checkpoint(path, step) for step, path in self._snapshots()]
             found = all_sources(evenly_spaced(kept, n), self.sets)
         if not found:
             raise ValueError("no task has a finite value at any evaluation: there is no checkpoint to score with")
         return found
 
-    def _snapshots(self) -> list[tuple[Path, int]]:
-        # `step-0000008-best` is a copy that somebody made, and theirs.
-        found = sorted((self.folder / "checkpoints").glob("step-*"))
-        return [(path, int(path.name[5:])) for path in found if path.name[5:].isdecimal()]
+    def _snapshots(self) -> list[tuple[int, Path]]:
+        return numbered(self.folder / "checkpoints", "step-")
 
 
 def _packed(batch: Batch) -> bool:
