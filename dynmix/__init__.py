@@ -1,4 +1,20 @@
-"""Dynamic data mixing: measure how each domain moves each task, and change the mixture exactly at stage boundaries."""
+"""Dynamic data mixing: measure how each domain moves each task, and change the mixture exactly at stage boundaries.
+
+The modules, in an order to read them in:
+
+- What knows nothing of a run: `mixture`, which sequence stands where in the training stream; `influence`, how text
+  moves tasks; `mixers`, which weights to take; `laws`, what a mixture is worth. Between measuring and deciding go the
+  arrays of `observation` and, of a whole corpus, `scores`.
+- The loop of a run, `controller`, and what it says that it joins: `timetable`, `measurement`, `in_run`, `sampling`,
+  `decider`, `budget`, `ahead`, `record`, `run_folder`. An adapter in `callbacks` tells it when a step ended.
+- What these need. To measure: `batches`, `drawn` (mixtures), `retry` (where memory runs out), `training_loss`, and
+  `step_samples` (of which domain a sequence is). To regroup a corpus: `tasks`, read by `task_records`; `checkpoints`
+  and `peaks`, where tasks are best; `scoring`, which makes the `scores`; `groups`, made of them. To keep files:
+  `journal`, `snapshot`, `whole_file`, `alone` (in a folder), `trainer_checkpoint`. To agree: `ranks`, `dataset_state`.
+- The command line, `cli` with `commands`, and what these call: `recipe`, a run in YAML; `proxies` and `fit`, laws from
+  small runs; `inspection` and `saved_influence`, of files; the `demo`; `report`, of `report_rows` and `report_figures`;
+  `tables` and `heatmap`. `shown` draws bars everywhere, and `harness` evaluates lm-eval's tasks.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

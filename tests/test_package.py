@@ -1,6 +1,7 @@
 """The arrows of the architecture, and what an installation contains."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -131,3 +132,10 @@ def test_a_wheel_has_every_module_and_no_top_level_callbacks(tmp_path):
     files |= {f"dynmix/recipe/examples/{p.name}" for p in (source / "dynmix/recipe/examples").glob("*.yaml")}
     assert files <= set(names)
     assert not [name for name in names if name.startswith("tests")]
+
+
+def test_the_map_of_the_package_names_every_module():
+    import dynmix
+
+    found = [*(ROOT / "dynmix").glob("*.py"), *(path.parent for path in (ROOT / "dynmix").glob("*/__init__.py"))]
+    assert {path.stem for path in found if path.stem[0] != "_"} == set(re.findall(r"`(\w+)`", dynmix.__doc__))
