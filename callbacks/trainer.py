@@ -79,7 +79,8 @@ class MixtureCallback(TrainerCallback):
 
     def _prepare(self, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         """All that comes before the ranks first work together."""
-        batch_size = _samples_per_step(args)
+        split, _ = _dealing(args)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * (1 if split else args.world_size)
         self._check(args, state, batch_size)
         if isinstance(tokenizer := kwargs.get("processing_class"), PreTrainedTokenizerBase):
             _check_tokenizer(self.dataset, tokenizer)
@@ -166,6 +167,7 @@ class MixtureCallback(TrainerCallback):
                 "the Trainer's eval_dataset is the dataset that is trained on, whose later stages are not decided yet "
                 "when it is evaluated: pass text that is held out, or a MixtureDataset of its own"
             )
+        split, dispatched = _dealing(args)
         if isinstance(self.dataset, MixtureStream):
             _check_stream(self.dataset, args)
         elif args.train_sampling_strategy != "sequential":
@@ -173,9 +175,8 @@ class MixtureCallback(TrainerCallback):
                 f"train_sampling_strategy={args.train_sampling_strategy!r} would shuffle the stages together: pass "
                 "TrainingArguments(train_sampling_strategy='sequential'); MixtureDataset is shuffled already"
             )
-        if isinstance(self.dataset, MixtureDataset):
-            shared = getattr(args.accelerator_config, "split_batches", False)
-            check_micro_batch(self.dataset, args.train_batch_size // (args.world_size if shared else 1))
+        else:
+            check_micro_batch(self.dataset, args.train_batch_size // (args.world_size if split else 1))
         if args.auto_find_batch_size:
             raise ValueError("auto_find_batch_size changes what a step is during the run: set it to False")
         apart = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -185,7 +186,9 @@ class MixtureCallback(TrainerCallback):
                 "sequence parallelism several of them share samples, and a model that is split so is not measured "
                 "rightly here; use DDP or FSDP"
             )
-        if state.global_step and isinstance(self.dataset, MixtureDataset) and _skips_too_few(args):
+        # Batches that are dealt out together accelerate (1.15) takes for one as it counts what to skip.
+        skips_too_few = args.world_size > 1 and dispatched and not split and isinstance(self.dataset, MixtureDataset)
+        if state.global_step and skips_too_few:
             raise ValueError(
                 "dispatch_batches=True: as it resumes, accelerate would skip but a part of the samples already taken; "
                 "set it to False, the samples of the run are the same"
@@ -206,17 +209,11 @@ def _check_stream(stream: MixtureStream, args: TrainingArguments) -> None:
             f"world_size={stream.world_size}: the Trainer gives each process its part of what it reads, so that a "
             "MixtureStream is read whole; pass world_size=1 and no rank"
         )
-    split, dispatched = (getattr(args.accelerator_config, key, None) for key in ("split_batches", "dispatch_batches"))
+    split, dispatched = _dealing(args)
     # Without dispatch_batches every process reads all of it, and of as many batches as there are processes keeps one.
     size = args.train_batch_size * (args.world_size if dispatched is False and not split else 1)
     if args.dataloader_num_workers > 1 and stream.batch_size != size:
         raise ValueError(f"batch_size={stream.batch_size} of the MixtureStream: with these arguments it must be {size}")
-
-
-def _skips_too_few(args: TrainingArguments) -> bool:
-    """Whether accelerate (1.15) takes the batches that are dealt out together for one as it counts what to skip."""
-    split, dispatched = (getattr(args.accelerator_config, key, None) for key in ("split_batches", "dispatch_batches"))
-    return args.world_size > 1 and bool(dispatched) and not split
 
 
 def _check_tokenizer(dataset: Mixture, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -229,9 +226,10 @@ def _saved(state: TrainerState) -> dict[str, Any]:
     return state.stateful_callbacks
 
 
-def _samples_per_step(args: TrainingArguments) -> int:
-    shared = getattr(args.accelerator_config, "split_batches", False)
-    return args.train_batch_size * args.gradient_accumulation_steps * (1 if shared else args.world_size)
+def _dealing(args: TrainingArguments) -> tuple[bool, bool | None]:
+    """Whether a batch is split over the processes, and whether one reads for all of them; None: accelerate decides."""
+    config: Any = args.accelerator_config
+    return config.split_batches, config.dispatch_batches
 
 
 def model_of(kwargs: Mapping[str, Any]) -> nn.Module:
