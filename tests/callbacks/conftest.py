@@ -1,10 +1,10 @@
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+
+import tests.callbacks.training
 
 SCRIPT = Path(__file__).with_name("training.py")
 
@@ -12,11 +12,7 @@ SCRIPT = Path(__file__).with_name("training.py")
 @pytest.fixture(scope="session")
 def training():
     """The module `training.py`, which is no test."""
-    spec = importlib.util.spec_from_file_location("dynmix_training", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dynmix_training"] = module
-    spec.loader.exec_module(module)
-    return module
+    return tests.callbacks.training
 
 
 @pytest.fixture(scope="session")

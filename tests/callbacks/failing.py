@@ -3,7 +3,6 @@
 Arguments: a folder, the adapter's name, and the controller's method that fails.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,10 @@ import torch.distributed as dist
 
 from dynmix.callbacks import MixtureHook
 from dynmix.controller import MixtureController
-
-
-def module(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec
-    assert spec.loader
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+from tests.callbacks import training
 
 
 def loop(folder: Path) -> None:
-    training = module("training")
     options = {"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12}
 
     def hook() -> MixtureHook:
@@ -37,6 +27,12 @@ def loop(folder: Path) -> None:
     hook().load_state_dict(training_hook.state_dict())
 
 
+def lightning(folder: Path) -> None:
+    from tests.callbacks import lightning_run
+
+    lightning_run.run(folder, processes=2)
+
+
 def fails(*_: Any, **__: Any) -> None:
     raise OSError("no disk")
 
@@ -44,8 +40,8 @@ def fails(*_: Any, **__: Any) -> None:
 def main(folder: Path, adapter: str, method: str) -> None:
     runs = {
         "loop": loop,
-        "trainer": lambda folder: module("training").run(folder, per_device_train_batch_size=4),
-        "lightning": lambda folder: module("lightning_run").run(folder, processes=2),
+        "trainer": lambda folder: training.run(folder, per_device_train_batch_size=4),
+        "lightning": lightning,
     }
     dist.init_process_group("gloo")
     torch.set_num_threads(1)

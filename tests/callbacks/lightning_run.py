@@ -1,6 +1,5 @@
 """A small run of Lightning's Trainer whose every sample is recorded; imported by tests, and run as ranks."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -13,12 +12,7 @@ from torch.utils.data import DataLoader
 
 from dynmix import TiKMiXD
 from dynmix.callbacks.lightning import MixtureCallback
-
-spec = importlib.util.spec_from_file_location("training", Path(__file__).with_name("training.py"))
-assert spec
-assert spec.loader
-training = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(training)
+from tests.callbacks import training
 
 
 class Module(pl.LightningModule):

@@ -1,6 +1,5 @@
 """A hook in a plain loop around an FSDP2 model; run as ranks by test_loop.py."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,12 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from dynmix import TiKMiXD
 from dynmix.callbacks import MixtureHook
-
-spec = importlib.util.spec_from_file_location("training", Path(__file__).with_name("training.py"))
-assert spec
-assert spec.loader
-training = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(training)
+from tests.callbacks import training
 
 
 def main(output: Path) -> None:

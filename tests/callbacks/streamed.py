@@ -1,18 +1,12 @@
 """The Trainer on a `MixtureStream`, which its first process reads for all; run as ranks by test_stream.py."""
 
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
 from dynmix import MixtureStream, Static
-
-spec = importlib.util.spec_from_file_location("training", Path(__file__).with_name("training.py"))
-assert spec
-assert spec.loader
-training = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(training)
+from tests.callbacks import training
 
 
 def stream() -> MixtureStream:

@@ -18,14 +18,11 @@ OPTIONS = {"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12
 
 
 @pytest.fixture(scope="module")
-def lightning(training):
-    """The module `lightning_run.py`."""
-    import importlib.util
+def lightning():
+    """The module `lightning_run.py`, which imports Lightning."""
+    from tests.callbacks import lightning_run
 
-    spec = importlib.util.spec_from_file_location("lightning_run", Path(__file__).with_name("lightning_run.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return lightning_run
 
 
 @pytest.fixture(scope="module")
