@@ -372,15 +372,16 @@ class MixtureController:
 
     def _begin_afresh(self, model: nn.Module, step: int) -> dict[str, float]:
         """Begin the files of a fresh run, and write the row of its first stage."""
-        on_every_rank(lambda: self._begin_files(model))
-        if self.sampler is not None and self.folder is not None:
-            self.sampler.begin(self.folder.path, 0)
-            if not self._samples_wanted():
-                logger.warning(
-                    "%s asks for the corpus to be scored at no boundary of this run, so its mixture stays as it is: let"
-                    " it ask earlier (AutoMixer's after=), or make stages shorter",
-                    self.decider.name,
-                )
+        if (folder := self.folder) is not None:  # on all ranks or on none
+            on_every_rank(lambda: folder.begin(self._describe(model)))
+            if self.sampler is not None:
+                self.sampler.begin(folder.path, 0)
+                if not self._samples_wanted():
+                    logger.warning(
+                        "%s asks for the corpus to be scored at no boundary of this run, so its mixture stays as it is:"
+                        " let it ask earlier (AutoMixer's after=), or make stages shorter",
+                        self.decider.name,
+                    )
         seconds: dict[str, float] = {}
         with _timed(seconds, "measure"):
             loss = self.measurement.losses(model)
@@ -391,27 +392,19 @@ class MixtureController:
         self._ahead.warn()
         return logs
 
-    def _begin_files(self, model: nn.Module) -> None:
-        if self.folder is not None:
-            self.folder.set_aside()
-            self.folder.write_config(self._describe(model))
-
     def _resume(self, model: nn.Module, step: int) -> dict[str, float] | None:
         """Go on in the middle of a stage, or decide the next one if that is due."""
         self.timetable.check_step(step)
-        on_every_rank(self._rewind_files)  # not as the state is loaded: it is left alone where the run is then refused
-        if self.sampler is not None and self.folder is not None:
-            self.sampler.begin(self.folder.path, step, self._samples_wanted())
-        if self.in_run is not None and self.folder is not None and self._window is not None:
-            window = self._window_from(int(self._window["began"]))
-            self.in_run.resume(model, self.folder, self._window, step, window)
+        if (folder := self.folder) is not None:
+            # Not as the state is loaded: the folder is left alone where the run is then refused.
+            on_every_rank(lambda: folder.rewind(self.dataset.schedule.num_stages))
+            if self.sampler is not None:
+                self.sampler.begin(folder.path, step, self._samples_wanted())
+            if self.in_run is not None and self._window is not None:
+                self.in_run.resume(model, folder, self._window, step, self._window_from(int(self._window["began"])))
         self._ahead = Ahead(self.dataset)
         self._ahead.look(step * self.batch_size, self.total)
         return self._decide(model, step) if self.timetable.is_due(step) else None
-
-    def _rewind_files(self) -> None:
-        if self.folder is not None:
-            self.folder.rewind(self.dataset.schedule.num_stages)
 
     def _describe(self, model: nn.Module) -> dict[str, Any]:
         return {

@@ -52,12 +52,9 @@ class RunFolder:
         self.needed: set[str] = set()
         self._journal = Journal(path / "journal.jsonl")
 
-    def set_aside(self) -> None:
-        """Move what an earlier run left into a folder of its own, so that a fresh run does not mix with it."""
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Write `config.json`, after what an earlier run left is moved away: a fresh run must not mix with it."""
         set_aside(self.path, _FILES)
-
-    def write_config(self, facts: Mapping[str, Any]) -> None:
-        """Write `config.json`."""
         if is_rank_0():
             # Paths and names need not be UTF-8, and a run does not end because of that.
             write_json(self.path / "config.json", facts, default=str, ensure_ascii=True)
