@@ -157,11 +157,7 @@ class MixtureCallback(Callback):
             logger.log_metrics(logs, step=trainer.global_step)  # type: ignore[arg-type]
 
     def _plan(self, trainer: Trainer) -> None:
-        batch_size, steps = self._check(trainer)
-        self.controller.plan(batch_size=batch_size, max_steps=steps)
-
-    def _check(self, trainer: Trainer) -> tuple[int, int]:
-        """Return samples an optimizer step and steps of the run."""
+        """Check how it will be read, and say what a step takes and how many there are."""
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader) or loader.dataset is not self.dataset:
             raise ValueError("MixtureCallback: pass trainer.fit one DataLoader, of the dataset given to the callback")
@@ -196,7 +192,7 @@ class MixtureCallback(Callback):
                 "Trainer(max_steps=...) and a dataset of num_samples for all of them; each domain is reshuffled on its "
                 "own when it is read again"
             )
-        return batch_size, steps
+        self.controller.plan(batch_size=batch_size, max_steps=steps)
 
 
 class InOrderSampler(DistributedSampler[int]):
