@@ -13,20 +13,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dynmix.scores import Metric
+from dynmix.scores import METRICS, Metric
 from dynmix.shown import Bar
 from dynmix.snapshot import load_model
 from dynmix.tasks import Task
 from dynmix.whole_file import write_json
 
 logger = logging.getLogger("dynmix")
-
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 @dataclass(frozen=True)

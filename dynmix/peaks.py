@@ -15,11 +15,11 @@ from pathlib import Path
 from torch import nn
 
 from dynmix import run_folder
-from dynmix.checkpoints import METRICS, Checkpoint, improvements, metric_of
+from dynmix.checkpoints import Checkpoint, improvements, metric_of
 from dynmix.checkpoints import list_checkpoints as list_checkpoints  # part of this module's names
 from dynmix.checkpoints import select_checkpoints as select_checkpoints
 from dynmix.ranks import from_rank_0, is_rank_0, on_every_rank
-from dynmix.scores import Metric
+from dynmix.scores import METRICS, Metric
 from dynmix.snapshot import write_snapshot
 from dynmix.tasks import Task
 from dynmix.whole_file import write_json

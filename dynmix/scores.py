@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Metric = Literal["loss", "bits_per_byte", "accuracy"]
 """What a task can be evaluated by."""
 
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
 
 @dataclass(frozen=True, order=True)
 class Column:
@@ -56,8 +58,8 @@ class SamplePlan:
         if self.every is not None and self.every < 1:
             raise ValueError(f"every={self.every}: at least 1 step")
         named = {self.metric} if isinstance(self.metric, str) else set(self.metric.values())
-        if unknown := sorted(named - set(get_args(Metric))):
-            raise ValueError(f"metric={unknown[0]!r}: one of {', '.join(map(repr, get_args(Metric)))}")
+        if unknown := sorted(named - {*METRICS}):
+            raise ValueError(f"metric={unknown[0]!r}: one of {', '.join(map(repr, METRICS))}")
         if self.checkpoints not in ("peak", "last") and not (
             isinstance(self.checkpoints, int) and self.checkpoints >= 1
         ):

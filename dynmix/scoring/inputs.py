@@ -11,11 +11,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from dynmix.checkpoints import METRICS, Checkpoint, evenly_spaced, list_checkpoints, select_checkpoints
+from dynmix.checkpoints import Checkpoint, evenly_spaced, list_checkpoints, select_checkpoints
 from dynmix.influence.probes import spread_rows
 from dynmix.mixture.store import TokenStore
 from dynmix.peaks import PeakSnapshots
-from dynmix.scores import Metric
+from dynmix.scores import METRICS, Metric
 from dynmix.scoring.job import Examples
 from dynmix.scoring.sources import Source, all_sources, peak_sources
 from dynmix.tasks import Task
