@@ -181,8 +181,8 @@ class PeakSnapshots:
     def _needed(self, until: int | None) -> set[int]:
         """Steps whose snapshots the curves need as they were at step `until`."""
         found = [self._improvements(task, until) for task in self.curves]
-        newest = sorted({step for steps in found for step in steps})
-        return {steps[-1] for steps in found if steps} | set(newest[len(newest) - self.keep :] if self.keep else ())
+        newest = sorted({step for steps in found for step in steps}, reverse=True)
+        return {steps[-1] for steps in found if steps} | set(newest[: self.keep])
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
