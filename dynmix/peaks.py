@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 from torch import nn
@@ -129,7 +128,7 @@ class PeakSnapshots:
         snapshots stay that the curves need now, and those that they needed at that step.
         """
         if is_rank_0():
-            needed = self._needed(None) | self._needed(durable_step)
+            needed = self._needed() | self._needed(durable_step)
             self._delete(path for step, path in run_folder.numbered(self.folder, "step-") if step not in needed)
 
     def rewind(self, step: int) -> None:
@@ -171,14 +170,12 @@ class PeakSnapshots:
         """The last step that was recorded."""
         return max((curve[-1][0] for curve in self.curves.values()), default=None)
 
-    def _improvements(self, task: str, until: int | None = None) -> list[int]:
-        """Steps at which this task was best so far and a snapshot was made; the last is its peak."""
-        points: Iterable[tuple[int, float]] = (p for p in self.curves[task] if p[0] not in self._lost)
-        if until is not None:
-            points = takewhile(lambda point: point[0] <= until, points)
+    def _improvements(self, task: str, until: float = math.inf) -> list[int]:
+        """Steps up to `until` at which this task was best so far and a snapshot was made; the last is its peak."""
+        points = (point for point in self.curves[task] if point[0] <= until and point[0] not in self._lost)
         return list(improvements(points, self.metric_of(task), self.min_delta))
 
-    def _needed(self, until: int | None) -> set[int]:
+    def _needed(self, until: float = math.inf) -> set[int]:
         """Steps whose snapshots the curves need as they were at step `until`."""
         found = [self._improvements(task, until) for task in self.curves]
         newest = sorted({step for steps in found for step in steps}, reverse=True)
