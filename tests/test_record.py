@@ -12,7 +12,7 @@ from dynmix.mixture.dataset import MixtureDataset
 from dynmix.observation import Influence
 from dynmix.record import Recorder, log_keys, losses_of, warnings_heard
 from dynmix.run_folder import RunFolder
-from dynmix.saved_influence import propose_from, read_influence
+from dynmix.saved_influence import read_influence
 from tests import running
 from tests.small import Bigram
 
@@ -150,6 +150,6 @@ def test_a_row_has_what_decided_where_a_mixer_remembers_and_decides_the_same_aga
     assert alone.weights != pytest.approx(rows[3]["weights"], abs=1e-3)
     for row in rows[1:4]:
         influence, facts = read_influence(tmp_path, row["stage"])
-        again = propose_from(influence, facts["weights"], "tikmix-d", {"confidence": 0})
+        again = TiKMiXD(confidence=0).propose(influence, facts["weights"])
         assert again.weights == pytest.approx(row["weights"], abs=1e-6)
         assert again.predicted_gain == pytest.approx(row["predicted_gain"])

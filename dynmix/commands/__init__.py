@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -73,6 +73,17 @@ def in_words(problem: Exception) -> str:
     if isinstance(problem, ValueError | OSError | ImportError | ArithmeticError):
         return said or type(problem).__name__
     return f"{type(problem).__name__}: {_first_line(said)} (`dynmix --verbose ...` shows where)"
+
+
+def numbers(option: str, given: Sequence[str] | None) -> dict[str, float] | None:
+    """Domain -> number from "domain=number,...", once or several times; None for none. Raises ValueError."""
+    if not given:
+        return None
+    text = ",".join(given)
+    try:
+        return {name.strip(): float(number) for name, number in (part.rsplit("=", 1) for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: write domain=number,...") from None
 
 
 def print_json(value: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dynmix.commands import command, print_json
+from dynmix.commands import command, numbers, print_json
 
 
 @command
@@ -34,7 +34,6 @@ def fit(
     from dynmix.fit import fit_facts, fit_runs, print_fit, write_fit
     from dynmix.laws.experts import Experts
     from dynmix.laws.runs import read_runs
-    from dynmix.saved_influence import numbers
 
     found = fit_runs(
         read_runs(runs, losses, weights=weights, targets=targets),

@@ -1,11 +1,12 @@
 """`dynmix propose`: a saved influence and a prior in, weights out."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dynmix.commands import command, print_json
+from dynmix.commands import command, numbers, print_json
 
 
 @command
@@ -37,19 +38,37 @@ def propose(
 ) -> None:
     """Decide weights from a saved influence, with what each constraint did in words."""
     from dataclasses import asdict
+    from inspect import signature
 
+    from omegaconf import OmegaConf
     from rich.console import Console
 
-    from dynmix.saved_influence import numbers, parse_options, prior_weights, propose_from, read_influence
+    from dynmix.mixers.registry import find_mixer, make_mixer
+    from dynmix.recipe.names import check_arguments
+    from dynmix.saved_influence import read_influence
     from dynmix.tables import proposal_table
     from dynmix.whole_file import write_json
 
     influence, facts = read_influence(source, stage, guards=",".join(guards).split(",") if guards else None)
-    before = prior_weights(prior, influence.domains, facts)
-    found = propose_from(
-        influence, before, mixer, parse_options(options or []), upper=numbers("--upper", upper),
-        lower=numbers("--lower", lower),
-    )  # fmt: skip
+    before = _prior(prior, influence.domains, facts)
+    words = options or []
+    if bad := [word for word in words if "=" not in word]:
+        raise ValueError(f"{bad[0]!r}: arguments of the mixer are given as key=value")
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    arguments = {str(name): value for name, value in given.items()}
+    most, least = numbers("--upper", upper), numbers("--lower", lower)
+    if over := [f"{name}={bound:g}" for name, bound in (most or {}).items() if bound > 1]:
+        raise ValueError(f"--upper {over[0]}: weights are from 0 to 1")
+    make = find_mixer(mixer)
+    check_arguments(f"mixer {mixer!r}", arguments, make)
+    if least is not None:
+        if "lower" not in signature(make).parameters:
+            raise ValueError(f"--lower: {mixer} takes no least weights; tikmix-d does")
+        arguments["lower"] = least
+    made = make_mixer({"name": mixer, **arguments})
+    if "influence" not in made.needs or made.needs - {"influence", "guards", "measure"}:
+        raise ValueError(f"--mixer {mixer}: it decides from {sorted(made.needs) or 'nothing measured'}, in a run alone")
+    found = made.propose(influence, before, most)
     content = {**asdict(found), "prior": before, "mixer": mixer}
     del content["groups"], content["decided_on"]
     if output is not None:
@@ -66,3 +85,32 @@ def propose(
         uncertain = "" if error is None else f" ± {error:.2g}"
         typer.echo(f"{kind} {task}: predicted gain {gain:+.4g}{uncertain} nats/token{binds}")
     typer.echo(found.message or "no word of the mixer")
+
+
+def _prior(given: str | None, domains: Sequence[str], facts: Mapping[str, Any]) -> dict[str, float]:
+    """Domain -> weight of the prior, one for each; `facts` are what is saved beside the influence."""
+    import json
+
+    from dynmix.mixers.simplex import mixture
+
+    if given is None and facts.get("weights"):
+        weights = facts["weights"]
+    elif given == "uniform":
+        return dict.fromkeys(domains, 1 / len(domains))
+    elif given in (None, "natural"):
+        tokens = facts.get("tokens")
+        if not tokens or not all(tokens.get(name) for name in domains):
+            raise ValueError("--prior natural: how many tokens the domains have is not saved; give domain=weight,...")
+        total = sum(tokens[name] for name in domains)
+        return {name: tokens[name] / total for name in domains}
+    elif "=" in str(given):
+        weights = numbers("--prior", [given])
+    else:
+        try:
+            weights = json.loads(Path(str(given)).read_text(encoding="utf-8"))
+            weights = weights.get("weights", weights)
+        except (OSError, ValueError, AttributeError) as problem:
+            raise ValueError(
+                f"--prior {given}: natural, uniform, domain=weight,... or a JSON file: {problem}"
+            ) from None
+    return mixture(weights, domains, "--prior")
