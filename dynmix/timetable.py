@@ -70,7 +70,7 @@ class Timetable:
     def boundaries_ahead(self) -> range:
         """Numbers of the stages still to be decided; at the end of the run, of the next one, as if it went on."""
         number = self.dataset.schedule.num_stages
-        left = max(1, -((self.boundary - self.total) // self.stage_samples)) if number != self.max_stages else 0
+        left = max(1, -((self.boundary - self.total) // self.stage_samples))
         return range(number, min(number + left, self.max_stages or sys.maxsize))
 
     def why_over(self, step: int) -> str:
