@@ -1,5 +1,7 @@
 """The loop of a whole run on the smallest model, for the tests of the rooms that it joins."""
 
+import json
+
 import torch
 
 from dynmix import MixtureController, MixtureDataset, TiKMiXD
@@ -39,3 +41,12 @@ def run(loop, model=None, steps=25):
     model = model or Bigram()
     begun(loop, model)
     return [loop.step_ended(model, step) for step in range(1, steps + 1)]
+
+
+def stepped(loop, model, first=1, last=25):
+    """Take these steps; returns the state after each, by step, as a checkpoint would have it."""
+    states = {}
+    for step in range(first, last + 1):
+        loop.step_ended(model, step)
+        states[step] = json.loads(json.dumps(loop.state_dict()))
+    return states

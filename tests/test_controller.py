@@ -11,7 +11,7 @@ import dynmix.measurement
 from dynmix import EKFAC, Identity, Influence, MixtureController, MixtureDataset, Static, TiKMiXD
 from dynmix.journal import Journal
 from dynmix.mixers import Proposal
-from tests.running import BATCH, STEPS, begun, controller, dataset, run, sequences
+from tests.running import BATCH, STEPS, begun, controller, dataset, run, sequences, stepped
 from tests.small import Bigram
 
 
@@ -45,15 +45,11 @@ def test_a_run_of_max_stages_goes_on_from_a_checkpoint_with_the_same_decisions(a
     torch.manual_seed(0)
     model = Bigram()
     whole = begun(controller(dataset(), max_stages=3), model)
-    for step in range(1, 26):
-        whole.step_ended(model, step)
-        if step == at:
-            state = json.loads(json.dumps(whole.state_dict()))
+    state = stepped(whole, model)[at]
     again = controller(dataset(), max_stages=3)
     again.load_state_dict(state)
     begun(again, model, at)
-    for step in range(at + 1, 26):
-        again.step_ended(model, step)
+    stepped(again, model, at + 1)
     assert again.dataset.schedule.stages == whole.dataset.schedule.stages
     with pytest.raises(ValueError, match="has max_stages=3, this run None: pass that of"):
         controller(dataset()).load_state_dict(state)
@@ -90,29 +86,21 @@ def test_state_survives_json_and_the_journal_is_cut_back_to_it(tmp_path):
     first = controller(dataset(), output=tmp_path, keep=0)
     model = Bigram()
     begun(first, model)
-    states = {}
-    for step in range(1, 26):
-        first.step_ended(model, step)
-        states[step] = json.dumps(first.state_dict())
+    states = stepped(first, model)
     rows = Journal(tmp_path / "journal.jsonl").rows()
     second = controller(dataset(), output=tmp_path, keep=0)
-    second.load_state_dict(json.loads(states[11]))
+    second.load_state_dict(states[11])
     begun(second, model, step=11)
     assert Journal(tmp_path / "journal.jsonl").rows() == rows[:3]
-    for step in range(12, 26):
-        second.step_ended(model, step)
+    assert stepped(second, model, 12)[25] == states[25]
     again = Journal(tmp_path / "journal.jsonl").rows()
     assert [row["weights"] for row in again] == [row["weights"] for row in rows]
-    assert json.dumps(second.state_dict()) == states[25]
 
 
 def test_a_run_that_is_refused_leaves_the_files_of_an_earlier_one_alone(tmp_path):
     first, model = controller(dataset(), output=tmp_path), Bigram()
     begun(first, model)
-    for step in range(1, 26):
-        first.step_ended(model, step)
-        if step == 6:
-            old = first.state_dict()
+    old = stepped(first, model)[6]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = controller(dataset(), output=tmp_path)
     again.load_state_dict(old)
@@ -462,8 +450,7 @@ def test_a_mixer_that_fails_on_a_rank_that_does_not_decide_changes_nothing(proce
         Moving.decides = False
         loop, model = running.begun(running.controller(running.dataset(), Moving(), output=sys.argv[1])), Bigram()
         Moving.decides = True
-        for step in range(1, 12):
-            loop.step_ended(model, step)
+        running.stepped(loop, model, last=11)
         dist.destroy_process_group()
         """)
     )
@@ -479,7 +466,7 @@ def test_ranks_resume_together_also_where_one_alone_has_a_folder(tmp_path, proce
     script = tmp_path / "resume.py"
     script.write_text(
         textwrap.dedent("""
-        import json, sys
+        import sys
         import torch.distributed as dist
         from dynmix.journal import Journal
         from tests import running
@@ -489,18 +476,14 @@ def test_ranks_resume_together_also_where_one_alone_has_a_folder(tmp_path, proce
         rank, model = dist.get_rank(), Bigram(0)
         output = None if rank else sys.argv[1]
         first = running.begun(running.controller(running.dataset(), output=output), model)
-        for step in range(1, 12):
-            first.step_ended(model, step)
-            if step == 6:
-                state = json.dumps(first.state_dict())
+        state = running.stepped(first, model, last=11)[6]
         for truncate in (Journal.truncate, lambda *_: 1 / 0):
             again = running.controller(running.dataset(), output=output)
-            again.load_state_dict(json.loads(state))
+            again.load_state_dict(state)
             Journal.truncate = truncate
             try:
                 running.begun(again, model, 6)
-                for step in range(7, 26):
-                    again.step_ended(model, step)
+                running.stepped(again, model, 7)
                 again.finish(model, 25)
             except Exception as failure:
                 print(f"<{rank} {type(failure).__name__}: {failure}>", flush=True)

@@ -86,28 +86,21 @@ def test_a_copy_that_somebody_made_of_a_snapshot_is_theirs(tmp_path):
 def test_a_run_that_is_rolled_back_keeps_its_own_snapshots_and_not_those_of_what_is_undone(tmp_path):
     first, model = running.controller(running.dataset(), output=tmp_path), Bigram()
     running.begun(first, model)
-    for step in range(1, 26):
-        first.step_ended(model, step)
-        if step == 5:
-            state = first.state_dict()
+    state = running.stepped(first, model)[5]
     kept = tmp_path / "snapshots"
     assert sorted(path.name for path in kept.iterdir()) == ["stage-0003", "stage-0004"]
     again = running.controller(running.dataset(), output=tmp_path)
     again.load_state_dict(state)
     running.begun(again, model, 5)
     assert not list(kept.iterdir())
-    for step in range(6, 10):
-        again.step_ended(model, step)
+    running.stepped(again, model, 6, 9)
     assert [path.name for path in kept.iterdir()] == ["stage-0002"]
 
 
 def test_what_is_undone_and_cannot_be_deleted_stops_no_run_and_does_not_count_as_newer(tmp_path, monkeypatch, caplog):
     first, model = running.controller(running.dataset(), output=tmp_path, keep=1), Bigram()
     running.begun(first, model)
-    for step in range(1, 26):
-        first.step_ended(model, step)
-        if step == 5:
-            state = first.state_dict()
+    state = running.stepped(first, model)[5]
     again = running.controller(running.dataset(), output=tmp_path, keep=1)
     again.load_state_dict(state)
     removed = shutil.rmtree
@@ -120,15 +113,13 @@ def test_what_is_undone_and_cannot_be_deleted_stops_no_run_and_does_not_count_as
     monkeypatch.setattr(shutil, "rmtree", busy)
     running.begun(again, model, 5)
     assert "snapshots/stage-0004 was not deleted, training goes on: [Errno 39] Directory not empty" in caplog.text
-    for step in range(6, 15):
-        again.step_ended(model, step)
+    running.stepped(again, model, 6, 14)
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["stage-0003", "stage-0004"]
 
 
 def test_a_run_that_goes_on_without_rows_of_its_past_says_so(tmp_path, caplog):
     first, model = running.begun(running.controller(running.dataset(), output=tmp_path / "old")), Bigram()
-    for step in range(1, 13):
-        first.step_ended(model, step)
+    running.stepped(first, model, last=12)
     for folder, said in (("old", 0), ("new", 1)):
         again = running.controller(running.dataset(), output=tmp_path / folder)
         again.load_state_dict(first.state_dict())
@@ -160,19 +151,15 @@ def test_factors_that_are_carried_from_stage_to_stage_survive_a_kill(tmp_path):
         if state is not None:
             loop.load_state_dict(state)
         running.begun(loop, model, first - 1)
-        states = []
-        for step in range(first, steps + 1):
-            loop.step_ended(model, step)
-            states.append(json.loads(json.dumps(loop.state_dict())))
-        return loop, states
+        return loop, running.stepped(loop, model, first, steps)
 
     whole, states = start(tmp_path / "whole")
-    assert states[0]["curvature"] is None
-    assert states[-1]["curvature"] == "stage-0004.safetensors"
+    assert states[1]["curvature"] is None
+    assert states[25]["curvature"] == "stage-0004.safetensors"
     assert len(list((tmp_path / "whole" / "factors").iterdir())) == 2
     assert whole.measurement.curvature_sequences == 15
     _, before = start(tmp_path / "killed", steps=11)
-    again, _ = start(tmp_path / "killed", before[-1], first=12)
+    again, _ = start(tmp_path / "killed", before[11], first=12)
     for one, other in zip(whole.dataset.schedule.stages, again.dataset.schedule.stages, strict=True):
         assert one == other
     rows = [Journal(tmp_path / name / "journal.jsonl").rows() for name in ("whole", "killed")]
@@ -182,7 +169,7 @@ def test_factors_that_are_carried_from_stage_to_stage_survive_a_kill(tmp_path):
     for file in (tmp_path / "killed" / "factors").iterdir():
         file.unlink()
     with pytest.raises(ValueError, match=r"stage-0002.safetensors is gone.* go on from a newer checkpoint, or with"):
-        start(tmp_path / "killed", before[-1], first=12)
+        start(tmp_path / "killed", before[11], first=12)
     with pytest.raises(ValueError, match="carried from stage to stage are kept in files: pass output="):
         running.run(running.controller(running.dataset(), curvature=EKFAC(ema=0.5)))
 
