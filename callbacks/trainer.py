@@ -82,11 +82,13 @@ class MixtureCallback(TrainerCallback):
         split, _ = _dealing(args)
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * (1 if split else args.world_size)
         self._check(args, state, batch_size)
-        if isinstance(tokenizer := kwargs.get("processing_class"), PreTrainedTokenizerBase):
-            _check_tokenizer(self.dataset, tokenizer)
-        collate = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
-        if isinstance(self.dataset, MixtureDataset) and self.dataset.boundaries and collate is not None:
-            self.dataset.check_collate(collate)
+        if isinstance(self.dataset, MixtureDataset):
+            if isinstance(tokenizer := kwargs.get("processing_class"), PreTrainedTokenizerBase):
+                domains = self.dataset.sequences.values()
+                check_stores([rows.store for rows in domains if isinstance(rows, PackedSequences)], tokenizer)
+            collate = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
+            if self.dataset.boundaries and collate is not None:
+                self.dataset.check_collate(collate)
         self.controller.write_to(self.output or Path(args.output_dir or ".") / "dynmix")
         if state.global_step:
             if STATE not in _saved(state):
@@ -214,11 +216,6 @@ def _check_stream(stream: MixtureStream, args: TrainingArguments) -> None:
     size = args.train_batch_size * (args.world_size if dispatched is False and not split else 1)
     if args.dataloader_num_workers > 1 and stream.batch_size != size:
         raise ValueError(f"batch_size={stream.batch_size} of the MixtureStream: with these arguments it must be {size}")
-
-
-def _check_tokenizer(dataset: Mixture, tokenizer: PreTrainedTokenizerBase) -> None:
-    sequences = dataset.sequences.values() if isinstance(dataset, MixtureDataset) else ()
-    check_stores([rows.store for rows in sequences if isinstance(rows, PackedSequences)], tokenizer)
 
 
 def _saved(state: TrainerState) -> dict[str, Any]:
