@@ -415,7 +415,7 @@ class MixtureController:
             "samples": self.total,
             "max_epochs": self.budget.max_epochs,
             "peak_memory": None if self.memory is None else asdict(self.memory) | {"total": self.memory.total},
-            "model": type(model).__name__,
+            "model": type(unwrap(model)).__name__,
             "dataset": stages_of(self.dataset),
         }
 

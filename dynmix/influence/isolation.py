@@ -21,11 +21,11 @@ _PLAIN = bool | int | float | str | None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    """The model inside DistributedDataParallel, DataParallel, torch.compile and what Lightning's Fabric sets up."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "_original_module", None)), nn.Module):
             model = inner
         else:
             return model

@@ -1,5 +1,6 @@
-"""The two adapters in the loops that people have: accelerate, torch.compile, checkpointing, autocast, PEFT, TRL."""
+"""The two adapters in the loops people have: accelerate, Fabric, torch.compile, checkpointing, autocast, PEFT, TRL."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from dynmix import MixtureDataset, TiKMiXD
 from dynmix.callbacks import MixtureCallback, MixtureHook
 from dynmix.journal import Journal
+from dynmix.snapshot import load_model
 from tests.small import word_tokenizer
 
 OPTIONS: dict[str, Any] = {"probe_sequences": 8, "curvature_sequences": 16, "task_sequences": 12, "keep": 0}
@@ -104,6 +106,27 @@ def test_an_accelerate_loop_goes_on_bit_for_bit(training, tmp_path):
     assert first + rest == order
     assert resumed_stages == stages
     assert all(torch.equal(p, q) for p, q in zip(parameters, resumed, strict=True))
+
+
+def test_in_a_fabric_loop_of_mixed_precision_the_model_itself_is_measured_and_saved(training, tmp_path):
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    own, dataset = training.model(dropout=0.0), training.dataset()
+    # What it sets up refuses a backward pass that is not fabric.backward.
+    model, optimizer = fabric.setup(own, torch.optim.AdamW(own.parameters(), lr=1e-2))
+    hook = MixtureHook(
+        model, dataset, training.tasks(), MIXER, training.STAGE_STEPS, output=tmp_path, **{**OPTIONS, "keep": 1}
+    )
+    for batch in fabric.setup_dataloaders(DataLoader(dataset, batch_size=training.BATCH)):
+        fabric.backward(model(input_ids=batch["input_ids"], labels=batch["labels"]).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        hook.step()
+    hook.finish()
+    rows = Journal(tmp_path / "journal.jsonl").rows()
+    assert len(dataset.schedule.stages) == 4
+    assert all(row["error"] is None for row in rows)
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == "LlamaForCausalLM"
+    assert type(load_model(tmp_path / "snapshots/stage-0003")) is type(own)
 
 
 def test_lora_adapters_are_what_is_measured_and_what_trains(training, tmp_path, monkeypatch):
