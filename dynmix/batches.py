@@ -35,8 +35,8 @@ def as_batches(
 
     Args:
         source: an iterable of batches (dicts whose `input_ids` are 2-D: a list, a DataLoader), a sequence of examples
-            (dicts whose `input_ids` are 1-D, of any lengths: a `datasets.Dataset`), a `TokenStore` or a store's path,
-            which is cut into rows of `sequence_length` tokens.
+            (dicts whose `input_ids` are 1-D, of any lengths: a `datasets.Dataset`), each of which is read whole, a
+            `TokenStore` or a store's path, which is cut into rows of `sequence_length` tokens.
         name: what an error calls it.
         sequence_length: tokens per row cut from a store.
         micro_batch: sequences per batch made from examples or rows.
@@ -90,10 +90,29 @@ def as_batches(
     if sequences is not None and len(examples) > sequences:
         logger.info("%s: %d of its %d sequences are used, evenly spread", name, sequences, len(examples))
         examples = [examples[i] for i in spread_rows(len(examples), sequences)]
+    _warn_of_documents(examples, sequence_length, name)
     batches += [collate(examples[i : i + micro_batch]) for i in range(0, len(examples), micro_batch)]
     if not batches:
         raise ValueError(f"{name}: it is empty; give at least one sequence")
     return batches
+
+
+def _warn_of_documents(examples: Sequence[Mapping[str, Any]], sequence_length: int, name: str) -> None:
+    """Say it where examples are texts that no sequence holds: they cost memory, and nobody trains on such positions.
+
+    An example with labels is a question, as long as who made it wants it.
+    """
+    lengths = [len(example["input_ids"]) for example in examples if "labels" not in example]
+    if (longer := sum(length > sequence_length for length in lengths)) > 0:
+        logger.warning(
+            "%s: %d of its %d sequences are longer than the %d tokens of a sequence, up to %d, and are read whole: give"
+            " documents as a token store (TokenStore.write), which is cut into sequences",
+            name,
+            longer,
+            len(examples),
+            sequence_length,
+            max(lengths),
+        )
 
 
 def _check_item(item: Mapping[str, Tensor], where: str) -> None:

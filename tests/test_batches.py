@@ -46,6 +46,15 @@ def test_a_torch_dataset_without_iteration_is_a_list_of_examples():
     assert [batch["input_ids"].tolist() for batch in batches(Rows())] == [[[0, 1], [1, 1]], [[2, 1]]]
 
 
+def test_documents_that_are_longer_than_a_sequence_are_warned_of(caplog):
+    documents = [{"input_ids": [1] * length} for length in (3, 4, 5, 90)]
+    batches(documents[:2])
+    batches([{**document, "labels": document["input_ids"]} for document in documents])  # as of questions
+    assert not caplog.text
+    batches(datasets.Dataset.from_list(documents))
+    assert "tasks['x']: 2 of its 4 sequences are longer than the 4 tokens of a sequence, up to 90" in caplog.text
+
+
 def test_padding_is_masked_and_has_no_label():
     batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4], "labels": [5]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
