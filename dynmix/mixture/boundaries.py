@@ -92,7 +92,8 @@ def check_collate(collate_fn: Callable[[Any], Any], item: Mapping[str, Any], bou
             f"the loader's collate function ({name}) {' and '.join(found)}, so that what the dataset says of documents"
             " and labels would be lost: pass data_collator=transformers.default_data_collator to the Trainer, or"
             " collate_fn=None or dynmix.mixture.boundaries.varlen_collate to a DataLoader. (Trainer has one of its own"
-            " where it is given a processing_class, and drops what the model's forward does not take.)"
+            " where it is given a processing_class, and drops what the model's forward does not take, and SFTTrainer"
+            " position_ids too, unless it is given remove_unused_columns=False.)"
         )
 
 

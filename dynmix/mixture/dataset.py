@@ -73,8 +73,8 @@ class MixtureDataset(Steered, Dataset[Item]):
 
     The collate function must keep what items hold. Several of transformers make labels, positions or a 2-D mask of
     their own: `DataCollatorForLanguageModeling`, `DataCollatorWithFlattening`, and `DataCollatorWithPadding`, which the
-    Trainer uses if it is given a `processing_class`. If labels or boundaries would be lost, the first batch of a loader
-    raises `ValueError`. Use `transformers.default_data_collator` or `varlen_collate`.
+    Trainer uses if it is given a `processing_class`. If boundaries or labels of -100 would be lost, the first batch
+    that has any raises `ValueError`. Use `transformers.default_data_collator` or `varlen_collate`.
 
     Args:
         domains: name -> token store, flat file (`FlatTokens`), view (`DocumentView`, `RowView`), HF `Dataset` with

@@ -21,6 +21,7 @@ from transformers import (
     default_data_collator,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from dynmix.batches import collate
 from dynmix.influence.batch import next_token_loss
@@ -228,12 +229,15 @@ def test_collate_functions_that_lose_boundaries_or_labels_are_refused(store: Tok
     language, padding = DataCollatorForLanguageModeling(tokenizer(), mlm=False), DataCollatorWithPadding(tokenizer())
     flattening: Any = DataCollatorWithFlattening
     apart: dict[str, Any] = {"boundaries": "position_ids"}
+    # What TRL's SFTTrainer keeps, whatever the model's forward takes.
+    dropping = RemoveColumnsCollator(default_data_collator, signature_columns=["input_ids", "labels"])
     refused: list[tuple[Any, dict[str, Any], str]] = [
         (padding, apart, "DataCollatorWithPadding.* adds a 2-D attention_mask.*default_data_collator.*varlen_collate"),
         (language, apart, "makes its own labels and adds a 2-D attention_mask"),
         (language, {"boundaries": "mask"}, "makes its own labels"),
         (flattening(), apart, "makes its own position_ids"),
         (lambda items: {"input_ids": [item["input_ids"] for item in items]}, apart, "drops the position_ids"),
+        (dropping, apart, "default_data_collator. drops the position_ids.*remove_unused_columns=False"),
         (language, {"packing": "best_fit"}, "makes its own labels"),
         (language, {"ignore_token_ids": range(2, 9)}, "makes its own labels"),
     ]
