@@ -54,10 +54,11 @@ class AdamDiagonal:
     def check(self) -> MomentSource | None:
         """Return the source as it is by now, None if there is none yet. Raises ValueError if it is no kin of Adam."""
         source = self.source if isinstance(self.source, torch.optim.Optimizer | Mapping) else self.source()
-        if isinstance(source, torch.optim.Optimizer) and not any("betas" in group for group in source.param_groups):
+        if isinstance(source, torch.optim.Optimizer) and not _is_of_adam(source):
             raise ValueError(
-                "AdamDiagonal: the optimizer has no betas, so that it is none of Adam's kin and keeps no such second "
-                "moments (SGD and Adafactor do not): take another curvature, as EKFAC()"
+                f"AdamDiagonal: this {type(source).__name__} is none of Adam's kin: it has no betas, or keeps no "
+                "exp_avg_sq and step of each parameter (SGD, Adafactor, Adamax and schedule-free ones do not): take "
+                "another curvature, as EKFAC()"
             )
         return source
 
@@ -95,6 +96,14 @@ class FittedAdamDiagonal(LayerByLayer):
             )
         whole: Tensor = getattr(found, "full_tensor", lambda: found)()  # of a sharded one
         return whole
+
+
+def _is_of_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """As far as can be said: before the first step it keeps nothing."""
+    kept = optimizer.state.values()
+    return any("betas" in group for group in optimizer.param_groups) and (
+        not kept or any("exp_avg_sq" in state and "step" in state for state in kept)
+    )
 
 
 def _denominators(optimizer: torch.optim.Optimizer, eps: float | None) -> dict[int, Tensor]:
