@@ -175,7 +175,7 @@ class Capture:
         self.layers = {name: layer for name, layer in self.layers.items() if name not in left_out}
         self.tied = {name: tied for name, tied in self.tied.items() if name not in left_out}
         if not self.layers:
-            raise NothingMeasuredError(f"no linear layer can be measured: {left_out}")
+            raise NothingMeasuredError(f"no linear layer can be measured: {_with_reasons(left_out)}")
         self._settled = True
         measured = sum(math.prod(layer.shape) for layer in self.layers.values())
         self.coverage = measured / sum(p.numel() for p in self.model.parameters())
@@ -186,9 +186,7 @@ class Capture:
         """Name what is not measured in warnings, once a model."""
         told = _named.setdefault(self.model, set())
         if new := {name: reason for name, reason in left_out.items() if name not in told}:
-            logger.warning(
-                "%d linear layers are not measured: %s (%s)", len(new), _some(new), dict(Counter(new.values()))
-            )
+            logger.warning("%d linear layers are not measured: %s", len(new), _with_reasons(new))
         if unknown := [name for name in self._unknown if name not in told]:
             logger.warning(
                 "%d modules have parameters of no known kind, not measured: %s", len(unknown), _some(unknown)
@@ -246,6 +244,10 @@ def _sharing(layers: dict[str, Layer]) -> list[list[str]]:
         for parameter in layer.parameters:
             groups.setdefault((id(parameter), layer.expert), []).append(name)
     return [list(group) for group in dict.fromkeys(map(tuple, groups.values())) if len(group) > 1]
+
+
+def _with_reasons(left_out: dict[str, str]) -> str:
+    return f"{_some(left_out)} ({dict(Counter(left_out.values()))})"
 
 
 def _some(names: Iterable[str]) -> str:
