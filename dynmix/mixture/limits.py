@@ -244,14 +244,12 @@ class Course:
 
 
 def redistributed(units: Ints) -> Ints:
-    """`integer_cdf` of shares in proportion to integers with a sum from 1 to 2**32; exact, the same on every machine.
+    """`integer_cdf` of shares in proportion to integers with a sum below 2**32, not 0; exact, the same on every machine.
 
     None of them is 0 that is not among `units`.
     """
     total = int(units.sum())
-    if total == TOTAL:
-        return np.cumsum(units)
-    scaled = units.astype(np.uint64) * np.uint64(TOTAL)  # below 2**64, as every unit is below the total
+    scaled = units.astype(np.uint64) * np.uint64(TOTAL)  # below 2**64
     share, rest = (part.astype(np.int64) for part in np.divmod(scaled, np.uint64(total)))
     share[np.argsort(-rest, kind="stable")[: TOTAL - int(share.sum())]] += 1  # largest remainders
     return np.cumsum(share)

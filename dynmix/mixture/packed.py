@@ -5,7 +5,6 @@ the first one that is kept stands for them. Knows rows of the stage table; nothi
 """
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -62,7 +61,7 @@ def unpack(stages: Mapping[str, Any], width: int) -> Unpacked:
         raise ValueError("damaged state: its stages are not what was saved")
     try:
         cdfs = [_unpacked(text, width) for text in given["weights"]]
-    except (ValueError, binascii.Error) as error:
+    except ValueError as error:
         raise ValueError(f"damaged state: {error}") from error
     before = (np.array(given.get(key, []), np.int64) for key in ("drawn", "owed"))
     drawn, owed = (np.pad(each, (0, width - len(each))) for each in before)

@@ -215,6 +215,8 @@ def test_positions_outside_are_index_errors(position: int) -> None:
         make().__getitems__([position])
     with pytest.raises(IndexError, match="row 40 of domain 'a'"):
         make().sequence("a", 40)
+    with pytest.raises(KeyError, match="no domain 'c'"):
+        make().sequence("c", 0)
 
 
 def test_the_order_is_the_same_for_all_batches_and_workers() -> None:
@@ -303,6 +305,8 @@ def test_what_was_read_cannot_be_published_again() -> None:
     assert dataset.read_until == 30
     with pytest.raises(ValueError, match="start=29: position already read by the loader, which is at 30"):
         dataset.publish(half, start=29)
+    with pytest.raises(ValueError, match="the loader has read 30 samples: the weights of the first stage stay"):
+        dataset.begin(half)
     dataset.publish(half, start=30)
 
 

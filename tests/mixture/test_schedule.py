@@ -235,6 +235,9 @@ def test_undecided_positions() -> None:
     assert (made.assign(2000, 3000)[0] == 1).all()
     with pytest.raises(Undecided, match="position 3000"):
         made.assign(2500, 4000)
+    for start, stop in ((-1, 3), (5, 4), (0, 1 << 62)):
+        with pytest.raises(ValueError, match=f"not start={start}, stop={stop}"):
+            made.assign(start, stop)
 
 
 def test_stages_that_do_not_follow_are_refused() -> None:
@@ -243,6 +246,8 @@ def test_stages_that_do_not_follow_are_refused() -> None:
     for start in (0, 999, 1000):
         with pytest.raises(ValueError, match=f"start={start} is in the past"):
             made.publish(half, start=start)
+    with pytest.raises(ValueError, match="2 stages are published already"):
+        made.begin(half)
     with pytest.raises(ValueError, match="end=1000 is not beyond"):
         made.hold(1000)
     made.hold(2000)
