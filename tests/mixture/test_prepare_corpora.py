@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dynmix.mixture.files import open_path
-from dynmix.mixture.prepare import PrepareError, parts, pieces, prepare, read_manifest
+from dynmix.mixture.prepare import PrepareError, parts, pieces, prepare, read_manifest, shards
 from dynmix.mixture.prepare import inputs as inputs_module
 from dynmix.mixture.prepare import names as names_module
 from dynmix.mixture.prepare.names import safe_name
@@ -44,7 +44,8 @@ def jsonl(path: Path, records) -> Path:
 # -- the domain by a field --
 
 
-def test_a_field_says_the_domain_whatever_the_file(tmp_path):
+def test_a_field_says_the_domain_whatever_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_BUFFER_BYTES", 40)  # less than the tokens of a file
     records = [{"text": f"document {i}", "source": ["web", "code/c", 7][i % 3]} for i in range(20)]
     jsonl(tmp_path / "in" / "a.jsonl", records[:9])
     (tmp_path / "in" / "x").mkdir()
