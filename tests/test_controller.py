@@ -265,6 +265,7 @@ def test_final_losses_that_cannot_be_measured_do_not_end_the_run(tmp_path, monke
         ({"max_stages": 1}, "max_stages=1: at least 2"),
         ({"probe_sequences": 0}, "probe_sequences=0"),
         ({"keep": -1}, "keep=-1"),
+        ({"loss_every": 0}, "loss_every=0: at least every stage"),
         ({"stage_steps": "500"}, "stage_steps='500': give a whole number"),
         ({"stage_steps": 2.5}, "stage_steps=2.5: give a whole number"),
         ({"probe_sequences": None}, "probe_sequences=None: give a whole number"),

@@ -196,7 +196,7 @@ class Course:
         limit = self._limit[self._weighted]
         if not (limit < NEVER).all():
             return NEVER
-        return self._stage.start + int(np.maximum(0, limit - self._stage.base[self._weighted]).sum())
+        return self._stage.start + int((limit - self._stage.base[self._weighted]).sum())
 
     def _row_from(self, start: int, drawn: Ints) -> StageRow:
         """The row that holds from `start` on, before which `drawn` was drawn: of the domains below their limits."""

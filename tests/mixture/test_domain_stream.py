@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 from itertools import chain, cycle, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ def test_a_state_stays_small_whatever_the_item() -> None:
     for _ in range(1000):
         one.sequence()
     assert len(json.dumps(one.state_dict())) < 200
+    with pytest.raises(ValueError, match="domain 'a' gives other items than it did"):
+        reader(documents(3, 500), 16, state=one.state_dict())
 
 
 def test_a_source_may_give_the_state_that_it_goes_on_to_change() -> None:
@@ -101,13 +104,16 @@ def test_a_source_may_give_the_state_that_it_goes_on_to_change() -> None:
     assert [again.sequence().tolist() for _ in range(9)] == rest
 
 
-def test_texts_are_tokenised() -> None:
+def test_texts_are_tokenised(tmp_path: Path) -> None:
     letters = Encoder(Letters(), "content")
     assert letters({"content": "ab"}, "a").tolist() == letters("ab", "a").tolist() == [97, 98, 0]
     assert letters({"content": b"\xc3\xa4"}, "a").tolist() == [228, 0]
     assert letters("", "a").tolist() == []
     assert letters({"content": "ab", "input_ids": [7]}, "a").tolist() == [7]
     assert Encoder(lambda text: [len(text)], "text")("four", "a").tolist() == [4]
+    words().save_pretrained(tmp_path)
+    for each in (tmp_path, str(tmp_path), words()):
+        assert Encoder(each, "text")("5 7", "a").tolist() == [5, 7, 0]
 
 
 def test_a_tokenizer_without_eos_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,12 +150,12 @@ def test_what_is_no_tokenizer_is_refused() -> None:
 
 
 def test_probes_are_never_trained_on() -> None:
-    docs = documents(*[5] * 20)
+    docs = documents(*[9] * 20)
     probes = kept_aside("a", docs, plain, 4, 3)
     assert probes.rows.tolist() == np.arange(12).reshape(3, 4).tolist()
     one = reader(docs, 4, held=probes.held)
     trained = np.concatenate([one.sequence() for _ in range(60)])
-    assert set(trained.tolist()) == set(range(15, 100))
+    assert set(trained.tolist()) == set(range(18, 180))
 
 
 @pytest.mark.parametrize("docs", [documents(8), documents(8, 3), [{"input_ids": [1, 2, 3, 4]}] * 50])

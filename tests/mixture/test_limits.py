@@ -312,6 +312,7 @@ def test_limits_count_rows_as_the_number_is_written() -> None:
     assert Limits(0.29).draws(sizes).tolist() == [29, 2]
     assert Limits({"b": 1.1}).draws(sizes).tolist() == [NEVER, 11]
     assert Limits({"a": None, "b": 1.1}) == Limits({"b": 1.1})  # type: ignore[dict-item]
+    assert Limits(1e300).draws(sizes).tolist() == [NEVER, NEVER]
     assert Limits(float("inf")).draws(sizes).tolist() == [NEVER, NEVER]
 
 

@@ -417,13 +417,16 @@ def test_a_model_that_is_given_may_read_longer_sequences_if_it_computes_position
         score_corpus(**arguments)
 
 
-def test_a_corpus_of_another_tokenizer_is_refused(setting: Setting, tmp_path):
+def test_a_corpus_that_a_model_cannot_score_is_refused(setting: Setting, tmp_path):
     TokenStore.write(tmp_path / "big", [[200] * 40])
     with pytest.raises(ValueError, match="the corpus has token 200, the vocabulary of checkpoint 'step-3' has 97"):
         score_corpus(**setting.arguments(out=tmp_path / "out", domains={"big": tmp_path / "big"}))
     TokenStore.write(tmp_path / "mixed", [[1] * 10_000, [200] * 12])  # not in what the curvature is fitted on
     with pytest.raises(ValueError, match="the corpus has token 200"):
         score_corpus(**setting.arguments(out=tmp_path / "out", domains={"mixed": tmp_path / "mixed"}, part=(69, 70)))
+    TokenStore.write(tmp_path / "ones", [[1]] * 40)
+    with pytest.raises(ValueError, match="the corpus has no sequence with a token to score"):
+        score_corpus(**setting.arguments(out=tmp_path / "out", domains={"ones": tmp_path / "ones"}, unit="document"))
 
 
 def test_weights_that_lack_something_are_refused(setting: Setting, tmp_path):
