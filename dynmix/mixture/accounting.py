@@ -57,7 +57,7 @@ def remaining(schedule: MixtureSchedule, position: int, sequence_length: int) ->
     """Domain -> what is left of it at `position`, within its epoch and within its limit."""
     drawn, limits, found = schedule.counts(position).tolist(), schedule.limits.draws(schedule.sizes).tolist(), {}
     for (name, size), n, limit in zip(schedule.sizes.items(), drawn, limits, strict=False):
-        epoch, used = divmod(n, size) if size else (0, 0)
+        epoch, used = divmod(n, size)
         within = None if limit == NEVER else max(0, limit - n)
         left = size - used if within is None or not schedule.limits.hard else min(size - used, within)
         tokens = None if within is None else within * sequence_length

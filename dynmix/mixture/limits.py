@@ -244,7 +244,7 @@ class Course:
 
 
 def redistributed(units: Ints) -> Ints:
-    """`integer_cdf` of shares in proportion to integers with a sum below 2**32, not 0; exact, the same on every machine.
+    """`integer_cdf` of shares in proportion to integers with a sum from 1 to 2**32 - 1; exact, everywhere the same.
 
     None of them is 0 that is not among `units`.
     """

@@ -112,8 +112,7 @@ class PackedSequences(Rows):
         found = self._pieces(rows)
         ids = np.full((len(rows), length), self.pad_token_id, np.int64)
         flat = ids.reshape(-1)
-        if lead:
-            flat[found.at[found.led > 0]] = self.bos_token_id or 0
+        flat[found.at[found.led > 0]] = self.bos_token_id or 0
         _read_into(flat, found.at + found.led, self.store, found.starts, found.lengths)
         return ids
 

@@ -184,7 +184,7 @@ class DocumentView(Documents):
     def read(self, starts: Ints, length: int) -> Ints:
         """Tokens [start, start + length) for each start, int64[len(starts), length]. Raises as `Documents.read`."""
         check_windows(starts, length, self.num_tokens)
-        if not len(starts) or not length:
+        if not length:
             return np.empty((len(starts), length), np.int64)
         # The pieces of documents that make up the windows, in order. Empty documents make empty pieces.
         first = np.searchsorted(self._bounds[1:], starts, side="right")

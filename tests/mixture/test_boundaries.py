@@ -238,6 +238,7 @@ def test_collate_functions_that_lose_boundaries_or_labels_are_refused(store: Tok
         (flattening(), apart, "makes its own position_ids"),
         (lambda items: {"input_ids": [item["input_ids"] for item in items]}, apart, "drops the position_ids"),
         (dropping, apart, "default_data_collator. drops the position_ids.*remove_unused_columns=False"),
+        (lambda items: {"input_ids": [0] * len(items)}, {"boundaries": "mask"}, "drops the attention_mask"),
         (language, {"packing": "best_fit"}, "makes its own labels"),
         (language, {"ignore_token_ids": range(2, 9)}, "makes its own labels"),
     ]

@@ -167,6 +167,7 @@ def test_named_weights() -> None:
         ({"a": plain(3)}, {"sequence_length": 5}, "here 5: in domain 'a' it is 6"),
         ({"a": [{"text": "x"}]}, {}, "item 0 of domain 'a' is no dict with input_ids"),
         ({"a": [{"input_ids": [0.5]}]}, {}, "input_ids of item 0 of domain 'a' are float64"),
+        ({"a": [{"input_ids": []}]}, {}, "at least one token"),
         ({"a": iter([])}, {}, "domain 'a' is a list_iterator"),
         ({"a": plain(3)}, {"num_samples": 0}, "num_samples must be at least 1"),
         ({"a": plain(3)}, {"weights": "equal"}, 'give "natural", "uniform" or'),

@@ -555,6 +555,10 @@ def test_data_in_memory_is_refused_where_workers_run_that_would_not_see_it(folde
         ValueError, match="domain 'new' is in memory, where .* worker processes, .* do not see it: give"
     ):
         dataset.extend({"new": in_memory(folder)})
+    sources = {"a": folder / "a", "b": folder / "b", "new": new_store(folder)}
+    other = MixtureDataset(sources, first | {"new": 0.0}, num_samples=400, sequence_length=LENGTH, block=16)
+    with pytest.raises(ValueError, match="workers read already, and this state has other domains"):
+        dataset.load_state_dict(other.state_dict())
     assert dataset.domains == ("a", "b")
     # Workers that start later have it.
     dataset = make(folder)

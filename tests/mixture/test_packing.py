@@ -192,6 +192,10 @@ def test_what_cannot_be_packed_is_refused(store: TokenStore, length: int, option
         PackedSequences(store, length, **options)
 
 
+def test_documents_without_tokens_are_no_sequence() -> None:
+    assert not len(PackedSequences(Listed([0, 0]), 8, packing="best_fit"))
+
+
 def test_a_bos_that_documents_have_already_is_refused(tmp_path: Path) -> None:
     store = TokenStore.write(tmp_path / "a", [[BOS, 5, 6], [], [BOS, 7]])
     choices: list[dict[str, Any]] = [{"packing": "best_fit"}, {"each_document": True}]

@@ -260,13 +260,13 @@ def test_without_a_declared_end_a_swap_is_seen_at_once_and_never_too_late() -> N
 
 
 def test_the_main_process_does_not_wait_for_itself_and_loses_nothing() -> None:
-    stream = make()
+    stream = make(num_samples=78)
     stream.schedule.hold(10)
     items = iter(stream)
     got = [(item["domain"], item["input_ids"].tolist()) for item in islice(items, 8)]
     with pytest.raises(Undecided):
         next(items)
-    stream.publish(SWAPPED, 10)
+    stream.publish(SWAPPED, 10, 78)  # where the last batch has not all of its samples
     assert got + [(item["domain"], item["input_ids"].tolist()) for item in items] == reference(stream, BATCH, 1)
 
 
@@ -315,7 +315,7 @@ def test_stages_come_back_with_a_state() -> None:
     stream.schedule.hold(20)
     stream.publish(SWAPPED, 20, 60)
     items = iter(stream)
-    list(islice(items, 24))
+    list(islice(items, 26))
     state = stream.state_dict()
     stream.publish(WEIGHTS, 60)
     rest = [item["input_ids"].tolist() for item in items]
@@ -327,8 +327,11 @@ def test_stages_come_back_with_a_state() -> None:
     fresh.load_state_dict(state)  # as a loader does that was saved beside the controller that has published since
     assert [stage.start for stage in fresh.schedule.stages] == [0, 20, 60]
     assert [item["input_ids"].tolist() for item in fresh] == rest
-    fresh.load_state_dict(state)  # now it was read: back to what it was
-    assert [stage.start for stage in fresh.schedule.stages] == [0, 20]
+    for reading in (None, state["reading"]):  # now it was read: back to what it was
+        fresh.load_state_dict({**state, "reading": reading})
+        assert fresh.state_dict() == {**state, "reading": reading}
+        next(iter(fresh))
+        assert fresh.read_until == (4 if reading is None else 28)  # with the rest of the batch
 
 
 def test_the_state_of_a_copy_has_the_stages_of_the_copy() -> None:
@@ -403,6 +406,11 @@ def test_ranks_must_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there are 2 processes: pass rank= and world_size="):
         make()
     assert len(samples(DataLoader(make(world_size=1), BATCH))) == 80
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="there are 3 processes"):
+        make()
     for rank in (None, 2, -1):
         with pytest.raises(ValueError, match="ranks of world_size=2"):
             make(rank=rank, world_size=2)

@@ -118,6 +118,7 @@ def test_a_view_on_rows_holds_the_rows_and_may_be_viewed(stores: list[TokenStore
     assert view.gather(np.arange(200)).tolist() == expected
     assert view.gather(np.array([5, 5, 199])).tolist() == [expected[5], expected[5], expected[199]]
     assert [np.asarray(item["input_ids"]).tolist() for item in view] == expected
+    assert RowView(parts, part, row).fingerprint == view.fingerprint
     assert RowView(parts, [1], [3])[-1] is parts[1][3]
     again = RowView([view, parts[1]], [0, 1, 0], [7, 3, 0])
     assert again.gather(np.arange(3)).tolist() == [expected[7], [1003] * LENGTH, expected[0]]
