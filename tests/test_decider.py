@@ -122,8 +122,12 @@ def test_a_gradient_is_observed_before_the_proposal_and_an_influence_only_shown_
             return Proposal(dict(prior))
 
     gradient = Influence([[1.0, 2.0]], ["t"], ["a", "b"])
-    proposal, cdf = Decider(Aligned(), dataset(), None).decide(Evidence(gradient, gradient), PRIOR, {}, step=9, steps=5)
+    decider = Decider(Aligned(), dataset(), None)
+    proposal, cdf = decider.decide(Evidence(gradient, gradient), PRIOR, {}, step=9, steps=5)
     assert seen == [(gradient, 5), None]
+    decider.decide(Evidence(gradient), PRIOR, {}, step=9, steps=5)  # it was not measured
+    decider.rehearse(Evidence(Influence([[np.nan, 2.0]], ["t"], ["a", "b"])), PRIOR, {})  # as so few sequences may give
+    assert seen[2:] == [None]
     assert proposal.weights == PRIOR
     np.testing.assert_allclose(cdf / 2**32, [0.6, 1.0])
 
@@ -138,8 +142,11 @@ def test_losses_reach_the_mixer_and_a_later_failure_is_only_logged(caplog):
         mixer.fails = step == 2
         model(torch.stack([data[g]["input_ids"] for g in range((step - 1) * BATCH, step * BATCH)]))
         decider.observe(step, BATCH)
+    decider.observe(4, BATCH)  # of which nothing was seen
     assert mixer.steps == [1, 3]
-    assert "step 2 taught the mixer nothing: ZeroDivisionError: bad luck" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 2 taught the mixer nothing: ZeroDivisionError: bad luck"
+    ]
 
 
 def test_the_state_of_another_mixer_is_not_taken_up(caplog):

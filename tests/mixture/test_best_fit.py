@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,5 @@ def test_real_lengths_leave_next_to_nothing(store: TokenStore) -> None:
     filled = made.lengths.array.sum() / (256 * (len(made.rows.array) - 1))
     assert made.lengths.array.sum() == store.num_tokens
     assert filled > 0.98
+    starts, rows = made.starts.array.astype(int), made.rows.array.astype(int)
+    assert all((np.diff(starts[first:stop]) > 0).all() for first, stop in pairwise(rows))  # as the documents stand
