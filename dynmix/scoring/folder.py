@@ -151,7 +151,7 @@ class ScoreFolder:
 
     def _read(self, file: Path, columns: list[str] | None = None) -> pa.Table:
         try:
-            table = pq.read_table(file, columns=columns, partitioning=None, page_checksum_verification=True)
+            table = pq.read_table(file, columns=columns, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as problem:
             if isinstance(problem, FileNotFoundError) or getattr(problem, "errno", None):
                 raise  # of the disk: what Arrow says of a damaged page is an OSError too, without a number

@@ -32,7 +32,11 @@ def write_all(folder, *shards):
 
 def test_what_is_written_is_read_in_order(tmp_path):
     folder = ScoreFolder.begin(tmp_path, CONFIG)
+    folder.write("x", 1, part("x", ["t", "u.v"], 1))
+    folder.tidy()  # which takes nothing that is still needed
+    assert (folder.done("x", 1), folder.done("y.0", 1)) == (True, False)
     write_all(folder, 1, 0)
+    assert not [*tmp_path.glob("parts/*/*")]
     folder.tidy()
     found, losses = read_scores(tmp_path), read_losses(tmp_path)
     parts = {c["name"]: [part(c["name"], c["tasks"], shard) for shard in (0, 1)] for c in CONFIG["checkpoints"]}
@@ -49,12 +53,15 @@ def test_what_is_written_is_read_in_order(tmp_path):
 
 @pytest.mark.parametrize("kind", ["domains", "tasks", "checkpoints"])
 def test_what_is_called_path_is_compared_as_anything_else(tmp_path, kind):
-    def config(fingerprint):
-        named = {"name": "path", "samples": 1, "path": "anywhere", "fingerprint": fingerprint}
+    def config(fingerprint, path="anywhere"):
+        named = {"name": "path", "samples": 1, "path": path, "fingerprint": fingerprint}
         return CONFIG | {kind: [*CONFIG.get(kind, []), named]}
 
-    folder = ScoreFolder.begin(tmp_path, config("old"))
+    ScoreFolder.begin(tmp_path, config("older"))
+    folder = ScoreFolder.begin(tmp_path, config("old"))  # nothing was scored yet
+    assert folder.config == config("old")
     folder.write("x", 0, part("x", ["t"], 0))
+    ScoreFolder.begin(tmp_path, config("old", path="moved"))
     with pytest.raises(OtherConfiguration, match=f"{kind[:-1]}.path.fingerprint was 'old' and is 'new'"):
         ScoreFolder.begin(tmp_path, config("new"))
 
