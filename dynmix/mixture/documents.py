@@ -215,7 +215,7 @@ def spread(size: int, length: int, most: int) -> Ints:
     The last one ends with `size`, and overlaps the one before it where they do not come out even.
     """
     windows = -(-size // max(length, 1))
-    return np.linspace(0, max(0, size - length), min(most, windows)).astype(np.int64)
+    return np.linspace(0, size - length, min(most, windows)).astype(np.int64)
 
 
 def check_ids(ids: Tokens, where: str, vocab_size: int | None = None) -> None:

@@ -89,8 +89,8 @@ class Corpus:
         if sequence_length is None:
             raise ValueError("sequence_length is missing: tokens of a document that a model reads at once")
         self.sequence_length = sequence_length
-        apart = unit == "sequence" and bool(self._options.boundaries or self._options.ignore_token_ids)
-        self._masked = [apart or (unit == "sequence" and is_padded(part)) for part in self._parts]
+        apart = bool(self._options.boundaries or self._options.ignore_token_ids)
+        self._masked = [apart or is_padded(part) for part in self._parts]  # of rows
         self.sizes = np.array([len(part) for part in self._parts], np.int64)
         self.tokens = self.sizes * sequence_length
         if unit == "document":
@@ -226,5 +226,5 @@ def _store_hash(store: TokenStore) -> str:
 
 def _starts(n: int, size: int) -> list[int]:
     """Where pieces of `size` begin that are spread over n things, and cover all where `_BLOCKS` of them can."""
-    starts: list[int] = np.linspace(0, max(0, n - size), min(_BLOCKS, -(-n // size))).astype(np.int64).tolist()
+    starts: list[int] = np.linspace(0, n - size, min(_BLOCKS, -(-n // size))).astype(np.int64).tolist()
     return starts

@@ -65,8 +65,14 @@ def test_a_path_of_fields_in_json_and_in_parquet(tmp_path):
     records = [{"text": f"t{i}", "meta": {"set": f"s{i % 2}"}} for i in range(4)]
     jsonl(tmp_path / "a.jsonl", records)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "b.parquet")
-    make([tmp_path / "a.jsonl", tmp_path / "b.parquet"], tmp_path / "out", domain_from="meta.set")
-    assert texts(tmp_path / "out" / "s1") == ["t1", "t3", "t1", "t3"]
+    flat = [{"text": "flat", "meta.set": "s1", "meta": None}]  # as `Dataset.flatten` names them
+    jsonl(tmp_path / "c.jsonl", flat)
+    pq.write_table(pa.Table.from_pylist(flat), tmp_path / "d.parquet")
+    make(sorted(tmp_path.iterdir()), tmp_path / "out", domain_from="meta.set")
+    assert texts(tmp_path / "out" / "s1") == ["t1", "t3", "t1", "t3", "flat", "flat"]
+    jsonl(tmp_path / "e.jsonl", [{"text": "null", "meta": None}, {"text": "string", "meta": "set"}])
+    make(tmp_path / "e.jsonl", tmp_path / "rest", domain_from="meta.set", domain_default="rest")
+    assert texts(tmp_path / "rest" / "rest") == ["null", "string"]
 
 
 def test_what_lacks_the_field_is_named_or_has_a_default(tmp_path):

@@ -259,23 +259,31 @@ def test_an_input_that_changed_is_refused(tmp_path):
     assert len(TokenStore.open(output / "a")) + len(TokenStore.open(output / "a.valid")) == 9
 
 
-@pytest.mark.parametrize("how", ["replaced", "appended"])
-def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch, caplog, how):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(lines(1, 60))
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("replaced", r"a\.jsonl: it was changed while it was read"),
+        ("shortened", r"a\.jsonl, after line .* fewer than before: the file is being changed"),
+        ("appended", None),
+    ],
+)
+def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch, caplog, how, message):
+    file, before = tmp_path / "a.jsonl", lines(1, 60)
+    changed = {"replaced": before.replace(b"s1", b"s2"), "shortened": lines(1, 20), "appended": lines(1, 61)}[how]
+    file.write_bytes(before)
     monkeypatch.setattr(inputs_module, "SMALLEST", 500)
     cut = inputs_module._cut_plain
 
     def changed_meanwhile(*args):
         first, *others = cut(*args)
         yield first
-        file.write_bytes(lines(1, 60).replace(b"s1", b"s2") if how == "replaced" else lines(1, 61))
+        file.write_bytes(changed)
         os.utime(file, (1, 1))  # time stamps are coarse
         yield from others
 
     monkeypatch.setattr(inputs_module, "_cut_plain", changed_meanwhile)
-    if how == "replaced":
-        with pytest.raises(PrepareError, match=r"a\.jsonl: it was changed while it was read"):
+    if message:
+        with pytest.raises(PrepareError, match=message):
             prepare(file, tmp_path / "out", TOKENIZER, workers=1, progress=False)
         assert not (tmp_path / "out" / "a.idx").exists()
         monkeypatch.setattr(inputs_module, "_cut_plain", cut)

@@ -110,6 +110,16 @@ def test_items_are_those_of_the_dataset_that_is_trained_on(stores, options):
     assert all((item["labels"][1:] != -100).any() for item in corpus.spread(500))
 
 
+def test_domains_of_a_dataset_that_are_gone_are_no_part(stores):
+    def dataset(**domains):
+        return MixtureDataset(domains, dict.fromkeys(domains, 0.0) | {"a": 1.0}, num_samples=9, sequence_length=6)
+
+    resumed = dataset(a=stores["a"])
+    resumed.load_state_dict(dataset(a=stores["a"], c=stores["c"]).state_dict())
+    assert resumed.gone == ("c",)
+    assert Corpus(resumed).names == ("a",)
+
+
 def test_rows_without_a_label_are_no_curvature():
     silent = {"input_ids": [1, 2, 3], "labels": [1, -100, -100]}  # the first is what nothing predicts
     assert ids_of(Corpus({"a": [silent, {"input_ids": [4, 5, 6]}]}).spread(50)) == [[4, 5, 6]]
