@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dynmix.mixture import store as store_module
@@ -105,6 +105,8 @@ def test_opens_what_megatron_writes_with_many_sequences_a_document(data: st.Data
 
 
 @given(documents=tokens_up_to(70_000), chunk=st.integers(1, 7))
+@example(documents=[[3], [65499]], chunk=1)
+@example(documents=[[3], [65500]], chunk=1)
 @settings(max_examples=25, deadline=None)
 def test_dtype_follows_the_largest_token_and_what_was_written_is_widened(
     documents: list[list[int]], chunk: int
@@ -154,6 +156,7 @@ def test_fingerprint_tells_other_documents_and_not_other_names(tmp_path: Path) -
     [
         ([[1], [2, -3]], None, "document 1 has token -3"),
         ([[1], [2, 300]], "uint8", "document 1 has token 300: uint8"),
+        ([[1], [70_000]], "uint16", "document 1 has token 70000: uint16"),
         ([[70_000], [2**31]], None, "document 1 has token 2147483648: int32"),
         ([[2**63]], None, "document 0 has token 9223372036854775808"),
         ([[-1]], "int64", "document 0 has token -1"),

@@ -128,14 +128,13 @@ class _Store:
         self.lengths.frombytes(lengths[sizes > 0].tobytes())
         self.bytes += int(sizes.sum())
         self._dtype = tokens.dtype
-        if len(tokens):
-            self._buffer.append(tokens.tobytes())
-            self._hash.update(self._buffer[-1])
+        self._buffer.append(tokens.tobytes())
+        self._hash.update(self._buffer[-1])
         return tokens.nbytes
 
     def flush(self) -> None:
         """Write out what is held in memory."""
-        if self._buffer or not self.scratch.exists():
+        if self._buffer:
             with open(self.scratch, "ab") as file:
                 file.writelines(self._buffer)
             self._buffer = []
