@@ -319,7 +319,7 @@ def _widen(file: IO[bytes], count: int) -> None:
     """Turn `count` uint16 tokens into int32 in place, from the last chunk to the first so that none is overwritten."""
     for first in reversed(range(0, count, _CHUNK)):
         file.seek(2 * first)
-        part = np.frombuffer(file.read(2 * min(_CHUNK, count - first)), "<u2")
+        part = np.frombuffer(file.read(2 * _CHUNK), "<u2")
         file.seek(4 * first)
         file.write(part.astype("<i4").tobytes())
     file.seek(4 * count)

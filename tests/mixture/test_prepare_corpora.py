@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -116,6 +116,7 @@ def test_a_store_that_is_there_is_not_replaced_by_a_value(tmp_path):
 
 
 @given(st.text(min_size=1))
+@example("é" * 150)
 def test_any_value_becomes_a_name_that_a_store_can_have(value):
     name = safe_name(value)
     assert name not in (".", "..", "")

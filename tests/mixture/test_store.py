@@ -160,6 +160,7 @@ def test_fingerprint_tells_other_documents_and_not_other_names(tmp_path: Path) -
         ([[70_000], [2**31]], None, "document 1 has token 2147483648: int32"),
         ([[2**63]], None, "document 0 has token 9223372036854775808"),
         ([[-1]], "int64", "document 0 has token -1"),
+        ([[1], np.broadcast_to(np.uint8(1), 2**31)], None, "document 1 has 2147483648 tokens"),
         ([[1], [1.5]], None, "document 1 is an array of float64"),
         ([np.array([1.0])], "int32", "document 0 is an array of float64"),
         ([[True]], None, "document 0 is an array of bool"),
