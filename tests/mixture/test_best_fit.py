@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dynmix.mixture import best_fit as module
@@ -24,6 +24,7 @@ def rooms_one_by_one(lengths: list[int], size: int) -> list[int]:
 
 
 @given(st.integers(1, 40).flatmap(lambda size: st.tuples(st.just(size), st.lists(st.integers(1, size), max_size=80))))
+@example((10, [6, 6, 6, 4, 3, 2]))
 def test_items_placed_by_the_thousand_fill_bins_as_those_placed_one_by_one(case: tuple[int, list[int]]) -> None:
     size, lengths = case
     bin_of, count = best_fit(np.array(lengths, np.int64), size)
