@@ -143,7 +143,7 @@ def select_checkpoints(
             scores[key] = figures
             try:
                 if kept:
-                    write_json(cache, scores, allow_nan=False, ensure_ascii=True)
+                    write_json(cache, scores, allow_nan=False)
             except OSError as failure:  # others' checkpoints can often be read alone
                 kept = False
                 logger.warning("%s is not written, the next selection evaluates anew: %s", cache, failure)

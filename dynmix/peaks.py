@@ -217,7 +217,7 @@ class PeakSnapshots:
             for task, curve in self.curves.items()
         }
         found = {"min_delta": self.min_delta, "lost": sorted(self._lost), "tasks": tasks}
-        write_json(self._file, found, allow_nan=False, ensure_ascii=True)  # any task's name, in any locale
+        write_json(self._file, found, allow_nan=False)
 
     def _load(self) -> None:
         if not self._file.exists():

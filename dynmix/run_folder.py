@@ -56,8 +56,7 @@ class RunFolder:
         """Write `config.json`, after what an earlier run left is moved away: a fresh run must not mix with it."""
         set_aside(self.path, _FILES)
         if is_rank_0():
-            # Paths and names need not be UTF-8, and a run does not end because of that.
-            write_json(self.path / "config.json", facts, default=str, ensure_ascii=True)
+            write_json(self.path / "config.json", facts, default=str)
 
     def append(self, row: Row) -> None:
         """Add a row to the journal."""

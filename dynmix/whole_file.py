@@ -41,7 +41,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """Write a JSON file whole or not at all; `options` are those of `json.dump`. Raises OSError."""
-    with whole_file(path) as beside, open(beside, "w", encoding="utf-8") as file:
+    # A path that is no text is half surrogates in Python: written as JSON's own escapes, it is read back as it was.
+    with whole_file(path) as beside, open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, **{"indent": 1, "ensure_ascii": False, **options})
         file.write("\n")
 

@@ -19,6 +19,12 @@ def test_a_file_is_there_whole_or_as_it_was_and_nothing_is_left(tmp_path, monkey
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_path_that_is_no_text_is_read_back_as_it_was(tmp_path):
+    facts = {os.fsdecode(b"stadt-\xff"): os.fsdecode(b"/caf\xc3\xa9/\xff"), "escaped": "\\udcff"}
+    write_json(tmp_path / "facts.json", facts)
+    assert json.loads((tmp_path / "facts.json").read_text(encoding="utf-8")) == facts
+
+
 def test_what_a_kill_left_is_overwritten(tmp_path):
     (tmp_path / ".a.tmp").write_text("half of another, and longer than what comes")
     write_whole(tmp_path / "a", "käse")
