@@ -7,6 +7,7 @@ Knows no method and no format; each command is a call of the function it is name
 import logging
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ from dynmix.commands.regroup import regroup
 from dynmix.commands.report import report
 from dynmix.commands.score import score
 from dynmix.commands.train import train
-from dynmix.shown import Forgiving
+from dynmix.shown import UNENCODABLE, Forgiving
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for each in (prepare, train, influence, propose, score, regroup, proxies, fit, report, inspect):
@@ -51,6 +52,8 @@ def main(
     if sys.stderr is not None:
         # Not bars and log of ours alone: transformers shows a bar where it saves a model.
         sys.stderr = Forgiving(sys.stderr)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors=UNENCODABLE)
     log = logging.getLogger("dynmix")
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     if not log.hasHandlers():  # and none for all, which would print again what other libraries print themselves

@@ -3,12 +3,26 @@
 Knows rich and tqdm alone.
 """
 
+import codecs
 import sys
 from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
+
+UNENCODABLE = "dynmix.unencodable"
+
+
+def _written(problem: UnicodeError) -> tuple[str | bytes, int]:
+    """What is written for what an encoding lacks: the bytes of a path that is no text, else escapes, as on stderr."""
+    try:
+        return codecs.lookup_error("surrogateescape")(problem)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(problem)
+
+
+codecs.register_error(UNENCODABLE, _written)
 
 
 class Bar(tqdm):  # type: ignore[misc]

@@ -117,6 +117,21 @@ def test_what_nobody_reads_ends_nothing():
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_what_the_locale_has_no_letters_for_ends_nothing(tmp_path, encoding):
+    path, shown = tmp_path / os.fsdecode(b"\xff"), {"latin-1": b"\\u2264", "utf-8": "≤".encode()}
+    code = (
+        "import sys, typer, dynmix.cli as cli; from dynmix.commands import print_json; cli.main();"
+        "typer.echo('≤'); typer.echo(sys.argv[1]); print_json(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True
+    )
+    sign, name, *rest = done.stdout.split(b"\n")
+    assert (done.returncode, sign, name) == (0, shown[encoding], os.fsencode(path))
+    assert json.loads(b"".join(rest)) == [str(path)]
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", "interrupted: checkpoint-40 is kept"), ("1", "")])
 def test_ctrl_c_ends_one_of_several_processes_at_once_even_where_python_does_not_come_round(tmp_path, rank, said):
     """As in a collective: the main thread is in C, where it waits for a lock that it has itself."""

@@ -87,10 +87,10 @@ def numbers(option: str, given: Sequence[str] | None) -> dict[str, float] | None
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout; numbers that are none become null."""
+    """Print one JSON document on stdout, in ASCII, which every locale has; numbers that are none become null."""
     import json
 
-    typer.echo(json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False, default=str))
+    typer.echo(json.dumps(finite(value), indent=1, allow_nan=False, default=str))
 
 
 def _first_line(text: str) -> str:
