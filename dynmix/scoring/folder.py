@@ -236,11 +236,14 @@ def _write(file: Path, content: bytes | pa.Buffer, beside: Path) -> None:
             beside.mkdir(parents=True, exist_ok=True)
             file.parent.mkdir(parents=True, exist_ok=True)
             draft = beside / f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-            with open(draft, "xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(draft, file)
+            try:
+                with open(draft, "xb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(draft, file)
+            finally:
+                draft.unlink(missing_ok=True)  # half of it would keep a full disk full, and more so with every try
             return
         except (FileExistsError, FileNotFoundError):  # mkdir says the first if what was there has gone again
             if attempt == 99:

@@ -133,6 +133,14 @@ def test_who_is_late_does_not_mind_that_all_is_done_and_tidied_up(tmp_path, monk
     ]  # fmt: skip
 
 
+def test_a_full_disk_does_not_keep_half_a_file(tmp_path, monkeypatch):
+    folder = ScoreFolder.begin(tmp_path, CONFIG)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        folder.write("x", 1, part("x", ["t", "u.v"], 1))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["scoring.json"]
+
+
 def test_a_folder_that_vanishes_is_an_error(tmp_path, monkeypatch):
     folder = ScoreFolder.begin(tmp_path, CONFIG)
     monkeypatch.setattr(os, "replace", lambda draft, file: os.stat(tmp_path / "nowhere"))
