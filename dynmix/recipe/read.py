@@ -62,7 +62,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
             OmegaConf.update(tree, key, parsed["value"], merge=False, force_add=True)
-        except (yaml.YAMLError, OmegaConfBaseException, TypeError, AttributeError) as problem:
+        except (yaml.YAMLError, UnicodeEncodeError, OmegaConfBaseException, TypeError, AttributeError) as problem:
             raise RecipeError(f"{word!r}: {in_a_line(problem)}") from None
         tree = _expanded(tree)
     recipe = structured(Recipe, tree, str(file))

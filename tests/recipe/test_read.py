@@ -87,6 +87,7 @@ def test_paths_of_the_home_folder_are_there_and_in_no_folder_named_after_a_tilde
         (["tasks="], "tasks=None: a mapping is expected, of names to what each one is"),
         (["training=100"], "training=100: a mapping is expected"),
         (["seed"], "'seed': override a value of the recipe as key.sub=value"),
+        (["output=runs/\udcff"], "'output=runs/\\udcff': 'utf-8' codec can't encode"),
         (["seed=[1"], "'seed=[1'"),
         (["tokenizer=${model.pth}"], "model.pth"),
         (["zzz=1"], "there are batch_size, data, domains"),
