@@ -73,6 +73,7 @@ class MixtureCallback(TrainerCallback):
         """Check the arguments, load the state of a checkpoint, and let the controller begin."""
         self._trainer, self._finished = trainer_on_the_stack(self), False
         self._can_go_back = bool(state.global_step) or args.save_strategy != "no"  # to a checkpoint
+        self.controller.watch(model_of(kwargs))
         on_every_rank(lambda: self._prepare(args, state, kwargs))
         log(self._trainer, self.controller.begin(model_of(kwargs), state.global_step), control)
         _saved(state)[STATE] = self.controller.state_dict()

@@ -222,8 +222,13 @@ class MixtureController:
         self.folder = RunFolder(Path(output))
 
     def watch(self, model: nn.Module) -> None:
-        """Watch this model's training loss from now on, if the mixer learns from it; warn of a cache, once."""
+        """Watch this model's training loss from now on, if the mixer learns from it; warn of a cache, once.
+
+        An adapter calls it first in the process that trains, before the loader reads: the dataset may have been made in
+        the one that started all ranks.
+        """
         if not self._watched:
+            self.dataset.detach()
             _warn_of_cache(self.dataset, model)
             detach_earlier(model)
         self._watched = True

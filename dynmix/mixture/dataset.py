@@ -347,6 +347,11 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._late |= rows | {at.source["hash"]: late.written(at, numbers, self._first) for at, numbers in views}
         self.schedule.extend(joining)
 
+    def detach(self) -> None:
+        """As in `Steered`."""
+        super().detach()
+        self._ahead = ReadAhead(self.schedule)
+
     def remaining(self, position: int | None = None) -> dict[str, Remaining]:
         """Domain -> what is left of it at `position`: sequences and tokens, of its epoch and within `max_epochs`.
 

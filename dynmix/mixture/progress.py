@@ -5,6 +5,7 @@ Knows positions and the schedule's end; nothing of samples.
 
 import logging
 import multiprocessing
+import os
 import time
 
 import torch
@@ -27,6 +28,12 @@ class Progress:
 
     def __init__(self) -> None:
         self._cells = SharedArray((_WORKERS + _SLOTS,))
+        self._maker = os.getpid()
+
+    @property
+    def made_here(self) -> bool:
+        """Whether it was made in this process, and did not come with it from the one that started it."""
+        return self._maker == os.getpid()
 
     @property
     def read_until(self) -> int:

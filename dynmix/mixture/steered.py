@@ -3,6 +3,7 @@
 Knows the schedule and the progress of those who read; nothing of sources or samples.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,14 @@ class Steered:
     def sizes(self) -> dict[str, int]:
         """Name -> sequences of one pass over the domain; for a stream, as they were given."""
         return self.schedule.sizes
+
+    def detach(self) -> None:
+        """Make the stages this process's own, if they came with it: ranks that one process started shared them all.
+
+        Call it before the loader reads: its workers share what the process has that starts them.
+        """
+        if not self._progress.made_here:
+            self.schedule, self._progress = copy.deepcopy(self.schedule), Progress()
 
     def begin(self, weights: Weights) -> None:
         """`schedule.begin`, refused once the loader has read. Raises ValueError."""

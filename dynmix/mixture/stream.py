@@ -174,6 +174,11 @@ class MixtureStream(Steered, IterableDataset[Item]):
     def __len__(self) -> int:
         return self.num_samples
 
+    def detach(self) -> None:
+        """As in `Steered`."""
+        super().detach()
+        self._stages = None
+
     def __getstate__(self) -> dict[str, Any]:
         # A process reads for itself, and a copy's schedule counts generations of its own.
         return {**self.__dict__, "_reading": None, "_stages": None}

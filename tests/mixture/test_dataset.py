@@ -1,5 +1,6 @@
 import json
 import logging
+import multiprocessing
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader  # type: ignore[import-untyped]
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dynmix.mixture import packed
@@ -275,6 +276,33 @@ def test_a_stage_published_while_workers_wait_begins_at_its_position(
     assert (domain[64:] == 0).all()
     assert dataset.read_until == 200
     assert dataset.read_size == 8
+
+
+def train_as_a_rank(dataset: MixtureDataset | MixtureStream, queue: Any) -> None:
+    dataset.detach()
+    dataset.publish({"a": 0.75, "b": 0.25}, start=40, end=80)
+    items = dataset if isinstance(dataset, MixtureDataset) else None  # what a stream reads is its loader's
+    queue.put((dataset.schedule.state_dict(), items and first_tokens(DataLoader(Subset(items, range(80)), 8))))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_ranks_that_one_process_starts_decide_each_for_itself(method: str, kind: str) -> None:
+    """As those of torch.multiprocessing.spawn, accelerate's notebook_launcher and Lightning's ddp_notebook."""
+    sources, options = {"a": plain(40), "b": plain(90)}, {"num_samples": 1000, "sequence_length": LENGTH}
+    made = make() if kind == "dataset" else MixtureStream(sources, {"a": 0.25, "b": 0.75}, **options)
+    made.schedule.hold(40)
+    context: Any = multiprocessing.get_context(method)
+    queue, told = context.Queue(), []
+    for _ in range(2):
+        process = context.Process(target=train_as_a_rank, args=(made, queue))
+        process.start()
+        told.append(queue.get(timeout=60))
+        process.join(60)
+    assert made.schedule.starts == [0]
+    train_as_a_rank(made, queue)  # what is its own already stays
+    assert told == 2 * [queue.get(timeout=60)]
+    assert made.schedule.starts == [0, 40]
 
 
 def test_a_stage_published_ahead_is_seen_though_positions_beyond_it_were_assigned_before() -> None:
