@@ -94,14 +94,26 @@ class MixtureCallback(Callback):
                 "run without one, and which samples that run took is not known here"
             )
         on_every_rank(lambda: self._plan(trainer))
+        self._count_batches(trainer)
         self._log(trainer, self.controller.begin(self._lm(pl_module), self.steps))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Tell the controller when an optimizer step ended. Lightning saves its checkpoints after this."""
+        """Tell the controller when an optimizer step ended. Lightning saves its checkpoints after this.
+
+        Raises:
+            ValueError: in manual optimization, steps that do not take a batch each.
+        """
         self._tell_saved()
         if trainer.global_step == self.steps:
             return  # gradients are accumulated
         self.steps = trainer.global_step
+        batches, in_a_step = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.accumulate_grad_batches
+        if -(-batches // in_a_step) != self.steps:
+            raise ValueError(
+                f"{self.steps} optimizer steps in {batches} batches, of which each takes {in_a_step}: in manual "
+                "optimization call optimizer.step() once a batch, or let Lightning step and accumulate "
+                "(automatic_optimization=True, accumulate_grad_batches=...)"
+            )
         self._log(trainer, self.controller.step_ended(self._lm(pl_module), self.steps))
         if self.controller.why_over(self.steps):
             trainer.should_stop = True
@@ -155,6 +167,17 @@ class MixtureCallback(Callback):
     def _log(self, trainer: Trainer, logs: dict[str, float] | None) -> None:
         for logger in trainer.loggers if logs else ():
             logger.log_metrics(logs, step=trainer.global_step)  # type: ignore[arg-type]
+
+    def _count_batches(self, trainer: Trainer) -> None:
+        """Have Lightning count the batches from where the sampler goes on, which is the end of a step.
+
+        It goes on from the checkpoint's count. Those may be batches of another size, or the last of them the first part
+        of a step, whose gradients are gone: the first step would take too few, and all others would be shifted.
+        """
+        loop, batches = trainer.fit_loop.epoch_loop, self.steps * trainer.accumulate_grad_batches
+        loop.batch_progress.current.increment_by(batches - loop.batch_progress.current.ready)
+        # A checkpoint that was saved in `on_train_batch_end` lacks one, which the loop adds.
+        loop.batch_progress.current.completed = batches - loop.restarted_on_train_batch_end
 
     def _plan(self, trainer: Trainer) -> None:
         """Check how it will be read, and say what a step takes and how many there are."""

@@ -31,12 +31,31 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-class Stop(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
+class Manual(Module):
+    automatic_optimization = False
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
+    def __init__(self, steps_of_a_batch: float) -> None:
+        super().__init__()
+        self.steps_of_a_batch = steps_of_a_batch
+
+    def training_step(self, batch: dict[str, Any], number: int) -> None:  # type: ignore[override]
+        self.manual_backward(super().training_step(batch, number))
+        optimizer: Any = self.optimizers()
+        for _ in range(int((number + 1) * self.steps_of_a_batch) - int(number * self.steps_of_a_batch)):
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+class Stop(pl.Callback):
+    """Ends a run, and saves it as Lightning's ModelCheckpoint does."""
+
+    def __init__(self, step: float, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        if number + 1 == self.step * trainer.accumulate_grad_batches:
+            trainer.should_stop = True
+            trainer.save_checkpoint(self.path)
 
 
 class Result:
@@ -49,7 +68,8 @@ def run(
     *,
     accumulation: int = 1,
     workers: int = 0,
-    stop_at: int | None = None,
+    stop_at: float | None = None,
+    steps_of_a_batch: float = 0,
     resume: bool = False,
     callback: bool = True,
     shuffle: bool = False,
@@ -58,8 +78,11 @@ def run(
     processes: int = 1,
     trainer: dict[str, Any] | None = None,
 ) -> Any:
-    """What two runs must agree on; `stop_at` a step ends it there, with a checkpoint that `resume` goes on from."""
-    module, dataset = Module(), training.dataset()
+    """What two runs must agree on; `stop_at` a step ends it there, with a checkpoint that `resume` goes on from.
+
+    With `steps_of_a_batch` the module steps by itself: so often a batch, or once in several.
+    """
+    module, dataset = Manual(steps_of_a_batch) if steps_of_a_batch else Module(), training.dataset()
     made = MixtureCallback(
         dataset, training.tasks(), TiKMiXD(confidence=0.0), training.STAGE_STEPS, model=model,
         probe_sequences=8, curvature_sequences=16, task_sequences=12, keep=0,
@@ -76,13 +99,11 @@ def run(
             "default_root_dir": output, "max_steps": training.STEPS, "accumulate_grad_batches": accumulation,
             "accelerator": "cpu", "devices": processes, "logger": False, "enable_progress_bar": False,
             "enable_model_summary": False, "enable_checkpointing": False,
-            "callbacks": [*([made] if callback else []), *([Stop(stop_at)] if stop_at else [])],
+            "callbacks": [*([made] if callback else []), *([Stop(stop_at, output / "run.ckpt")] if stop_at else [])],
         }
         | (trainer or {})
     )  # fmt: skip
     runner.fit(module, loader, ckpt_path=output / "run.ckpt" if resume else None)
-    if stop_at:
-        runner.save_checkpoint(output / "run.ckpt")
     return training.facts(Result(module, dataset))
 
 

@@ -78,6 +78,27 @@ def test_it_goes_on_from_a_checkpoint_bit_for_bit(stopped, lightning, whole, tmp
     assert [row["weights"] for row in rows[0]] == [row["weights"] for row in rows[1]]
 
 
+@pytest.mark.parametrize(("stopped", "before", "after"), [(9, 1, 2), (9, 2, 1), (8.5, 2, 2)])
+def test_it_goes_on_with_whole_steps(stopped, before, after, lightning, training, whole, tmp_path):
+    """Where batches are of another size than those of the checkpoint, or it was saved between the parts of a step."""
+    first = lightning.run(tmp_path, stop_at=stopped, accumulation=before)
+    rest = lightning.run(tmp_path, resume=True, accumulation=after)
+    _, uncut = whole
+    taken = int(stopped) * training.BATCH
+    assert first["order"][:taken] + rest["order"] == uncut["order"]
+    assert [start for start, _, _ in rest["stages"]] == [0, 40, 80, 120]
+
+
+@pytest.mark.parametrize(("steps_of_a_batch", "message"), [(2, "2 optimizer steps in 1 b"), (0.5, "1 .* in 2 b")])
+def test_manual_optimization_is_refused_where_a_step_is_no_batch(steps_of_a_batch, message, lightning, tmp_path):
+    with pytest.raises(ValueError, match=message + "atches, of which each takes 1: in manual optimization call"):
+        lightning.run(tmp_path, steps_of_a_batch=steps_of_a_batch)
+
+
+def test_manual_optimization_is_the_same_run(lightning, whole, tmp_path):
+    assert lightning.run(tmp_path, steps_of_a_batch=1) == whole[1]
+
+
 def test_two_processes_take_the_same_samples_and_decide_alike(whole, processes, tmp_path):
     _, one = whole
     script = Path(__file__).with_name("lightning_run.py")
