@@ -43,8 +43,9 @@ from dynmix.mixture.weights import Weights, matched
 logger = logging.getLogger("dynmix.mixture")
 
 _TOO_FAR = (
-    "the loader has read further than the optimizer steps say: do not shuffle, with gradient accumulation pass"
-    " batch_size to MixtureHook, and call its step() once an optimizer step"
+    "the loader has read further than the optimizer steps say: do not shuffle, read ahead in a DataLoader's workers and"
+    " not in a thread, with gradient accumulation pass batch_size to MixtureHook, and call its step() once an optimizer"
+    " step"
 )
 _WAITING = f" A measurement or an evaluation may be under way. If nothing is, {_TOO_FAR}"
 
@@ -220,7 +221,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._progress.wait(self.schedule, position + 1, _WAITING)
         if get_worker_info() is not None:  # before the stages are read, as in `__getitems__`
             self._progress.note_until(position + 1)
-        self.schedule.check_decided(position, position + 1)
+        self._check_decided(position, position + 1)
         return dict(self._items([range(position, position + 1)])[0])
 
     def __getitems__(self, positions: Sequence[int]) -> Samples:
@@ -494,15 +495,18 @@ class MixtureDataset(Steered, Dataset[Item]):
         """What of a request is in the stream, once its stages are decided; raises as `__getitems__` does."""
         self._progress.wait(self.schedule, max(run.stop for run in runs), _WAITING)
         runs = self._within(runs)
+        self._check_decided(*_bounds(runs))
+        return runs
+
+    def _check_decided(self, start: int, stop: int) -> None:
         try:
-            self.schedule.check_decided(*_bounds(runs))
+            self.schedule.check_decided(start, stop)
         except Undecided:
             if not self.controlled:
                 raise
             # Here the controller publishes: telling the reader to do so would mislead.
             waits = f"the stage of position {self.schedule.end} is not decided yet"
             raise Undecided(f"{waits}: {_TOO_FAR}") from None
-        return runs
 
     def _within(self, runs: Sequence[range]) -> list[range]:
         """What of a request lies before the position at which the stream is exhausted."""

@@ -104,6 +104,14 @@ def test_gradient_accumulation_that_was_not_told_is_no_silent_drift(training):
         loop.run(accumulate=2)
 
 
+@pytest.mark.parametrize("read", [lambda data: data.__getitems__([40, 41]), lambda data: data[40]])
+def test_who_reads_ahead_in_the_main_process_is_told_of_workers(training, read):
+    """As a thread does; that of torchdata's Prefetcher asks for single items."""
+    loop = Loop(training, batch_size=8)
+    with pytest.raises(Undecided, match="position 40 is not decided yet: .* workers and not in a thread"):
+        read(loop.dataset)
+
+
 def test_workers_that_wait_in_vain_say_why_and_give_up(training, monkeypatch, caplog):
     """Accumulation that was not told: the loader is at the boundary when the hook believes to be half-way."""
     monkeypatch.setattr(dynmix.mixture.progress, "_WARN_SECONDS", 0.2)
