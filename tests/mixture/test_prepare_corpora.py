@@ -229,6 +229,7 @@ def test_impossible_options_are_named(tmp_path):
         ({"held_out": 0.0}, r"held_out=0\.0 .*above 0 and below 1"),
         ({"held_out": 1.0}, "held_out=1"),
         ({"domain_default": "x"}, "domain_default='x': a name, and only with domain_from"),
+        ({"domain_from": "text"}, "domain_from='text' .* is the field of the texts"),
     ):
         with pytest.raises(PrepareError, match=message):
             make(tmp_path, tmp_path / "out", **options)

@@ -89,7 +89,7 @@ def prepare(
             object with a string in `text_field`, a damaged or truncated file, or a domain without documents.
         ChildProcessError: a worker was killed.
     """
-    _check(held_out, workers, domain_from, domain_default)
+    _check(held_out, workers, text_field, domain_from, domain_default)
     folder = Path(output)
     domains = find_domains(inputs, folder, domain_from is not None)
     tok = load_tokenizer(tokenizer)
@@ -149,13 +149,17 @@ class Stores(Mapping[str, TokenStore]):
         return f"Stores({list(self._paths)})"
 
 
-def _check(held_out: float | None, workers: int | None, domain_from: str | None, domain_default: str | None) -> None:
+def _check(
+    held_out: float | None, workers: int | None, text_field: str, domain_from: str | None, domain_default: str | None
+) -> None:
     if held_out is not None and not 0 < held_out < 1:
         raise PrepareError(f"held_out={held_out} (--held-out): a share of the documents, above 0 and below 1")
     if workers is not None and workers < 1:
         raise PrepareError(f"workers={workers} (--workers): at least 1")
     if domain_default is not None and (domain_from is None or not domain_default):
         raise PrepareError(f"domain_default={domain_default!r}: a name, and only with domain_from (--domain-from)")
+    if domain_from == text_field:
+        raise PrepareError(f"domain_from={domain_from!r} (--domain-from) is the field of the texts: give another one")
 
 
 def _job(
