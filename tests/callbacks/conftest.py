@@ -15,6 +15,15 @@ def training():
     return tests.callbacks.training
 
 
+@pytest.fixture
+def sent(training, monkeypatch):
+    """The dataset of the runs of a test, as if the process that started this one had made it."""
+    made = training.dataset()
+    monkeypatch.setattr(made._progress, "_maker", 0)
+    monkeypatch.setattr(training, "dataset", lambda **_: made)
+    return made
+
+
 @pytest.fixture(scope="session")
 def told(processes):
     """Run an adapter whose controller fails in one method on rank 1; returns what the two ranks raised."""

@@ -113,14 +113,11 @@ def test_two_processes_take_the_same_samples_and_decide_alike(whole, processes, 
     assert sorted(both) == sorted(one["order"][:first_stage])
 
 
-def test_stages_that_came_from_another_process_stay_as_they_are(lightning, training, tmp_path, monkeypatch):
+def test_stages_that_came_from_another_process_stay_as_they_are(lightning, sent, tmp_path):
     """As where the strategy is ddp_notebook or ddp_spawn: its ranks would all decide in one memory."""
-    made = training.dataset()
-    monkeypatch.setattr(made._progress, "_maker", 0)
-    monkeypatch.setattr(training, "dataset", lambda: made)
-    shared = made.schedule
+    shared = sent.schedule
     lightning.run(tmp_path)
-    assert (made.schedule.num_stages, shared.num_stages, shared.end) == (4, 1, None)
+    assert (sent.schedule.num_stages, shared.num_stages, shared.end) == (4, 1, None)
 
 
 @pytest.mark.parametrize(

@@ -82,14 +82,11 @@ def test_swaps_at_declared_samples(training, tmp_path, workers, batch_size):
     assert [row["kind"] for row in Journal(tmp_path / "journal.jsonl").rows()] == ["stage"] * 4 + ["final"]
 
 
-def test_stages_that_came_from_another_process_stay_as_they_are(training, monkeypatch):
+def test_stages_that_came_from_another_process_stay_as_they_are(training, sent):
     """As where ranks are started by fork or spawn: they would all decide in one memory."""
-    made = training.dataset()
-    monkeypatch.setattr(made._progress, "_maker", 0)
-    monkeypatch.setattr(training, "dataset", lambda samples: made)
-    shared, loop = made.schedule, Loop(training).run(workers=1)
+    shared, loop = sent.schedule, Loop(training).run(workers=1)
     assert loop.order == expected(loop)
-    assert (made.schedule.num_stages, shared.num_stages, shared.end) == (4, 1, None)
+    assert (sent.schedule.num_stages, shared.num_stages, shared.end) == (4, 1, None)
 
 
 def test_gradient_accumulation_is_told_by_batch_size(training):

@@ -108,14 +108,11 @@ def test_two_processes_take_the_same_samples_and_decide_alike(plain, training, l
     assert joined == np.stack([domain, row], axis=1).tolist()
 
 
-def test_stages_that_came_from_another_process_stay_as_they_are(training, tmp_path, monkeypatch):
+def test_stages_that_came_from_another_process_stay_as_they_are(training, sent, tmp_path):
     """As where accelerate's notebook_launcher starts the ranks: they would all decide in one memory."""
-    made = training.dataset()
-    monkeypatch.setattr(made._progress, "_maker", 0)
-    monkeypatch.setattr(training, "dataset", lambda: made)
-    shared = made.schedule
+    shared = sent.schedule
     training.run(tmp_path)
-    assert (made.schedule.num_stages, shared.num_stages, shared.end) == (4, 1, None)
+    assert (sent.schedule.num_stages, shared.num_stages, shared.end) == (4, 1, None)
 
 
 def test_killed_at_a_random_step_and_resumed_it_ends_bit_for_bit_the_same(launch, training, tmp_path):
