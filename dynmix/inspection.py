@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import yaml
 
 from dynmix.journal import Journal
+from dynmix.mixture.distinct import distinct_share
 from dynmix.mixture.packed import unpack
 from dynmix.mixture.prepare.manifest import read_manifest, speaks_of
 from dynmix.mixture.quota import TOTAL
@@ -30,16 +32,19 @@ class Inspected:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def inspect_path(path: Path) -> Inspected:
-    """Say what is at a path. Raises ValueError where there is nothing, or nothing of ours, or it is damaged."""
+def inspect_path(path: Path, *, distinct: bool = False) -> Inspected:
+    """Say what is at a path, with `distinct` also how much of a store's text is there once, which reads all of it.
+
+    Raises ValueError where there is nothing, or nothing of ours, or it is damaged.
+    """
     kinds: list[tuple[Callable[[Path], bool], Callable[[Path], Inspected]]] = [
         (lambda p: p.suffix in (".yaml", ".yml"), _recipe),
         (lambda p: _is_journal(p) or (p / "journal.jsonl").is_file(), _run),
         (lambda p: (p / "trainer_state.json").exists() or p.name.startswith("checkpoint-"), _checkpoint),
         (lambda p: (p / "dynmix" / "journal.jsonl").is_file() or (p / "run.json").is_file(), _run),
         (lambda p: p.suffix == ".json" or (p / "influence.json").is_file(), _influence),
-        (lambda p: p.is_dir() and any(p.glob("*.idx")), _stores),
-        (lambda p: (p.parent / f"{_stem(p).name}.idx").is_file(), _store),
+        (lambda p: p.is_dir() and any(p.glob("*.idx")), partial(_stores, distinct=distinct)),
+        (lambda p: (p.parent / f"{_stem(p).name}.idx").is_file(), partial(_store, distinct=distinct)),
     ]
     for fits, read in kinds:
         if fits(path):
@@ -68,7 +73,7 @@ def _stem(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
 
 
-def _store(path: Path) -> Inspected:
+def _store(path: Path, distinct: bool) -> Inspected:
     path = _stem(path)
     store = TokenStore.open(path)
     sizes = np.diff(store.starts(np.arange(len(store) + 1)))
@@ -79,7 +84,7 @@ def _store(path: Path) -> Inspected:
         "document_tokens": {"least": int(sizes.min()), "median": float(np.median(sizes)), "most": int(sizes.max())},
         "first_tokens": store.tokens[:16].tolist(),
         "fingerprint": store.fingerprint,
-    }
+    } | _distinct(store, distinct)
     manifest = read_manifest(path.parent)
     if manifest is not None and speaks_of(manifest, path):
         own = manifest["stores"][path.name]
@@ -88,13 +93,16 @@ def _store(path: Path) -> Inspected:
     return Inspected("token store", str(path), facts)
 
 
-def _stores(path: Path) -> Inspected:
+def _distinct(store: TokenStore, asked: bool) -> dict[str, Any]:
+    return {"distinct_share": round(distinct_share(store), 3)} if asked else {}
+
+
+def _stores(path: Path, distinct: bool) -> Inspected:
     rows: list[dict[str, Any]] = []
     for file in sorted(path.glob("*.idx")):
         store = TokenStore.open(file.with_suffix(""))
-        rows.append(
-            {"store": file.stem, "documents": len(store), "tokens": store.num_tokens, "dtype": str(store.dtype)}
-        )
+        row = {"store": file.stem, "documents": len(store), "tokens": store.num_tokens, "dtype": str(store.dtype)}
+        rows.append(row | _distinct(store, distinct))
     manifest = read_manifest(path)
     total: dict[str, Any] = {"stores": len(rows), "tokens": sum(row["tokens"] for row in rows)}
     total["unfinished"] = (path / ".prepare").exists()  # also of a first preparation, which has no manifest yet

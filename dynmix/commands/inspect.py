@@ -13,6 +13,9 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="Token store or folder of them, run or journal, checkpoint, recipe, influence.")
     ],
+    distinct: Annotated[
+        bool, typer.Option("--distinct", help="Of stores, also the share of their text that is no repetition.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a store, a run, a checkpoint's mixture state, a recipe or a saved influence holds."""
@@ -25,7 +28,7 @@ def inspect(
 
     from dynmix.inspection import cell, in_yaml, inspect_path
 
-    found = inspect_path(path)
+    found = inspect_path(path, distinct=distinct)
     if json:
         print_json(asdict(found))
         return

@@ -30,6 +30,15 @@ def test_a_store_and_a_folder_of_stores(tmp_path):
     assert json.loads(call(tmp_path, "--json").stdout)["facts"]["unfinished"]
 
 
+def test_how_much_of_a_store_is_no_repetition(tmp_path):
+    TokenStore.write(tmp_path / "web", [range(1000)])
+    TokenStore.write(tmp_path / "again", [range(100)] * 10)
+    folder = json.loads(call(tmp_path, "--distinct", "--json").stdout)
+    assert [row["distinct_share"] for row in folder["tables"]["stores"]] == [0.101, 1.0]  # 100 of 993 grams
+    store = json.loads(call(tmp_path / "web", "--distinct", "--json").stdout)
+    assert store["facts"]["distinct_share"] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
