@@ -1,7 +1,8 @@
 """The methods by name, and what each does before and during a run.
 
 A name may have options: `tikmix-d[curvature=KFAC:1,stages=8]`; `start` is the static mixer of its first stage, what
-it spends on mixing is not taken from its budget with `free=yes`, and `share=0.5` gives it half of that budget.
+it spends on mixing is not taken from its budget with `free=yes`, `share=0.5` gives it half of that budget, and with
+`epochs=4` no text is read more than four times, near-duplicates among them.
 `hindsight` is a control (`hindsight.py`). Knows the package's mixers as any user does, and a bench; runs no target
 model.
 """
@@ -18,6 +19,7 @@ from dynmix import Layers, MixtureDataset, Task
 from dynmix.batches import as_batches
 from dynmix.mixers.base import Run
 from dynmix.mixers.registry import make_mixer
+from dynmix.mixture.distinct import distinct_epochs
 from dynmix.mixture.packing import PackedSequences
 from dynmix.mixture.store import TokenStore
 from dynmix.mixture.view import RowView
@@ -35,7 +37,9 @@ BY_PROXIES = ("doremi", "doge", "regmix", "mde")
 BY_INFLUENCE = ("tikmix-d", "tikmix-m")
 # At beta = 1 the entropy holds the mixture near an even one; at 2 the tasks decide more of it, as RegMix lets them.
 TIKMIX = (
-    "tikmix-d", "tikmix-d[start=unimax]", "tikmix-d[start=unimax,beta=2]", "tikmix-m", "tikmix-m[start=unimax]",
+    "tikmix-d", "tikmix-d[start=unimax]", "tikmix-d[start=unimax,epochs=4]",
+    "tikmix-d[start=unimax,beta=2]", "tikmix-d[start=unimax,beta=2,epochs=4]",
+    "tikmix-m", "tikmix-m[start=unimax]", "tikmix-m[start=unimax,epochs=4]",
 )  # fmt: skip
 METHODS = (*STATIC, "odm", *BY_PROXIES, *TIKMIX, "automixer")
 
@@ -81,10 +85,10 @@ class Method:
 def _options_of(name: str) -> Collection[str]:
     """Options that make a difference to a method."""
     if name in BY_INFLUENCE:
-        return {*NUMBERS, *COUNTS, *WORDS, "curvature", "share"}
+        return {*NUMBERS, *COUNTS, *WORDS, "curvature", "share", "epochs"}
     if name == "automixer":
         return ("stages", "probes", "examples", "tasks", "start", "free", "share")
-    return ("start", "free", "share") if name in BY_LOSS else ("share",)
+    return ("start", "free", "share", "epochs") if name in BY_LOSS else ("share", "epochs")
 
 
 def _check_options(options: Mapping[str, str]) -> None:
@@ -94,10 +98,11 @@ def _check_options(options: Mapping[str, str]) -> None:
             raise ValueError(f"{key}={value}: a whole number of at least {COUNTS[key]}")
         if key in WORDS and value not in WORDS[key]:
             raise ValueError(f"{key}={value}: one of {', '.join(WORDS[key])}")
-        if key in (*NUMBERS, "share") and not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value):
+        if key in (*NUMBERS, "share", "epochs") and not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value):
             raise ValueError(f"{key}={value}: a number")
-    if float(options.get("share", 1)) <= 0:
-        raise ValueError(f"share={options['share']}: above 0")
+    for key in ("share", "epochs"):
+        if float(options.get(key, 1)) <= 0:
+            raise ValueError(f"{key}={options[key]}: above 0")
     if "curvature" in options:
         curvature_maker(options["curvature"])
     make_mixer({"name": "tikmix-d", **_of_the_mixer(options)})
@@ -211,4 +216,6 @@ def tasks_of(bench: Bench, which: str) -> dict[str, Any]:
 
 def make_dataset(bench: Bench, method: Method, weights: Any, steps: int, seed: int) -> MixtureDataset:
     """The stream of a run."""
-    return bench.budget.size.dataset(domains_of(bench, method, steps), weights, steps, seed)
+    domains = domains_of(bench, method, steps)
+    limits = distinct_epochs(domains, float(method.options["epochs"])) if "epochs" in method.options else None
+    return bench.budget.size.dataset(domains, weights, steps, seed, limits)

@@ -36,11 +36,14 @@ class Size:
     def step_tokens(self) -> int:
         return self.batch * self.length
 
-    def dataset(self, stores: Mapping[str, Any], weights: Any, steps: int, seed: int) -> MixtureDataset:
+    def dataset(
+        self, stores: Mapping[str, Any], weights: Any, steps: int, seed: int, max_epochs: Any = None
+    ) -> MixtureDataset:
         """The stream of so many steps."""
         return MixtureDataset(
-            stores, weights, num_samples=steps * self.batch, sequence_length=self.length, seed=seed, block=self.batch
-        )
+            stores, weights, num_samples=steps * self.batch, sequence_length=self.length, seed=seed, block=self.batch,
+            max_epochs=max_epochs,
+        )  # fmt: skip
 
 
 def check_device(device: str) -> None:

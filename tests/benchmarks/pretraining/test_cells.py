@@ -119,6 +119,15 @@ def test_proxies_look_for_the_mixture_of_a_run_as_long_as_its_share(
     assert steps == [48, 24]
 
 
+def test_near_duplicates_are_read_as_often_as_their_text_may_be(corpus: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(corpus, tmp_path / "corpus")
+    again = json.dumps({"text": " ".join(random.Random(1).choices(WORDS[5:15], k=200))}) + "\n"
+    (root / "domains/two.jsonl.gz").write_bytes(gzip.compress(200 * again.encode()))
+    assert bench(root, tmp_path, "uniform[epochs=4]").exit_code == 0
+    sampled = cell(tmp_path, "uniform[epochs=4]")["sampled"]
+    assert 0 < sampled["two"] < 8 * 200 / (48 * 8 * 128)  # four times the text, and no more than twice that by rounding
+
+
 def test_methods_that_read_no_task_are_not_charged_for_any(
     corpus: Path, tmp_path: Path, proxies: list[dict[str, float]]
 ) -> None:
@@ -310,7 +319,7 @@ def test_the_tokenizer_of_a_corpus_may_have_any_name_where_it_is_the_only_one(co
         ({"methods": "tikmix-d[stage=2]"}, "stage"),
         ({"corpus": "nowhere"}, "nowhere/domains has no .jsonl.gz and no token store"),
         ({"methods": ""}, "--methods '' names none"),
-        ({"methods": "regmix[start=unimax]"}, "no option 'start'; regmix takes share"),
+        ({"methods": "regmix[start=unimax]"}, "no option 'start'; regmix takes epochs, share"),
         ({"methods": "tikmix-d[stages]"}, "stages=: a whole number of at least 2"),
         ({"methods": "tikmix-d[stages=1]"}, "stages=1: a whole number of at least 2"),
         ({"methods": "tikmix-d[beta=1,stages=2,beta=2]"}, "an option is given twice"),
