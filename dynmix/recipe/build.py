@@ -28,6 +28,7 @@ from dynmix.influence.layers import Layers
 from dynmix.mixers.registry import find_mixer, make_mixer
 from dynmix.mixers.simplex import normalized
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.mixture.distinct import distinct_epochs
 from dynmix.proxies.plan import new_model
 from dynmix.recipe.names import RecipeError, check_arguments, check_names, in_a_line, named
 from dynmix.recipe.schema import Measurement, Model, Recipe
@@ -168,7 +169,9 @@ def make_dataset(
     recipe: Recipe, domains: Mapping[str, Any], weights: Any, tokenizer: PreTrainedTokenizerBase | None, cache: Path
 ) -> MixtureDataset:
     """The stream of the whole run. Raises ValueError."""
-    data = recipe.data
+    data, limits = recipe.data, recipe.data.max_epochs
+    if data.distinct_epochs is not None:
+        limits = distinct_epochs(domains, data.distinct_epochs, tokenizer=tokenizer, cache_dir=cache)
     return MixtureDataset(
         domains,
         weights,
@@ -176,7 +179,7 @@ def make_dataset(
         sequence_length=data.sequence_length,
         seed=recipe.seed,
         block=recipe.batch_size,
-        max_epochs=data.max_epochs,
+        max_epochs=limits,
         when_exhausted=data.when_exhausted,  # type: ignore[arg-type]  # checked there
         packing=data.packing,  # type: ignore[arg-type]
         boundaries=data.boundaries,  # type: ignore[arg-type]
@@ -200,6 +203,8 @@ def check_parts(recipe: Recipe) -> None:
     _curvature(recipe.measurement, lambda: None)
     _layers(recipe.measurement)
     _in_run(recipe.measurement)
+    if None not in (recipe.data.max_epochs, recipe.data.distinct_epochs):
+        raise RecipeError("data.distinct_epochs takes the place of data.max_epochs: leave one of them out")
     if isinstance(weights := recipe.data.weights, Mapping):
         try:
             normalized(weights, tuple(recipe.domains))

@@ -103,6 +103,8 @@ def _check(
         raise RecipeError(f"data.packing={recipe.data.packing!r}: the sequences that are regrouped are cut end to end")
     if isinstance(recipe.data.max_epochs, Mapping):
         raise RecipeError("data.max_epochs: give one number, or proxy.max_epochs; groups take the named domains' place")
+    if recipe.data.distinct_epochs is not None:
+        raise RecipeError("data.distinct_epochs: give data.max_epochs; groups take the domains' place")
     curvature(proxy.curvature, {}, None, "proxy.curvature")
     if proxy.blend not in get_args(Blend):
         raise RecipeError(f"proxy.blend={proxy.blend!r}: one of {', '.join(get_args(Blend))}")

@@ -55,6 +55,9 @@ class Data:
         weights: of the first stage: "natural", "uniform", or domain -> weight, summing to 1. With an automixer `proxy`
             they are the small run's; with an mde `proxy` they are not used.
         max_epochs: how often a domain may be read, for all or by name; None: no limit.
+        distinct_epochs: in its place, how often a text may be read of which a domain has near-duplicates: that times
+            the share of each domain that is distinct (`dynmix.mixture.distinct`), for which all tokens are read as the
+            run starts.
         when_exhausted, packing, boundaries: as in `MixtureDataset`.
         homogeneous: number of consecutive sequences that come from one domain, as in `MixtureDataset`.
         groups: folder that `dynmix regroup` wrote, instead of `domains` and `weights`.
@@ -64,6 +67,7 @@ class Data:
     sequence_length: int = 1024
     weights: Any = "natural"
     max_epochs: Any = None
+    distinct_epochs: float | None = None
     when_exhausted: str | None = None
     packing: str = "concat"
     boundaries: str | None = None

@@ -54,6 +54,9 @@ def test_stages_and_what_is_taken_of_each_domain(recipe):
     assert (web.least_epochs, web.most_epochs) == (9 / 40, 29 / 40)
     assert (code.least_epochs, code.most_epochs) == (3 / 20, 23 / 20)
     assert make_plan(build_run(recipe("data.max_epochs=1"))).domains["code"].most_epochs == 1
+    TokenStore.write(Path("stores/code"), [np.arange(30)] * 5)
+    plan = make_plan(build_run(recipe("data.distinct_epochs=2")))
+    assert plan.domains["code"].most_epochs == pytest.approx(2 * 30 / 143)  # its distinct runs of eight tokens
     static = make_plan(build_run(recipe("mixer=static"))).domains["web"]
     assert static.least_epochs == static.most_epochs == static.expected_epochs
 

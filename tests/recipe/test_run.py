@@ -183,6 +183,8 @@ def test_every_other_recipe_of_the_package_trains_a_model(world, monkeypatch, na
         ("automixer", "proxy.keep=2", "proxy.keep=2.0: a share"),
         ("automixer", "data.packing=best_fit", "data.packing='best_fit': the sequences that are regrouped are cut"),
         ("automixer", "data.max_epochs={web: 2}", "data.max_epochs: give one number, or proxy.max_epochs"),
+        ("automixer", "data.distinct_epochs=2", "data.distinct_epochs: give data.max_epochs; groups take"),
+        ("mde", "data={max_epochs: 4, distinct_epochs: 4}", "data.distinct_epochs takes the place of data.max_epochs"),
     ],
 )
 def test_what_a_proxy_takes_at_its_end_is_checked_before_its_small_runs(world, name, word, message):
