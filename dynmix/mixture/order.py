@@ -27,14 +27,7 @@ class Order(NamedTuple):
 
     def counts(self, stage: StageRow, position: int) -> Ints:
         """Draws of each domain before `position`, which lies in `stage` or at its end, int64[n_domains]."""
-        number, inside = divmod(position - stage.start, self.group)
-        edges, (live, quota) = self._parts(number, number + 1), self._quota(stage)
-        drawn, counts = quota.before(int(edges[0])), stage.base.copy()
-        counts[live] += drawn * self.group
-        if skipped := (number - int(edges[0])) * self.group + inside:
-            domain = self._scattered(stage, edges, live[quota.domains(int(edges[0]), int(edges[1]), drawn)[0]])
-            counts += np.bincount(domain[:skipped], minlength=len(counts))
-        return counts
+        return next(self.chunks(stage, position, position + 1))[0]
 
     def domains(self, stage: StageRow, start: int, stop: int) -> Ints:
         """Domain of each of the positions [start, stop), all in `stage`."""
@@ -48,7 +41,7 @@ class Order(NamedTuple):
         """
         first, last = start - stage.start, stop - stage.start
         (live, quota), size = self._quota(stage), self.group
-        edge = int(self._parts(first // size, first // size + 1)[0]) if start < stop else 0
+        edge = int(self._parts(first // size, first // size + 1)[0])
         drawn = quota.before(edge)
         while first < last:
             edges = self._parts(first // size, min(first // size + max(1, _CHUNK // size), -(-last // size)))
