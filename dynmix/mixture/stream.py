@@ -130,15 +130,11 @@ class MixtureStream(Steered, IterableDataset[Item]):
             raise ValueError(f"domains is a {type(domains).__name__}: give a mapping from name to source")
         if not domains:
             raise ValueError("domains is empty: a mixture needs at least one")
-        for argument, value, least in (
-            ("num_samples", num_samples, 1),
-            ("sequence_length", sequence_length, 1),
-            ("batch_size", batch_size, 1),
-            ("world_size", world_size, 1),
-            ("probe_sequences", probe_sequences, 0),
-        ):
-            if value is not None:
-                whole(argument, value, least)
+        self.num_samples = whole("num_samples", num_samples, 1)
+        self.sequence_length = whole("sequence_length", sequence_length, 1)
+        self.batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
+        self.world_size = None if world_size is None else whole("world_size", world_size, 1)
+        probe_sequences = whole("probe_sequences", probe_sequences or 0, 0)
         if when_exhausted not in get_args(WhenExhausted):
             raise ValueError(f"when_exhausted={when_exhausted!r}: give one of {get_args(WhenExhausted)}")
         if isinstance(weights, str):
@@ -155,9 +151,7 @@ class MixtureStream(Steered, IterableDataset[Item]):
             seed=whole("seed", seed),
             block=whole("block", block),
         )
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.sequence_length = whole("sequence_length", sequence_length)
-        self.rank, self.world_size, self.sized, self._policy = rank, world_size, sizes is not None, when_exhausted
+        self.rank, self.sized, self._policy = rank, sizes is not None, when_exhausted
         self._place()
         self._encode = Encoder(tokenizer, text_field)
         self._progress = Progress()
