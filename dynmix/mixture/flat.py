@@ -63,8 +63,6 @@ class FlatTokens(ArrayDocuments):
             another type or shape, a token that is no id.
     """
 
-    _bounds: SharedArray | None
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -86,26 +84,22 @@ class FlatTokens(ArrayDocuments):
             found = _raw_dtype(file, asked, vocab_size)
         elif asked is not None and asked != found:
             raise StoreError(f"{file} holds {found.name} by its header, not dtype={asked.name}; leave dtype out")
-        self._map(file, found, offset, vocab_size, None)
+        self._map(file, found, offset, vocab_size)
         try:
             check_vocabulary(self, str(file), vocab_size)
         except ValueError as error:
             raise StoreError(f"{error} (it was read as {found.name})") from error
-        if eos_token_id is not None:
-            self._bounds = _bounds(self.tokens, operator.index(eos_token_id))
+        self._bounds = None if eos_token_id is None else _bounds(self.tokens, operator.index(eos_token_id))
 
-    def _map(
-        self, path: Path, dtype: np.dtype[Any], offset: int, vocab_size: int | None, bounds: SharedArray | None
-    ) -> None:
+    def _map(self, path: Path, dtype: np.dtype[Any], offset: int, vocab_size: int | None) -> None:
         self.path, self.where, self.vocab_size, self._offset = path, str(path), vocab_size, offset
-        self._bounds = bounds
         self.tokens = mapped(path, dtype, offset)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.path, self.dtype, self._offset, self.vocab_size, self._bounds, self.num_tokens
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        *mapping, num_tokens = state
+        *mapping, self._bounds, num_tokens = state
         self._map(*mapping)
         check_same(str(self.path), (num_tokens,), (self.num_tokens,))
 
