@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -162,13 +163,11 @@ def check_tokenizer(stores: AnyStore | Iterable[AnyStore], tokenizer: AnyTokeniz
     has more added tokens than the store's own is not refused. Raises PrepareError, naming store and tokenizers.
     """
     several = [stores] if isinstance(stores, TokenStore | str | os.PathLike) else list(stores)
-    manifests: dict[Path, Json | None] = {}
+    manifest_of = cache(read_manifest)
     own: Json | None = None
     for each in several:
         path = each.path if isinstance(each, TokenStore) else stem_of(each)
-        if path.parent not in manifests:
-            manifests[path.parent] = read_manifest(path.parent)
-        manifest = manifests[path.parent]
+        manifest = manifest_of(path.parent)
         if manifest is None or not speaks_of(manifest, path):
             continue
         own = own or describe_tokenizer(load_tokenizer(tokenizer))
