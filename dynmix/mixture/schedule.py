@@ -374,7 +374,7 @@ class MixtureSchedule:
             if number >= self.num_stages:
                 return False
             here = self._stage(number)
-            same = here.start == start and np.array_equal(here.widened(len(cdf)).cdf, cdf)
+            same = here.start == start and np.array_equal(here.cdf, cdf)
             if not same or end not in (None, stages[number - self._table.first].end):
                 return False
         return then.first + len(then.starts) > self._table.first
