@@ -166,8 +166,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._contents: dict[str, str] = {}  # hashes of the listed domains
         self._late: dict[str, Sequences] = {}  # of the domains that joined, by the hash of their content
         self._tables: Tables | None = None  # of the first domains, when they are first needed
-        masks = bool(boundaries or self.options.ignore_token_ids)
-        self.masks_labels = masks or any(is_padded(rows) for rows in self._first)
+        self.masks_labels = bool(boundaries or self.options.ignore_token_ids) or any(map(is_padded, self._first))
         named = {f"domain {name!r}": rows for name, rows in self._listed.items()}
         self.sequence_length = common_length(named, sequence_length)
         sizes = {name: len(rows) for name, rows in self._listed.items()}
@@ -384,9 +383,9 @@ class MixtureDataset(Steered, Dataset[Item]):
     @property
     def fingerprint(self) -> dict[str, str]:
         """Hash of the content of each of the first domains: their number of rows, fingerprint, first and last row."""
-        parts = self.sequences.items()
         return {
-            name: rows.fingerprint if isinstance(rows, late.Gone) else self._content_of(name) for name, rows in parts
+            name: rows.fingerprint if isinstance(rows, late.Gone) else self._content_of(name)
+            for name, rows in self.sequences.items()
         }
 
     def _content_of(self, name: str) -> str:

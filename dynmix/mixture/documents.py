@@ -190,8 +190,7 @@ def check_windows(starts: Ints, length: int, num_tokens: int) -> None:
 
 def check_vocabulary(documents: Documents, where: str, vocab_size: int | None = None) -> None:
     """Look for what `check_ids` refuses, in every token of up to 2^26, and in as many spread evenly over more."""
-    starts = spread(documents.num_tokens, _CHUNK, _CHUNKS)
-    for start in starts:
+    for start in spread(documents.num_tokens, _CHUNK, _CHUNKS):
         check_ids(documents.read(start[None], min(_CHUNK, documents.num_tokens)), where, vocab_size)
 
 

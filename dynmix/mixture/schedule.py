@@ -402,10 +402,9 @@ class MixtureSchedule:
         return found + self.limits.differences(state.get("limits", {}), common)
 
     def __getstate__(self) -> dict[str, Any]:
-        shared = {**self.__dict__, "_courses": (-1, {})}  # each process works out those it needs
         if is_starting_process():
             # A copy of 4,096 stages of many domains would take 100 MB per worker, and would miss stages to come.
-            return shared
+            return {**self.__dict__, "_courses": (-1, {})}  # each process works out those it needs
         limits = [self.limits.max_epochs, self.limits.when_exhausted, self.homogeneous]
         return {**self.state_dict(since=0), "own_limits": limits}
 

@@ -118,8 +118,7 @@ def _documents(job: Job, piece: Piece, domain: str) -> Iterator[tuple[Document, 
     except UnicodeError as error:
         raise piece.bad(number, f"not UTF-8: {error}") from error
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        where = piece.where(number)
-        raise PrepareError(f"{piece.path}, after {where}: {damage(error)}") from error
+        raise PrepareError(f"{piece.path}, after {piece.where(number)}: {damage(error)}") from error
 
 
 def _domain(job: Job, piece: Piece, number: int, value: Any) -> str:
