@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -137,10 +137,21 @@ class FileParagraphs(FileLines):
 
 
 @dataclass(frozen=True)
-class TextLines(Piece):
+class _Numbered(Piece):
+    """A piece that knows its first line or row, `first`, without a look at what is before it."""
+
+    unit: ClassVar[str] = "row"
+    first: int
+
+    def where(self, number: int) -> str:
+        return f"{self.unit} {self.first + number - 1}"
+
+
+@dataclass(frozen=True)
+class TextLines(_Numbered):
     """Whole lines of a compressed file, from line `first` on."""
 
-    first: int
+    unit = "line"
     text: bytes
 
     def records(self, fields: Fields) -> Iterator[Record]:
@@ -148,16 +159,11 @@ class TextLines(Piece):
         text = self.text.removeprefix(codecs.BOM_UTF8) if self.first == 1 else self.text
         return _parse(self, io.BytesIO(text), fields)
 
-    def where(self, number: int) -> str:
-        """Line of the file."""
-        return f"line {self.first + number - 1}"
-
 
 @dataclass(frozen=True)
-class ParquetRows(Piece):
+class ParquetRows(_Numbered):
     """Rows [start, stop) of some row groups, from row `first` of the file on, read `batch` at a time."""
 
-    first: int
     groups: tuple[int, ...]
     start: int
     stop: int
@@ -177,16 +183,11 @@ class ParquetRows(Piece):
                 if at >= self.stop:
                     break
 
-    def where(self, number: int) -> str:
-        """Row of the file."""
-        return f"row {self.first + number - 1}"
-
 
 @dataclass(frozen=True)
-class TableRows(Piece):
+class TableRows(_Numbered):
     """Rows of a data set as an Arrow stream, from row `first` of it on."""
 
-    first: int
     table: bytes
 
     def records(self, fields: Fields) -> Iterator[Record]:
@@ -195,10 +196,6 @@ class TableRows(Piece):
         for batch in pa.ipc.open_stream(self.table):
             yield from _rows(self, batch, done, fields)
             done += len(batch)
-
-    def where(self, number: int) -> str:
-        """Row of the data set."""
-        return f"row {self.first + number - 1}"
 
 
 def _parse(piece: Piece, lines: Iterable[bytes], fields: Fields) -> Iterator[Record]:
