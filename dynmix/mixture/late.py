@@ -98,8 +98,7 @@ def view(domain: JoinedDomain, parts: Sequence[Sequences]) -> RowView:
 
 def _check_there(name: str, part: Ints, parts: Sequence[Sequences]) -> None:
     """Raise ValueError if the domain `name`, a view, has rows of a part that is gone."""
-    gone = {number: each.name for number, each in enumerate(parts) if isinstance(each, Gone)}
-    if lost := [gone[number] for number in np.unique(part).tolist() if number in gone] if gone else []:
+    if lost := [each.name for number, each in enumerate(parts) if isinstance(each, Gone) and number in part]:
         raise ValueError(
             f"domain {name!r} has rows of {lost}, which are in the state that was loaded, and not among the domains of"
             " this MixtureDataset: list them again"
