@@ -81,7 +81,7 @@ class File:
         What was appended may be missing; after any other change the store might hold both the old and the new.
         """
         before, now = self.stamp, File(self.path).stamp
-        if now[0] < before[0] or (now[0] == before[0] and now != before):
+        if now != before and now[0] <= before[0]:
             raise PrepareError(f"{self.name}: it was changed while it was read; give the same command again")
         if now != before:
             _log.warning("%s: it grew while it was read: what was appended may be missing from the store", self.name)
