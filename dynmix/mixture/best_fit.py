@@ -37,9 +37,9 @@ def best_fit(lengths: Ints, size: int) -> tuple[Ints, int]:
                 insort(rooms, room)
             bins_with[room].append(bins)
 
-    for items in np.split(by_length, cuts) if len(lengths) else []:
-        length = int(lengths[items[0]])
+    for items in np.split(by_length, cuts):
         while len(items):
+            length = int(lengths[items[0]])
             at = bisect_left(rooms, length)
             room = rooms[at] if at < len(rooms) else size
             each = room // length
