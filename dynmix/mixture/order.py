@@ -30,9 +30,8 @@ class Order(NamedTuple):
         return next(self.chunks(stage, position, position + 1))[0]
 
     def domains(self, stage: StageRow, start: int, stop: int) -> Ints:
-        """Domain of each of the positions [start, stop), all in `stage`."""
-        parts = [domain for _, domain in self.chunks(stage, start, stop)]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        """Domain of each of the positions [start, stop), one at least and all in `stage`."""
+        return np.concatenate([domain for _, domain in self.chunks(stage, start, stop)])
 
     def chunks(self, stage: StageRow, start: int, stop: int) -> Iterator[tuple[Ints, Ints]]:
         """The positions [start, stop), all in `stage`, some at a time.
