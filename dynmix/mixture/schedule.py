@@ -334,11 +334,8 @@ class MixtureSchedule:
         self._roster.check(joined, keep=0)
         sizes = {**first, **{domain.name: domain.size for domain in joined}}
         saved = unpack(state["stages"], len(sizes))
-        if (
-            not 1 <= saved.first + len(saved.starts) <= MAX_STAGES
-            or not saved.starts
-            or (saved.first == 0) != (saved.starts[0] == 0)
-        ):
+        count = saved.first + len(saved.starts)
+        if not 0 <= saved.first < count <= MAX_STAGES or (saved.first == 0) != (saved.starts[0] == 0):
             raise ValueError(f"damaged state: {len(saved.starts)} stages, the first of them number {saved.first}")
         limits = self.limits.after(state.get("limits", {}), list(sizes))
         limit, stages = limits.draws(sizes), list[StageRow]()

@@ -402,6 +402,7 @@ def test_a_damaged_state_is_refused(damage: Any) -> None:
         ({"starts": [5, 1000]}, "damaged state: 2 stages, the first of them number 0"),
         ({"starts": [0]}, "damaged state"),
         ({"first": 4095}, "damaged state: 2 stages, the first of them number 4095"),
+        ({"first": -1, "starts": [5, 1000]}, "damaged state: 2 stages, the first of them number -1"),
         ({"end": 7}, "end=7 is not beyond start=1000"),
         ({"weights": ["0 0", "0"]}, "damaged state: bad base85"),
         ({"weights": ["0" * 20, ""]}, "damaged state: a stage has the weights of 5 domains, of 2"),
