@@ -193,8 +193,8 @@ class MixtureDataset(Steered, Dataset[Item]):
     def __getstate__(self) -> dict[str, Any]:
         # Views have files, from which a process opens those that it meets; other data goes with the dataset.
         files = {domain.source["hash"] for domain in self.schedule.joined if "file" in domain.source}
-        late = {key: rows for key, rows in self._late.items() if key not in files}
-        return {**self.__dict__, "_late": late, "_tables": None, "_collated": None}
+        sent = {key: rows for key, rows in self._late.items() if key not in files}
+        return {**self.__dict__, "_late": sent, "_tables": None, "_collated": None}
 
     def __len__(self) -> int:
         return self.num_samples if self.controlled else self.ends_at
