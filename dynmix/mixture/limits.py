@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsFloat
 
 import numpy as np
 
@@ -53,11 +53,7 @@ class Limits:
     def __post_init__(self) -> None:
         given = self.max_epochs if isinstance(self.max_epochs, Mapping) else {None: self.max_epochs}
         for name, limit in given.items():
-            try:
-                fits = limit is None or (not isinstance(limit, str) and float(limit) >= 0)
-            except (TypeError, ValueError):
-                fits = False
-            if not fits:
+            if limit is not None and not (isinstance(limit, SupportsFloat) and float(limit) >= 0):
                 raise ValueError(f"max_epochs{'' if name is None else f'[{name!r}]'}={limit!r}: a number, at least 0")
         numbers = {n: x if isinstance(x, int) else float(x) for n, x in given.items() if x is not None}  # for JSON
         object.__setattr__(self, "max_epochs", numbers if isinstance(self.max_epochs, Mapping) else numbers.get(None))
