@@ -97,6 +97,7 @@ def prepare(
     known = [] if domain_from is not None else list(domains)
     check_names(known, held_out is not None)
     groups = _groups(domains, domain_from is not None)
+    given = [(group.domains.get(number), each) for group in groups for number, each in group.inputs.items()]
     options = {
         "text_field": text_field,
         "append_eos": append_eos,
@@ -107,22 +108,21 @@ def prepare(
     described = describe_tokenizer(tok)
     plan: Plan = {
         "options": {"tokenizer": {key: described[key] for key in ("fingerprint", "added", "eos")}, **options},
-        "inputs": {each.name: each.stamp for group in groups for each in group.inputs.values()},
-        "order": [(group.domains.get(n), each.name) for group in groups for n, each in group.inputs.items()],
+        "inputs": {each.name: each.stamp for _, each in given},
+        "order": [(domain, each.name) for domain, each in given],
     }
     names = [store_name(name, side) for name in known for side in ((False, True) if held_out else (False,))]
     work = Work(folder)
     with work.alone() as lock:
         _check_others(folder, described, overwrite)
-        size = sum(group.size for group in groups)
+        size = sum(each.size for _, each in given)
         if work.begin(plan, names, piece_size(size), overwrite):
             _log.info("%s: going on with what is finished", work.folder)
         with Workers(_count(workers, size), job, lock) as pool, Bar(size, progress) as bar:
             facts = Pipeline(groups, work, pool, bar, job).run()
         listed = [
-            {"name": each.name, "bytes": each.size} | ({"domain": group.domains[n]} if n in group.domains else {})
-            for group in groups
-            for n, each in group.inputs.items()
+            {"name": each.name, "bytes": each.size} | ({} if domain is None else {"domain": domain})
+            for domain, each in given
         ]
         add_to_manifest(folder, {"tokenizer": described, "options": options, "inputs": listed}, facts)
         _warn_of_older(folder, facts)
