@@ -458,7 +458,7 @@ class MixtureController:
             logger.warning("rank 0 decides stage %d, which another rank could not: %s", stage, own)
         if proposal.groups:
             try:
-                on_every_rank(lambda: self._let_in(proposal))
+                self._let_in(proposal)
             except Exception as failure:
                 error = _words(failure)
                 proposal, cdf = self._kept(schedule.weights_at(start - 1), upper)
@@ -528,7 +528,7 @@ class MixtureController:
             raise ValueError("domains that enter a run are kept in files: pass output=, a folder")
         if isinstance(self.dataset, MixtureStream):
             raise ValueError("domains that enter a run are rows of others, and a MixtureStream has no rows")
-        self.dataset.extend(proposal.groups, self.folder.groups)
+        self.dataset.extend(proposal.groups, self.folder.groups, agree=on_every_rank)
 
     def _arm(self, in_run: InRunInfluence, model: nn.Module, step: int) -> None:
         """Open the window of an in-run influence, if it is time: it ends as the next stage is decided."""

@@ -463,6 +463,45 @@ def test_a_mixer_that_fails_on_a_rank_that_does_not_decide_changes_nothing(proce
     assert "rank 0 decides stage 1, which another rank could not: ValueError: nonsense" in printed
 
 
+def test_domains_that_one_rank_cannot_write_enter_on_none(processes, tmp_path):
+    """As on a machine whose disk is full: what is decided later is of the domains that all ranks have."""
+    script = tmp_path / "enter.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import numpy as np
+        import torch.distributed as dist
+        from dynmix import Proposal, Static
+        from tests import running
+        from tests.small import Bigram
+
+        dist.init_process_group("gloo")
+        folder = Path(sys.argv[1]) / str(dist.get_rank())
+
+        class Entering(Static):
+            def propose(self, influence, prior, upper=None):
+                if "group" in prior:
+                    return Proposal({"a": 0.2, "b": 0.8})
+                return Proposal({"group": 1.0}, groups={"group": (np.array([0, 1]), np.array([3, 4]))})
+
+        loop, model = running.begun(running.controller(running.dataset(), Entering(), output=folder)), Bigram()
+        if dist.get_rank():
+            folder.mkdir()
+            (folder / "groups").touch()  # no folder can be made there
+        running.stepped(loop, model, last=11)
+        print(f"<{loop.dataset.domains} {len(loop.dataset.schedule.stages)}>", flush=True)
+        dist.destroy_process_group()
+        """)
+    )
+    status, printed = processes.run(script, tmp_path, ranks=2, timeout=60)
+    assert status == 0, printed
+    assert printed.count("<('a', 'b') 3>") == 2
+    errors = [row["error"] for row in Journal(tmp_path / "0" / "journal.jsonl").rows()]
+    assert errors[0] is None
+    assert all("RuntimeError: another rank failed: " in error for error in errors[1:])
+
+
 def test_ranks_resume_together_also_where_one_alone_has_a_folder(tmp_path, processes):
     script = tmp_path / "resume.py"
     script.write_text(

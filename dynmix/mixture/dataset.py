@@ -49,6 +49,8 @@ _TOO_FAR = (
 )
 _WAITING = f" A measurement or an evaluation may be under way. If nothing is, {_TOO_FAR}"
 
+_Joining = tuple[Sequence[JoinedDomain], Mapping[str, Sequences]]  # domains, and rows by the hash of their content
+
 
 class MixtureDataset(Steered, Dataset[Item]):
     """Position g of the stream as {"input_ids": LongTensor[sequence_length], "labels": the same, "domain": int}.
@@ -302,6 +304,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self,
         domains: Mapping[str, "Source | tuple[npt.ArrayLike, npt.ArrayLike]"],
         folder: str | os.PathLike[str] | None = None,
+        agree: Callable[[Callable[[], Any]], Any] = lambda ready: ready(),
     ) -> None:
         """Append domains: new data, or views on rows of the first domains, which copy no tokens.
 
@@ -317,25 +320,31 @@ class MixtureDataset(Steered, Dataset[Item]):
                 int[n] each.
             folder: where the index of each view is written, as `<name>.npy`; keep it as long as the stream and its
                 states.
+            agree: calls what may fail of this, and returns what that returns, before anything is changed:
+                `dynmix.ranks.on_every_rank` where ranks go on together, so that all have the domains or none.
 
         Raises:
             ValueError: a name that is taken, no rows, a domain or row that does not exist, sequences of another length,
                 data in memory while workers are running, which would not see it, more than 1,024 domains that joined.
                 Nothing is changed then.
         """
-        views: dict[str, Any] = {name: data for name, data in domains.items() if late.is_view(data)}
-        if views and folder is None:
-            raise ValueError(f"folder is missing, where the index of {next(iter(views))!r} is kept")
-        opened = self._open({name: domains[name] for name in domains if name not in views}, self.sequence_length)
-        self._join(domains, opened, late.joined_views(views, self._first, Path(folder or ".")))
+
+        def ready() -> _Joining:
+            views: dict[str, Any] = {name: data for name, data in domains.items() if late.is_view(data)}
+            if views and folder is None:
+                raise ValueError(f"folder is missing, where the index of {next(iter(views))!r} is kept")
+            opened = self._open({name: domains[name] for name in domains if name not in views}, self.sequence_length)
+            return self._ready(domains, opened, late.joined_views(views, self._first, Path(folder or ".")))
+
+        self._join(*agree(ready))
 
     def _open(self, domains: Mapping[str, Source], sequence_length: int | None) -> dict[str, Sequences]:
         given = {"tokenizer": self._tokenizer, "cache_dir": self._cache_dir, **self.options.of_packing}
         return open_domains(domains, sequence_length, **given)
 
-    def _join(
+    def _ready(
         self, given: Mapping[str, Any], new: Mapping[str, Sequences], views: Sequence[tuple[JoinedDomain, Numbers]] = ()
-    ) -> None:
+    ) -> _Joining:
         common_length({f"domain {name!r}": rows for name, rows in new.items()}, self.sequence_length)
         own = [
             late.joined_domain(name, given[name], rows, self.sequence_length, workers=self._progress.by_workers)
@@ -344,7 +353,10 @@ class MixtureDataset(Steered, Dataset[Item]):
         joining = [*own, *(domain for domain, _ in views)]
         self.schedule.check_new(joining)
         rows = {domain.source["hash"]: new[domain.name] for domain in own}
-        self._late |= rows | {at.source["hash"]: late.written(at, numbers, self._first) for at, numbers in views}
+        return joining, rows | {at.source["hash"]: late.written(at, numbers, self._first) for at, numbers in views}
+
+    def _join(self, joining: Sequence[JoinedDomain], rows: Mapping[str, Sequences]) -> None:
+        self._late |= rows
         self.schedule.extend(joining)
 
     def detach(self) -> None:
@@ -451,7 +463,7 @@ class MixtureDataset(Steered, Dataset[Item]):
         self._progress.forget()
         self._reading = InOrder(self.num_samples)  # to read again from there is no step back
         if new := {name: rows for name, rows in self._listed.items() if name not in self.sizes}:
-            self._join(self._given, new)
+            self._join(*self._ready(self._given, new))
             logger.warning("%s joined: nothing is drawn of it until a stage is published that gives it some", list(new))
         self._stages_loaded = self.schedule.num_stages
 

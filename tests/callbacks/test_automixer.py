@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, TrainerCallback
 
+import dynmix.mixture.late
 import dynmix.sampling
 from dynmix import AutoMixer, MixtureDataset
 from dynmix.batches import collate
@@ -329,10 +330,10 @@ def test_refusals(training, tmp_path):
 
 
 def test_groups_that_cannot_be_kept_change_nothing(training, tmp_path, monkeypatch):
-    def full(self, domains, folder):
+    def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(MixtureDataset, "extend", full)
+    monkeypatch.setattr(dynmix.mixture.late, "written", full)
     training.run(tmp_path, mixer=MIXER)
     row = groups_of(tmp_path)
     assert row["error"] == "OSError: disk full"
