@@ -219,11 +219,10 @@ class MixtureDataset(Steered, Dataset[Item]):
         position = operator.index(position)
         if not 0 <= position < self.num_samples:
             raise IndexError(f"position {position} is not in [0, {self.num_samples})")
-        self._progress.wait(self.schedule, position + 1, _WAITING)
+        runs = self._decided([range(position, position + 1)])
         if get_worker_info() is not None:  # before the stages are read, as in `__getitems__`
             self._progress.note_until(position + 1)
-        self._check_decided(position, position + 1)
-        return dict(self._items([range(position, position + 1)])[0])
+        return dict(self._items(runs)[0])
 
     def __getitems__(self, positions: Sequence[int]) -> Samples:
         """Items of one request of a loader, a list of dicts; requests must come in reading order.

@@ -249,11 +249,14 @@ def test_a_pass_that_gives_the_same_samples_again_is_said(workers: int, caplog: 
         assert "is read again" not in caplog.text + capfd.readouterr().err
 
 
-def swap_at(dataset: MixtureDataset, boundary: int, **options: Any) -> list[int]:
-    """Order of a stream whose second stage is published when everything before it was handed out."""
+def swap_at(dataset: MixtureDataset, boundary: int, read: Any = None, **options: Any) -> list[int]:
+    """Order of a stream whose second stage is published when everything before it was handed out.
+
+    `read`: what wraps the dataset, if something does.
+    """
     dataset.schedule.hold(boundary)
     order: list[int] = []
-    for batch in DataLoader(dataset, batch_size=8, **options):
+    for batch in DataLoader(read or dataset, batch_size=8, **options):
         order += batch["input_ids"][:, 0].tolist()
         if len(order) == boundary:
             assert dataset.schedule.end == boundary
@@ -358,6 +361,11 @@ def test_what_workers_read_ahead_through_a_wrapping_dataset_cannot_be_published_
         dataset.publish(half, start=8)
     assert dataset.read_until >= 12
     assert dataset.read_size == 0
+
+
+def test_workers_wait_for_a_stage_also_behind_what_wraps_the_dataset() -> None:
+    dataset, options = make(num_samples=200), {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
+    assert swap_at(dataset, 64, Wrapping(dataset), **options) == swap_at(make(num_samples=200), 64)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader  # type: ignore[import-untyped]
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from dynmix.mixture.accounting import Remaining
 from dynmix.mixture.dataset import MixtureDataset
@@ -57,8 +57,19 @@ def test_without_a_limit_nothing_ends() -> None:
     assert make(max_epochs=2, when_exhausted="repeat").schedule.exhausted_at is None
 
 
+def test_a_limit_beyond_the_stream_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = make(num_samples=90)
+    dataset.publish({"a": 0.2, "b": 0.5, "c": 0.3}, start=50)
+    assert dataset.schedule.exhausted_at == 200
+    assert len(dataset) == dataset.ends_at == 90
+    assert read(DataLoader(dataset, batch_size=7)) == reference(dataset, 90)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stage_published_late_may_end_the_stream_under_a_loader(workers: int) -> None:
+def test_a_stage_published_late_may_end_the_stream_under_a_loader(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its sampler was told of 1,000 samples, and asks on."""
     dataset = make(when_exhausted="stop")
     dataset.schedule.hold(48)
@@ -66,18 +77,42 @@ def test_a_stage_published_late_may_end_the_stream_under_a_loader(workers: int) 
     for batch in DataLoader(dataset, batch_size=8, num_workers=workers, timeout=60 if workers else 0):
         found += batch["input_ids"][:, :2].tolist()
         if len(found) == 48:
+            assert not caplog.messages
             dataset.publish({"a": 0.0, "b": 0.0, "c": 1.0}, start=48)
+            assert f"the stream ends at position {dataset.schedule.exhausted_at}, " in caplog.text
     end = dataset.schedule.exhausted_at
     assert end is not None
+    assert dataset.read_until == end
     assert found == reference(dataset, end)
     assert len(found) == end < 130
+
+
+class Wrapping(Dataset[Any]):
+    """What users put around a dataset, to change its items."""
+
+    def __init__(self, dataset: MixtureDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, position: int) -> Any:
+        return self.dataset[position]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ranks_that_read_through_what_wraps_the_dataset_end_with_one_whole_step(workers: int) -> None:
+    dataset = make(num_samples=400)
+    dataset.controlled = True
+    dataset.plan_steps(3)  # of 200 samples: in the step that is not whole two of the ranks have one, and the third none
+    for rank in range(3):
+        loader: Any = DataLoader(Wrapping(dataset), sampler=range(rank, 400, 3), num_workers=workers)
+        assert read(loader) == reference(dataset, 198)[rank::3]
 
 
 def test_a_run_that_says_its_step_ends_with_a_whole_one() -> None:
     dataset = make(when_exhausted="stop")
     dataset.controlled = True  # its length is not known
-    dataset.plan_steps(16)
-    whole = (dataset.schedule.exhausted_at or 0) // 16 * 16
+    dataset.__getitems__(list(range(8)))  # as where the first batch says what a step takes
+    dataset.plan_steps(32)
+    whole = (dataset.schedule.exhausted_at or 0) // 32 * 32
     assert dataset.ends_at == whole
     assert len(dataset) == 1000
     batches = [len(batch["domain"]) for batch in DataLoader(dataset, batch_size=8)]
@@ -125,6 +160,7 @@ def test_what_is_left_and_what_was_read() -> None:
     drawn = np.bincount(dataset.schedule.assign(0, 100)[0], minlength=3).tolist()
     left = dataset.remaining()
     assert left == dataset.remaining(100)
+    assert dataset.remaining(0) == make(max_epochs={"a": 2}, num_samples=400).remaining()
     assert left["a"] == Remaining(
         drawn[0] // 40, 40 - drawn[0] % 40, 3 * (40 - drawn[0] % 40), 80 - drawn[0], 240 - 3 * drawn[0]
     )
@@ -132,8 +168,10 @@ def test_what_is_left_and_what_was_read() -> None:
     assert dataset.realised() == dataset.realised(100) == {n: 3 * d for n, d in zip(SIZES, drawn, strict=True)}
 
 
-def test_the_log_says_where_a_domain_is_read_again(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = make(max_epochs=None, num_samples=500)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_log_says_where_a_domain_is_read_again(ranks: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, on the rank that reads there."""
+    dataset, *others = (make(max_epochs=None, num_samples=500) for _ in range(ranks))
     _, _, epoch = dataset.schedule.assign(0, 500)
     domain = dataset.schedule.assign(0, 500)[0]
     expected = []
@@ -143,8 +181,10 @@ def test_the_log_says_where_a_domain_is_read_again(caplog: pytest.LogCaptureFixt
             expected.append((position, f"domain {name!r} begins its epoch {e + 1} at position {position}, reshuffled"))
     for at in range(0, 500, 20):
         before = len(caplog.messages)
-        dataset.__getitems__(list(range(at, at + 20)))
-        assert caplog.messages[before:] == [text for position, text in sorted(expected) if at <= position < at + 20]
+        for rank, each in enumerate((dataset, *others)):
+            each.__getitems__(list(range(at + rank, at + 20, ranks)))
+        said = [text for position, text in sorted(expected) if at <= position < at + 20]
+        assert sorted(caplog.messages[before:]) == sorted(said)
     assert len(caplog.messages) == len(expected) > 5
     assert {record.name for record in caplog.records} == {"dynmix.mixture"}
 
