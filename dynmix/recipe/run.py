@@ -148,9 +148,10 @@ def train(run: RecipeRun, console: Console | None = None) -> int:
 
 def _train(run: RecipeRun, console: Console | None) -> int:
     folder, steps = run.folder, run.recipe.training["max_steps"]
+    journal = Journal(folder / "dynmix" / "journal.jsonl")
     if (folder / "model").is_dir():
         logger.warning("%s: this run is done; its model is in %s", folder, folder / "model")
-        return int(steps)
+        return journal.rows()[-1]["step"]  # fewer than were planned, where the data ended before
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None and is_rank_0():
         logger.warning("going on from %s", checkpoint)
@@ -162,7 +163,7 @@ def _train(run: RecipeRun, console: Console | None) -> int:
     on_every_rank(write_down)
     model = on_every_rank(lambda: make_model(run.recipe.model, run.config, run.recipe.seed, checkpoint))
     stop = _Stop()
-    shown = [PrintStages(Journal(folder / "dynmix" / "journal.jsonl"), console)] if console and is_rank_0() else []
+    shown = [PrintStages(journal, console)] if console and is_rank_0() else []
     trainer = Trainer(
         model,
         run.arguments,

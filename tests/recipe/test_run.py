@@ -193,6 +193,14 @@ def test_what_a_proxy_takes_at_its_end_is_checked_before_its_small_runs(world, n
     assert message in " ".join(planned.output.split())
 
 
+def test_a_run_that_its_data_ends_says_twice_how_many_steps_it_took(world):
+    few = ["data.max_epochs=0.03", "training.max_steps=80", "output=run", "--json"]
+    done, again = (train("tikmix-d", *few, *TINY, *HELD_OUT) for _ in range(2))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads(again.stdout)
+    assert json.loads(done.stdout)["steps"] == decisions("run")[-1]["step"] < 80
+
+
 def test_what_small_runs_leave_is_of_their_recipe(world):
     small = ["proxy.training={max_steps: 1, learning_rate: 1e-3}", "proxy.batch_size=4", "proxy.every=2", *TINY, *SMALL]
     limits = ["data.max_epochs=1", "training.max_steps=500", "output=run"]
