@@ -28,10 +28,11 @@ class MixtureHook:
             hook.step()
         hook.finish()
 
-    Each of several ranks reads `range(hook.position + rank, len(dataset), ranks)`, and all of them call `step`,
-    `finish` and `load_state_dict`, in which they work together; the state is the same on all, so that one may save it.
-    A run may resume with other ranks, workers, batches and accumulation, as long as a step takes the same number of
-    samples. If the dataset's `max_epochs` ends the stream before the run, the loader ends with the last whole step.
+    Each of several ranks reads `range(hook.position + rank, len(dataset) // ranks * ranks, ranks)`, as many samples as
+    every other, and all of them call `step`, `finish` and `load_state_dict`, in which they work together; the state is
+    the same on all, so that one may save it. A run may resume with other ranks, workers, batches and accumulation, as
+    long as a step takes the same number of samples. If the dataset's `max_epochs` ends the stream before the run, the
+    loader ends with the last whole step.
 
     A `MixtureStream` is read by torchdata's `StatefulDataLoader`, whose state goes beside the hook's.
 

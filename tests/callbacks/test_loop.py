@@ -205,7 +205,7 @@ def test_a_run_goes_on_with_other_ranks_workers_and_batches(training, ranks):
             loop = Loop(training, Static(), batch=4 // world, batch_size=8)
             if saved is not None:
                 loop.hook.load_state_dict(json.loads(json.dumps(saved)))
-            mine = range(loop.hook.position + rank, len(loop.dataset), world)
+            mine = range(loop.hook.position + rank, len(loop.dataset) // world * world, world)
             loop.run(steps, accumulate=2, batches=DataLoader(loop.dataset, loop.batch, sampler=mine, **options))
             orders.append(loop.order)
         return [sample for samples in zip(*orders, strict=True) for sample in samples], loop.hook.state_dict()
