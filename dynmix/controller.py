@@ -258,7 +258,7 @@ class MixtureController:
                 raise ValueError(f"{kept}: pass output=, a folder")
         self.timetable.plan(batch_size, max_steps, resumed=self.resumed)
         if not self.resumed:
-            self.budget.check(self.total, min(self.timetable.boundary, self.total))
+            self.budget.check(self.total, self.timetable.boundary)
 
     def begin(self, model: nn.Module, step: int = 0) -> dict[str, float] | None:
         """Rehearse the measurement and, in a fresh run, open the journal; return what a tracker should log.

@@ -376,6 +376,36 @@ def test_a_run_begins_where_nobody_reads_what_a_measurement_takes(monkeypatch):
     begun(controller(dataset()))
 
 
+def test_a_run_begins_though_nobody_knows_what_a_measurement_takes(monkeypatch, tmp_path, caplog):
+    loop = controller(dataset(), output=tmp_path)
+    monkeypatch.setattr(loop.measurement, "peak_memory", lambda _: 1 / 0)
+    begun(loop)
+    assert "what a measurement will take of memory is not known: ZeroDivisionError" in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text())["peak_memory"] is None
+
+
+def test_workers_that_wait_hear_of_every_step(monkeypatch):
+    """A stage may take longer than they wait without a sign of life, and they may be at its end from the start."""
+    data, told = dataset(), []
+    loop = begun(controller(data, Static()))
+    monkeypatch.setattr(data, "pulse", lambda: told.append(True))
+    for step in (1, 2, 3):
+        loop.step_ended(Bigram(), step)
+        assert len(told) == step
+
+
+def test_a_resumed_run_that_is_finished_is_not_gone_on_with():
+    first, model = controller(dataset()), Bigram()
+    begun(first, model)
+    state = stepped(first, model, last=7)[7]
+    again = controller(dataset())
+    again.load_state_dict(state)
+    begun(again, model, 7)
+    again.finish(model, 7)
+    with pytest.raises(ValueError, match="the dataset has 2 stages: .* for another run"):
+        again.plan(batch_size=BATCH)
+
+
 def test_a_rank_that_cannot_write_the_runs_files_tells_the_others(tmp_path, processes):
     script = tmp_path / "begin.py"
     script.write_text(
