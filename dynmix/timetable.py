@@ -119,7 +119,7 @@ class Timetable:
                 f"stage_steps={self.stage_steps}: the run of {steps} steps would have {stages} stages, and a schedule "
                 f"takes {MAX_STAGES}: make stages longer, or pass max_stages"
             )
-        if self.boundary < self.total and schedule.end is None:
+        if self.boundary < self.total:
             if self.dataset.read_until > self.boundary:
                 raise ValueError(
                     f"the dataset has been read up to sample {self.dataset.read_until}, past the end of the first "
@@ -130,7 +130,7 @@ class Timetable:
 
     def check_step(self, step: int) -> None:
         """Raise ValueError if a sample before the end of `step` has no published stage."""
-        if self.boundary < min(step * self.batch_size, self.total):
+        if self.boundary < step * self.batch_size:
             raise ValueError(
                 f"the state is older than step {step}: the stage of sample {self.boundary} is not in it; resume model "
                 "and mixture from the same checkpoint"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dynmix import MixtureDataset
+from dynmix.mixture import packed
 from dynmix.timetable import Timetable
 from tests import running
 
@@ -63,6 +64,7 @@ def test_the_run_ends_where_the_data_does_with_a_whole_step():
     assert not timetable.why_over(11)
     assert "'a' (max_epochs=0.5)" in timetable.why_over(12)
     assert not planned(max_steps=25).why_over(25)
+    assert not planned(samples=200, max_epochs=0.5, max_stages=2, max_steps=12).why_over(12)  # that is all it was to be
 
 
 def test_boundaries_ahead_are_those_of_the_stages_that_are_left():
@@ -104,6 +106,20 @@ def test_a_state_of_other_stages_is_refused():
         Timetable(dataset(), STEPS, None).check(state | {"batch_size": 8})
 
 
+def test_a_state_without_its_oldest_stages_is_checked_as_well(monkeypatch):
+    monkeypatch.setattr(packed, "_ROOM", 0)  # as if there were very many stages
+    timetable = planned(samples=4_000)
+    due(timetable, steps=900)
+    timetable.dataset.__getitems__(list(range(3_000, 3_004)))
+    state = timetable.state_dict() | {"dataset": timetable.dataset.state_dict()}
+    stages = state["dataset"]["schedule"]["stages"]
+    assert stages["first"] > 0
+    Timetable(dataset(4_000), STEPS, None).check(state)
+    stages["first"] += 1
+    with pytest.raises(ValueError, match="damaged: its stages start at"):
+        Timetable(dataset(4_000), STEPS, None).check(state)
+
+
 def test_a_state_that_is_older_than_the_model_is_refused():
     timetable = planned()
     timetable.check_step(5)
@@ -138,6 +154,16 @@ def test_numbers_of_a_plan_are_whole_and_those_of_numpy_do_not_keep_a_state_from
     loop = running.controller(running.dataset(), stage_steps=np.int64(5), max_stages=np.int64(3))
     loop.plan(batch_size=np.int64(running.BATCH))
     assert json.loads(json.dumps(loop.state_dict()))["batch_size"] == running.BATCH
+
+
+def test_what_a_loader_read_or_a_user_declared_before_may_not_part_the_first_stage():
+    data = running.dataset()
+    data.__getitems__(list(range(20)))  # as one that looks ahead
+    running.controller(data).plan(batch_size=running.BATCH)
+    data = running.dataset()
+    data.schedule.hold(16)
+    with pytest.raises(ValueError, match="end=20: the last stage was declared to end at 16, and that stays"):
+        running.controller(data).plan(batch_size=running.BATCH)
 
 
 def test_a_dataset_that_was_read_through_before_the_run_is_to_be_made_anew():
