@@ -255,7 +255,7 @@ class Measurement:
             sizes = {name: self.dataset.probes(name) for name in self.dataset.domains}
         else:
             sizes = {name: self.dataset.sizes[name] for name in self.here}
-        few = max(1, min(_LOOKED_AT, _LOOKED_AT_IN_ALL // max(1, len(sizes))))
+        few = max(1, min(_LOOKED_AT, _LOOKED_AT_IN_ALL // len(sizes)))
         return {name: np.linspace(0, size - 1, min(size, few)).astype(np.int64) for name, size in sizes.items()}
 
     @random_state_kept()
