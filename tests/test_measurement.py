@@ -140,10 +140,13 @@ def test_it_says_how_many_tokens_sequences_score():
     assert influence.scored_tokens.tolist() == [2, 4]  # the first token of a sequence is predicted by none
 
 
-def test_the_gradient_is_the_influence_without_a_curvature():
-    room = measurement({"influence", "gradient", "guards"})
+@pytest.mark.parametrize("options", [{}, {"rank": 3, "layer_groups": 2, "layers": "head"}])
+def test_the_gradient_is_the_influence_without_a_curvature(options):
+    room = measurement({"influence", "gradient", "guards"}, **options)
     probes, influence, _ = measured(room)
-    np.testing.assert_allclose(room.gradient(Bigram(0), probes).scores, influence.scores, rtol=1e-6)
+    gradient = room.gradient(Bigram(0), probes)
+    for found in ("scores", "standard_error", "task_loss_standard_error", *(["left_out_bound"] if options else [])):
+        np.testing.assert_allclose(getattr(gradient, found), getattr(influence, found), rtol=1e-6)
 
 
 def test_probes_that_the_curvature_is_fitted_on_are_the_same_batches(monkeypatch):

@@ -153,6 +153,30 @@ def test_limits_go_on_in_a_resumed_run() -> None:
         make(num_samples=400).load_state_dict(state)
 
 
+def test_a_domain_that_is_gone_keeps_its_limit_and_the_others_theirs() -> None:
+    limits = {"a": 1, "b": 2, "c": 1.5}
+    dataset = make(max_epochs=limits, num_samples=200)
+    dataset.publish({"a": 0.0, "b": 0.6, "c": 0.4}, start=48)
+    state = json.loads(json.dumps(dataset.state_dict()))
+    rows = {name: [{"input_ids": [k, row, 0]} for row in range(size)] for k, (name, size) in enumerate(SIZES.items())}
+
+    def without(*names: str, **limits: Any) -> MixtureDataset:
+        left = {name: rows[name] for name in SIZES if name not in names}
+        return MixtureDataset(left, num_samples=200, block=16, max_epochs=limits)
+
+    found = without("a", b=2, c=1.5)
+    found.load_state_dict(state)
+    assert found.schedule.limits.epochs(found.sizes) == limits
+    assert [item["input_ids"].tolist() for item in found.look(48, 200)] == [
+        item["input_ids"].tolist() for item in dataset.look(48, 200)
+    ]
+    same = make(max_epochs={"b": 2, "c": 1.5}, num_samples=200)  # lists it, and must say its limit
+    with pytest.raises(ValueError, match="max_epochs was"):
+        same.load_state_dict(state)
+    with pytest.raises(ValueError, match="max_epochs was"):
+        without("a", b=1, c=1.5).load_state_dict(state)
+
+
 def test_what_is_left_and_what_was_read() -> None:
     dataset = make(max_epochs={"a": 2}, num_samples=400)
     assert dataset.remaining()["a"] == Remaining(0, 40, 120, 80, 240)
