@@ -80,9 +80,14 @@ class Limits:
         return np.where(draws < NEVER, draws - draws % self.group, draws) if self.hard else draws
 
     def without_a_group(self, sizes: Mapping[str, int]) -> list[str]:
-        """Names of domains that may be read, but not as much as a group."""
+        """Why nothing can be read of some domains, in words: each may be read, but not as much as a group."""
         some = replace(self, group=1).draws(sizes) > 0
-        return [name for name, n, any_ in zip(sizes, self.draws(sizes), some, strict=True) if any_ and not n]
+        return [
+            f"domain {name!r} has {size} rows, within max_epochs fewer than the {self.group} that stand in a row: lower"
+            " homogeneous, or raise its limit"
+            for (name, size), n, any_ in zip(sizes.items(), self.draws(sizes), some, strict=True)
+            if any_ and not n
+        ]
 
     def state(self) -> dict[str, Any]:
         """What the order depends on, JSON-able."""

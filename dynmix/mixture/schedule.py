@@ -80,10 +80,7 @@ class MixtureSchedule:
         if unknown := [name for name in limits.epochs(sizes) if name not in sizes]:
             raise ValueError(f"max_epochs: no domain {unknown[0]!r}; the domains are {list(sizes)}")
         if small := limits.without_a_group(sizes):
-            raise ValueError(
-                f"domain {small[0]!r} has {sizes[small[0]]} rows, within max_epochs fewer than the {limits.group} that"
-                " stand in a row: lower homogeneous, or raise its limit"
-            )
+            raise ValueError(small[0])
         self._setup(sizes, seed, block, limits)
         none = np.zeros(len(weights), np.int64)
         self._table.write(StageRow(0, 0, None, checked_cdf(weights, self.sizes), none, none))
@@ -129,11 +126,14 @@ class MixtureSchedule:
     def extend(self, domains: Sequence[JoinedDomain]) -> None:
         """Append domains, with weight 0 until a stage is published that gives them weight.
 
-        No position changes its sample. (Extend the schedule of a dataset by `MixtureDataset.extend`.) Raises ValueError
-        for a name that is taken, a domain without rows, or more than 1,024 of them.
+        No position changes its sample. A warning says of which nothing will be read, as its limit is less than a group.
+        (Extend the schedule of a dataset by `MixtureDataset.extend`.) Raises ValueError for a name that is taken, a
+        domain without rows, or more than 1,024 of them.
         """
         self._roster.put(domains, keep=len(self.joined))
         self.outdate()
+        for why in self.limits.without_a_group({domain.name: domain.size for domain in domains}):
+            logger.warning("nothing will be read of what joined: %s", why)
 
     def begin(self, weights: Weights) -> None:
         """Give the first stage other weights. Raises ValueError for bad ones, or once a later stage is published."""

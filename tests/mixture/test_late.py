@@ -473,6 +473,17 @@ def test_a_resumed_run_may_list_new_data(folder: Path, caplog: pytest.LogCapture
     assert read(third_run) == expected
 
 
+@pytest.mark.parametrize(("limit", "rows", "told"), [(1, 3, True), (1, 4, False), (2, 3, False), (None, 3, False)])
+def test_a_domain_that_joins_with_less_than_a_group_within_its_limit_is_told(
+    limit: float | None, rows: int, told: bool, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = make(folder, homogeneous=4, max_epochs=limit)
+    dataset.extend({"new": in_memory(folder)[:rows]})
+    dataset.publish(with_new, start=16)
+    assert (dataset.realised(dataset.ends_at)["new"] == 0) == told
+    assert ("nothing will be read of what joined: domain 'new' has 3 rows" in caplog.text) == told
+
+
 def test_data_may_go_once_nothing_is_drawn_of_it(folder: Path) -> None:
     new_store(folder)
     sources = {name: folder / name for name in ("a", "new", "b")}
