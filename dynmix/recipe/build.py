@@ -47,6 +47,13 @@ _OURS = {
     "num_train_epochs": "training.max_steps, and data.max_epochs to bound how often a domain is read",
     "resume_from_checkpoint": "nothing: the same command goes on from the newest checkpoint",
 }
+_NEVER = {
+    "save_only_model": "save no state of the optimizer, so that the same command could not go on where the run was "
+    "killed: leave it out; save_total_limit says how many checkpoints are kept",
+    "auto_find_batch_size": "change what a step is during the run: leave it out, and give a smaller "
+    "training.per_device_train_batch_size",
+    "ignore_data_skip": "start the data again from its first sample where the run goes on: leave it out",
+}
 
 
 def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
@@ -72,11 +79,9 @@ def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
             f"training.train_sampling_strategy={given['train_sampling_strategy']!r} would shuffle the stages together: "
             "leave it out, the stream is shuffled already"
         )
-    if given.get("save_only_model"):
-        raise RecipeError(
-            "training.save_only_model=True would save no state of the optimizer, so that the same command could not go "
-            "on where the run was killed: leave it out; save_total_limit says how many checkpoints are kept"
-        )
+    for name, why in _NEVER.items():
+        if given.get(name):
+            raise RecipeError(f"training.{name}=True would {why}")
     defaults = {
         "per_device_train_batch_size": min(8, recipe.batch_size),
         "train_sampling_strategy": "sequential",

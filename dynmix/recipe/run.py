@@ -100,6 +100,12 @@ def _built(recipe: Recipe, arguments: TrainingArguments, on_paper: bool) -> Reci
             f"stages.steps={recipe.stages.steps}: the run of training.max_steps={steps} ends before its first stage "
             "does, and nothing would ever be decided; make stages shorter"
         )
+    homogeneous, micro = recipe.data.homogeneous, arguments.train_batch_size
+    if homogeneous > 1 and homogeneous % micro:
+        raise RecipeError(
+            f"data.homogeneous={homogeneous}: micro-batches of training.per_device_train_batch_size={micro} sequences "
+            f"would hold several domains; give {micro} or a multiple of it, or smaller micro-batches"
+        )
     try:
         check_parts(recipe)
     except ValueError as problem:
