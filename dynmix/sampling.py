@@ -23,6 +23,7 @@ from dynmix.influence.layers import LayerFilter
 from dynmix.influence.losses import task_losses
 from dynmix.influence.sample import sample_influence
 from dynmix.mixture.dataset import MixtureDataset
+from dynmix.observation import Array
 from dynmix.peaks import PeakSnapshots, evaluated
 from dynmix.ranks import Ranks, from_rank_0, gathered, is_rank_0, on_every_rank
 from dynmix.retry import within_memory
@@ -119,13 +120,16 @@ class Sampler:
         for task in self.tasks.values():
             task.check(model)
         check_like(model)
-        names = tuple(domains)
         tasks = {name: [scored_sequence(some, f"tasks[{name!r}]")] for name, some in self.sets.items()}
         found = sample_influence(model, list(domains.values()), tasks, self.curvature, layers=self.layers)
+        return self.of_one_each(tuple(domains), found.scores)
+
+    def of_one_each(self, domains: tuple[str, ...], scores: Array) -> SampleScores:
+        """The scores of one sequence of each domain, float64[n_domains, n_tasks], as they come at a boundary."""
         return SampleScores(
-            names, np.arange(len(names)), np.zeros(len(names), np.int64),
-            np.full(len(names), self.dataset.sequence_length), tuple(Column(task, "now", 1) for task in tasks),
-            found.scores,
+            domains, np.arange(len(domains)), np.zeros(len(domains), np.int64),
+            np.full(len(domains), self.dataset.sequence_length), tuple(Column(task, "now", 1) for task in self.sets),
+            scores,
         )  # fmt: skip
 
     def evaluate(self, model: nn.Module, step: int, wanted: bool) -> dict[str, float]:

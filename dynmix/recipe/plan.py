@@ -19,6 +19,7 @@ from dynmix.influence.layers import Layers, measurable_layers
 from dynmix.influence.memory import peak_memory, size_in_words
 from dynmix.influence.sample import last_layers
 from dynmix.measurement import HELD_OUT
+from dynmix.mixers.automixer import AutoMixer
 from dynmix.mixers.static import Fixed, Natural, Static, Temperature, Uniform, UniMax
 from dynmix.mixers.tikmix_d import TiKMiXD
 from dynmix.mixers.tikmix_m import TiKMiXM
@@ -148,15 +149,19 @@ def make_plan(run: RecipeRun) -> RunPlan:
 
 
 def _check_mixer(run: RecipeRun) -> None:
-    """Let TiKMiX decide from an influence that says nothing: the bounds that it refuses then, it would refuse later."""
-    controller, dataset = run.callback.controller, run.dataset
-    decider, measurement = controller.decider, controller.measurement
-    if not isinstance(decider.mixer, TiKMiXD | TiKMiXM):  # others may not take it
+    """Let our own mixers decide from an influence that says nothing: what they refuse then, they would refuse later."""
+    controller, domains = run.callback.controller, run.dataset.domains
+    decider, found = controller.decider, Evidence()
+    if isinstance(decider.mixer, TiKMiXD | TiKMiXM):  # others may not take it
+        rows = _rows(run)
+        influence = Influence(np.zeros((len(rows), len(domains))), rows, domains)
+        found.influence = controller.measurement.completed(influence)
+    elif isinstance(decider.mixer, AutoMixer) and (sampler := controller.sampler) is not None:
+        found.samples = sampler.of_one_each(domains, np.zeros((len(domains), len(sampler.sets))))
+    else:
         return
-    rows = _rows(run)
-    influence = Influence(np.zeros((len(rows), len(dataset.domains))), rows, dataset.domains)
     upper = controller.budget.upper(0, controller.timetable.stage_samples)
-    decider.rehearse(Evidence(measurement.completed(influence)), dataset.schedule.weights_at(0), upper)
+    decider.rehearse(found, run.dataset.schedule.weights_at(0), upper)
 
 
 def _domains(run: RecipeRun, total: int, first: int) -> dict[str, DomainPlan]:

@@ -72,6 +72,19 @@ def test_bounds_that_leave_no_mixture_are_refused_in_the_plan(recipe, name, boun
         make_plan(build_run(recipe(f"mixer={given}")))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mixer=automixer", "tasks.rest=stores/web.valid"], "a task is called 'rest'"),
+        (["mixer={name: automixer, budget: {nope: 9}}"], "budget: no task 'nope'; the tasks are ['web']"),
+    ],
+)
+def test_what_no_regrouping_takes_is_refused_in_the_plan(recipe, words, message):
+    assert make_plan(build_run(recipe("mixer={name: automixer, budget: {web: 99}}"))).mixer == "AutoMixer"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_plan(build_run(recipe(*words)))
+
+
 def test_a_model_with_too_few_positions_is_refused_in_the_plan(recipe):
     run = build_run(recipe("model.config={model_type: gpt2, vocab_size: 30, n_embd: 8, n_head: 1, n_positions: 4}"))
     with pytest.raises(ValueError, match=r"tasks\['web'\] has a sequence of 8 tokens, the model takes 4 at most"):
