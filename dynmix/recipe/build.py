@@ -79,6 +79,11 @@ def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
             f"training.train_sampling_strategy={given['train_sampling_strategy']!r} would shuffle the stages together: "
             "leave it out, the stream is shuffled already"
         )
+    if given.get("eval_strategy", "no") != "no":
+        raise RecipeError(
+            f"training.eval_strategy={given['eval_strategy']!r}: a recipe has no eval_dataset; leave it out, the "
+            "losses of tasks and guards are measured at every boundary"
+        )
     for name, why in _NEVER.items():
         if given.get(name):
             raise RecipeError(f"training.{name}=True would {why}")

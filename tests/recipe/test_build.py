@@ -45,6 +45,7 @@ def test_trainer_arguments_have_the_run_s_defaults_and_the_batch_is_made_up_by_a
         ("training.num_train_epochs=2", "say it as training.max_steps"),
         ("training.train_sampling_strategy=random", "would shuffle the stages together: leave it out"),
         ("training.save_only_model=true", "could not go on where the run was killed: leave it out"),
+        ("training.eval_strategy=steps", "training.eval_strategy='steps': a recipe has no eval_dataset; leave it out"),
         ("training.auto_find_batch_size=true", "would change what a step is during the run: leave it out"),
         ("training.ignore_data_skip=true", "would start the data again from its first sample where the run goes on"),
         ("training.per_device_train_batch_size=5", "batch_size=32: no multiple of"),
