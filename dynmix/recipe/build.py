@@ -107,14 +107,21 @@ def training_arguments(recipe: Recipe, **more: Any) -> TrainingArguments:
     ):
         if value < 1:
             raise RecipeError(f"{name}={value}: at least 1 sequence")
-    share = arguments.train_batch_size * arguments.world_size
+    split = splits_batches(arguments)
+    share = arguments.train_batch_size * (1 if split else arguments.world_size)
     if recipe.batch_size % share:
         raise RecipeError(
             f"batch_size={recipe.batch_size}: no multiple of training.per_device_train_batch_size="
-            f"{arguments.per_device_train_batch_size} times {arguments.world_size} processes"
+            f"{arguments.per_device_train_batch_size}" + ("" if split else f" times {arguments.world_size} processes")
         )
     arguments.gradient_accumulation_steps = recipe.batch_size // share
     return arguments
+
+
+def splits_batches(arguments: TrainingArguments) -> bool:
+    """Whether accelerate splits each batch over the processes, so that its size is that of all of them."""
+    config: Any = arguments.accelerator_config
+    return bool(config.split_batches)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:

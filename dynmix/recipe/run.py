@@ -40,6 +40,7 @@ from dynmix.recipe.build import (
     make_dataset,
     make_model,
     model_config,
+    splits_batches,
     training_arguments,
 )
 from dynmix.recipe.console import PrintStages, QuietProgress
@@ -100,11 +101,12 @@ def _built(recipe: Recipe, arguments: TrainingArguments, on_paper: bool) -> Reci
             f"stages.steps={recipe.stages.steps}: the run of training.max_steps={steps} ends before its first stage "
             "does, and nothing would ever be decided; make stages shorter"
         )
-    homogeneous, micro = recipe.data.homogeneous, arguments.train_batch_size
+    homogeneous = recipe.data.homogeneous
+    micro = arguments.train_batch_size // (arguments.world_size if splits_batches(arguments) else 1)
     if homogeneous > 1 and homogeneous % micro:
         raise RecipeError(
-            f"data.homogeneous={homogeneous}: micro-batches of training.per_device_train_batch_size={micro} sequences "
-            f"would hold several domains; give {micro} or a multiple of it, or smaller micro-batches"
+            f"data.homogeneous={homogeneous}: micro-batches of {micro} sequences would hold several domains; give "
+            f"{micro} or a multiple of it, or a smaller training.per_device_train_batch_size"
         )
     try:
         check_parts(recipe)

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from dynmix.influence.curvature import EKFAC, AdamDiagonal
 from dynmix.recipe.build import check_parts, curvature, load_tokenizer, make_model, model_config, training_arguments
@@ -30,6 +30,13 @@ def test_trainer_arguments_have_the_run_s_defaults_and_the_batch_is_made_up_by_a
     assert (made.gradient_accumulation_steps, made.max_steps, made.seed) == (3, 10, 7)
     assert (made.output_dir, made.save_steps, made.train_sampling_strategy) == ("run", 5, "sequential")
     assert training_arguments(recipe("training.save_steps=3", "training.weight_decay=1")).save_steps == 3
+
+
+@pytest.mark.parametrize(("split", "accumulation"), [("false", 2), ("true", 4)])
+def test_a_step_takes_the_recipe_s_batch_however_processes_share_it(world, monkeypatch, split, accumulation):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    words = f"training.accelerator_config={{split_batches: {split}}}", "training.per_device_train_batch_size=4"
+    assert training_arguments(recipe("batch_size=16", *words)).gradient_accumulation_steps == accumulation
 
 
 @pytest.mark.parametrize(

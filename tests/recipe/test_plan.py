@@ -93,7 +93,7 @@ def test_a_model_with_too_few_positions_is_refused_in_the_plan(recipe):
 
 def test_micro_batches_that_would_mix_domains_are_refused_on_paper(recipe):
     assert build_run(recipe("data.homogeneous=4"), on_paper=True).dataset.homogeneous == 4
-    with pytest.raises(ValueError, match=r"data.homogeneous=2: micro-batches of .*=4 sequences would hold several"):
+    with pytest.raises(ValueError, match=r"data.homogeneous=2: micro-batches of 4 sequences would hold several"):
         build_run(recipe("data.homogeneous=2"), on_paper=True)
 
 
