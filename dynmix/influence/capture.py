@@ -201,9 +201,10 @@ class Capture:
 
 
 def layer_parts(model: nn.Module, layers: LayerFilter, count: int) -> list[LayerFilter]:
-    """`count` filters (or as many as there are layers), that together let through what `layers` does, once.
+    """`count` filters at most, that together let through what `layers` does, once.
 
-    Each has layers that are neighbours in the model, and about as many parameters. Raises ValueError for a count below
+    Each has layers that are neighbours in the model, and about as many parameters: a layer belongs to the part in which
+    its middle lies, so that a head that is most of the model has one of its own. Raises ValueError for a count below
     1, or as `Capture` does.
     """
     if count < 1:
@@ -212,10 +213,9 @@ def layer_parts(model: nn.Module, layers: LayerFilter, count: int) -> list[Layer
         return [layers]
     wanted = Layers.of(layers)
     capture = Capture(model, layers=layers)
-    sizes = np.cumsum([np.prod(layer.shape) for layer in capture.layers.values()])
-    count = min(count, len(sizes))
-    ends = np.searchsorted(sizes, sizes[-1] * np.arange(1, count) / count) + 1
-    numbers = np.searchsorted(ends, np.arange(len(sizes)), side="right")
+    sizes = np.array([np.prod(layer.shape) for layer in capture.layers.values()])
+    middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+    _, numbers = np.unique((middles * min(count, len(sizes))).astype(int), return_inverse=True)
     part_of = dict(zip(capture.layers, numbers.tolist(), strict=True))
     part_of |= {table: part_of[head] for table, (_, head) in capture.tied.items()}
 
@@ -223,7 +223,7 @@ def layer_parts(model: nn.Module, layers: LayerFilter, count: int) -> list[Layer
         # What is no measurable layer belongs to the first part, which then warns of it.
         return replace(wanted, include=lambda name: part_of.get(name, 0) == k and wanted(name), exclude=None)
 
-    return [part(k) for k in range(count) if k in part_of.values()]
+    return [part(k) for k in range(max(numbers) + 1)]
 
 
 def _same_linear(layers: dict[str, Layer]) -> dict[str, tuple[Layer, str]]:

@@ -58,6 +58,15 @@ def test_parts_have_every_layer_once(tiny_lm):
         layer_parts(model, layers, 0)
 
 
+@pytest.mark.parametrize("large", ["embed_tokens", "lm_head"])
+def test_a_layer_that_is_most_of_the_model_has_a_part_of_its_own(tiny_lm, large):
+    model, layers = tiny_lm("llama"), Layers(rf"1\.self_attn\.[qk]|{large}", embeddings=True)
+    for count in (2, 4):
+        parts = [list(Capture(model, layers=part).layers) for part in layer_parts(model, layers, count)]
+        assert [name for part in parts for name in part] == list(Capture(model, layers=layers).layers)
+        assert [len(part) for part in parts if large in " ".join(part)] == [1]
+
+
 def test_a_low_rank_is_wrong_by_no_more_than_it_says(tiny_lm, sets):
     model, curvature = tiny_lm("llama"), EKFAC(damping=1.0)
     plain = group_influence(model, *sets, curvature)
