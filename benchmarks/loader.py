@@ -18,6 +18,7 @@ are what no order can be better than.
 
 import argparse
 import json
+import logging
 import resource
 import statistics
 import subprocess
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--mosaic", default=sys.executable, help="interpreter that has mosaicml-streaming")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("dynmix").setLevel(logging.ERROR)  # small domains begin many epochs
     rng, table = np.random.default_rng(0), Table("what", "unit", "result")
     throughput(table, given.peers, given.mosaic, rng)
     schedules(table, rng)
