@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 
+os.setpgid(0, 0)  # so that what it leaves, such as a loader's workers, can be found
 gc.freeze()  # what the server has imported is no garbage
 os.environ.update(globals()["environment"])
 sys.argv = [globals()["script"], *globals()["arguments"]]

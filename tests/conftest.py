@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class Processes:
         """Run `script` as one process, or as so many ranks of `torch.distributed`.
 
         Returns the exit status, that of a rank that failed if one did (-9: killed), and what all of them printed. Where
-        a rank fails the others are killed.
+        a rank fails the others are killed, and at the end what any has started: the loader's workers of a killed one
+        come from a fork server of its own, and keep that and so themselves alive.
         """
         environments: Sequence[dict[str, str]] = [{}]
         if ranks > 1:
@@ -109,14 +111,18 @@ class Processes:
             )
             processes[-1].start()
         deadline = time.monotonic() + timeout
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-            if any(process.exitcode for process in processes):
-                break
-            time.sleep(0.02)
-        status = next((process.exitcode for process in processes if process.exitcode), None)
-        for process in processes:
-            process.kill()
-            process.join()
+        try:
+            while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+                if any(process.exitcode for process in processes):
+                    break
+                time.sleep(0.02)
+            status = next((process.exitcode for process in processes if process.exitcode), None)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         if status is None:
             status = next((process.exitcode for process in processes if process.exitcode), 0)
         return status, "".join(log.read_text() for log in logs if log.exists())
