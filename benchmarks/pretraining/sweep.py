@@ -25,6 +25,7 @@ SWEEPS = {
     "confidence": _variants("confidence", 0, 0.25, 0.5, 1),
     "memory": _variants("memory", 0, 0.5, 0.95),
     "against": _variants("against", "run"),
+    "epochs": _variants("epochs", 4),
     "largest step": _variants("max_change", 0.02, 0.05, 0.1),
     "guards": [*_variants("guards", "none"), *_variants("guard_weight", 1)],
     "least weight": [

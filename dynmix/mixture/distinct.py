@@ -25,6 +25,9 @@ def distinct_share(documents: Documents, *, gram: int = 8) -> float:
     Args:
         documents: a token store or any other documents; grams go over their ends.
         gram: tokens of a gram, at least 1.
+
+    Raises:
+        ValueError: `gram` below 1.
     """
     if gram < 1:
         raise ValueError(f"gram={gram}: at least 1")
